@@ -1,0 +1,28 @@
+"""What is wrong with an object, said so that its author can mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: where it stands, what stands there, what would be right."""
+
+    field: str  # path from the object's root, as in the user's YAML: spec.ingress[0].action
+    value: object
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.value!r}: {self.expected}"
+
+
+class InvalidObjectError(ValueError):
+    """An object that was refused. ``problems`` is never empty; nothing of it was applied."""
+
+    def __init__(self, kind: str, name: str, problems: Sequence[Problem]) -> None:
+        self.kind = kind
+        self.name = name
+        self.problems = tuple(problems)
+        super().__init__(f"{kind} {name}: " + "; ".join(str(problem) for problem in self.problems))

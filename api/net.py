@@ -1,0 +1,82 @@
+"""Compact network addresses: what the loops use instead of ``ipaddress`` objects.
+
+A ``Net`` is a named tuple of ints, so it hashes, compares and sorts at C speed and packs
+straight into netlink bytes. Text goes in and out at the edges, through ``parse_net`` and
+``str``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import NamedTuple
+
+V4 = 4
+V6 = 6
+BITS = {V4: 32, V6: 128}
+
+
+class Net(NamedTuple):
+    """A network: IP version (4 or 6), address as an int, prefix length in bits."""
+
+    version: int
+    address: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{format_address(self.version, self.address)}/{self.length}"
+
+    @property
+    def is_host(self) -> bool:
+        """True for a /32 or /128."""
+        return self.length == BITS[self.version]
+
+    @property
+    def size(self) -> int:
+        """How many addresses the network holds."""
+        return 1 << (BITS[self.version] - self.length)
+
+    def contains(self, other: Net) -> bool:
+        """Whether ``other`` lies inside this network (or is it)."""
+        if other.version != self.version or other.length < self.length:
+            return False
+        shift = BITS[self.version] - self.length
+        return other.address >> shift == self.address >> shift
+
+    def overlaps(self, other: Net) -> bool:
+        """Whether the two share any address."""
+        return self.contains(other) or other.contains(self)
+
+    def packed(self) -> bytes:
+        """The address in network byte order: 4 or 16 bytes."""
+        return self.address.to_bytes(BITS[self.version] // 8, "big")
+
+
+def parse_net(text: str, *, strict: bool = True) -> Net:
+    """Parse ``10.0.0.0/26``, or a bare address as a /32 or /128.
+
+    Raises ValueError on anything else and, when ``strict``, on host bits that are set.
+    """
+    network = ipaddress.ip_network(text, strict=strict)
+    return Net(network.version, int(network.network_address), network.prefixlen)
+
+
+def parse_interface(text: str) -> tuple[Net, Net]:
+    """Parse ``10.0.0.5/26`` to (host address as a /32, its network as a /26)."""
+    interface = ipaddress.ip_interface(text)
+    version, bits = interface.version, interface.max_prefixlen
+    return (
+        Net(version, int(interface.ip), bits),
+        Net(version, int(interface.network.network_address), interface.network.prefixlen),
+    )
+
+
+def host_net(version: int, address: int) -> Net:
+    """The /32 or /128 of an address."""
+    return Net(version, address, BITS[version])
+
+
+def format_address(version: int, address: int) -> str:
+    """Text of an address without its length."""
+    if version == V4:
+        return str(ipaddress.IPv4Address(address))
+    return str(ipaddress.IPv6Address(address))

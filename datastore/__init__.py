@@ -1,0 +1,6 @@
+"""The door to the cluster: one interface, several stores.
+
+Inside: get, list, create, update, delete and watch with revisions and compare-and-swap;
+the embedded SQLite store; the follower that turns a store into a stream of updates.
+Not inside: what felix, IPAM or BGP do with the objects.
+"""

@@ -1,0 +1,136 @@
+"""The interface every store offers, and the nouns and errors it speaks in.
+
+A store keeps JSON objects (resources as users write them, with ``apiVersion``, ``kind``,
+``metadata`` and ``spec``) under a ``Key``. Every write gives the object a new revision;
+a write that names a revision succeeds only while the object still has it
+(compare-and-swap). Revisions are opaque text: compare them for equality, never by order.
+
+Objects go in and come out as plain ``dict``; ``api.parse`` turns them into models. A value
+handed out belongs to the caller, who may change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+JSON = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    """Which object. ``kind`` is an id of ``api.registry``: ``IPPool``, ``KubernetesNetworkPolicy``.
+
+    ``namespace`` is empty for cluster-scoped kinds.
+    """
+
+    kind: str
+    name: str
+    namespace: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}({self.namespace + '/' if self.namespace else ''}{self.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An object as the store has it."""
+
+    key: Key
+    value: JSON
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """All objects of a kind at one moment; a watch from ``revision`` misses nothing after it."""
+
+    entries: list[Entry]
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change: ``entry`` is the object as it is now, None when it was deleted."""
+
+    key: Key
+    entry: Entry | None
+    revision: str
+
+
+class StoreError(Exception):
+    """What a store reports. ``key`` is the object concerned, where there is one."""
+
+    def __init__(self, message: str, key: Key | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class NotFoundError(StoreError):
+    """No such object."""
+
+
+class AlreadyExistsError(StoreError):
+    """``create`` of an object that is there."""
+
+
+class ConflictError(StoreError):
+    """Compare-and-swap failed: the object has another revision. Read it again and retry."""
+
+
+class RevisionGoneError(StoreError):
+    """The store no longer has the history a watch asked for. List again, watch from there."""
+
+
+class UnavailableError(StoreError):
+    """The store can't be reached or can't answer now. Retry with back-off."""
+
+
+class Watch(Protocol):
+    """A running watch. Also a context manager; ``close`` may come from another thread."""
+
+    def next(self, timeout: float | None = None) -> Sequence[Event]:
+        """Wait for changes, at most ``timeout`` seconds (None: for ever), in commit order.
+
+        Returns all that are ready, or an empty sequence at the timeout or after ``close``.
+        Raises RevisionGoneError or UnavailableError; the watch is then over.
+        """
+
+    def close(self) -> None:
+        """End the watch and wake whoever waits in ``next``."""
+
+    def __enter__(self) -> Watch: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class Datastore(Protocol):
+    """One store. Safe to use from several threads and, where that is its nature, processes."""
+
+    def get(self, key: Key) -> Entry:
+        """The object. Raises NotFoundError."""
+
+    def list(self, kind: str, namespace: str | None = None) -> Listing:
+        """All objects of a kind, sorted by key, in one namespace or (None) in all."""
+
+    def create(self, key: Key, value: JSON) -> Entry:
+        """Store a new object. Raises AlreadyExistsError."""
+
+    def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
+        """Replace an object, only at ``revision`` when one is given.
+
+        Raises NotFoundError, ConflictError.
+        """
+
+    def delete(self, key: Key, revision: str | None = None) -> Entry:
+        """Delete an object, only at ``revision`` when one is given; returns what it was.
+
+        Raises NotFoundError, ConflictError.
+        """
+
+    def watch(self, kinds: Iterable[str], revision: str) -> Watch:
+        """Every change of these kinds after ``revision``, which a ``list`` or event gave."""
+
+    def close(self) -> None:
+        """Let go of what the store holds open."""

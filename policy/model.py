@@ -1,0 +1,176 @@
+"""The compiled rule model: what policies become, and what every dataplane renders.
+
+Neutral: numbers instead of names, sets instead of selectors, no word of iptables or
+nftables. ``evaluate`` and the renderers read the same objects, so they can be held against
+each other.
+
+How a ``Rule`` matches: every condition that is present must hold (AND); a condition that
+is None or empty is no condition. Inside one condition any of its elements suffices (OR),
+except for the ``*_sets``, all of which must contain the address (and none of the
+``not_*_sets``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from api.net import Net
+
+
+class Action(Enum):
+    """What a rule does with a packet. ``LOG`` is not terminal; ``PASS`` leaves the tier."""
+
+    ALLOW = "Allow"
+    DENY = "Deny"
+    PASS = "Pass"
+    LOG = "Log"
+
+
+class Direction(Enum):
+    """Seen from the endpoint: ``INGRESS`` towards it, ``EGRESS`` away from it."""
+
+    INGRESS = "ingress"
+    EGRESS = "egress"
+
+
+class PortRange(NamedTuple):
+    """Ports ``first`` to ``last``, both included."""
+
+    first: int
+    last: int
+
+
+class SetKind(Enum):
+    """What the members of a set are."""
+
+    NET = "net"  # member: Net; from selectors and NetworkSets
+    NAMED_PORT = "named-port"  # member: NamedPortMember
+
+
+class NamedPortMember(NamedTuple):
+    """An address (a host Net) on which a named port is this protocol and number."""
+
+    net: Net
+    protocol: int
+    port: int
+
+
+Member = Net | NamedPortMember
+
+
+class PolicyId(NamedTuple):
+    """Which policy. ``kind`` is an id of ``api.registry``; ``namespace`` may be empty."""
+
+    kind: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}({self.namespace + '/' if self.namespace else ''}{self.name})"
+
+
+class EndpointId(NamedTuple):
+    """Which endpoint: ``kind`` is ``WorkloadEndpoint`` or ``HostEndpoint``."""
+
+    kind: str
+    namespace: str
+    name: str
+
+
+class NamedPort(NamedTuple):
+    """A named port of an endpoint."""
+
+    name: str
+    protocol: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The conditions of a rule. See the module's docstring for how they combine.
+
+    Protocols are numbers (6 for TCP). Set ids name sets of the engine's ``sets`` table.
+    ``*_ports`` and ``*_named_ports`` of one side form one condition: a number in a range,
+    or (address, protocol, port) in a named-port set.
+    """
+
+    version: int | None = None  # 4 or 6
+    protocol: int | None = None
+    not_protocol: int | None = None
+    icmp_type: int | None = None
+    icmp_code: int | None = None
+    not_icmp_type: int | None = None
+    not_icmp_code: int | None = None
+    src_nets: tuple[Net, ...] = ()
+    not_src_nets: tuple[Net, ...] = ()
+    dst_nets: tuple[Net, ...] = ()
+    not_dst_nets: tuple[Net, ...] = ()
+    src_sets: tuple[str, ...] = ()
+    not_src_sets: tuple[str, ...] = ()
+    dst_sets: tuple[str, ...] = ()
+    not_dst_sets: tuple[str, ...] = ()
+    src_ports: tuple[PortRange, ...] = ()
+    not_src_ports: tuple[PortRange, ...] = ()
+    dst_ports: tuple[PortRange, ...] = ()
+    not_dst_ports: tuple[PortRange, ...] = ()
+    src_named_ports: tuple[str, ...] = ()
+    not_src_named_ports: tuple[str, ...] = ()
+    dst_named_ports: tuple[str, ...] = ()
+    not_dst_named_ports: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule: what to do with the packets that match."""
+
+    action: Action
+    match: Match = Match()
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledPolicy:
+    """A policy or profile, ready to render. None: it does not apply in that direction."""
+
+    id: PolicyId
+    ingress: tuple[Rule, ...] | None
+    egress: tuple[Rule, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class TierBinding:
+    """The policies of one tier that select an endpoint, in order, per direction.
+
+    ``default_action`` (DENY or PASS) ends the tier in a direction only where that
+    direction's tuple is not empty.
+    """
+
+    name: str
+    default_action: Action
+    ingress: tuple[PolicyId, ...]
+    egress: tuple[PolicyId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointBinding:
+    """All that decides about an endpoint: tiers in order, then profiles, then drop."""
+
+    tiers: tuple[TierBinding, ...]
+    profiles: tuple[PolicyId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An endpoint as the engine sees it, local or remote.
+
+    ``labels`` are its own; those of its profiles are inherited (own ones win).
+    ``nets`` are its addresses, empty once its pod has finished.
+    """
+
+    id: EndpointId
+    labels: tuple[tuple[str, str], ...]
+    profiles: tuple[str, ...]
+    nets: tuple[Net, ...]
+    ports: tuple[NamedPort, ...] = ()
+    local: bool = False
