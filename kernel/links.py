@@ -1,0 +1,254 @@
+"""Network interfaces: read them, make veth pairs, change and delete. See ip-link(8)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kernel.netlink import (
+    NLM_F_CREATE,
+    NLM_F_ECHO,
+    NLM_F_EXCL,
+    Message,
+    NetlinkSocket,
+    attribute,
+    attribute_text,
+    attribute_u32,
+    attributes,
+    mac_bytes,
+    nested,
+    text,
+    u32,
+)
+
+RTM_NEWLINK = 16
+RTM_DELLINK = 17
+RTM_GETLINK = 18
+RTM_SETLINK = 19
+
+_IFF_UP = 0x1
+_IFF_RUNNING = 0x40
+
+_IFLA_ADDRESS = 1
+_IFLA_IFNAME = 3
+_IFLA_MTU = 4
+_IFLA_LINK = 5
+_IFLA_MASTER = 10
+_IFLA_LINKINFO = 18
+_IFLA_AF_SPEC = 26
+_IFLA_GROUP = 27
+_IFLA_NET_NS_FD = 28
+_IFLA_EXT_MASK = 29
+_IFLA_NUM_TX_QUEUES = 31
+_IFLA_NUM_RX_QUEUES = 32
+_IFLA_LINK_NETNSID = 37
+_IFLA_INFO_KIND = 1
+_IFLA_INFO_DATA = 2
+_VETH_INFO_PEER = 1
+_IFLA_INET_CONF = 1
+_RTEXT_FILTER_SKIP_STATS = 8
+_AF_INET = 2
+
+_IFINFO = struct.Struct("=BxHiII")  # family, device type, index, flags, change mask
+
+# linux/ip.h IPV4_DEVCONF_…: the names under /proc/sys/net/ipv4/conf/DEVICE/
+_INET_CONF = {
+    name: number
+    for number, name in enumerate(
+        (
+            "forwarding", "mc_forwarding", "proxy_arp", "accept_redirects", "secure_redirects",
+            "send_redirects", "shared_media", "rp_filter", "accept_source_route", "bootp_relay",
+            "log_martians", "tag", "arp_filter", "medium_id", "disable_xfrm", "disable_policy",
+            "force_igmp_version", "arp_announce", "arp_ignore", "promote_secondaries",
+            "arp_accept", "arp_notify", "accept_local", "src_valid_mark", "proxy_arp_pvlan",
+            "route_localnet",
+        ),
+        start=1,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """An interface. ``kind`` is the driver's (``veth``, ``vxlan``), empty for loopback.
+
+    ``peer_index`` is the other end of a veth pair, in the peer's namespace, or the lower
+    device of a stacked one; 0 if none. ``master_index`` is the bridge it is a port of.
+    ``running``: up and with carrier.
+    """
+
+    index: int
+    name: str
+    kind: str
+    mac: str
+    mtu: int
+    up: bool
+    running: bool = False
+    group: int = 0
+    peer_index: int = 0
+    master_index: int = 0
+    peer_elsewhere: bool = False  # peer_index counts in another namespace
+    data: bytes = b""  # attributes of the kind (IFLA_INFO_DATA)
+
+
+class Links:
+    """The interfaces of the namespace that ``socket`` speaks to."""
+
+    def __init__(self, socket: NetlinkSocket) -> None:
+        self._socket = socket
+
+    def read(self) -> dict[str, Link]:
+        """All interfaces, by name (``ip link show``)."""
+        body = _IFINFO.pack(0, 0, 0, 0, 0) + attribute_u32(_IFLA_EXT_MASK, _RTEXT_FILTER_SKIP_STATS)
+        found = map(parse_link, self._socket.dump(Message(RTM_GETLINK, 0, body)))
+        return {link.name: link for link in found}
+
+    def get(self, name: str) -> Link:
+        """One interface (``ip link show dev NAME``). Raises OSError (ENODEV) if there is none."""
+        body = _IFINFO.pack(0, 0, 0, 0, 0)
+        body += attribute_u32(_IFLA_EXT_MASK, _RTEXT_FILTER_SKIP_STATS)
+        body += attribute_text(_IFLA_IFNAME, name)
+        try:
+            return parse_link(self._socket.request(Message(RTM_GETLINK, 0, body)))
+        except OSError as error:
+            raise OSError(error.errno, f"interface {name}: {error.strerror}") from error
+
+
+def parse_link(body: bytes) -> Link:
+    """The interface that an RTM_NEWLINK or RTM_DELLINK message is about."""
+    _, _, index, flags, _ = _IFINFO.unpack_from(body)
+    found = attributes(body, _IFINFO.size)
+    info = attributes(found.get(_IFLA_LINKINFO, b""))
+    return Link(
+        index=index,
+        name=text(found.get(_IFLA_IFNAME, b"")),
+        kind=text(info.get(_IFLA_INFO_KIND, b"")),
+        mac=found.get(_IFLA_ADDRESS, b"").hex(":"),
+        mtu=_number(found, _IFLA_MTU),
+        up=bool(flags & _IFF_UP),
+        running=bool(flags & _IFF_RUNNING),
+        group=_number(found, _IFLA_GROUP),
+        peer_index=_number(found, _IFLA_LINK),
+        master_index=_number(found, _IFLA_MASTER),
+        peer_elsewhere=_IFLA_LINK_NETNSID in found,
+        data=info.get(_IFLA_INFO_DATA, b""),
+    )
+
+
+def _number(found: Mapping[int, bytes], kind: int) -> int:
+    return u32(found[kind]) if kind in found else 0
+
+
+def veth(
+    name: str,
+    peer: str,
+    *,
+    peer_netns_fd: int | None = None,
+    mtu: int = 0,
+    mac: str | None = None,
+    peer_mac: str | None = None,
+    queues: int = 1,
+    group: int = 0,
+    up: bool = True,
+) -> Message:
+    """A veth pair whose ``peer`` is born in another namespace.
+
+    ``ip link add NAME type veth peer name PEER netns FD``. ``NetlinkSocket.request``
+    returns the body for ``parse_link``: ``index`` is this end's, ``peer_index`` the
+    peer's. ``up`` concerns this end; the kernel refuses to make the peer up.
+    """
+    common = attribute_u32(_IFLA_NUM_TX_QUEUES, queues)
+    common += attribute_u32(_IFLA_NUM_RX_QUEUES, queues)
+    if mtu:
+        common += attribute_u32(_IFLA_MTU, mtu)
+    other = _IFINFO.pack(0, 0, 0, 0, 0) + attribute_text(_IFLA_IFNAME, peer) + common
+    if peer_netns_fd is not None:
+        other += attribute_u32(_IFLA_NET_NS_FD, peer_netns_fd)
+    if peer_mac is not None:
+        other += attribute(_IFLA_ADDRESS, mac_bytes(peer_mac))
+    body = _header(0, up=True if up else None) + attribute_text(_IFLA_IFNAME, name) + common
+    if mac is not None:
+        body += attribute(_IFLA_ADDRESS, mac_bytes(mac))
+    if group:
+        body += attribute_u32(_IFLA_GROUP, group)
+    body += nested(
+        _IFLA_LINKINFO,
+        attribute(_IFLA_INFO_KIND, b"veth"),
+        nested(_IFLA_INFO_DATA, attribute(_VETH_INFO_PEER, other)),
+    )
+    return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL | NLM_F_ECHO, body)
+
+
+def link_set(
+    index: int,
+    *,
+    up: bool | None = None,
+    name: str | None = None,
+    mtu: int | None = None,
+    mac: str | None = None,
+    master_index: int | None = None,
+    group: int | None = None,
+    netns_fd: int | None = None,
+) -> Message:
+    """Change what is given (``ip link set``); ``master_index`` 0 takes it from its bridge."""
+    body = _header(index, up=up)
+    if name is not None:
+        body += attribute_text(_IFLA_IFNAME, name)
+    if mac is not None:
+        body += attribute(_IFLA_ADDRESS, mac_bytes(mac))
+    numbers = (
+        (_IFLA_MTU, mtu),
+        (_IFLA_MASTER, master_index),
+        (_IFLA_GROUP, group),
+        (_IFLA_NET_NS_FD, netns_fd),
+    )
+    for kind, value in numbers:
+        if value is not None:
+            body += attribute_u32(kind, value)
+    return Message(RTM_NEWLINK, 0, body)
+
+
+def link_up(index: int) -> Message:
+    """``ip link set dev … up``."""
+    return link_set(index, up=True)
+
+
+def set_group(index: int, group: int) -> Message:
+    """Put the interface into a device group (``ip link set … group N``)."""
+    return link_set(index, group=group)
+
+
+def set_inet_conf(index: int, values: Mapping[str, int]) -> Message:
+    """Write ``net.ipv4.conf.DEVICE.*`` of an interface without a path through /proc.
+
+    Raises ValueError for a name that is not one of them.
+    """
+    unknown = values.keys() - _INET_CONF.keys()
+    if unknown:
+        raise ValueError(f"net.ipv4.conf: no such setting: {', '.join(sorted(unknown))}")
+    conf = (attribute_u32(_INET_CONF[name], value) for name, value in values.items())
+    inner = nested(_AF_INET, nested(_IFLA_INET_CONF, *conf))
+    return Message(RTM_SETLINK, 0, _header(index) + nested(_IFLA_AF_SPEC, inner))
+
+
+def delete_link(link: int | str) -> Message:
+    """Delete an interface, by index or by name (``ip link del``); a veth's peer goes too."""
+    if isinstance(link, int):
+        return Message(RTM_DELLINK, 0, _header(link))
+    return Message(RTM_DELLINK, 0, _header(0) + attribute_text(_IFLA_IFNAME, link))
+
+
+def delete_group(group: int) -> Message:
+    """Delete all interfaces of a device group in one go (``ip link del group N``).
+
+    Raises ValueError for group 0, where every interface is that was not put elsewhere.
+    """
+    if group <= 0:
+        raise ValueError(f"device group {group}: only a group of its own may be deleted")
+    return Message(RTM_DELLINK, 0, _header(0) + attribute_u32(_IFLA_GROUP, group))
+
+
+def _header(index: int, *, up: bool | None = None) -> bytes:
+    change = 0 if up is None else _IFF_UP
+    return _IFINFO.pack(0, 0, index, _IFF_UP if up else 0, change)

@@ -1,0 +1,346 @@
+"""A netlink socket that sends many messages at once, and the bytes they are made of.
+
+One kernel table's messages are built in that table's module; here is what they share:
+attributes (encode, parse), batches and dumps. See netlink(7), rtnetlink(7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kernel.netns import inside
+
+NETLINK_ROUTE = 0
+NETLINK_NETFILTER = 12
+
+NLM_F_REQUEST = 0x1
+NLM_F_ACK = 0x4
+NLM_F_ECHO = 0x8
+NLM_F_DUMP_INTR = 0x10
+NLM_F_REPLACE = 0x100
+NLM_F_EXCL = 0x200
+NLM_F_CREATE = 0x400
+NLM_F_DUMP = 0x300
+
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+
+NLA_F_NESTED = 0x8000
+NLA_F_NET_BYTEORDER = 0x4000
+_NLA_TYPE_MASK = 0x3FFF
+
+_SOL_NETLINK = 270
+_NETLINK_CAP_ACK = 10
+_NETLINK_EXT_ACK = 11
+_NETLINK_GET_STRICT_CHK = 12
+_SO_SNDBUFFORCE = 32
+_SO_RCVBUFFORCE = 33
+
+_NLMSGERR_ATTR_MSG = 1
+
+_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port id
+_ATTRIBUTE = struct.Struct("=HH")  # length, type
+_INT = struct.Struct("=i")
+_U32 = struct.Struct("=I")
+
+# Room in the receive buffer for an answer to every message of a window even if all fail.
+_WINDOW_MESSAGES = 1000
+_WINDOW_BYTES = 128 * 1024
+_BUFFER = 4 << 20
+_RECEIVE = 1 << 18
+# The kernel answers before send() returns; the limit only guards against a lost answer.
+_ANSWER_SECONDS = 30
+_DUMP_ATTEMPTS = 20
+_SEQUENCE_RESTART = 1 << 31
+
+
+class Message(NamedTuple):
+    """A request: type (``RTM_…``), flags (``NLM_F_…``, without REQUEST and ACK) and body."""
+
+    type: int
+    flags: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The kernel refused message ``index`` of a batch, for this reason."""
+
+    index: int
+    errno: int
+    message: str
+
+    def error(self, what: object) -> OSError:
+        """The failure as an exception that names the object it is about."""
+        return OSError(self.errno, f"{what}: {self.message}")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the kernel sent back for message ``index`` of a batch (``NLM_F_ECHO``)."""
+
+    index: int
+    type: int
+    body: bytes
+
+
+class DumpInterruptedError(OSError):
+    """The table changed during every attempt to read it. Try again later."""
+
+
+def attribute(kind: int, data: bytes) -> bytes:
+    """One attribute, padded to four bytes."""
+    length = 4 + len(data)
+    return _ATTRIBUTE.pack(length, kind) + data + bytes(-length & 3)
+
+
+def attribute_u32(kind: int, value: int) -> bytes:
+    """An attribute that holds an unsigned 32-bit number in host order."""
+    return _ATTRIBUTE.pack(8, kind) + _U32.pack(value)
+
+
+def attribute_text(kind: int, text: str) -> bytes:
+    """An attribute that holds text, with the NUL the kernel wants."""
+    return attribute(kind, text.encode() + b"\0")
+
+
+def nested(kind: int, *attributes: bytes) -> bytes:
+    """An attribute that holds attributes."""
+    return attribute(kind | NLA_F_NESTED, b"".join(attributes))
+
+
+def attribute_list(data: bytes, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The attributes in ``data`` from ``offset``, in order, as (type without flags, value).
+
+    Raises ValueError where a length reaches outside of the data.
+    """
+    end = len(data)
+    while offset + 4 <= end:
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if length < 4 or offset + length > end:
+            raise ValueError(f"netlink attribute {kind} at byte {offset}: length {length} of {end}")
+        yield kind & _NLA_TYPE_MASK, data[offset + 4 : offset + length]
+        offset += (length + 3) & ~3
+
+
+def attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
+    """The attributes in ``data`` from ``offset`` by type; of equal types the last."""
+    return dict(attribute_list(data, offset))
+
+
+def u32(data: bytes) -> int:
+    """The unsigned 32-bit number, in host order, that an attribute holds."""
+    value: int = _U32.unpack(data)[0]
+    return value
+
+
+def text(data: bytes) -> str:
+    """The text that an attribute holds."""
+    return data.rstrip(b"\0").decode(errors="surrogateescape")
+
+
+def mac_bytes(mac: str) -> bytes:
+    """``ee:ee:ee:ee:ee:ee`` as six bytes. Raises ValueError."""
+    raw = bytes.fromhex(mac.replace(":", ""))
+    if len(raw) != 6:
+        raise ValueError(f"MAC address {mac!r}: six bytes such as 02:00:00:00:00:01 are needed")
+    return raw
+
+
+class NetlinkSocket:
+    """A persistent netlink socket, for one thread at a time.
+
+    ``groups`` is the bit mask of multicast groups to hear. ``netns_fd`` is the network
+    namespace to speak to, that of the calling thread by default; the socket keeps its
+    namespace wherever its user goes.
+    """
+
+    def __init__(
+        self, protocol: int = NETLINK_ROUTE, *, groups: int = 0, netns_fd: int | None = None
+    ) -> None:
+        with contextlib.nullcontext() if netns_fd is None else inside(netns_fd):
+            self._socket = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
+            )
+        try:
+            self._set_up(groups)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._sequence = 0
+
+    def _set_up(self, groups: int) -> None:
+        own = self._socket
+        for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
+            own.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+        own.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
+        own.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
+        own.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
+        limit = struct.pack("@ll", _ANSWER_SECONDS, 0)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        own.bind((0, groups))
+
+    def __enter__(self) -> NetlinkSocket:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """The file descriptor, for poll and select."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def batch(self, messages: Sequence[Message]) -> list[Failure]:
+        """Send the messages, in order; every one is tried, whatever became of the others.
+
+        Returns those that failed, in order. Raises OSError when the conversation with the
+        kernel itself breaks.
+        """
+        return self.transact(messages)[0]
+
+    def transact(self, messages: Sequence[Message]) -> tuple[list[Failure], list[Reply]]:
+        """``batch``, which also returns what the kernel sent back for ``NLM_F_ECHO``."""
+        failures: list[Failure] = []
+        replies: list[Reply] = []
+        for window in _windows(messages):
+            first = self._sequence + 1
+            last = self._send(messages[window.start : window.stop])
+            for sequence, kind, body in self._answers(last):
+                index = window.start + sequence - first
+                if kind != NLMSG_ERROR:
+                    replies.append(Reply(index, kind, body))
+                elif code := -_INT.unpack_from(body)[0]:
+                    failures.append(Failure(index, code, _error_text(code, body)))
+        return failures, replies
+
+    def request(self, message: Message) -> bytes:
+        """Send one message and return the body of the answer. Raises OSError if refused."""
+        failures, replies = self.transact([message])
+        if failures:
+            raise OSError(failures[0].errno, failures[0].message)
+        if not replies:
+            raise OSError(errno.EPROTO, f"netlink message {message.type}: no answer")
+        return replies[0].body
+
+    def dump(self, message: Message) -> list[bytes]:
+        """The bodies that answer a dump request. Raises OSError, DumpInterruptedError.
+
+        A dump during which the table changed is thrown away and read again.
+        """
+        for _ in range(_DUMP_ATTEMPTS):
+            bodies, interrupted = self._dump_once(message)
+            if not interrupted:
+                return bodies
+        raise DumpInterruptedError(
+            errno.EAGAIN, f"netlink dump {message.type}: interrupted {_DUMP_ATTEMPTS} times"
+        )
+
+    def receive(self) -> list[Message]:
+        """Wait for one datagram of a multicast group.
+
+        Raises OSError; ENOBUFS when messages were lost: read the table again.
+        """
+        return [Message(kind, 0, body) for _, kind, _, body in self._read()]
+
+    def _send(self, messages: Sequence[Message]) -> int:
+        """Send in one datagram; only the last message asks for an acknowledgement.
+
+        The kernel reports a failure unasked, and answers in order. Returns the last
+        sequence number.
+        """
+        parts: list[bytes] = []
+        sequence = self._sequence
+        final = len(messages) - 1
+        for index, (kind, flags, body) in enumerate(messages):
+            sequence += 1
+            flags |= NLM_F_REQUEST | (NLM_F_ACK if index == final else 0)
+            length = 16 + len(body)
+            parts += (_HEADER.pack(length, kind, flags, sequence, 0), body, bytes(-length & 3))
+        self._sequence = sequence if sequence < _SEQUENCE_RESTART else 0
+        self._socket.send(b"".join(parts))
+        return sequence
+
+    def _answers(self, last: int) -> Iterator[tuple[int, int, bytes]]:
+        """(sequence, type, body) of all answers, up to the one to message ``last``."""
+        first = last - _WINDOW_MESSAGES
+        while True:
+            for sequence, kind, _, body in self._read():
+                if first < sequence <= last:
+                    yield sequence, kind, body
+                    if sequence == last and kind == NLMSG_ERROR:
+                        return
+
+    def _dump_once(self, message: Message) -> tuple[list[bytes], bool]:
+        self._sequence += 1
+        own = self._sequence
+        flags = message.flags | NLM_F_REQUEST | NLM_F_DUMP
+        length = 16 + len(message.body)
+        self._socket.send(_HEADER.pack(length, message.type, flags, own, 0) + message.body)
+        bodies: list[bytes] = []
+        interrupted = False
+        while True:
+            for sequence, kind, flags, body in self._read():
+                if sequence != own:
+                    continue
+                interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
+                if kind in (NLMSG_DONE, NLMSG_ERROR):
+                    code = -_INT.unpack_from(body)[0] if len(body) >= 4 else 0
+                    if code:
+                        raise OSError(code, _error_text(code, body))
+                    return bodies, interrupted
+                bodies.append(body)
+
+    def _read(self) -> list[tuple[int, int, int, bytes]]:
+        """One datagram's messages as (sequence, type, flags, body)."""
+        try:
+            data = self._socket.recv(_RECEIVE)
+        except BlockingIOError as error:
+            raise TimeoutError(
+                errno.ETIMEDOUT, f"netlink: no answer within {_ANSWER_SECONDS} s"
+            ) from error
+        found = []
+        offset = 0
+        while offset + 16 <= len(data):
+            length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
+            found.append((sequence, kind, flags, data[offset + 16 : offset + length]))
+            offset += (length + 3) & ~3
+        return found
+
+
+def _windows(messages: Sequence[Message]) -> Iterator[range]:
+    """Index ranges of messages that go into one datagram."""
+    start = size = 0
+    for index, message in enumerate(messages):
+        length = 16 + len(message.body) + 3
+        if index - start == _WINDOW_MESSAGES or (index > start and size + length > _WINDOW_BYTES):
+            yield range(start, index)
+            start, size = index, 0
+        size += length
+    if start < len(messages):
+        yield range(start, len(messages))
+
+
+def _error_text(code: int, body: bytes) -> str:
+    """What the kernel says is wrong: errno's text and the extended ACK's."""
+    plain = os.strerror(code)
+    # int error, then the header of the refused message (its body is cut off: CAP_ACK),
+    # then attributes. A failed dump has the attributes right after the int.
+    for offset in (20, 4):
+        try:
+            found = attributes(body, offset).get(_NLMSGERR_ATTR_MSG)
+        except ValueError:
+            continue
+        if found:
+            return f"{plain}: {text(found)}"
+    return plain

@@ -1,0 +1,302 @@
+"""Routes: read those that are ours, apply a plan. See ip-route(8), rtnetlink(7).
+
+Ours are recognised by their protocol number. A create never overwrites: where another
+program has a route with the same key, it fails with EEXIST and says so. A delete takes
+only a route that has our protocol.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from api.net import V4, V6, Net, format_address
+from kernel.netlink import (
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    Message,
+    NetlinkSocket,
+    attribute,
+    attribute_list,
+    attribute_u32,
+    attributes,
+    u32,
+)
+from reconcile.plan import Plan
+
+RTM_NEWROUTE = 24
+RTM_DELROUTE = 25
+RTM_GETROUTE = 26
+
+PROTO_FELIX = 80  # routes to pods and to blocks on other nodes, as in Calico
+PROTO_BGP = 179  # routes learned by BGP, and the blackholes of own blocks
+
+TABLE_MAIN = 254
+
+SCOPE_GLOBAL = 0
+SCOPE_LINK = 253
+SCOPE_HOST = 254
+
+_KINDS = {
+    "unicast": 1,
+    "local": 2,
+    "broadcast": 3,
+    "anycast": 4,
+    "multicast": 5,
+    "blackhole": 6,
+    "unreachable": 7,
+    "prohibit": 8,
+    "throw": 9,
+}
+_KIND_NAMES = {number: name for name, number in _KINDS.items()}
+_WITHOUT_DEVICE = frozenset(("blackhole", "unreachable", "prohibit", "throw"))
+
+_RTA_DST = 1
+_RTA_OIF = 4
+_RTA_GATEWAY = 5
+_RTA_PRIORITY = 6
+_RTA_PREFSRC = 7
+_RTA_MULTIPATH = 9
+_RTA_TABLE = 15
+
+_RTNH_F_ONLINK = 4
+_RTM_F_CLONED = 0x200
+# The metric the kernel gives an IPv6 route that asks for none
+_V6_DEFAULT_METRIC = 1024
+
+# family, destination and source length, tos, table, protocol, scope, type, flags
+_RTMSG = struct.Struct("=BBBBBBBBI")
+_RTNEXTHOP = struct.Struct("=HBBi")  # length, flags, weight - 1, ifindex
+_FAMILY = {V4: 2, V6: 10}
+_VERSION = {2: V4, 10: V6}
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """Where a route leads: an interface and, unless the destination is on it, a gateway.
+
+    ``gateway`` is an address of the route's IP version. ``onlink``: the gateway is
+    reachable on the interface whatever the interface's addresses say. ``weight`` is the
+    share among several hops, 1 to 256.
+    """
+
+    ifindex: int
+    gateway: int | None = None
+    onlink: bool = False
+    weight: int = 1
+
+
+class RouteKey(NamedTuple):
+    """What the kernel allows only once (type of service aside)."""
+
+    table: int
+    net: Net
+    metric: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A route. Several ``hops`` share the traffic (ECMP).
+
+    ``scope`` None means what ip-route(8) would choose. ``metric`` 0 is the kernel's
+    default (for IPv6 that is 1024). Fields that mean the same are made equal, so that a
+    route read back equals the one written: IPv6 has no scopes, hops have no order.
+    """
+
+    net: Net
+    hops: tuple[Hop, ...] = ()
+    kind: str = "unicast"
+    protocol: int = PROTO_FELIX
+    scope: int | None = None
+    source: int | None = None
+    metric: int = 0
+    table: int = TABLE_MAIN
+
+    def __post_init__(self) -> None:
+        if self.net.version == V6:
+            object.__setattr__(self, "scope", SCOPE_GLOBAL)
+            if self.metric == _V6_DEFAULT_METRIC:
+                object.__setattr__(self, "metric", 0)
+        elif self.scope is None:
+            object.__setattr__(self, "scope", _default_scope(self.kind, self.hops))
+        if len(self.hops) > 1:
+            ordered = sorted(self.hops, key=lambda hop: (hop.ifindex, hop.gateway or 0))
+            object.__setattr__(self, "hops", tuple(ordered))
+
+    @property
+    def key(self) -> RouteKey:
+        """Its place in the table."""
+        return RouteKey(self.table, self.net, self.metric)
+
+    def __str__(self) -> str:
+        words = [] if self.kind == "unicast" else [self.kind]
+        words.append(str(self.net))
+        for hop in self.hops:
+            if len(self.hops) > 1:
+                words.append("nexthop")
+            if hop.gateway is not None:
+                words += ("via", format_address(self.net.version, hop.gateway))
+            words += ("dev", f"#{hop.ifindex}")
+            if hop.onlink:
+                words.append("onlink")
+        words += ("proto", str(self.protocol))
+        if self.metric:
+            words += ("metric", str(self.metric))
+        if self.table != TABLE_MAIN:
+            words += ("table", str(self.table))
+        return " ".join(words)
+
+
+def _default_scope(kind: str, hops: tuple[Hop, ...]) -> int:
+    if kind == "local":
+        return SCOPE_HOST
+    if kind == "unicast" and all(hop.gateway is None for hop in hops):
+        return SCOPE_LINK
+    return SCOPE_GLOBAL
+
+
+class Routes:
+    """The routes of the namespace that ``socket`` speaks to."""
+
+    def __init__(self, socket: NetlinkSocket) -> None:
+        self._socket = socket
+
+    def read(
+        self, *, version: int, table: int = TABLE_MAIN, protocol: int | None = None
+    ) -> dict[RouteKey, Route]:
+        """The routes of one table and, if given, protocol; the kernel does the filtering.
+
+        ``ip route show table TABLE proto PROTOCOL``.
+        """
+        header = _RTMSG.pack(_FAMILY[version], 0, 0, 0, 0, protocol or 0, 0, 0, 0)
+        message = Message(RTM_GETROUTE, 0, header + attribute_u32(_RTA_TABLE, table))
+        try:
+            bodies = self._socket.dump(message)
+        except FileNotFoundError:
+            return {}  # a table without routes does not exist
+        found = map(parse_route, bodies)
+        return {route.key: route for route in found if route is not None}
+
+    def apply(self, plan: Plan[RouteKey, Route]) -> dict[RouteKey, OSError]:
+        """Do the whole plan in one batch; returns the errors of the steps that failed.
+
+        Creates and updates come before deletes, so that a destination which moves to
+        another key stays reachable. A route to delete that is gone is no error.
+        """
+        steps = [
+            *((route, route_add(route)) for route in plan.create.values()),
+            *((route, route_replace(route)) for route in plan.update.values()),
+            *((route, route_delete(route)) for route in plan.delete.values()),
+        ]
+        first_delete = len(plan.create) + len(plan.update)
+        errors: dict[RouteKey, OSError] = {}
+        for failure in self._socket.batch([message for _, message in steps]):
+            if failure.index >= first_delete and failure.errno == errno.ESRCH:
+                continue
+            route = steps[failure.index][0]
+            errors[route.key] = failure.error(route)
+        return errors
+
+
+def route_add(route: Route) -> Message:
+    """``ip route add``: EEXIST where the key is taken."""
+    return Message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, _body(route, route.hops))
+
+
+def route_replace(route: Route) -> Message:
+    """``ip route replace``, without a moment in which there is no route."""
+    return Message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, _body(route, route.hops))
+
+
+def route_delete(route: Route) -> Message:
+    """``ip route del … proto …``: ESRCH where no route of this kind and protocol is."""
+    return Message(RTM_DELROUTE, 0, _body(route, ()))
+
+
+def _body(route: Route, hops: tuple[Hop, ...]) -> bytes:
+    net = route.net
+    table = route.table if route.table < 256 else 0
+    # An IPv6 blackhole lives on the loopback device, which the kernel adds by itself.
+    flags = _RTNH_F_ONLINK if len(hops) == 1 and hops[0].onlink else 0
+    parts = [
+        _RTMSG.pack(
+            _FAMILY[net.version], net.length, 0, 0,
+            table, route.protocol, route.scope or 0, _KINDS[route.kind], flags,
+        )
+    ]  # fmt: skip
+    if net.length:
+        parts.append(attribute(_RTA_DST, net.packed()))
+    if not table:
+        parts.append(attribute_u32(_RTA_TABLE, route.table))
+    if route.metric:
+        parts.append(attribute_u32(_RTA_PRIORITY, route.metric))
+    if route.source is not None:
+        parts.append(attribute(_RTA_PREFSRC, Net(net.version, route.source, 0).packed()))
+    if len(hops) == 1:
+        parts.append(_hop_attributes(net.version, hops[0]))
+        parts.append(attribute_u32(_RTA_OIF, hops[0].ifindex))
+    elif hops:
+        parts.append(attribute(_RTA_MULTIPATH, b"".join(_next_hop(net.version, h) for h in hops)))
+    return b"".join(parts)
+
+
+def _hop_attributes(version: int, hop: Hop) -> bytes:
+    if hop.gateway is None:
+        return b""
+    return attribute(_RTA_GATEWAY, Net(version, hop.gateway, 0).packed())
+
+
+def _next_hop(version: int, hop: Hop) -> bytes:
+    inner = _hop_attributes(version, hop)
+    flags = _RTNH_F_ONLINK if hop.onlink else 0
+    return _RTNEXTHOP.pack(8 + len(inner), flags, hop.weight - 1, hop.ifindex) + inner
+
+
+def parse_route(body: bytes) -> Route | None:
+    """The route of an RTM_NEWROUTE or RTM_DELROUTE message; None if it is a cached clone."""
+    family, length, _, _, table, protocol, scope, kind, flags = _RTMSG.unpack_from(body)
+    if flags & _RTM_F_CLONED:
+        return None
+    found = attributes(body, _RTMSG.size)
+    version = _VERSION[family]
+    name = _KIND_NAMES.get(kind, str(kind))
+    hops: tuple[Hop, ...] = ()
+    if _RTA_MULTIPATH in found:
+        hops = _parse_hops(found[_RTA_MULTIPATH])
+    elif _RTA_OIF in found and name not in _WITHOUT_DEVICE:
+        hops = (
+            Hop(
+                u32(found[_RTA_OIF]),
+                _address(found.get(_RTA_GATEWAY)),
+                bool(flags & _RTNH_F_ONLINK),
+            ),
+        )
+    return Route(
+        net=Net(version, int.from_bytes(found.get(_RTA_DST, b""), "big"), length),
+        hops=hops,
+        kind=name,
+        protocol=protocol,
+        scope=scope,
+        source=_address(found.get(_RTA_PREFSRC)),
+        metric=u32(found[_RTA_PRIORITY]) if _RTA_PRIORITY in found else 0,
+        table=u32(found[_RTA_TABLE]) if _RTA_TABLE in found else table,
+    )
+
+
+def _parse_hops(data: bytes) -> tuple[Hop, ...]:
+    hops = []
+    offset = 0
+    while offset + _RTNEXTHOP.size <= len(data):
+        length, flags, weight, ifindex = _RTNEXTHOP.unpack_from(data, offset)
+        inner = dict(attribute_list(data[offset + _RTNEXTHOP.size : offset + length]))
+        gateway = _address(inner.get(_RTA_GATEWAY))
+        hops.append(Hop(ifindex, gateway, bool(flags & _RTNH_F_ONLINK), weight + 1))
+        offset += (length + 3) & ~3
+    return tuple(hops)
+
+
+def _address(data: bytes | None) -> int | None:
+    return None if data is None else int.from_bytes(data, "big")

@@ -1,0 +1,5 @@
+"""Fixtures for the tests of all rooms."""
+
+from tests.support.netns import namespace, netlink
+
+__all__ = ["namespace", "netlink"]
