@@ -133,7 +133,11 @@ def parse(text: str) -> Selector:
         text.encode()
     except UnicodeEncodeError as error:
         raise SelectorError(text, error.start, "text must be valid Unicode") from error
-    return Selector(_Parser(text).parse())
+    parser = _Parser(text)
+    selector = Selector(parser.parse())
+    if parser.deepest == MAX_DEPTH:  # the canonical form may add a pair of parentheses
+        _Parser(selector.canonical).parse()
+    return selector
 
 
 def normalise(text: str) -> str:
@@ -176,11 +180,12 @@ _OPERATOR_EXPECTED = (
 class _Parser:
     """Recursive descent over the text itself; the position always stands on a word."""
 
-    __slots__ = ("position", "text")
+    __slots__ = ("deepest", "position", "text")
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.position = 0
+        self.deepest = 0
 
     def parse(self) -> Node:
         self._skip(0)
@@ -214,6 +219,7 @@ class _Parser:
     def _group(self, depth: int) -> Node:
         if depth == MAX_DEPTH:
             raise self._error(f"parentheses are nested more than {MAX_DEPTH} deep")
+        self.deepest = max(self.deepest, depth + 1)
         node = self._or(depth + 1)
         if not self._take(")"):
             raise self._error("expected && or || or )")

@@ -97,6 +97,11 @@ def test_nesting_is_bounded() -> None:
         parse("!(" * 1_000_000)
     deepest = "!(" * MAX_DEPTH + "has(a) && has(b)" + ")" * MAX_DEPTH
     assert parse(deepest).matches({"a": "", "b": ""})
+    flat, nested = "has(a) && (" * MAX_DEPTH, "(has(a) && " * MAX_DEPTH
+    with pytest.raises(SelectorError, match="nested more than"):  # its canonical form would be
+        parse(flat + "has(b) || has(c)" + ")" * MAX_DEPTH)
+    deep = parse(nested + "has(b)" + ")" * MAX_DEPTH)
+    assert parse(deep.canonical) == deep
     assert parse("!" * 1_000_001 + "has(a)").matches({})
 
 
