@@ -11,7 +11,7 @@ handed out belongs to the caller, who may change it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -129,8 +129,12 @@ class Datastore(Protocol):
         Raises NotFoundError, ConflictError.
         """
 
-    def watch(self, kinds: Iterable[str], revision: str) -> Watch:
-        """Every change of these kinds after ``revision``, which a ``list`` or event gave."""
+    def watch(self, kinds: Iterable[str], revision: str | Mapping[str, str]) -> Watch:
+        """Every change of these kinds after ``revision``, which a ``list`` or event gave.
+
+        With a mapping, each kind's changes begin after its own revision: lists of several
+        kinds are taken one after the other, and their revisions can't be compared.
+        """
 
     def close(self) -> None:
         """Let go of what the store holds open."""

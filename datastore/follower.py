@@ -1,0 +1,144 @@
+"""From a store to a stream of updates: list, watch, and begin again when that breaks."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from datastore.interface import JSON, Datastore, Entry, Key, StoreError, Watch
+
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """An object as it is now; ``value`` is None when it does not exist (any more)."""
+
+    key: Key
+    value: JSON | None
+
+
+@dataclass(frozen=True, slots=True)
+class InSync:
+    """Every object that existed at the start has been sent. Sent once."""
+
+
+class Follower:
+    """A thread that keeps a consumer informed of all objects of some kinds.
+
+    ``sink`` gets ``Update`` for every object and every change, in order for each object, and
+    ``InSync`` after the first complete listing; it runs in the follower's thread, so it should
+    be ``SimpleQueue.put``. Whatever goes wrong with the store is logged, and tried again with
+    a growing pause (0.1 to 10 s); meanwhile the consumer's last state stands. After that only
+    what differs is sent, with ``None`` for what disappeared.
+    """
+
+    def __init__(
+        self, store: Datastore, kinds: Iterable[str], sink: Callable[[Update | InSync], object]
+    ) -> None:
+        self._store = store
+        self._kinds = tuple(kinds)
+        self._sink = sink
+        self._known: dict[Key, str] = {}  # what the consumer has, and at which revision
+        self._announced = False  # InSync was sent
+        self._stopping = threading.Event()
+        self._watch: Watch | None = None
+        self._watch_lock = threading.Lock()
+        self._problem: str | None = "not started"
+        self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether the store is followed at this moment (False during an outage)."""
+        return self._problem is None
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is not followed, in words; None when all is well."""
+        return self._problem
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop, and wait until nothing more can reach the sink."""
+        self._stopping.set()
+        with self._watch_lock:
+            if self._watch is not None:
+                self._watch.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        pause = _FIRST_PAUSE
+        while not self._stopping.is_set():
+            try:
+                positions = self._list()
+                with self._open(positions) as watch:
+                    self._recovered()
+                    pause = _FIRST_PAUSE
+                    self._follow(watch)
+            except StoreError as error:
+                self._failed(str(error))
+            except Exception as error:
+                # A bug, in the store or in the sink: keep the rest of the program going.
+                _log.exception("unexpected error while following the datastore")
+                self._failed(repr(error))
+            self._stopping.wait(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _list(self) -> dict[str, str]:
+        """Send all that differs from what the consumer has; returns where to watch from."""
+        positions = {}
+        for kind in self._kinds:
+            listing = self._store.list(kind)
+            positions[kind] = listing.revision
+            present = {entry.key for entry in listing.entries}
+            for key in [key for key in self._known if key.kind == kind and key not in present]:
+                self._send(key, None)
+            for entry in listing.entries:
+                if self._known.get(entry.key) != entry.revision:
+                    self._send(entry.key, entry)
+        return positions
+
+    def _open(self, positions: dict[str, str]) -> Watch:
+        watch = self._store.watch(self._kinds, positions)
+        with self._watch_lock:
+            self._watch = watch
+            if self._stopping.is_set():
+                watch.close()
+        return watch
+
+    def _follow(self, watch: Watch) -> None:
+        while events := watch.next():  # none: closed, by us or with the store
+            for event in events:
+                self._send(event.key, event.entry)
+
+    def _send(self, key: Key, entry: Entry | None) -> None:
+        if entry is None:
+            if self._known.pop(key, None) is not None:
+                self._sink(Update(key, None))
+        else:
+            self._known[key] = entry.revision
+            self._sink(Update(key, entry.value))
+
+    def _recovered(self) -> None:
+        if not self._announced:
+            self._announced = True
+            self._sink(InSync())
+            _log.info("datastore in sync: %d objects", len(self._known))
+        elif self._problem is not None:
+            _log.info("datastore followed again: %d objects", len(self._known))
+        self._problem = None
+
+    def _failed(self, problem: str) -> None:
+        if problem != self._problem:
+            _log.warning("datastore not followed, the last state stands: %s", problem)
+        self._problem = problem

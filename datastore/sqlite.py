@@ -1,0 +1,193 @@
+"""The embedded store: one SQLite file for all processes of a machine.
+
+What a crash and a power loss may cost, and who may share the file: ``datastore.sqlite_file``.
+Revisions are the numbers of a single counter, as text. The latest changes are kept for
+watches: at most ``HISTORY`` of them, none older than ``HISTORY_SECONDS``.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import orjson
+
+from datastore.interface import (
+    JSON,
+    AlreadyExistsError,
+    ConflictError,
+    Entry,
+    Key,
+    Listing,
+    NotFoundError,
+)
+from datastore.sqlite_file import SqliteFile
+from datastore.sqlite_watch import SqliteWatch
+
+HISTORY = 10_000
+HISTORY_SECONDS = 3600
+_COMPACT_EVERY = 250  # revisions
+_CHECKPOINT_EVERY = 250  # revisions, about 2 MB of log
+
+Row = tuple[int, bytes]  # revision and value
+
+
+class SqliteDatastore:
+    """A ``Datastore`` in one SQLite file, opened by the first operation.
+
+    ``path``: the file, made when it is missing; its directory must exist.
+    ``synchronous``: ``normal``, or ``full`` for commits that survive a power loss.
+    ``history``: how many changes are kept for watches.
+    Every operation may raise UnavailableError, which names the file and a remedy.
+    """
+
+    def __init__(
+        self, path: Path | str, *, synchronous: str = "normal", history: int = HISTORY
+    ) -> None:
+        self._file = SqliteFile(Path(path), synchronous)
+        self._history = history
+        self._watches: weakref.WeakSet[SqliteWatch] = weakref.WeakSet()
+        self._watches_lock = threading.Lock()
+
+    def get(self, key: Key) -> Entry:
+        """The object. Raises NotFoundError."""
+        with self._file.reading() as connection:
+            row = _row(connection, key)
+        return _entry(key, _existing(key, row))
+
+    def list(self, kind: str, namespace: str | None = None) -> Listing:
+        """All objects of a kind, sorted by key, in one namespace or (None) in all."""
+        where, values = "kind = ?", [kind]
+        if namespace is not None:
+            where, values = "kind = ? AND namespace = ?", [kind, namespace]
+        with self._file.reading() as connection:
+            (revision,) = connection.execute("SELECT max(revision) FROM changes").fetchone()
+            rows = connection.execute(
+                f"SELECT namespace, name, revision, value FROM objects WHERE {where}"
+                " ORDER BY name, namespace",
+                values,
+            ).fetchall()
+        entries = [
+            Entry(Key(kind, name, space), orjson.loads(value), str(number))
+            for space, name, number, value in rows
+        ]
+        return Listing(entries, str(revision or 0))
+
+    def create(self, key: Key, value: JSON) -> Entry:
+        """Store a new object. Raises AlreadyExistsError."""
+
+        def must_be_new(row: Row | None) -> None:
+            if row is not None:
+                raise AlreadyExistsError(f"{key}: exists already", key)
+
+        return self._put(key, value, must_be_new)
+
+    def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
+        """Replace an object, only at ``revision`` when one is given.
+
+        Raises NotFoundError, ConflictError.
+        """
+        return self._put(key, value, lambda row: _unchanged(key, row, revision))
+
+    def delete(self, key: Key, revision: str | None = None) -> Entry:
+        """Delete an object, only at ``revision`` when one is given; returns what it was.
+
+        Raises NotFoundError, ConflictError.
+        """
+        row, _ = self._write(key, None, lambda row: _unchanged(key, row, revision))
+        return _entry(key, _existing(key, row))
+
+    def watch(self, kinds: Iterable[str], revision: str | Mapping[str, str]) -> SqliteWatch:
+        """Every change of these kinds after ``revision``, which a ``list`` or event gave."""
+        watch = SqliteWatch(self._file, kinds, revision)
+        with self._watches_lock:
+            self._watches.add(watch)
+        return watch
+
+    def close(self) -> None:
+        """End all watches and let go of the file."""
+        with self._watches_lock:
+            watches = list(self._watches)
+        for watch in watches:
+            watch.close()
+        self._file.close()
+
+    def _put(self, key: Key, value: JSON, check: Callable[[Row | None], None]) -> Entry:
+        data = orjson.dumps(value)
+        _, revision = self._write(key, data, check)
+        return Entry(key, orjson.loads(data), str(revision))
+
+    def _write(
+        self, key: Key, data: bytes | None, check: Callable[[Row | None], None]
+    ) -> tuple[Row | None, int]:
+        """Replace (``data``) or delete (None) an object when ``check`` lets its row pass.
+
+        Returns the row as it was, and the revision of the change.
+        """
+        with self._file.writing() as connection:
+            row = _row(connection, key)
+            check(row)
+            revision = connection.execute(
+                "INSERT INTO changes (time, kind, namespace, name, value) VALUES (?, ?, ?, ?, ?)",
+                (int(time.time()), key.kind, key.namespace, key.name, data),
+            ).lastrowid
+            assert revision is not None
+            if data is None:
+                connection.execute(
+                    "DELETE FROM objects WHERE kind = ? AND namespace = ? AND name = ?",
+                    (key.kind, key.namespace, key.name),
+                )
+            else:
+                connection.execute(
+                    "INSERT INTO objects (kind, namespace, name, revision, value)"
+                    " VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, namespace, name)"
+                    " DO UPDATE SET revision = excluded.revision, value = excluded.value",
+                    (key.kind, key.namespace, key.name, revision, data),
+                )
+            if revision % _COMPACT_EVERY == 0:
+                self._compact(connection, revision)
+        if revision % _CHECKPOINT_EVERY == 0:
+            self._file.checkpoint()
+        return row, revision
+
+    def _compact(self, connection: sqlite3.Connection, revision: int) -> None:
+        """Forget the oldest changes: always from the front, so that no gap can arise."""
+        (first_young,) = connection.execute(
+            "SELECT revision FROM changes WHERE time >= ? ORDER BY revision LIMIT 1",
+            (int(time.time()) - HISTORY_SECONDS,),
+        ).fetchone() or (revision,)
+        connection.execute(
+            "DELETE FROM changes WHERE revision < ?",
+            (min(revision, max(first_young, revision - self._history + 1)),),
+        )
+
+
+def _row(connection: sqlite3.Connection, key: Key) -> Row | None:
+    row: Row | None = connection.execute(
+        "SELECT revision, value FROM objects WHERE kind = ? AND namespace = ? AND name = ?",
+        (key.kind, key.namespace, key.name),
+    ).fetchone()
+    return row
+
+
+def _existing(key: Key, row: Row | None) -> Row:
+    if row is None:
+        raise NotFoundError(f"{key}: does not exist", key)
+    return row
+
+
+def _unchanged(key: Key, row: Row | None, revision: str | None) -> None:
+    found, _ = _existing(key, row)
+    if revision is not None and revision != str(found):
+        raise ConflictError(
+            f"{key}: is at revision {found}, not {revision}; read it again and retry", key
+        )
+
+
+def _entry(key: Key, row: Row) -> Entry:
+    revision, value = row
+    return Entry(key, orjson.loads(value), str(revision))

@@ -1,0 +1,315 @@
+"""The SQLite file under the embedded store: opening it, sharing it, saying what is wrong with it.
+
+One file in WAL mode serves all processes of a machine, in whatever network or mount
+namespaces they run: locks, shared memory and inotify all go by inode.
+
+- A transaction that writes takes SQLite's write lock at its beginning (``BEGIN IMMEDIATE``),
+  so it never fails half-way. Waiting for the lock is fair: the longer one has waited, the
+  more often one tries.
+- After each commit the file's times are set (``touch FILE``). Watchers hear of that through
+  inotify, and it comes strictly after the commit is visible.
+- The first use pins the file. When it disappears or another file takes its place, every
+  operation fails until the pinned one is back or the program is started again: an agent must
+  not mistake an empty new file for a cluster in which everything was deleted.
+- Killing a process at any moment costs at most its uncommitted transaction. A power loss
+  never damages the file, but under ``synchronous=normal`` it may take back the last commits
+  (those since the last checkpoint); under ``full`` each commit is on the disk first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+from datastore.interface import UnavailableError
+
+SYNCHRONOUS = ("normal", "full")
+
+_APPLICATION_ID = 0x4D414E58  # "MANX", for file(1) and for us
+_SCHEMA_VERSION = 1
+_SCHEMA = (
+    # value: JSON text in UTF-8; revision: that of the object's last change
+    """CREATE TABLE objects (
+        kind TEXT NOT NULL, namespace TEXT NOT NULL, name TEXT NOT NULL,
+        revision INTEGER NOT NULL, value BLOB NOT NULL,
+        PRIMARY KEY (kind, namespace, name))""",
+    # The latest changes, for watches; value is NULL for a deletion. The last row is never
+    # removed, so the next revision is always greater than any before.
+    """CREATE TABLE changes (
+        revision INTEGER PRIMARY KEY, time INTEGER NOT NULL,
+        kind TEXT NOT NULL, namespace TEXT NOT NULL, name TEXT NOT NULL, value BLOB)""",
+    f"PRAGMA application_id = {_APPLICATION_ID}",
+    f"PRAGMA user_version = {_SCHEMA_VERSION}",
+)
+
+_LOCK_SECONDS = 30.0  # how long to wait for the write lock
+_IDLE_READERS = 4
+_WAL_BYTES = 64 << 20  # a log this long is cut, which makes writers wait for a moment
+
+T = TypeVar("T")
+
+
+class SqliteFile:
+    """Connections and transactions on one store file. Safe to use from several threads."""
+
+    def __init__(self, path: Path, synchronous: str) -> None:
+        self.path = path
+        self._synchronous = synchronous
+        self._pinned: tuple[int, int] | None = None  # device and inode
+        self._writer: sqlite3.Connection | None = None
+        self._writer_lock = threading.Lock()
+        self._readers: list[sqlite3.Connection] = []
+        self._readers_lock = threading.Lock()
+        self._closed = False
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that sees one moment. Raises UnavailableError."""
+        with self._explained():
+            self.check()
+            connection = self._take_reader()
+            healthy = False
+            try:
+                connection.execute("BEGIN")
+                try:
+                    yield connection
+                finally:
+                    connection.execute("ROLLBACK")
+                healthy = True
+            except sqlite3.Error:
+                raise
+            except BaseException:
+                healthy = not connection.in_transaction
+                raise
+            finally:
+                self._give_back(connection, healthy)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that writes; committed at the end of the block, undone by an exception.
+
+        Raises UnavailableError; then nothing was written.
+        """
+        with self._explained():
+            if not self._writer_lock.acquire(timeout=_LOCK_SECONDS):
+                raise UnavailableError(self._locked())
+            try:
+                self.check()
+                if self._writer is None:
+                    self._writer = self._connect(0)  # fair waiting instead of SQLite's
+                connection = self._writer
+                try:
+                    _patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
+                    yield connection
+                    connection.execute("COMMIT")
+                except BaseException:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error:
+                self._drop_writer()
+                raise
+            finally:
+                self._writer_lock.release()
+        # Watchers look again every second anyway, should this fail or never be reached.
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
+
+    def checkpoint(self) -> None:
+        """Move committed pages from the log into the file.
+
+        Done here and not by SQLite inside COMMIT, so that nobody waits for the disk between a
+        commit and the news of it.
+        """
+        wal = self.path.with_name(self.path.name + "-wal")
+        with self._explained(), self._writer_lock:
+            if self._writer is not None:
+                self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                with contextlib.suppress(FileNotFoundError):
+                    if wal.stat().st_size > _WAL_BYTES:
+                        self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
+    def check(self) -> None:
+        """Raise UnavailableError unless the file is there and is the one first opened."""
+        if self._closed:
+            raise UnavailableError(f"datastore {self.path}: closed by this program")
+        if self._pinned is None:
+            return
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise UnavailableError(
+                f"datastore {self.path}: was removed while in use ({error.strerror});"
+                " put it back, or restart this program to begin with an empty one"
+            ) from error
+        if (found.st_dev, found.st_ino) != self._pinned:
+            raise UnavailableError(
+                f"datastore {self.path}: was replaced by another file while in use;"
+                " restart this program to use the new one"
+            )
+
+    def close(self) -> None:
+        """Close all connections, those in use as soon as they are given back."""
+        self._closed = True
+        with self._writer_lock:
+            self._drop_writer()
+        with self._readers_lock:
+            readers, self._readers = self._readers, []
+        for connection in readers:
+            connection.close()
+
+    def _drop_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def _take_reader(self) -> sqlite3.Connection:
+        with self._readers_lock:
+            if self._readers:
+                return self._readers.pop()
+        return self._connect(_LOCK_SECONDS)  # waits only while another recovers the log
+
+    def _give_back(self, connection: sqlite3.Connection, healthy: bool) -> None:
+        with self._readers_lock:
+            if healthy and not self._closed and len(self._readers) < _IDLE_READERS:
+                self._readers.append(connection)
+                return
+        connection.close()
+
+    def _connect(self, lock_seconds: float) -> sqlite3.Connection:
+        with contextlib.suppress(FileExistsError):
+            if self._pinned is None:
+                # mknod, because closing a descriptor of our own would drop SQLite's locks
+                os.mknod(self.path, stat.S_IFREG | 0o600)
+        before = self.path.stat()
+        if not stat.S_ISREG(before.st_mode):
+            raise UnavailableError(f"datastore {self.path}: is not a regular file")
+        connection = sqlite3.connect(
+            f"file:{quote(str(self.path))}?mode=rw",
+            uri=True,
+            timeout=lock_seconds,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            _patiently(lambda: self._prepare(connection))
+            after = self.path.stat()
+            if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
+                raise UnavailableError(f"datastore {self.path}: was replaced while being opened")
+            if self._pinned is None:
+                self._pinned = after.st_dev, after.st_ino
+            self.check()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        if not self._recognised(connection):
+            connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                if not self._recognised(connection):
+                    for statement in _SCHEMA:
+                        connection.execute(statement)
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+        (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+        if mode != "wal":
+            raise UnavailableError(
+                f"datastore {self.path}: the file system can't do SQLite's WAL mode"
+                " (network file systems can't); move the file to a local disk"
+            )
+        connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+
+    def _recognised(self, connection: sqlite3.Connection) -> bool:
+        """Whether the file has our schema; False when it is still empty."""
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not application and not version and not tables:
+            return False
+        if application != _APPLICATION_ID:
+            raise UnavailableError(
+                f"datastore {self.path}: is an SQLite database of another program;"
+                " name another file in MANX_DATASTORE"
+            )
+        if version != _SCHEMA_VERSION:
+            raise UnavailableError(
+                f"datastore {self.path}: has schema version {version}, this program knows"
+                f" {_SCHEMA_VERSION}; run the version of Manx that wrote it"
+            )
+        return True
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn errors of SQLite and the file system into UnavailableError with a remedy."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise UnavailableError(self._explain(error)) from error
+        except OSError as error:
+            raise UnavailableError(
+                f"datastore {self.path}: {error.strerror}; make sure that the directory"
+                f" {self.path.parent} exists and can be written, or correct MANX_DATASTORE"
+            ) from error
+
+    def _explain(self, error: sqlite3.Error) -> str:
+        code = _primary_code(error)
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return self._locked()
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            remedy = (
+                "is damaged or no SQLite database; restore a copy of it, or save what can be"
+                f" read with: sqlite3 {self.path} .recover"
+            )
+        elif code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+            remedy = (
+                "can't be opened for writing; check owner and mode of the file and of its"
+                " directory, and that the file system is not mounted read-only"
+            )
+        elif code == sqlite3.SQLITE_FULL:
+            remedy = "the disk is full; make room"
+        else:
+            remedy = "can't be used now"
+        return f"datastore {self.path}: {remedy} ({error})"
+
+    def _locked(self) -> str:
+        return (
+            f"datastore {self.path}: another process has held the write lock for"
+            f" {_LOCK_SECONDS:.0f} s; find it with: fuser -v {self.path}"
+        )
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    code = getattr(error, "sqlite_errorcode", None)
+    return code & 0xFF if code is not None else sqlite3.SQLITE_ERROR
+
+
+def _patiently(step: Callable[[], T]) -> T:
+    """Run ``step`` until it is not turned away by somebody else's lock."""
+    started = time.monotonic()
+    while True:
+        try:
+            return step()
+        except sqlite3.OperationalError as error:
+            waited = time.monotonic() - started
+            if _primary_code(error) != sqlite3.SQLITE_BUSY or waited > _LOCK_SECONDS:
+                raise
+        # A transaction takes about 0.1 ms. Newcomers sleep for some of them, those who have
+        # waited 10 ms for hardly one; after a second the holder is stuck and haste is useless.
+        pause = 0.01 if waited > 1 else max(0.0001, 0.001 - waited / 10)
+        time.sleep(pause * random.uniform(0.5, 1.0))
