@@ -1,10 +1,14 @@
-"""Network interfaces: read them, make veth pairs, change and delete. See ip-link(8)."""
+"""Network interfaces: read, watch, change, delete; veth pairs, VXLAN devices. See ip-link(8)."""
 
 from __future__ import annotations
 
+import errno
+import os
+import select
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from kernel.netlink import (
     NLM_F_CREATE,
@@ -21,6 +25,7 @@ from kernel.netlink import (
     text,
     u32,
 )
+from kernel.vxlan import Vxlan, encode_vxlan, parse_vxlan
 
 RTM_NEWLINK = 16
 RTM_DELLINK = 17
@@ -48,7 +53,9 @@ _IFLA_INFO_DATA = 2
 _VETH_INFO_PEER = 1
 _IFLA_INET_CONF = 1
 _RTEXT_FILTER_SKIP_STATS = 8
+_AF_UNSPEC = 0
 _AF_INET = 2
+_RTMGRP_LINK = 1
 
 _IFINFO = struct.Struct("=BxHiII")  # family, device type, index, flags, change mask
 
@@ -252,3 +259,139 @@ def delete_group(group: int) -> Message:
 def _header(index: int, *, up: bool | None = None) -> bytes:
     change = 0 if up is None else _IFF_UP
     return _IFINFO.pack(0, 0, index, _IFF_UP if up else 0, change)
+
+
+def ensure_vxlan(socket: NetlinkSocket, vxlan: Vxlan) -> Link:
+    """Make the device what it should be, and up; return it as it then is.
+
+    One that exists is changed where the kernel can change it, otherwise (VNI, port)
+    made anew, which loses its routes and FDB. Nothing is written when all is right.
+    Raises FileExistsError when the name belongs to another kind of device, OSError with
+    the kernel's reason.
+    """
+    links = Links(socket)
+    existing = links.read().get(vxlan.name)
+    if existing is not None and existing.kind != "vxlan":
+        raise FileExistsError(
+            errno.EEXIST,
+            f"interface {vxlan.name}: is a {existing.kind or 'plain'} device, not vxlan",
+        )
+    if existing is not None and not _change_vxlan(socket, existing, vxlan):
+        _send_all(socket, vxlan, delete_link(existing.index))
+        existing = None
+    if existing is None:
+        create = _vxlan_message(_header(0) + attribute_text(_IFLA_IFNAME, vxlan.name), vxlan)
+        _send_all(socket, vxlan, create._replace(flags=NLM_F_CREATE | NLM_F_EXCL))
+        existing = links.get(vxlan.name)
+    wanted = replace(existing, mac=vxlan.mac, mtu=vxlan.mtu or existing.mtu, up=True)
+    if wanted == existing:
+        return existing
+    mac = vxlan.mac if wanted.mac != existing.mac else None
+    mtu = vxlan.mtu if wanted.mtu != existing.mtu else None
+    _send_all(socket, vxlan, link_set(existing.index, mac=mac, mtu=mtu, up=True))
+    return links.get(vxlan.name)
+
+
+def _change_vxlan(socket: NetlinkSocket, existing: Link, vxlan: Vxlan) -> bool:
+    """Change the settings of a device; False when only a new device can have them."""
+    wanted, actual = vxlan.settings, parse_vxlan(existing.data)
+    if wanted == actual:
+        return True
+    fixed = (wanted.vni, wanted.port, wanted.external, vxlan.local.version)
+    local = actual.local or vxlan.local
+    if fixed != (actual.vni, actual.port, actual.external, local.version):
+        return False
+    return not socket.batch([_vxlan_message(_header(existing.index), vxlan)])
+
+
+def _vxlan_message(header: bytes, vxlan: Vxlan) -> Message:
+    info = nested(
+        _IFLA_LINKINFO,
+        attribute(_IFLA_INFO_KIND, b"vxlan"),
+        nested(_IFLA_INFO_DATA, encode_vxlan(vxlan.settings)),
+    )
+    return Message(RTM_NEWLINK, 0, header + info)
+
+
+def _send_all(socket: NetlinkSocket, vxlan: Vxlan, *messages: Message) -> None:
+    for failure in socket.batch(messages):
+        raise failure.error(f"vxlan device {vxlan.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEvent:
+    """An interface appeared, changed or (``deleted``) went."""
+
+    name: str
+    index: int
+    up: bool
+    deleted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEventsLost:
+    """More happened than could be told: read all interfaces again."""
+
+
+class LinkMonitor:
+    """A thread that tells ``sink`` of every change of an interface.
+
+    It hears from the moment it is made, so make it before reading the interfaces. ``stop``
+    may come from any thread.
+    """
+
+    def __init__(
+        self,
+        sink: Callable[[LinkEvent | LinkEventsLost], None],
+        *,
+        netns_fd: int | None = None,
+    ) -> None:
+        self._sink = sink
+        self._socket = NetlinkSocket(groups=_RTMGRP_LINK, netns_fd=netns_fd)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="link-monitor", daemon=True)
+
+    def start(self) -> None:
+        """Start telling."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, and wait until it has ended. Call it once."""
+        os.eventfd_write(self._wake, 1)
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._socket.close()
+        os.close(self._wake)
+
+    def __enter__(self) -> LinkMonitor:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._socket.fileno(), select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._wake in ready:
+                return
+            self._tell()
+
+    def _tell(self) -> None:
+        try:
+            messages = self._socket.receive()
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            self._sink(LinkEventsLost())
+            return
+        for message in messages:
+            # A bridge tells of its ports in messages of family AF_BRIDGE, where "deleted"
+            # only means "left the bridge".
+            if message.type in (RTM_NEWLINK, RTM_DELLINK) and message.body[0] == _AF_UNSPEC:
+                link = parse_link(message.body)
+                deleted = message.type == RTM_DELLINK
+                self._sink(LinkEvent(link.name, link.index, link.up and not deleted, deleted))
