@@ -1,0 +1,334 @@
+"""Types of single fields, with Calico's checks: addresses, names, ports, protocols, durations.
+
+Every refusal is a ``PydanticCustomError`` whose message says what would be right.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Annotated, Any, get_args
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    PlainSerializer,
+)
+from pydantic_core import PydanticCustomError, core_schema
+
+from api.net import Net, parse_interface, parse_net
+
+_LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
+LABEL_RE = re.compile(_LABEL)
+SUBDOMAIN_RE = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_QUALIFIED_RE = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?")
+_INTERFACE_RE = re.compile(r"[a-zA-Z0-9_.-]{1,15}")
+_INTERFACE_FILTER_RE = re.compile(r"[a-zA-Z0-9:._+-]{1,15}")
+_IGNORED_INTERFACE_RE = re.compile(r"[a-zA-Z0-9_.*-]{1,15}")
+_CONTAINER_ID_RE = re.compile(r"[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?")
+_PORT_NAME_RE = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+_ENDPOINT_PORT_RE = re.compile(r"(?!.*--)(?=.*[a-z])[a-z0-9](?:[-a-z0-9]{0,13}[a-z0-9])?")
+_MAC_RE = re.compile(r"[0-9a-fA-F]{2}(?:([:-])[0-9a-fA-F]{2})(?:\1[0-9a-fA-F]{2}){4}")
+_DURATION_RE = re.compile(r"[-+]?(?:0|(?:(?:\d+\.?\d*|\.\d+)(?:ns|us|µs|μs|ms|s|m|h))+)")
+_DURATION_PART_RE = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+
+SUBDOMAIN = (
+    "a DNS subdomain: at most 253 lower-case letters, digits, '-' and '.', "
+    "each part beginning and ending with a letter or digit"
+)
+LABEL = (
+    "a DNS label: at most 63 lower-case letters, digits and '-', "
+    "beginning and ending with a letter or digit"
+)
+QUALIFIED_NAME = (
+    "[DNS subdomain/]name, the name at most 63 letters, digits, '-', '_', '.', "
+    "beginning and ending with a letter or digit"
+)
+
+PROTOCOLS = {"TCP": 6, "UDP": 17, "ICMP": 1, "ICMPv6": 58, "SCTP": 132, "UDPLite": 136}
+PORT_PROTOCOLS = frozenset((6, 17, 132))  # TCP, UDP, SCTP
+
+
+def refuse(expected: str) -> PydanticCustomError:
+    """An error for a validator to raise: ``expected`` says what would be right."""
+    return PydanticCustomError("manx", "{expected}", {"expected": expected})
+
+
+def is_label(text: str) -> bool:
+    """Whether it is a DNS label (RFC 1123), as namespaces and tiers are named."""
+    return len(text) <= 63 and LABEL_RE.fullmatch(text) is not None
+
+
+def is_subdomain(text: str) -> bool:
+    """Whether it is a DNS subdomain (RFC 1123), as most resources are named."""
+    return len(text) <= 253 and SUBDOMAIN_RE.fullmatch(text) is not None
+
+
+def is_qualified_name(text: str) -> bool:
+    """Whether it can be the key of a label: ``example.com/name`` or ``name``."""
+    prefix, slash, name = text.rpartition("/")
+    if slash and not is_subdomain(prefix):
+        return False
+    return len(name) <= 63 and _QUALIFIED_RE.fullmatch(name) is not None
+
+
+def is_label_value(text: str) -> bool:
+    """Whether it can be the value of a label; the empty text can."""
+    return not text or (len(text) <= 63 and _QUALIFIED_RE.fullmatch(text) is not None)
+
+
+def _check(test: Callable[[str], object], expected: str) -> AfterValidator:
+    def validate(text: str) -> str:
+        try:
+            right = test(text)
+        except ValueError:
+            right = False
+        if not right:
+            raise refuse(expected)
+        return text
+
+    return AfterValidator(validate)
+
+
+def _version(text: str, version: int) -> bool:
+    return ipaddress.ip_address(text).version == version and "%" not in text
+
+
+def _is_mac(text: str) -> bool:
+    return _MAC_RE.fullmatch(text) is not None
+
+
+def _cidr(text: str) -> Net:
+    if "/" not in text:
+        raise ValueError(text)
+    return parse_net(text)
+
+
+Name = Annotated[str, _check(is_subdomain, SUBDOMAIN)]
+ContainerId = Annotated[
+    str, _check(_CONTAINER_ID_RE.fullmatch, "letters, digits and '-', none at either end")
+]
+InterfaceName = Annotated[
+    str,
+    _check(
+        lambda text: text == "*" or _INTERFACE_RE.fullmatch(text),
+        "an interface name: 1 to 15 letters, digits, '_', '.', '-'",
+    ),
+]
+InterfaceFilter = Annotated[
+    str,
+    _check(
+        _INTERFACE_FILTER_RE.fullmatch,
+        "an interface name, or its beginning and '+': 1 to 15 letters, digits, ':', '.', '_', '-'",
+    ),
+]
+IgnoredInterface = Annotated[
+    str,
+    _check(
+        lambda text: text != "*" and _IGNORED_INTERFACE_RE.fullmatch(text),
+        "an interface name of 1 to 15 characters; '*' may stand for some of them, not for all",
+    ),
+]
+Mac = Annotated[str, _check(_is_mac, "a MAC address such as ee:ee:ee:ee:ee:ee")]
+Ip = Annotated[str, _check(ipaddress.ip_address, "an IP address")]
+IPv4 = Annotated[str, _check(lambda text: _version(text, 4), "an IPv4 address")]
+IPv6 = Annotated[str, _check(lambda text: _version(text, 6), "an IPv6 address")]
+Cidr = Annotated[
+    str, _check(_cidr, "a CIDR such as 10.0.0.0/24 without bits beyond its prefix length")
+]
+NetText = Annotated[
+    str,
+    _check(parse_net, "an IP address, or a CIDR without bits beyond its prefix length"),
+]
+InterfaceV4 = Annotated[
+    str,
+    _check(
+        lambda text: parse_interface(text)[0].version == 4,
+        "an IPv4 address with the length of its network, such as 172.31.1.11/24",
+    ),
+]
+InterfaceV6 = Annotated[
+    str,
+    _check(
+        lambda text: parse_interface(text)[0].version == 6,
+        "an IPv6 address with the length of its network, such as fd00:1::11/64",
+    ),
+]
+AnyCidr = Annotated[str, _check(parse_interface, "an IP address or CIDR")]
+Selector = Annotated[str, _check(lambda text: len(text) <= 1024, "at most 1024 characters")]
+EndpointPortName = Annotated[
+    str,
+    _check(
+        _ENDPOINT_PORT_RE.fullmatch,
+        "a port name: at most 15 lower-case letters, digits and single '-', with a letter",
+    ),
+]
+
+
+def _is_regexp(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+Regexp = Annotated[str, _check(_is_regexp, "a regular expression")]
+
+
+class _AnyCase:
+    """Beside a ``Literal``: its values are accepted in any case, and become as written there."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        known = {value.lower(): value for value in get_args(source)}
+
+        def in_our_case(value: object) -> object:
+            return known.get(value.lower(), value) if isinstance(value, str) else value
+
+        return core_schema.no_info_before_validator_function(in_our_case, handler(source))
+
+
+ANY_CASE = _AnyCase()
+
+
+def parse_port(port: int | str) -> tuple[int, int] | None:
+    """First and last number of a validated port or range; None when it is a name."""
+    if isinstance(port, int):
+        return port, port
+    first, colon, last = port.partition(":")
+    return (int(first), int(last)) if colon else None
+
+
+def _port(value: object) -> int | str:
+    expected = "a port from 1 to 65535, a range such as 8000:8080, or a port's name"
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise refuse(expected)
+    if isinstance(value, str):
+        parts = value.split(":")
+        if not (len(parts) <= 2 and all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts)):
+            if _PORT_NAME_RE.fullmatch(value):
+                return value
+            raise refuse(expected)
+        first, last = int(parts[0]), int(parts[-1])
+    else:
+        first = last = value
+    if not 1 <= first <= 65535 or not 1 <= last <= 65535:
+        raise refuse(expected)
+    if first > last:
+        raise refuse("a range whose first port is not greater than its last")
+    return first if first == last else f"{first}:{last}"
+
+
+Port = Annotated[int | str, BeforeValidator(_port)]
+
+
+def protocol_number(protocol: int | str) -> int:
+    """The IP protocol number of a validated protocol: 6 for TCP."""
+    return protocol if isinstance(protocol, int) else PROTOCOLS[protocol]
+
+
+def _protocol(value: object) -> int | str:
+    if isinstance(value, str):
+        if re.fullmatch(r"[0-9]{1,9}", value):
+            value = int(value)
+        elif value in PROTOCOLS:
+            return value
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 255:
+        return value
+    raise refuse(f"one of {', '.join(PROTOCOLS)}, or a number from 1 to 255")
+
+
+Protocol = Annotated[int | str, BeforeValidator(_protocol)]
+
+
+def _as_number(value: object) -> int:
+    number = -1
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value):
+        number = int(value)
+    elif isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}\.[0-9]{1,5}", value):
+        high, low = (int(part) for part in value.split("."))
+        if high < 1 << 16 and low < 1 << 16:
+            number = (high << 16) + low
+    if not 0 <= number < 1 << 32:
+        raise refuse("an AS number from 0 to 4294967295, or in dotted form such as 1.10")
+    return number
+
+
+AsNumber = Annotated[int, BeforeValidator(_as_number)]
+
+_UNITS = {
+    "ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6,
+    "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
+}  # fmt: skip
+
+
+def _duration(value: object) -> timedelta:
+    if isinstance(value, timedelta):
+        return value
+    if not isinstance(value, str) or not _DURATION_RE.fullmatch(value):
+        raise refuse("a duration such as 90s, 1m30s or 500ms")
+    nanoseconds = sum(
+        float(number) * _UNITS[unit] for number, unit in _DURATION_PART_RE.findall(value)
+    )
+    if nanoseconds >= 1 << 63:
+        raise refuse("a duration of less than 292 years")
+    return timedelta(microseconds=(-1 if value[0] == "-" else 1) * nanoseconds / 1000)
+
+
+def format_duration(duration: timedelta) -> str:
+    """As Go writes it: ``1m30s``, ``500ms``."""
+    microseconds = duration // timedelta(microseconds=1)
+    sign, microseconds = ("-" if microseconds < 0 else ""), abs(microseconds)
+    if microseconds == 0:
+        return "0s"
+    if microseconds < 1000:
+        return f"{sign}{microseconds}µs"
+    if microseconds < 1_000_000:
+        return f"{sign}{_decimal(microseconds, 1000)}ms"
+    minutes, rest = divmod(microseconds, 60_000_000)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{_decimal(rest, 1_000_000)}s"
+    if hours:
+        return f"{sign}{hours}h{minutes}m{text}"
+    return f"{sign}{minutes}m{text}" if minutes else f"{sign}{text}"
+
+
+def _decimal(value: int, unit: int) -> str:
+    whole, rest = divmod(value, unit)
+    digits = len(str(unit)) - 1
+    return f"{whole}.{rest:0{digits}}".rstrip("0").rstrip(".")
+
+
+Duration = Annotated[
+    timedelta, BeforeValidator(_duration), PlainSerializer(format_duration, return_type=str)
+]
+PortNumber = Annotated[int, Field(ge=1, le=65535)]
+
+DSCP_NAMES = {
+    "DF": 0, "EF": 46,
+    "AF11": 10, "AF12": 12, "AF13": 14, "AF21": 18, "AF22": 20, "AF23": 22,
+    "AF31": 26, "AF32": 28, "AF33": 30, "AF41": 34, "AF42": 36, "AF43": 38,
+    "CS0": 0, "CS1": 8, "CS2": 16, "CS3": 24, "CS4": 32, "CS5": 40, "CS6": 48,
+}  # fmt: skip
+
+
+def _dscp(value: object) -> int | str:
+    if isinstance(value, str):
+        if value.upper() in DSCP_NAMES:
+            return value.upper()
+        if re.fullmatch(r"[0-9]{1,2}", value):
+            value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 63:
+        return value
+    raise refuse("a number from 0 to 63, or a name such as EF, AF11, CS1 (RFC 4594)")
+
+
+DSCP = Annotated[int | str, BeforeValidator(_dscp)]
