@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,6 +22,7 @@ from api.node import Node
 from api.policy import GlobalNetworkPolicy, NetworkPolicy, Tier
 
 CALICO = "projectcalico.org/v3"
+R = TypeVar("R", bound=Resource)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +118,12 @@ def parse(obj: object) -> Resource:
 
     Raises InvalidObjectError, which holds everything that is wrong.
     """
-    return _parse(kind_of(obj), obj)
+    return validate(kind_of(obj).model, obj)
 
 
 def parse_as(kind_id: str, obj: object) -> Resource:
     """As ``parse``, for an object whose kind is known (apiVersion and kind may be absent)."""
-    return _parse(KINDS[kind_id], obj)
+    return validate(KINDS[kind_id].model, obj)
 
 
 def dump(resource: Resource) -> dict[str, Any]:
@@ -139,12 +140,14 @@ def key_parts(obj: Mapping[str, Any]) -> tuple[str, str, str]:
     return kind.id, str(namespace or ""), _name(obj)
 
 
-def _parse(kind: Kind, obj: object) -> Resource:
+def validate(model: type[R], obj: object) -> R:
+    """As ``parse``, for a model that is stored nowhere and so is none of ``KINDS``."""
     try:
-        return kind.model.model_validate(obj, by_alias=True, by_name=False)
+        return model.model_validate(obj, by_alias=True, by_name=False)
     except ValidationError as error:
-        problems = [_problem(kind.model, detail) for detail in error.errors(include_url=False)]
-    raise InvalidObjectError(kind.kind, _name(obj), problems)
+        problems = [_problem(model, detail) for detail in error.errors(include_url=False)]
+    (kind,) = get_args(model.model_fields["kind"].annotation)
+    raise InvalidObjectError(kind, _name(obj), problems)
 
 
 def _name(obj: object) -> str:
