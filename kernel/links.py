@@ -25,7 +25,7 @@ from kernel.netlink import (
     text,
     u32,
 )
-from kernel.vxlan import Vxlan, encode_vxlan, parse_vxlan
+from kernel.vxlan import Vxlan, changeable, encode_vxlan, parse_vxlan
 
 RTM_NEWLINK = 16
 RTM_DELLINK = 17
@@ -280,7 +280,8 @@ def ensure_vxlan(socket: NetlinkSocket, vxlan: Vxlan) -> Link:
         _send_all(socket, vxlan, delete_link(existing.index))
         existing = None
     if existing is None:
-        create = _vxlan_message(_header(0) + attribute_text(_IFLA_IFNAME, vxlan.name), vxlan)
+        header = _header(0) + attribute_text(_IFLA_IFNAME, vxlan.name)
+        create = _vxlan_message(header, encode_vxlan(vxlan.settings))
         _send_all(socket, vxlan, create._replace(flags=NLM_F_CREATE | NLM_F_EXCL))
         existing = links.get(vxlan.name)
     wanted = replace(existing, mac=vxlan.mac, mtu=vxlan.mtu or existing.mtu, up=True)
@@ -297,18 +298,17 @@ def _change_vxlan(socket: NetlinkSocket, existing: Link, vxlan: Vxlan) -> bool:
     wanted, actual = vxlan.settings, parse_vxlan(existing.data)
     if wanted == actual:
         return True
-    fixed = (wanted.vni, wanted.port, wanted.external, vxlan.local.version)
-    local = actual.local or vxlan.local
-    if fixed != (actual.vni, actual.port, actual.external, local.version):
+    if not changeable(actual, wanted):
         return False
-    return not socket.batch([_vxlan_message(_header(existing.index), vxlan)])
+    message = _vxlan_message(_header(existing.index), encode_vxlan(wanted, change=True))
+    return not socket.batch([message])
 
 
-def _vxlan_message(header: bytes, vxlan: Vxlan) -> Message:
+def _vxlan_message(header: bytes, data: bytes) -> Message:
     info = nested(
         _IFLA_LINKINFO,
         attribute(_IFLA_INFO_KIND, b"vxlan"),
-        nested(_IFLA_INFO_DATA, encode_vxlan(vxlan.settings)),
+        nested(_IFLA_INFO_DATA, data),
     )
     return Message(RTM_NEWLINK, 0, header + info)
 

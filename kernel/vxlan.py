@@ -54,16 +54,31 @@ class Vxlan:
         return VxlanSettings(self.vni, self.port, self.local, self.parent_index)
 
 
-def encode_vxlan(settings: VxlanSettings) -> bytes:
-    """The attributes that make or change a device."""
+def encode_vxlan(settings: VxlanSettings, *, change: bool = False) -> bytes:
+    """The attributes that make a device, or ``change`` one."""
     data = attribute_u32(_IFLA_VXLAN_ID, settings.vni)
-    data += attribute(_IFLA_VXLAN_PORT, _PORT.pack(settings.port))
+    if not change:  # the kernel refuses to be told the port again
+        data += attribute(_IFLA_VXLAN_PORT, _PORT.pack(settings.port))
     data += attribute(_IFLA_VXLAN_LEARNING, bytes((settings.learning,)))
     data += attribute_u32(_IFLA_VXLAN_LINK, settings.parent_index)
     if settings.local is not None:
         kind = _IFLA_VXLAN_LOCAL if settings.local.version == V4 else _IFLA_VXLAN_LOCAL6
         data += attribute(kind, settings.local.packed())
     return data
+
+
+def changeable(actual: VxlanSettings, wanted: VxlanSettings) -> bool:
+    """Whether the kernel can give an existing device the wanted settings.
+
+    It refuses another VNI, port or address family, and ignores that there be no parent.
+    """
+    fixed = wanted.vni, wanted.port, wanted.external
+    if fixed != (actual.vni, actual.port, actual.external):
+        return False
+    if wanted.parent_index == 0 != actual.parent_index:
+        return False
+    families = {local.version for local in (actual.local, wanted.local) if local}
+    return len(families) == 1
 
 
 def parse_vxlan(data: bytes) -> VxlanSettings:
