@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -101,6 +101,10 @@ def community_expected(text: str) -> str | None:
 class BGPConfigurationSpec(Checked):
     """spec of a BGPConfiguration. None: Calico's default, or what ``default`` says."""
 
+    verbatim: ClassVar[frozenset[str]] = frozenset(
+        ("serviceLoadBalancerAggregation", "bindMode", "programClusterRoutes")
+    )
+
     log_severity_screen: LogSeverity = "Info"
     node_to_node_mesh_enabled: bool | None = None
     as_number: AsNumber | None = None
@@ -166,6 +170,8 @@ class BGPConfiguration(CalicoResource):
 
 class BGPPeerSpec(Checked):
     """spec of a BGPPeer: which nodes (``node``, ``node_selector``, else all), which peers."""
+
+    verbatim: ClassVar[frozenset[str]] = frozenset(("nextHopMode", "reversePeering"))
 
     node: Name | None = None
     node_selector: Selector = ""

@@ -12,7 +12,6 @@ from api.fields import (
     PORT_PROTOCOLS,
     AnyCidr,
     ContainerId,
-    EndpointPortName,
     InterfaceName,
     Ip,
     IPv4,
@@ -20,6 +19,7 @@ from api.fields import (
     Mac,
     Name,
     NetText,
+    PortName,
     PortNumber,
     Protocol,
     protocol_number,
@@ -33,7 +33,7 @@ Limit = Annotated[int, Field(ge=0)]
 class WorkloadEndpointPort(Checked):
     """A named or mapped port of a workload."""
 
-    name: EndpointPortName | None = None
+    name: PortName | None = None
     protocol: Protocol
     port: PortNumber
     host_port: Annotated[int, Field(ge=0, le=65535)] = 0

@@ -7,9 +7,9 @@ anything, Felix' own default. ``effective`` merges the two levels.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from api.bgp import LogSeverity, RoutePriority
 from api.fields import (
@@ -32,6 +32,8 @@ from api.fields import (
 )
 from api.metadata import CalicoResource, Checked, Fault, Model
 from api.net import parse_interface
+
+MAX_ROUTE_TABLES = 0xFFFF
 
 AllowAction = Annotated[Literal["Accept", "Return"], ANY_CASE]
 DenyAction = Annotated[Literal["Drop", "Reject"], ANY_CASE]
@@ -127,6 +129,31 @@ class BPFConntrackTimeouts(Model):
 
 class FelixConfigurationSpec(Checked):
     """spec of a FelixConfiguration."""
+
+    verbatim: ClassVar[frozenset[str]] = frozenset(
+        (
+            "awsSrcDstCheck",
+            "bpfAttachType",
+            "bpfConnectTimeLoadBalancing",
+            "bpfConntrackMode",
+            "bpfHostNetworkedNATWithoutCTLB",
+            "bpfJITHardening",
+            "bpfOverlayHostSourceIP",
+            "floatingIPs",
+            "flowLogsLocalReporter",
+            "flowLogsPolicyEvaluationMode",
+            "iptablesBackend",
+            "istioAmbientMode",
+            "localSubnetL2Reachability",
+            "logActionRateLimit",
+            "natOutgoingExclusions",
+            "nftablesFlowTableOffload",
+            "nftablesMode",
+            "programClusterRoutes",
+            "prometheusMetricsClientAuth",
+            "windowsManageFirewallRules",
+        )
+    )
 
     # Logs
     log_action_rate_limit: LogRate | None = None
@@ -364,9 +391,21 @@ class FelixConfigurationSpec(Checked):
     istio_dscp_mark: DSCP | None = Field(default=None, alias="istioDSCPMark")
     metadata_addr: str | None = None
     metadata_port: int | None = None
-    node_selector: Selector | None = None
+    node_selector: Selector = ""
     openstack_region: OpenstackRegion | None = None
     windows_manage_firewall_rules: Switch | None = None
+
+    def faults(self) -> Iterator[Fault]:
+        """Two ways of saying which routing tables, or too many of them."""
+        if self.route_table_ranges is None:
+            return
+        if self.route_table_range is not None:
+            yield Fault(("routeTableRange",), "set", "absent, because routeTableRanges is set")
+        tables = sum(part.max - part.min + 1 for part in self.route_table_ranges)
+        if tables > MAX_ROUTE_TABLES:
+            yield Fault(
+                ("routeTableRanges",), f"{tables} tables", f"at most {MAX_ROUTE_TABLES} in all"
+            )
 
 
 class FelixConfiguration(CalicoResource):
@@ -374,3 +413,19 @@ class FelixConfiguration(CalicoResource):
 
     kind: Literal["FelixConfiguration"] = "FelixConfiguration"
     spec: FelixConfigurationSpec = Field(default_factory=FelixConfigurationSpec)
+
+    @model_validator(mode="after")
+    def _defaults(self) -> Self:
+        """Calico's two defaults, in the cluster's object only: a node's would hide it."""
+        if self.name == "default":
+            self.spec.nftables_mode = self.spec.nftables_mode or "Auto"
+            self.spec.nftables_flow_table_offload = (
+                self.spec.nftables_flow_table_offload or "Disabled"
+            )
+        return self
+
+    def faults(self) -> Iterator[Fault]:
+        """A selector of nodes where the name says which nodes."""
+        yield from super().faults()
+        if self.spec.node_selector and (self.name == "default" or self.name.startswith("node.")):
+            yield Fault(("spec", "nodeSelector"), self.spec.node_selector, f"absent in {self.name}")

@@ -6,6 +6,7 @@ Every refusal is a ``PydanticCustomError`` whose message says what would be righ
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from collections.abc import Callable
 from datetime import timedelta
@@ -30,8 +31,7 @@ _INTERFACE_RE = re.compile(r"[a-zA-Z0-9_.-]{1,15}")
 _INTERFACE_FILTER_RE = re.compile(r"[a-zA-Z0-9:._+-]{1,15}")
 _IGNORED_INTERFACE_RE = re.compile(r"[a-zA-Z0-9_.*-]{1,15}")
 _CONTAINER_ID_RE = re.compile(r"[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?")
-_PORT_NAME_RE = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
-_ENDPOINT_PORT_RE = re.compile(r"(?!.*--)(?=.*[a-z])[a-z0-9](?:[-a-z0-9]{0,13}[a-z0-9])?")
+_PORT_NAME_RE = re.compile(r"(?!.*--)(?=.*[a-z])[a-z0-9](?:[-a-z0-9]{0,13}[a-z0-9])?")
 _MAC_RE = re.compile(r"[0-9a-fA-F]{2}(?:([:-])[0-9a-fA-F]{2})(?:\1[0-9a-fA-F]{2}){4}")
 _DURATION_RE = re.compile(r"[-+]?(?:0|(?:(?:\d+\.?\d*|\.\d+)(?:ns|us|µs|μs|ms|s|m|h))+)")
 _DURATION_PART_RE = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
@@ -48,6 +48,8 @@ QUALIFIED_NAME = (
     "[DNS subdomain/]name, the name at most 63 letters, digits, '-', '_', '.', "
     "beginning and ending with a letter or digit"
 )
+
+PORT_NAME = "a port name: at most 15 lower-case letters, digits and single '-', at least one letter"
 
 PROTOCOLS = {"TCP": 6, "UDP": 17, "ICMP": 1, "ICMPv6": 58, "SCTP": 132, "UDPLite": 136}
 PORT_PROTOCOLS = frozenset((6, 17, 132))  # TCP, UDP, SCTP
@@ -159,14 +161,17 @@ InterfaceV6 = Annotated[
     ),
 ]
 AnyCidr = Annotated[str, _check(parse_interface, "an IP address or CIDR")]
-Selector = Annotated[str, _check(lambda text: len(text) <= 1024, "at most 1024 characters")]
-EndpointPortName = Annotated[
-    str,
-    _check(
-        _ENDPOINT_PORT_RE.fullmatch,
-        "a port name: at most 15 lower-case letters, digits and single '-', with a letter",
-    ),
+
+
+class SelectorMark:
+    """Marks a field whose text is a selector. Its syntax is ``policy.selector``'s to check."""
+
+
+SELECTOR = SelectorMark()
+Selector = Annotated[
+    str, _check(lambda text: len(text) <= 1024, "at most 1024 characters"), SELECTOR
 ]
+PortName = Annotated[str, _check(_PORT_NAME_RE.fullmatch, PORT_NAME)]
 
 
 def _is_regexp(text: str) -> bool:
@@ -214,7 +219,7 @@ def _port(value: object) -> int | str:
         if not (len(parts) <= 2 and all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts)):
             if _PORT_NAME_RE.fullmatch(value):
                 return value
-            raise refuse(expected)
+            raise refuse(f"{expected} ({PORT_NAME})")
         first, last = int(parts[0]), int(parts[-1])
     else:
         first = last = value
@@ -271,6 +276,7 @@ _UNITS = {
 
 
 def _duration(value: object) -> timedelta:
+    """Go's notation. Rounded up to whole microseconds, so that nothing becomes zero."""
     if isinstance(value, timedelta):
         return value
     if not isinstance(value, str) or not _DURATION_RE.fullmatch(value):
@@ -280,7 +286,8 @@ def _duration(value: object) -> timedelta:
     )
     if nanoseconds >= 1 << 63:
         raise refuse("a duration of less than 292 years")
-    return timedelta(microseconds=(-1 if value[0] == "-" else 1) * nanoseconds / 1000)
+    microseconds = math.ceil(nanoseconds / 1000)
+    return timedelta(microseconds=-microseconds if value[0] == "-" else microseconds)
 
 
 def format_duration(duration: timedelta) -> str:

@@ -120,6 +120,7 @@ class IPAMConfigurationSpec(Model):
     """spec of the IPAMConfiguration. ``max_blocks_per_host`` 0 means 20."""
 
     kept: ClassVar[frozenset[str]] = frozenset(("strictAffinity",))
+    verbatim: ClassVar[frozenset[str]] = frozenset(("kubeVirtVMAddressPersistence",))
 
     strict_affinity: bool = False
     auto_allocate_blocks: bool = True

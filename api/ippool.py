@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -22,9 +22,11 @@ LINK_LOCAL = (parse_net("169.254.0.0/16"), parse_net("fe80::/10"))
 class IPPoolSpec(Checked):
     """spec of an IPPool.
 
-    Absent ``block_size`` becomes 26 (IPv4) or 122 (IPv6), absent ``allowed_uses`` Workload and
-    Tunnel.
+    Absent ``block_size`` becomes 26 (IPv4) or 122 (IPv6); absent ``allowed_uses`` Workload and
+    Tunnel, or Workload alone where a ``namespace_selector`` excludes tunnels.
     """
+
+    verbatim: ClassVar[frozenset[str]] = frozenset(("assignmentMode",))
 
     cidr: Cidr
     block_size: Annotated[int, Field(ge=0, le=128)] = 0
@@ -48,7 +50,9 @@ class IPPoolSpec(Checked):
         if not self.block_size:
             self.block_size = DEFAULT_BLOCK_SIZE[self.net.version]
         if not self.allowed_uses:
-            self.allowed_uses = ["Workload", "Tunnel"]
+            self.allowed_uses.append("Workload")
+            if not self.namespace_selector:
+                self.allowed_uses.append("Tunnel")
 
     def faults(self) -> Iterator[Fault]:
         """Sizes that do not fit, ranges that cannot be pools, modes that exclude each other."""
@@ -84,8 +88,6 @@ class IPPoolSpec(Checked):
 
     def _use_faults(self) -> Iterator[Fault]:
         uses = self.allowed_uses
-        if len(set(uses)) != len(uses):
-            yield Fault(("allowedUses",), uses, "each use once")
         if "Tunnel" in uses and self.namespace_selector:
             yield Fault(
                 ("namespaceSelector",),
@@ -111,3 +113,21 @@ class IPPool(CalicoResource):
     kind: Literal["IPPool"] = "IPPool"
     spec: IPPoolSpec
     status: dict[str, Any] | None = None
+
+    def update_faults(self, old: Self) -> Iterator[Fault]:
+        """Another range or block size, under which existing blocks would not fit."""
+        if self.spec.net != old.spec.net:
+            yield Fault(("spec", "cidr"), self.spec.cidr, f"{old.spec.cidr}, as it is: immutable")
+        if self.spec.block_size != old.spec.block_size:
+            yield Fault(
+                ("spec", "blockSize"),
+                self.spec.block_size,
+                f"{old.spec.block_size}, as it is: immutable",
+            )
+        was, now = ("LoadBalancer" in pool.spec.allowed_uses for pool in (old, self))
+        if was != now:
+            yield Fault(
+                ("spec", "allowedUses"),
+                self.spec.allowed_uses,
+                "LoadBalancer still there" if was else "LoadBalancer still absent",
+            )

@@ -2,7 +2,8 @@
 
 Attributes are snake_case, JSON names are Calico's and Kubernetes' camelCase. As Go's
 decoder does for calicoctl and kubectl, field names are matched without regard to case, and
-null or an empty text in an optional field means that the field is absent.
+null or an empty text in an optional field means that the field is absent (where Calico tells
+the empty text from the absent one, a model names the field in ``verbatim``).
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ class Model(BaseModel):
     )
 
     kept: ClassVar[frozenset[str]] = frozenset()  # JSON names to write even when false or empty
+    verbatim: ClassVar[frozenset[str]] = frozenset()  # JSON names whose empty text is not "absent"
     _names: ClassVar[dict[str, str]]  # lower-case JSON name -> JSON name
     _known: ClassVar[frozenset[str]]  # JSON names and attribute names
-    _optional: ClassVar[frozenset[str]]  # JSON names that may be absent
+    _optional: ClassVar[frozenset[str]]  # JSON names whose empty text means absent
     _omitted: ClassVar[frozenset[str]]  # JSON names that are not written when false or empty
 
     @classmethod
@@ -66,7 +68,9 @@ class Model(BaseModel):
         fields = {field.alias or name: field for name, field in cls.model_fields.items()}
         cls._names = {alias.lower(): alias for alias in fields}
         cls._known = frozenset(fields) | frozenset(cls.model_fields)
-        cls._optional = frozenset(n for n, field in fields.items() if not field.is_required())
+        cls._optional = (
+            frozenset(n for n, field in fields.items() if not field.is_required()) - cls.verbatim
+        )
         cls._omitted = (
             frozenset(
                 name
@@ -214,6 +218,10 @@ class Resource(Checked):
     def name_expected(self) -> str | None:
         """What the name should be, None when it is right. Subclasses narrow it."""
         return None if is_subdomain(self.name) else SUBDOMAIN
+
+    def update_faults(self, old: Self) -> Iterator[Fault]:
+        """What must not change from ``old`` to this object, and did."""
+        return iter(())
 
     def faults(self) -> Iterator[Fault]:
         """A wrong name, or a namespace where there is none."""

@@ -54,20 +54,32 @@ class Net(NamedTuple):
 def parse_net(text: str, *, strict: bool = True) -> Net:
     """Parse ``10.0.0.0/26``, or a bare address as a /32 or /128.
 
-    Raises ValueError on anything else and, when ``strict``, on host bits that are set.
+    Raises ValueError on anything else (netmasks, zones) and, when ``strict``, on host bits.
     """
+    _refuse_masks_and_zones(text)
     network = ipaddress.ip_network(text, strict=strict)
     return Net(network.version, int(network.network_address), network.prefixlen)
 
 
 def parse_interface(text: str) -> tuple[Net, Net]:
-    """Parse ``10.0.0.5/26`` to (host address as a /32, its network as a /26)."""
+    """Parse ``10.0.0.5/26`` to (host address as a /32, its network as a /26).
+
+    Raises ValueError on anything else.
+    """
+    _refuse_masks_and_zones(text)
     interface = ipaddress.ip_interface(text)
     version, bits = interface.version, interface.max_prefixlen
     return (
         Net(version, int(interface.ip), bits),
         Net(version, int(interface.network.network_address), interface.network.prefixlen),
     )
+
+
+def _refuse_masks_and_zones(text: str) -> None:
+    # ipaddress would take 10.0.0.0/255.0.0.0 and fe80::1%eth0
+    length = text.partition("/")[2]
+    if "%" in text or "." in length or ":" in length:
+        raise ValueError(f"{text!r} is not an address or a CIDR such as 10.0.0.0/26")
 
 
 def host_net(version: int, address: int) -> Net:

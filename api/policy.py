@@ -77,7 +77,7 @@ class ServiceAccountMatch(Model):
     """Service accounts: one of the names and matching the selector."""
 
     names: list[str] = Field(default_factory=list)
-    selector: str = ""
+    selector: Selector = ""
 
 
 class ServiceMatch(Model):
@@ -107,10 +107,6 @@ class EntityRule(Checked):
         namespaces = self.namespace_selector
         if "global(" in namespaces and not re.fullmatch(r"[ \t]*global\(\)[ \t]*", namespaces):
             yield Fault(("namespaceSelector",), namespaces, "global() alone, or without it")
-        for field in ("nets", "notNets"):
-            values = self.nets if field == "nets" else self.not_nets
-            if len(set(values)) != len(values):
-                yield Fault((field,), values, "each net once")
         if self.services is None:
             return
         for field, value in (
@@ -337,6 +333,8 @@ BUILT_IN_TIERS: dict[str, tuple[float, Literal["Deny", "Pass"]]] = {
 
 class TierSpec(Model):
     """spec of a Tier. ``order`` None is last."""
+
+    verbatim: ClassVar[frozenset[str]] = frozenset(("defaultAction",))
 
     order: float | None = None
     default_action: Literal["Deny", "Pass"] = "Deny"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args
@@ -14,6 +14,7 @@ from api.bgp import BGPConfiguration, BGPPeer
 from api.endpoint import WorkloadEndpoint
 from api.errors import InvalidObjectError, Problem
 from api.felix import FelixConfiguration
+from api.fields import SELECTOR
 from api.ipam import BlockAffinity, IPAMBlock, IPAMConfiguration, IPAMHandle
 from api.ippool import IPPool
 from api.kubernetes import KubernetesNetworkPolicy, Namespace, Pod
@@ -138,6 +139,33 @@ def key_parts(obj: Mapping[str, Any]) -> tuple[str, str, str]:
     metadata = obj.get("metadata")
     namespace = metadata.get("namespace") if isinstance(metadata, Mapping) else None
     return kind.id, str(namespace or ""), _name(obj)
+
+
+def check_update(old: Resource, new: Resource) -> None:
+    """Raises InvalidObjectError where ``new`` changes what must stay as it was in ``old``."""
+    faults = list(new.update_faults(old))
+    if faults:
+        raise InvalidObjectError(
+            new.kind,
+            new.name,
+            [Problem(_path(fault.where), fault.value, fault.expected) for fault in faults],
+        )
+
+
+def selectors(model: BaseModel, at: str = "") -> Iterator[tuple[str, str]]:
+    """Every selector in a resource, as (path, text). ``policy.selector`` knows the syntax."""
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        path = f"{at}.{field.alias or name}".removeprefix(".")
+        if SELECTOR in field.metadata:
+            if value:
+                yield path, value
+        elif isinstance(value, BaseModel):
+            yield from selectors(value, path)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, BaseModel):
+                    yield from selectors(item, f"{path}[{index}]")
 
 
 def validate(model: type[R], obj: object) -> R:
