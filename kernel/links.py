@@ -41,6 +41,7 @@ _IFLA_MTU = 4
 _IFLA_LINK = 5
 _IFLA_MASTER = 10
 _IFLA_LINKINFO = 18
+_IFLA_IFALIAS = 20
 _IFLA_AF_SPEC = 26
 _IFLA_GROUP = 27
 _IFLA_NET_NS_FD = 28
@@ -97,6 +98,7 @@ class Link:
     master_index: int = 0
     peer_elsewhere: bool = False  # peer_index counts in another namespace
     data: bytes = b""  # attributes of the kind (IFLA_INFO_DATA)
+    alias: str = ""
 
 
 class Links:
@@ -140,6 +142,7 @@ def parse_link(body: bytes) -> Link:
         master_index=_number(found, _IFLA_MASTER),
         peer_elsewhere=_IFLA_LINK_NETNSID in found,
         data=info.get(_IFLA_INFO_DATA, b""),
+        alias=text(found.get(_IFLA_IFALIAS, b"")),
     )
 
 
@@ -197,6 +200,7 @@ def link_set(
     master_index: int | None = None,
     group: int | None = None,
     netns_fd: int | None = None,
+    alias: str | None = None,
 ) -> Message:
     """Change what is given (``ip link set``); ``master_index`` 0 takes it from its bridge."""
     body = _header(index, up=up)
@@ -204,6 +208,8 @@ def link_set(
         body += attribute_text(_IFLA_IFNAME, name)
     if mac is not None:
         body += attribute(_IFLA_ADDRESS, mac_bytes(mac))
+    if alias is not None:
+        body += attribute(_IFLA_IFALIAS, alias.encode())
     numbers = (
         (_IFLA_MTU, mtu),
         (_IFLA_MASTER, master_index),
