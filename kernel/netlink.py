@@ -43,6 +43,9 @@ _NETLINK_GET_STRICT_CHK = 12
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 
+# linux/netlink.h: in the flags of an NLMSG_ERROR
+_NLM_F_CAPPED = 0x100
+_NLM_F_ACK_TLVS = 0x200
 _NLMSGERR_ATTR_MSG = 1
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port id
@@ -216,12 +219,12 @@ class NetlinkSocket:
         for window in _windows(messages):
             first = self._sequence + 1
             last = self._send(messages[window.start : window.stop])
-            for sequence, kind, body in self._answers(last):
+            for sequence, kind, flags, body in self._answers(last):
                 index = window.start + sequence - first
                 if kind != NLMSG_ERROR:
                     replies.append(Reply(index, kind, body))
                 elif code := -_INT.unpack_from(body)[0]:
-                    failures.append(Failure(index, code, _error_text(code, body)))
+                    failures.append(Failure(index, code, _error_text(code, body, flags)))
         return failures, replies
 
     def request(self, message: Message) -> bytes:
@@ -271,13 +274,13 @@ class NetlinkSocket:
         self._socket.send(b"".join(parts))
         return sequence
 
-    def _answers(self, last: int) -> Iterator[tuple[int, int, bytes]]:
-        """(sequence, type, body) of all answers, up to the one to message ``last``."""
+    def _answers(self, last: int) -> Iterator[tuple[int, int, int, bytes]]:
+        """(sequence, type, flags, body) of all answers, up to the one to message ``last``."""
         first = last - _WINDOW_MESSAGES
         while True:
-            for sequence, kind, _, body in self._read():
+            for sequence, kind, flags, body in self._read():
                 if first < sequence <= last:
-                    yield sequence, kind, body
+                    yield sequence, kind, flags, body
                     if sequence == last and kind == NLMSG_ERROR:
                         return
 
@@ -297,7 +300,7 @@ class NetlinkSocket:
                 if kind in (NLMSG_DONE, NLMSG_ERROR):
                     code = -_INT.unpack_from(body)[0] if len(body) >= 4 else 0
                     if code:
-                        raise OSError(code, _error_text(code, body))
+                        raise OSError(code, _error_text(code, body, flags, kind))
                     return bodies, interrupted
                 bodies.append(body)
 
@@ -331,16 +334,14 @@ def _windows(messages: Sequence[Message]) -> Iterator[range]:
         yield range(start, len(messages))
 
 
-def _error_text(code: int, body: bytes) -> str:
-    """What the kernel says is wrong: errno's text and the extended ACK's."""
+def _error_text(code: int, body: bytes, flags: int, kind: int = NLMSG_ERROR) -> str:
+    """What the kernel says is wrong: errno's text and, if there is one, the extended ACK's."""
     plain = os.strerror(code)
-    # int error, then the header of the refused message (its body is cut off: CAP_ACK),
-    # then attributes. A failed dump has the attributes right after the int.
-    for offset in (20, 4):
-        try:
-            found = attributes(body, offset).get(_NLMSGERR_ATTR_MSG)
-        except ValueError:
-            continue
-        if found:
-            return f"{plain}: {text(found)}"
-    return plain
+    if not flags & _NLM_F_ACK_TLVS:
+        return plain
+    # An int and, in an NLMSG_ERROR, the refused message: its header or (not capped) all of it
+    offset = 4
+    if kind == NLMSG_ERROR:
+        offset += 16 if flags & _NLM_F_CAPPED else (_U32.unpack_from(body, 4)[0] + 3) & ~3
+    found = attributes(body, offset).get(_NLMSGERR_ATTR_MSG)
+    return f"{plain}: {text(found)}" if found else plain

@@ -64,6 +64,7 @@ _RTA_TABLE = 15
 
 _RTNH_F_ONLINK = 4
 _RTM_F_CLONED = 0x200
+_RTM_F_FIB_MATCH = 0x2000
 # The metric the kernel gives an IPv6 route that asks for none
 _V6_DEFAULT_METRIC = 1024
 
@@ -179,6 +180,20 @@ class Routes:
             return {}  # a table without routes does not exist
         found = map(parse_route, bodies)
         return {route.key: route for route in found if route is not None}
+
+    def lookup(self, host: Net) -> Route | None:
+        """The route that packets to ``host`` take, None if there is none.
+
+        ``ip route get fibmatch ADDRESS``.
+        """
+        header = _RTMSG.pack(_FAMILY[host.version], host.length, 0, 0, 0, 0, 0, 0, _RTM_F_FIB_MATCH)
+        message = Message(RTM_GETROUTE, 0, header + attribute(_RTA_DST, host.packed()))
+        try:
+            return parse_route(self._socket.request(message))
+        except OSError as error:
+            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ESRCH):
+                return None
+            raise
 
     def apply(self, plan: Plan[RouteKey, Route]) -> dict[RouteKey, OSError]:
         """Do the whole plan in one batch; returns the errors of the steps that failed.
