@@ -123,10 +123,15 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule: what to do with the packets that match."""
+    """One rule: what to do with the packets that match.
+
+    ``index`` is the position, in the policy's ``ingress`` or ``egress`` as its author wrote it,
+    of the rule it was compiled from.
+    """
 
     action: Action
     match: Match = Match()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)

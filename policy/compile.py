@@ -1,0 +1,323 @@
+"""One policy as users write it → neutral rules, and the sets they need.
+
+What can't be understood or isn't supported never widens access. A rule with such a
+condition is an ``Allow`` or ``Log`` less; ``Deny`` and ``Pass`` become ``Deny`` for everything
+the rest of the rule matches. A policy whose own selector can't be parsed denies everything,
+in its directions, at all the endpoints it might be about: those of its namespace, or, global,
+those its other selectors leave. Each time a ``Problem`` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from api.errors import Problem
+from api.fields import PORT_PROTOCOLS, parse_port, protocol_number
+from api.net import Net, parse_net
+from api.policy import ICMP_VERSIONS, EntityRule, GlobalNetworkPolicy, ICMPFields, NetworkPolicy
+from api.policy import Rule as ApiRule
+from policy.effective import global_policy_selector, policy_selector, rule_selector
+from policy.model import Action, CompiledPolicy, Match, PolicyId, PortRange, Rule, SetKind
+from policy.selector import Everything, Not, Selector, SelectorError, parse, unique_id
+
+_DENY_ALL: tuple[Rule, ...] = (Rule(Action.DENY),)
+_ANY = Selector(Everything("all"))
+_NOTHING = Selector(Not(Everything("all")))
+
+
+@dataclass(frozen=True, slots=True)
+class SetSpec:
+    """What a set holds: addresses of matching endpoints, or those of one of their named ports.
+
+    ``protocol`` 0 is any. The id is Calico's.
+    """
+
+    id: str
+    selector: Selector
+    port: str = ""
+    protocol: int = 0
+
+    @property
+    def kind(self) -> SetKind:
+        """What its members are."""
+        return SetKind.NAMED_PORT if self.port else SetKind.NET
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledRules:
+    """The rules of a policy or profile, the sets they refer to, and what is wrong with it."""
+
+    policy: CompiledPolicy
+    sets: frozenset[SetSpec]
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compilation:
+    """A policy ready for the engine. ``order`` is infinite where the policy gives none."""
+
+    rules: CompiledRules
+    selector: Selector
+    tier: str
+    order: float
+
+
+def compile_policy(id: PolicyId, policy: NetworkPolicy | GlobalNetworkPolicy) -> Compilation:
+    """Compile a policy. Never raises: what is wrong becomes ``problems``."""
+    spec = policy.spec
+    compiler = _Compiler(policy.namespace)
+    selector = _selector_of(policy, compiler)
+    ingress = egress = _DENY_ALL
+    if not compiler.problems:
+        ingress = compiler.rules(spec.ingress, "spec.ingress")
+        egress = compiler.rules(spec.egress, "spec.egress")
+    if isinstance(policy, GlobalNetworkPolicy):
+        for name, value in (
+            ("doNotTrack", policy.spec.do_not_track),
+            ("preDNAT", policy.spec.pre_dnat),
+        ):
+            if value:  # such a policy is about host endpoints alone
+                selector = _NOTHING
+                compiler.problem(f"spec.{name}", value, "false: not supported")
+    rules = compiler.finish(
+        CompiledPolicy(
+            id,
+            ingress if "Ingress" in spec.types else None,
+            egress if "Egress" in spec.types else None,
+        )
+    )
+    return Compilation(rules, selector, spec.tier, math.inf if spec.order is None else spec.order)
+
+
+def compile_rules(
+    id: PolicyId, ingress: Sequence[ApiRule], egress: Sequence[ApiRule]
+) -> CompiledRules:
+    """Compile the rules of a profile, which belongs to no namespace."""
+    compiler = _Compiler("")
+    return compiler.finish(
+        CompiledPolicy(
+            id,
+            compiler.rules(ingress, "spec.ingress"),
+            compiler.rules(egress, "spec.egress"),
+        )
+    )
+
+
+def _selector_of(policy: NetworkPolicy | GlobalNetworkPolicy, compiler: _Compiler) -> Selector:
+    spec = policy.spec
+    selector = compiler.selector(spec.selector, "spec.selector")
+    accounts = compiler.selector(spec.service_account_selector, "spec.serviceAccountSelector")
+    if isinstance(policy, GlobalNetworkPolicy):
+        return global_policy_selector(
+            selector=selector,
+            namespace_selector=compiler.selector(
+                policy.spec.namespace_selector, "spec.namespaceSelector"
+            ),
+            service_account_selector=accounts,
+        )
+    return policy_selector(policy.namespace, selector=selector, service_account_selector=accounts)
+
+
+@dataclass(slots=True)
+class _Compiler:
+    """Compiles the rules of one policy; gathers the sets they need and what is wrong.
+
+    A condition that is wrong is left out as a whole, so that what remains matches more.
+    """
+
+    namespace: str
+    sets: list[SetSpec] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def finish(self, policy: CompiledPolicy) -> CompiledRules:
+        return CompiledRules(policy, frozenset(self.sets), tuple(self.problems))
+
+    def problem(self, where: str, value: object, expected: str) -> None:
+        self.problems.append(Problem(where, value, expected))
+
+    def rules(self, rules: Iterable[ApiRule], where: str) -> tuple[Rule, ...]:
+        compiled: list[Rule] = []
+        for index, rule in enumerate(rules):
+            compiled += self._rule(rule, index, f"{where}[{index}]")
+        return tuple(compiled)
+
+    def selector(self, text: str, where: str) -> Selector | None:
+        """None when there is none, or (a problem) when it can't be parsed."""
+        if not text:
+            return None
+        try:
+            return parse(text)
+        except SelectorError as error:
+            self.problem(where, text, str(error))
+            return None
+
+    def _rule(self, rule: ApiRule, index: int, where: str) -> list[Rule]:
+        problems, sets = len(self.problems), len(self.sets)
+        matches = self._matches(rule, where)
+        action = Action(rule.action)
+        if len(self.problems) > problems:
+            if action in (Action.ALLOW, Action.LOG):
+                del self.sets[sets:]
+                return []
+            action = Action.DENY
+        return [Rule(action, match, index) for match in matches]
+
+    def _matches(self, rule: ApiRule, where: str) -> list[Match]:
+        protocol = None if rule.protocol is None else protocol_number(rule.protocol)
+        if rule.http is not None:
+            self.problem(f"{where}.http", "set", "absent: HTTP is not looked into")
+        source = self._side(rule.source, protocol, f"{where}.source")
+        destination = self._side(rule.destination, protocol, f"{where}.destination")
+        match = Match(
+            version=rule.ip_version or ICMP_VERSIONS.get(protocol or 0),
+            protocol=protocol,
+            not_protocol=None if rule.not_protocol is None else protocol_number(rule.not_protocol),
+            src_nets=source.nets,
+            not_src_nets=source.not_nets,
+            dst_nets=destination.nets,
+            not_dst_nets=destination.not_nets,
+            src_sets=source.sets,
+            not_src_sets=source.not_sets,
+            dst_sets=destination.sets,
+            not_dst_sets=destination.not_sets,
+            src_ports=source.ports,
+            not_src_ports=source.not_ports,
+            dst_ports=destination.ports,
+            not_dst_ports=destination.not_ports,
+            src_named_ports=source.named_ports,
+            not_src_named_ports=source.not_named_ports,
+            dst_named_ports=destination.named_ports,
+            not_dst_named_ports=destination.not_named_ports,
+        )
+        for name, fields in (("icmp", rule.icmp), ("notICMP", rule.not_icmp)):
+            if fields is not None and protocol not in ICMP_VERSIONS:
+                self.problem(
+                    f"{where}.protocol", rule.protocol, f"ICMP or ICMPv6, because {name} is set"
+                )
+                return [match]
+        return _with_icmp(match, rule.icmp, rule.not_icmp)
+
+    def _side(self, entity: EntityRule, protocol: int | None, where: str) -> _Side:
+        if entity.services is not None:
+            self.problem(
+                f"{where}.services", entity.services.name, "absent: services are not supported"
+            )
+        negative = self.selector(entity.not_selector, f"{where}.notSelector")
+        positive = self._positive_selector(entity, where)
+        ports, names = self._ports(entity.ports, protocol, f"{where}.ports")
+        not_ports, not_names = self._ports(entity.not_ports, protocol, f"{where}.notPorts")
+        # A named port is looked for at the selected endpoints only: the set stays small, and
+        # beside named ports alone the selector's own set is not needed.
+        selected = positive or _ANY
+        needs_selector = positive is not None and (bool(ports) or not names)
+        return _Side(
+            nets=self._nets(entity.nets, f"{where}.nets"),
+            not_nets=self._nets(entity.not_nets, f"{where}.notNets"),
+            sets=self._sets([positive] if positive is not None and needs_selector else []),
+            not_sets=self._sets([negative] if negative is not None else []),
+            ports=ports,
+            not_ports=not_ports,
+            named_ports=self._named(names, protocol, selected),
+            not_named_ports=self._named(not_names, protocol, selected),
+        )
+
+    def _positive_selector(self, entity: EntityRule, where: str) -> Selector | None:
+        before = len(self.problems)
+        accounts = entity.service_accounts
+        selector = rule_selector(
+            self.namespace,
+            selector=self.selector(entity.selector, f"{where}.selector"),
+            namespace_selector=self.selector(
+                entity.namespace_selector, f"{where}.namespaceSelector"
+            ),
+            service_account_selector=self.selector(
+                accounts.selector if accounts else "", f"{where}.serviceAccounts.selector"
+            ),
+            service_account_names=accounts.names if accounts else (),
+            has_not_selector=bool(entity.not_selector),
+        )
+        return selector if len(self.problems) == before else None
+
+    def _nets(self, texts: Iterable[str], where: str) -> tuple[Net, ...]:
+        nets: list[Net] = []
+        for text in texts:
+            try:
+                nets.append(parse_net(text, strict=False))
+            except ValueError:
+                self.problem(where, text, "a CIDR such as 10.0.0.0/24")
+                return ()
+        return tuple(nets)
+
+    def _ports(
+        self, ports: Iterable[int | str], protocol: int | None, where: str
+    ) -> tuple[tuple[PortRange, ...], tuple[str, ...]]:
+        """Numbers and ranges, and names."""
+        ranges: list[PortRange] = []
+        names: list[str] = []
+        for port in ports:
+            numbers = parse_port(port)
+            if numbers is None:
+                names.append(str(port))
+            else:
+                ranges.append(PortRange(*numbers))
+        if ranges and protocol not in PORT_PROTOCOLS:
+            self.problem(where, ranges[0].first, "a rule with protocol TCP, UDP or SCTP")
+            return (), ()
+        return tuple(ranges), tuple(names)
+
+    def _sets(self, selectors: Iterable[Selector]) -> tuple[str, ...]:
+        specs = [SetSpec(selector.id, selector) for selector in selectors]
+        self.sets += specs
+        return tuple(spec.id for spec in specs)
+
+    def _named(
+        self, names: Iterable[str], protocol: int | None, selector: Selector
+    ) -> tuple[str, ...]:
+        specs = [named_port_set(selector, name, protocol or 0) for name in names]
+        self.sets += specs
+        return tuple(spec.id for spec in specs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """The conditions on the source or the destination."""
+
+    nets: tuple[Net, ...]
+    not_nets: tuple[Net, ...]
+    sets: tuple[str, ...]
+    not_sets: tuple[str, ...]
+    ports: tuple[PortRange, ...]
+    not_ports: tuple[PortRange, ...]
+    named_ports: tuple[str, ...]
+    not_named_ports: tuple[str, ...]
+
+
+def named_port_set(selector: Selector, name: str, protocol: int) -> SetSpec:
+    """The set of (address, protocol, port) of a named port at the endpoints of a selector."""
+    word = {0: "any", 6: "tcp", 17: "udp", 132: "sctp"}.get(protocol, str(protocol))
+    return SetSpec(unique_id("n", f"{selector.id},{word},{name}"), selector, name, protocol)
+
+
+def _with_icmp(match: Match, icmp: ICMPFields | None, not_icmp: ICMPFields | None) -> list[Match]:
+    """The ICMP conditions added.
+
+    ``notICMP`` with a type and a code means "not both"; of a ``Match`` all conditions hold,
+    so it takes two: another type, or this type with another code.
+    """
+    if icmp is not None:
+        match = replace(match, icmp_type=icmp.type, icmp_code=icmp.code)
+    if not_icmp is None or not_icmp.type is None:
+        return [match]
+    if match.icmp_type is None:
+        other_type = replace(match, not_icmp_type=not_icmp.type)
+        if not_icmp.code is None:
+            return [other_type]
+        same_type = replace(match, icmp_type=not_icmp.type, not_icmp_code=not_icmp.code)
+        return [other_type, same_type]
+    if match.icmp_type != not_icmp.type:
+        return [match]
+    if not_icmp.code is None or match.icmp_code == not_icmp.code:
+        return []
+    return [match if match.icmp_code is not None else replace(match, not_icmp_code=not_icmp.code)]
