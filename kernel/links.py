@@ -113,15 +113,19 @@ class Links:
         found = map(parse_link, self._socket.dump(Message(RTM_GETLINK, 0, body)))
         return {link.name: link for link in found}
 
-    def get(self, name: str) -> Link:
-        """One interface (``ip link show dev NAME``). Raises OSError (ENODEV) if there is none."""
-        body = _IFINFO.pack(0, 0, 0, 0, 0)
+    def get(self, link: int | str) -> Link:
+        """One interface, by index or by name (``ip link show dev NAME``).
+
+        Raises OSError (ENODEV) if there is none.
+        """
+        body = _header(link if isinstance(link, int) else 0)
         body += attribute_u32(_IFLA_EXT_MASK, _RTEXT_FILTER_SKIP_STATS)
-        body += attribute_text(_IFLA_IFNAME, name)
+        if isinstance(link, str):
+            body += attribute_text(_IFLA_IFNAME, link)
         try:
             return parse_link(self._socket.request(Message(RTM_GETLINK, 0, body)))
         except OSError as error:
-            raise OSError(error.errno, f"interface {name}: {error.strerror}") from error
+            raise OSError(error.errno, f"interface {link}: {error.strerror}") from error
 
 
 def parse_link(body: bytes) -> Link:
