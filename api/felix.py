@@ -73,7 +73,7 @@ OpenstackRegion = Annotated[str, AfterValidator(_region)]
 class ProtoPort(Model):
     """A port that always stays reachable."""
 
-    protocol: Literal["TCP", "UDP", "SCTP"] = "TCP"
+    protocol: Annotated[Literal["TCP", "UDP", "SCTP"], ANY_CASE] = "TCP"
     port: Annotated[int, Field(ge=0, le=65535)]
     net: NetText | None = None
 
