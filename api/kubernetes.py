@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from api.fields import Cidr, is_label_value, is_qualified_name, refuse
+from api.fields import is_label_value, is_qualified_name, refuse
 from api.metadata import Checked, Fault, Model, ObjectMeta, Resource
 from api.net import parse_net
 
@@ -63,6 +63,7 @@ class PodSpec(KubernetesModel):
     host_network: bool = False
     service_account_name: str | None = None
     containers: list[Container] = Field(default_factory=list)
+    init_containers: list[Container] = Field(default_factory=list)
 
 
 class PodIP(KubernetesModel):
@@ -127,17 +128,31 @@ class LabelSelector(Checked):
                 yield Fault(("matchLabels", key), value, "a label value")
 
 
+def _block(text: str) -> str:
+    try:
+        parse_net(text, strict=False)
+    except ValueError:
+        text = ""
+    if "/" not in text:
+        raise refuse("a CIDR such as 10.0.0.0/24")
+    return text
+
+
+# Kubernetes accepts bits beyond the prefix length, and ignores them.
+Block = Annotated[str, AfterValidator(_block)]
+
+
 class IPBlock(Checked):
     """A network without some of its parts."""
 
-    cidr: Cidr
-    except_: list[Cidr] = Field(default_factory=list, alias="except")
+    cidr: Block
+    except_: list[Block] = Field(default_factory=list, alias="except")
 
     def faults(self) -> Iterator[Fault]:
         """Exceptions that are not strictly inside."""
-        net = parse_net(self.cidr)
+        net = parse_net(self.cidr, strict=False)
         for index, text in enumerate(self.except_):
-            inner = parse_net(text)
+            inner = parse_net(text, strict=False)
             if not net.contains(inner) or inner == net:
                 yield Fault(("except", index), text, f"a network inside {self.cidr}, not all of it")
 
