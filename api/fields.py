@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from datetime import timedelta
+from decimal import Decimal
 from typing import Annotated, Any, get_args
 
 from pydantic import (
@@ -282,7 +283,7 @@ def _duration(value: object) -> timedelta:
     if not isinstance(value, str) or not _DURATION_RE.fullmatch(value):
         raise refuse("a duration such as 90s, 1m30s or 500ms")
     nanoseconds = sum(
-        float(number) * _UNITS[unit] for number, unit in _DURATION_PART_RE.findall(value)
+        Decimal(number) * _UNITS[unit] for number, unit in _DURATION_PART_RE.findall(value)
     )
     if nanoseconds >= 1 << 63:
         raise refuse("a duration of less than 292 years")

@@ -61,7 +61,7 @@ class Model(BaseModel):
     _names: ClassVar[dict[str, str]]  # lower-case JSON name -> JSON name
     _known: ClassVar[frozenset[str]]  # JSON names and attribute names
     _optional: ClassVar[frozenset[str]]  # JSON names whose empty text means absent
-    _omitted: ClassVar[frozenset[str]]  # JSON names that are not written when false or empty
+    _omitted: ClassVar[frozenset[str]]  # JSON names not written when false or empty (not: None)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -75,7 +75,7 @@ class Model(BaseModel):
             frozenset(
                 name
                 for name, field in fields.items()
-                if not field.is_required() and (field.default_factory or not field.default)
+                if field.default_factory or field.default in (False, 0, "")
             )
             - cls.kept
         )
