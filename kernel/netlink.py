@@ -6,7 +6,6 @@ attributes (encode, parse), batches and dumps. See netlink(7), rtnetlink(7).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
@@ -15,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kernel.netns import inside
+from kernel.netns import in_namespace
 
 NETLINK_ROUTE = 0
 NETLINK_NETFILTER = 12
@@ -168,7 +167,7 @@ class NetlinkSocket:
     def __init__(
         self, protocol: int = NETLINK_ROUTE, *, groups: int = 0, netns_fd: int | None = None
     ) -> None:
-        with contextlib.nullcontext() if netns_fd is None else inside(netns_fd):
+        with in_namespace(netns_fd):
             self._socket = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
             )

@@ -56,6 +56,11 @@ def inside(fd: int) -> Iterator[None]:
         os.close(home)
 
 
+def in_namespace(fd: int | None) -> contextlib.AbstractContextManager[None]:
+    """``inside(fd)``, or, for None, where the thread is."""
+    return contextlib.nullcontext() if fd is None else inside(fd)
+
+
 def _return_to(home: int) -> None:
     try:
         _setns(home)

@@ -1,0 +1,334 @@
+"""iptables: read which of our chains and rules stand, change them atomically.
+
+See iptables(8), iptables-restore(8). Ours are the chains whose names begin with a prefix
+and the rules with a comment ``cali:`` and sixteen characters, a hash of the rule and of
+all before it in its chain. So a restarted agent sees from the comments alone what is
+right. No other chain is changed but for the rules we insert, and no other rule is.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import subprocess
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kernel.netns import in_namespace
+from kernel.restore import Restore, RestoreError, find_program
+
+CHAIN_NAME_LIMIT = 28  # characters
+_COMMANDS = {4: "iptables", 6: "ip6tables"}
+_TABLES = ("filter", "nat", "raw", "mangle", "security")
+_SAVE_SECONDS = 60
+_ATTEMPTS = 3
+_OURS = re.compile(r'--comment "?cali:([A-Za-z0-9_-]{16})"?(?= |$)')
+
+Fragments = tuple[str, ...]
+
+
+def rule_hashes(chain: str, fragments: Iterable[str]) -> tuple[str, ...]:
+    """The sixteen characters of each rule: a hash over the chain's rules so far."""
+    state = hashlib.sha256(chain.encode())
+    hashes = []
+    for fragment in fragments:
+        state.update(b"\n" + fragment.encode())
+        hashes.append(base64.urlsafe_b64encode(state.digest()[:12]).decode())
+    return tuple(hashes)
+
+
+@dataclass(frozen=True, slots=True)
+class TableUpdate:
+    """Changes to a table, done together or not at all. Rules are without ``-A CHAIN``.
+
+    ``replace``: our chains and all their rules. ``delete``: our chains to remove.
+    ``insert`` and ``append``: the rules of ours that must come first and last in a chain
+    that is not ours; a chain named in either gets no others of ours.
+    """
+
+    replace: Mapping[str, Fragments] = field(default_factory=dict)
+    delete: Collection[str] = ()
+    insert: Mapping[str, Fragments] = field(default_factory=dict)
+    append: Mapping[str, Fragments] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.replace or self.delete or self.insert or self.append)
+
+
+@dataclass(frozen=True, slots=True)
+class TableState:
+    """What stands in a table, one hash a rule; an empty text is a rule that isn't ours.
+
+    ``chains`` are ours; ``inserted`` are the others: the builtin ones, and more where a
+    rule of ours is found.
+    """
+
+    chains: dict[str, tuple[str, ...]]
+    inserted: dict[str, tuple[str, ...]]
+
+    def update_to(
+        self,
+        chains: Mapping[str, Fragments],
+        insert: Mapping[str, Fragments],
+        append: Mapping[str, Fragments] | None = None,
+    ) -> TableUpdate:
+        """What must change so that exactly these chains and inserted rules of ours stand."""
+        append = append or {}
+        hooked = {name for name, hashes in self.inserted.items() if any(hashes)}
+        wrong = {
+            name
+            for name in hooked | insert.keys() | append.keys()
+            if not _in_place(
+                self.inserted.get(name, ()), name, insert.get(name, ()), append.get(name, ())
+            )
+        }
+        return TableUpdate(
+            replace={
+                name: fragments
+                for name, fragments in chains.items()
+                if self.chains.get(name) != rule_hashes(name, fragments)
+            },
+            delete=sorted(self.chains.keys() - chains.keys()),
+            insert={name: insert.get(name, ()) for name in sorted(wrong)},
+            append={name: append[name] for name in sorted(wrong & append.keys())},
+        )
+
+
+class IptablesError(Exception):
+    """iptables refused an update; the table is as it was.
+
+    ``chain`` and ``rule`` are those at fault, empty where iptables does not say.
+    """
+
+    def __init__(self, message: str, chain: str = "", rule: str = "") -> None:
+        super().__init__(message)
+        self.chain = chain
+        self.rule = rule
+
+
+def detect_backend(netns_fd: int | None = None) -> str:
+    """``nft`` or ``legacy``: what already holds more rules in the namespace.
+
+    Where neither holds more, what the plain ``iptables`` command is.
+    """
+    rules = {
+        "nft": sum(_count_rules(f"{command}-nft-save", netns_fd) for command in _COMMANDS.values()),
+        "legacy": sum(
+            _count_rules(f"{command}-legacy-save", netns_fd)
+            for command, tables in (("iptables", "ip"), ("ip6tables", "ip6"))
+            # asking legacy iptables would make the tables it is asked for
+            if _legacy_tables(tables, netns_fd)
+        ),
+    }
+    if rules["nft"] != rules["legacy"]:
+        return max(rules, key=rules.__getitem__)
+    return "legacy" if "legacy" in _run([find_program("iptables"), "--version"], None) else "nft"
+
+
+def _count_rules(program: str, netns_fd: int | None) -> int:
+    output = _run([find_program(program)], netns_fd)
+    return sum(line.startswith("-A") for line in output.splitlines())
+
+
+def _legacy_tables(kind: str, netns_fd: int | None) -> str:
+    with in_namespace(netns_fd):
+        try:
+            return Path(f"/proc/thread-self/net/{kind}_tables_names").read_text().strip()
+        except FileNotFoundError:
+            return ""  # the kernel module is not loaded
+
+
+def _run(command: Sequence[str], netns_fd: int | None) -> str:
+    with in_namespace(netns_fd):
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="surrogateescape",
+        )
+    with process:
+        try:
+            output, errors = process.communicate(timeout=_SAVE_SECONDS)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise IptablesError(f"{' '.join(command)}: exit {process.returncode}: {errors.strip()}")
+    return output
+
+
+class IptablesTable:
+    """One table of one family and backend (``nft``, ``legacy``, ``auto``: what is in use).
+
+    In the network namespace ``netns_fd``, by default that of the thread that calls. For
+    one thread at a time. Raises ValueError for a table that does not exist,
+    FileNotFoundError where iptables is not installed.
+    """
+
+    def __init__(
+        self,
+        family: int,
+        table: str,
+        backend: str = "auto",
+        *,
+        prefix: str = "cali-",
+        netns_fd: int | None = None,
+    ) -> None:
+        if family not in _COMMANDS or table not in _TABLES:
+            raise ValueError(f"iptables family {family}, table {table!r}: 4 or 6, {_TABLES}")
+        if backend not in ("nft", "legacy", "auto"):
+            raise ValueError(f"iptables backend {backend!r}: nft, legacy or auto")
+        self.family = family
+        self.table = table
+        self.backend = detect_backend(netns_fd) if backend == "auto" else backend
+        self._prefix = prefix
+        self._netns_fd = netns_fd
+        command = f"{_COMMANDS[family]}-{self.backend}"
+        self._save = (find_program(f"{command}-save"), "-t", table)
+        self._restore = Restore(f"{command}-restore", netns_fd=netns_fd)
+        # Other chains than ours, as last seen: (hash, text) of each rule. None: not known
+        self._hooks: dict[str, list[tuple[str, str]]] | None = None
+
+    def __str__(self) -> str:
+        return f"{_COMMANDS[self.family]}-{self.backend} table {self.table}"
+
+    def __enter__(self) -> IptablesTable:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the running program. The table stays as it is, and may be used again."""
+        self._restore.close()
+
+    def read(self) -> TableState:
+        """What stands (``iptables-save -t TABLE``). Raises IptablesError."""
+        chains: dict[str, list[str]] = {}
+        hooks: dict[str, list[tuple[str, str]]] = {}
+        for line in _run(self._save, self._netns_fd).splitlines():
+            if line.startswith(":"):
+                name, policy, _ = line[1:].split(" ", 2)
+                if name.startswith(self._prefix):
+                    chains[name] = []
+                elif policy != "-":
+                    hooks[name] = []
+            elif line.startswith("-A "):
+                _, name, rule = line.split(" ", 2)
+                found = _OURS.search(rule)
+                if name in chains:
+                    chains[name].append(found[1] if found else "")
+                else:
+                    hooks.setdefault(name, []).append((found[1] if found else "", rule))
+        self._hooks = hooks
+        return TableState(
+            {name: tuple(hashes) for name, hashes in chains.items()},
+            {name: tuple(mark for mark, _ in rules) for name, rules in hooks.items()},
+        )
+
+    def apply(self, update: TableUpdate) -> None:
+        """Do the whole update in one transaction; an inserted rule in place is left alone.
+
+        A failure is tried again with fresh eyes, as it may come from another program's
+        change. Raises IptablesError, ValueError for names and rules that cannot be.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
+            lines = list(self._render(update))
+            if len(lines) == 2:  # only "*table" and "COMMIT"
+                return
+            try:
+                self._restore.apply(lines)
+                break
+            except RestoreError as error:
+                self._hooks = None
+                if attempt == _ATTEMPTS:
+                    raise self._explain(error, lines) from error
+        if self._hooks is not None:
+            for name in update.insert.keys() | update.append.keys():
+                self._remember(name, update.insert.get(name, ()), update.append.get(name, ()))
+
+    def _render(self, update: TableUpdate) -> Iterator[str]:
+        for name in (*update.replace, *update.delete):
+            self._check_ours(name)
+        yield f"*{self.table}"
+        for name in (*update.replace, *update.delete):
+            yield f":{name} - [0:0]"  # made, or emptied
+        for name, fragments in update.replace.items():
+            for rule in _commented(name, fragments):
+                yield f"-A {name} {rule}"
+        for name in sorted(update.insert.keys() | update.append.keys()):
+            yield from self._render_hooks(
+                name, update.insert.get(name, ()), update.append.get(name, ())
+            )
+        for name in update.delete:
+            yield f"-X {name}"
+        yield "COMMIT"
+
+    def _render_hooks(self, name: str, insert: Fragments, append: Fragments) -> Iterator[str]:
+        if name.startswith(self._prefix):
+            raise ValueError(f"iptables chain {name}: is ours; replace it instead")
+        present = self._known_hooks().get(name, [])
+        if _in_place([mark for mark, _ in present], name, insert, append):
+            return
+        for mark, rule in present:
+            if mark:
+                # by its text: a number could meanwhile be a stranger's rule
+                yield f"-D {name} {rule}"
+        rules = _commented(name, (*insert, *append))
+        for rule in reversed(rules[: len(insert)]):
+            yield f"-I {name} {rule}"
+        for rule in rules[len(insert) :]:
+            yield f"-A {name} {rule}"
+
+    def _known_hooks(self) -> dict[str, list[tuple[str, str]]]:
+        if self._hooks is None:
+            self.read()
+        assert self._hooks is not None
+        return self._hooks
+
+    def _remember(self, name: str, insert: Fragments, append: Fragments) -> None:
+        assert self._hooks is not None
+        rules = (*insert, *append)
+        ours = list(zip(rule_hashes(name, rules), _commented(name, rules), strict=True))
+        others = [rule for rule in self._hooks.get(name, []) if not rule[0]]
+        self._hooks[name] = [*ours[: len(insert)], *others, *ours[len(insert) :]]
+
+    def _check_ours(self, name: str) -> None:
+        if not name.startswith(self._prefix) or len(name) > CHAIN_NAME_LIMIT or " " in name:
+            raise ValueError(
+                f"iptables chain {name!r}: a name that begins with {self._prefix!r} and has at "
+                f"most {CHAIN_NAME_LIMIT} characters is needed"
+            )
+
+    def _explain(self, error: RestoreError, lines: Sequence[str]) -> IptablesError:
+        if error.line is None or not lines[error.line].startswith(("-", ":")):
+            touched = [line.split(" ")[0][1:] for line in lines if line.startswith(":")]
+            where = f" (changing chains {', '.join(touched[:10])})" if touched else ""
+            return IptablesError(f"{self}: {error}{where}")
+        line = lines[error.line]
+        words = line.split(" ", 2)
+        chain = words[0][1:] if line.startswith(":") else words[1]
+        return IptablesError(f"{self}: {error}: at {line!r}", chain, line)
+
+
+def _commented(chain: str, fragments: Sequence[str]) -> list[str]:
+    """The rules with the comment we recognise them by."""
+    for fragment in fragments:
+        if "\n" in fragment:
+            raise ValueError(f"iptables chain {chain}: rule {fragment!r}: one line is needed")
+    return [
+        f'-m comment --comment "cali:{mark}" {fragment}'
+        for mark, fragment in zip(rule_hashes(chain, fragments), fragments, strict=True)
+    ]
+
+
+def _in_place(present: Sequence[str], chain: str, insert: Fragments, append: Fragments) -> bool:
+    """Whether exactly these of our rules stand in a chain, at its beginning and end."""
+    wanted = rule_hashes(chain, (*insert, *append))
+    others = len(present) - len(wanted)
+    first = len(insert)
+    return tuple(present) == (*wanted[:first], *[""] * others, *wanted[first:])
