@@ -1,7 +1,5 @@
 """BGPConfiguration and BGPPeer: who speaks BGP with whom, and what is announced."""
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from collections.abc import Iterator

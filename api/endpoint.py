@@ -1,7 +1,5 @@
 """WorkloadEndpoint: a pod's interface on a node, as the CNI plugin wrote it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 

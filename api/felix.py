@@ -4,8 +4,6 @@ Every field is optional. None means: as the wider configuration says, and if non
 anything, Felix' own default. ``effective`` merges the two levels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, Self
 

@@ -1,7 +1,5 @@
 """What IPAM stores, in the shape of Calico's CRDs: blocks, who claims them, who holds addresses."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 

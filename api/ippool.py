@@ -1,7 +1,5 @@
 """IPPool: addresses for pods, in blocks that nodes claim."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 

@@ -5,8 +5,6 @@ are refused: a condition that is not understood would otherwise be a condition l
 policy would allow more than its author wrote.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 

@@ -6,8 +6,6 @@ null or an empty text in an optional field means that the field is absent (where
 the empty text from the absent one, a model names the field in ``verbatim``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -54,6 +52,7 @@ class Model(BaseModel):
         validate_by_name=True,
         validate_by_alias=True,
         serialize_by_alias=True,
+        defer_build=True,  # a program pays only for the kinds it uses
     )
 
     kept: ClassVar[frozenset[str]] = frozenset()  # JSON names to write even when false or empty

@@ -1,7 +1,5 @@
 """Node: a machine of the cluster, its addresses and tunnels."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 from collections.abc import Iterator

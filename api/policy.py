@@ -1,7 +1,5 @@
 """NetworkPolicy, GlobalNetworkPolicy, their rules, and Tier."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
