@@ -4,6 +4,9 @@ See iptables(8), iptables-restore(8). Ours are the chains whose names begin with
 and the rules with a comment ``cali:`` and sixteen characters, a hash of the rule and of
 all before it in its chain. So a restarted agent sees from the comments alone what is
 right. No other chain is changed but for the rules we insert, and no other rule is.
+
+With the nft backend a change right after another waits some ten milliseconds: the kernel
+first lets go of the rules that the earlier one removed. So gather changes into one update.
 """
 
 from __future__ import annotations

@@ -216,10 +216,9 @@ class NetlinkSocket:
         failures: list[Failure] = []
         replies: list[Reply] = []
         for window in _windows(messages):
-            first = self._sequence + 1
-            last = self._send(messages[window.start : window.stop])
-            for sequence, kind, flags, body in self._answers(last):
-                index = window.start + sequence - first
+            sent = self._send(messages[window.start : window.stop])
+            for sequence, kind, flags, body in self._answers(sent):
+                index = window.start + sequence - sent.start
                 if kind != NLMSG_ERROR:
                     replies.append(Reply(index, kind, body))
                 elif code := -_INT.unpack_from(body)[0]:
@@ -255,12 +254,13 @@ class NetlinkSocket:
         """
         return [Message(kind, 0, body) for _, kind, _, body in self._read()]
 
-    def _send(self, messages: Sequence[Message]) -> int:
+    def _send(self, messages: Sequence[Message]) -> range:
         """Send in one datagram; only the last message asks for an acknowledgement.
 
-        The kernel reports a failure unasked, and answers in order. Returns the last
-        sequence number.
+        The kernel reports a failure unasked, and answers in order. Returns the sequence
+        numbers.
         """
+        first = self._sequence + 1
         parts: list[bytes] = []
         sequence = self._sequence
         final = len(messages) - 1
@@ -271,16 +271,15 @@ class NetlinkSocket:
             parts += (_HEADER.pack(length, kind, flags, sequence, 0), body, bytes(-length & 3))
         self._sequence = sequence if sequence < _SEQUENCE_RESTART else 0
         self._socket.send(b"".join(parts))
-        return sequence
+        return range(first, sequence + 1)
 
-    def _answers(self, last: int) -> Iterator[tuple[int, int, int, bytes]]:
-        """(sequence, type, flags, body) of all answers, up to the one to message ``last``."""
-        first = last - _WINDOW_MESSAGES
+    def _answers(self, sent: range) -> Iterator[tuple[int, int, int, bytes]]:
+        """(sequence, type, flags, body) of all answers, up to the one to the last message."""
         while True:
             for sequence, kind, flags, body in self._read():
-                if first < sequence <= last:
+                if sequence in sent:
                     yield sequence, kind, flags, body
-                    if sequence == last and kind == NLMSG_ERROR:
+                    if sequence == sent[-1] and kind == NLMSG_ERROR:
                         return
 
     def _dump_once(self, message: Message) -> tuple[list[bytes], bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ T = TypeVar("T")
 _CLONE_NEWNET = 0x40000000
 _MS_BIND = 0x1000
 _MNT_DETACH = 0x2
+_NS_GET_NSTYPE = 0xB703
 _OWN = "/proc/thread-self/ns/net"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -98,6 +100,14 @@ def _in_fresh_thread(function: Callable[[], T]) -> T:
     return results[0]
 
 
+def is_network_namespace(fd: int) -> bool:
+    """Whether a file descriptor means a network namespace. See ioctl_ns(2)."""
+    try:
+        return fcntl.ioctl(fd, _NS_GET_NSTYPE) == _CLONE_NEWNET
+    except OSError:
+        return False
+
+
 def same_namespace(one: int, other: int) -> bool:
     """Whether two file descriptors mean the same namespace."""
     first, second = os.fstat(one), os.fstat(other)
@@ -134,8 +144,15 @@ class Namespace:
 
     @classmethod
     def open(cls, path: Path) -> Namespace:
-        """The namespace mounted on ``path``, also ``/proc/PID/ns/net``. Raises OSError."""
-        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)
+        """The namespace mounted on ``path``, also ``/proc/PID/ns/net``.
+
+        Raises OSError, ValueError where ``path`` is something else.
+        """
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if not is_network_namespace(fd):
+            os.close(fd)
+            raise ValueError(f"{path}: is not a network namespace")
+        return cls(fd, path)
 
     @property
     def fd(self) -> int:

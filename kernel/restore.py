@@ -26,16 +26,15 @@ _LINE_NUMBER = re.compile(r"\bline:? (\d+)")
 
 
 class RestoreError(Exception):
-    """A transaction was refused; nothing of it was applied.
+    """A transaction failed. Nothing of it was applied, unless the program was killed.
 
     ``line`` is the index of the line at fault among those given, None where the program
-    does not say. When it was killed (``died``) the transaction may have been applied.
+    does not say.
     """
 
-    def __init__(self, reason: str, line: int | None = None, *, died: bool = False) -> None:
+    def __init__(self, reason: str, line: int | None = None) -> None:
         super().__init__(reason)
         self.line = line
-        self.died = died
 
 
 def find_program(name: str) -> str:
@@ -134,7 +133,7 @@ class Restore:
         while token not in output:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise RestoreError(f"{self._program}: no answer, killed", died=True)
+                raise RestoreError(f"{self._program}: no answer, killed")
             ready = dict(poll.poll(left * 1000))
             if process.stdin.fileno() in ready:
                 try:
@@ -158,7 +157,7 @@ class Restore:
         ]
         if code < 0 or not said:
             reason = f"{self._program}: ended with {code}; {' '.join(said)}".rstrip("; ")
-            return RestoreError(reason, died=True)
+            return RestoreError(reason)
         found = _LINE_NUMBER.search(output.decode(errors="replace"))
         line = int(found[1]) - sent - 1 if found else None
         if line is not None and not 0 <= line < count:

@@ -234,7 +234,6 @@ def route_delete(route: Route) -> Message:
 def _body(route: Route, hops: tuple[Hop, ...]) -> bytes:
     net = route.net
     table = route.table if route.table < 256 else 0
-    # An IPv6 blackhole lives on the loopback device, which the kernel adds by itself.
     flags = _RTNH_F_ONLINK if len(hops) == 1 and hops[0].onlink else 0
     parts = [
         _RTMSG.pack(
@@ -281,7 +280,7 @@ def parse_route(body: bytes) -> Route | None:
     hops: tuple[Hop, ...] = ()
     if _RTA_MULTIPATH in found:
         hops = _parse_hops(found[_RTA_MULTIPATH])
-    elif _RTA_OIF in found and name not in _WITHOUT_DEVICE:
+    elif _RTA_OIF in found and name not in _WITHOUT_DEVICE:  # the kernel gives IPv6 ones lo
         hops = (
             Hop(
                 u32(found[_RTA_OIF]),
