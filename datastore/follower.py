@@ -122,17 +122,18 @@ class Follower:
                 self._send(event.key, event.entry)
 
     def _send(self, key: Key, entry: Entry | None) -> None:
-        if entry is None:
-            if self._known.pop(key, None) is not None:
-                self._sink(Update(key, None))
-        else:
-            self._known[key] = entry.revision
+        # Known is only what the sink took, so that the rest is sent again after an error.
+        if entry is not None:
             self._sink(Update(key, entry.value))
+            self._known[key] = entry.revision
+        elif key in self._known:
+            self._sink(Update(key, None))
+            del self._known[key]
 
     def _recovered(self) -> None:
         if not self._announced:
-            self._announced = True
             self._sink(InSync())
+            self._announced = True
             _log.info("datastore in sync: %d objects", len(self._known))
         elif self._problem is not None:
             _log.info("datastore followed again: %d objects", len(self._known))

@@ -237,9 +237,12 @@ class SqliteFile:
 
     def _recognised(self, connection: sqlite3.Connection) -> bool:
         """Whether the file has our schema; False when it is still empty."""
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        # One statement, so that it sees one moment: another process may be at making the schema.
+        application, version, tables = connection.execute(
+            "SELECT (SELECT application_id FROM pragma_application_id),"
+            " (SELECT user_version FROM pragma_user_version),"
+            " (SELECT count(*) FROM sqlite_master)"
+        ).fetchone()
         if not application and not version and not tables:
             return False
         if application != _APPLICATION_ID:

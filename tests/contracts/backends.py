@@ -1,0 +1,130 @@
+"""The stores under the contract, and what other processes do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from datastore.interface import JSON, AlreadyExistsError, ConflictError, Datastore, Key
+from datastore.sqlite import SqliteDatastore
+
+processes = get_context("spawn")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One store. ``connect`` makes a further client of it, in this or (pickled) any process.
+
+    ``forget_history`` makes the store lose the changes so far, as time would; it writes to an
+    object of its own.
+    """
+
+    connect: Callable[[], Datastore]
+    forget_history: Callable[[], None]
+
+
+def sqlite(directory: Path) -> Backend:
+    file = directory / "datastore.db"
+    return Backend(partial(SqliteDatastore, file), partial(_forget_sqlite, file))
+
+
+def _forget_sqlite(file: Path) -> None:
+    """Changes are forgotten by count, at every 250th revision."""
+    store = SqliteDatastore(file, history=5)
+    entry = store.create(policy_key("filler"), policy("filler"))
+    for _ in range(250):
+        entry = store.update(entry.key, entry.value)
+    store.close()
+
+
+def policy_key(name: str) -> Key:
+    return Key("GlobalNetworkPolicy", name)
+
+
+def policy(name: str, order: int = 0) -> JSON:
+    """An object that every store takes, with a number in it."""
+    return _v3("GlobalNetworkPolicy", {"name": name}, {"order": order, "selector": "all()"})
+
+
+def namespaced_key(namespace: str, name: str) -> Key:
+    return Key("NetworkPolicy", name, namespace)
+
+
+def namespaced(namespace: str, name: str) -> JSON:
+    metadata: JSON = {"name": name, "namespace": namespace}
+    return _v3("NetworkPolicy", metadata, {"selector": "all()"})
+
+
+def peer_key(name: str) -> Key:
+    return Key("BGPPeer", name)
+
+
+def peer(name: str, as_number: int = 64512) -> JSON:
+    return _v3("BGPPeer", {"name": name}, {"peerIP": "192.0.2.1", "asNumber": as_number})
+
+
+def order(value: JSON) -> int:
+    """The number ``policy`` put in."""
+    number: int = value["spec"]["order"]
+    return number
+
+
+def _v3(kind: str, metadata: JSON, spec: JSON) -> JSON:
+    return {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": kind,
+        "metadata": metadata,
+        "spec": spec,
+    }
+
+
+def count_up(connect: Callable[[], Datastore], name: str, times: int) -> None:
+    """Add one to an object's number, ``times`` times, by compare-and-swap."""
+    store = connect()
+    for _ in range(times):
+        while True:
+            entry = store.get(policy_key(name))
+            try:
+                store.update(entry.key, policy(name, order(entry.value) + 1), entry.revision)
+                break
+            except ConflictError:
+                continue
+    store.close()
+
+
+def write_series(connect: Callable[[], Datastore], name: str, times: int) -> None:
+    """Create an object with number 1 and raise it to ``times``; then delete it."""
+    store = connect()
+    store.create(policy_key(name), policy(name, 1))
+    for number in range(2, times + 1):
+        store.update(policy_key(name), policy(name, number))
+    store.delete(policy_key(name))
+    store.close()
+
+
+def create_all(connect: Callable[[], Datastore], number: int, count: int) -> None:
+    """Try to create ``count`` objects that others also try to create."""
+    store = connect()
+    for i in range(count):
+        try:
+            store.create(policy_key(f"race-{i}"), policy(f"race-{i}", number))
+        except AlreadyExistsError:
+            continue
+    store.close()
+
+
+def start(target: Callable[..., None], *args: object) -> BaseProcess:
+    process = processes.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def join(*started: BaseProcess) -> None:
+    """Wait for processes that must end well."""
+    for process in started:
+        process.join(60)
+        assert process.exitcode == 0, f"{process.name} ended with {process.exitcode}"
