@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
-from api.fields import EndpointPortName, is_label, is_label_value, is_qualified_name, refuse
+from api.fields import AsNumber as CalicoAsNumber
 from api.fields import Name as PodName
+from api.fields import PortName, is_label, is_label_value, is_qualified_name, refuse
 from api.metadata import Checked, Fault, Model, Resource
 
 API_VERSION = "lab.manx.dev/v1alpha1"
@@ -36,6 +37,12 @@ def _name(text: str) -> str:
     if text in _RESERVED:
         raise refuse(f"another name: {text} means something to the kernel")
     return text
+
+
+def _as_number(number: int) -> int:
+    if not 1 <= number <= MAX_AS_NUMBER:
+        raise refuse(f"an AS number from 1 to {MAX_AS_NUMBER}, such as 65001")
+    return number
 
 
 def _address(value: object) -> IPv4Address:
@@ -80,7 +87,7 @@ Name = Annotated[str, AfterValidator(_name)]
 Address = Annotated[IPv4Address, BeforeValidator(_address), _text]
 Interface = Annotated[IPv4Interface, BeforeValidator(_interface), _text]
 Network = Annotated[IPv4Network, BeforeValidator(_network), _text]
-AsNumber = Annotated[int, Field(ge=1, le=MAX_AS_NUMBER)]
+AsNumber = Annotated[CalicoAsNumber, AfterValidator(_as_number)]
 RouterKind = Literal["bird", "frr"]
 
 
@@ -170,7 +177,7 @@ class Host(Model):
 class ContainerPort(Model):
     """A port a pod's container names, for policies that speak of ports by name."""
 
-    name: EndpointPortName
+    name: PortName
     container_port: Annotated[int, Field(ge=1, le=65535)]
     protocol: Literal["TCP", "UDP", "SCTP"] = "TCP"
 

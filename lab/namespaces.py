@@ -88,6 +88,15 @@ class Namespaces:
         mnt, net, uts, pid = fds
         return cls(mnt, net, uts, pid)
 
+    def duplicate(self, *, net: int | None = None) -> Namespaces:
+        """The same namespaces, or with another network namespace, by descriptors of their own."""
+        return Namespaces(
+            os.dup(self.mnt),
+            os.dup(self.net if net is None else net),
+            os.dup(self.uts),
+            os.dup(self.pid),
+        )
+
     def close(self) -> None:
         """Let go of the descriptors. May be called again."""
         for name in ("mnt", "net", "uts", "pid"):

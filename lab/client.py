@@ -1,0 +1,280 @@
+"""A lab from the outside: bring one up, find one that runs, work in it, take it down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+from lab import control
+from lab.control import JSON
+from lab.errors import LabError
+from lab.fabric import Fabric, Pod
+from lab.namespaces import Namespaces
+
+START_TIMEOUT = 60.0  # seconds for everything in a fabric to be ready
+END_TIMEOUT = 15.0  # seconds for the kernel to take a lab away
+
+
+@dataclass(frozen=True, slots=True)
+class PodInfo:
+    """A pod as it runs. ``add_started`` is of the monotonic clock, ``add_seconds`` is how
+    long the CNI plugins took for ADD, from exec to exit.
+    """
+
+    name: str
+    namespace: str
+    node: str
+    addresses: tuple[str, ...]
+    container_id: str
+    add_started: float
+    add_seconds: float
+
+    @property
+    def key(self) -> str:
+        """``namespace/name``."""
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def address(self) -> str:
+        """Its first address. Raises LabError when it has none."""
+        if not self.addresses:
+            raise LabError(f"pod {self.key} has no address")
+        return self.addresses[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A member or pod from the outside: its namespaces, environment and addresses."""
+
+    name: str
+    namespaces: Namespaces
+    env: Mapping[str, str]
+    addresses: tuple[str, ...]
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.namespaces.close()
+
+
+class Lab:
+    """A running lab. ``with`` takes it down at the end of the block."""
+
+    def __init__(self, name: str, lifeline: socket.socket | None = None) -> None:
+        """Use ``up`` or ``connect``. ``lifeline``: while it is open the lab lives."""
+        self.name = name
+        self._lifeline = lifeline
+
+    @classmethod
+    def up(
+        cls,
+        fabric: Fabric,
+        *,
+        name: str | None = None,
+        keep: bool = False,
+        timeout: float = START_TIMEOUT,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Lab:
+        """Build a lab. It is ready when this returns; when it raises, nothing is left of it.
+
+        Unless ``keep``, it ends with the calling process too, however that ends. ``say``
+        is told what is being done. Raises LabError.
+        """
+        name = name or fabric.name
+        ours, theirs = socket.socketpair()
+        with theirs:
+            argv = [sys.executable, "-m", "lab.keeper", str(theirs.fileno())]
+            start = subprocess.Popen(
+                argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        init = -1
+        try:
+            request = {"name": name, "fabric": fabric.model_dump(mode="json"), "timeout": timeout}
+            control.send(ours, request)
+            while True:
+                event, fds = control.receive(ours)
+                if event["event"] == "started":
+                    (init,) = fds
+                elif event["event"] == "step":
+                    say(event["text"])
+                elif event["event"] == "failed":
+                    raise LabError(event["error"], event.get("log", ""))
+                else:
+                    break
+        except (EOFError, OSError, ValueError) as error:
+            ours.close()
+            raise LabError(f"lab {name}: its keeper died while it started: {error}") from error
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            start.wait()
+            if init >= 0:
+                if ours.fileno() < 0:
+                    _await_end(name, init)
+                os.close(init)
+        lab = cls(name, ours)
+        if keep:
+            lab.keep()
+        return lab
+
+    @classmethod
+    def connect(cls, name: str | None = None) -> Lab:
+        """A lab that runs; without a name, the only one. Raises LabError."""
+        running = control.running_labs()
+        if name is None:
+            if len(running) != 1:
+                text = f"which lab? {', '.join(running)}" if running else "no lab is running"
+                raise LabError(text)
+            name = running[0]
+        elif name not in running:
+            known = f"running: {', '.join(running)}" if running else "none is running"
+            raise LabError(f"there is no lab {name!r}; {known}")
+        return cls(name)
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.down()
+
+    def keep(self) -> None:
+        """Let the lab live on when this process ends. Raises LabError."""
+        if self._lifeline is None:
+            return
+        try:
+            control.send(self._lifeline, {"op": "keep"})
+            control.receive(self._lifeline)
+        except (EOFError, OSError) as error:
+            raise LabError(f"lab {self.name} is gone") from error
+        self._lifeline.close()
+        self._lifeline = None
+
+    def down(self) -> None:
+        """Take the lab down; when this returns its processes are gone. Raises LabError."""
+        try:
+            _, fds = self._ask({"op": "down"})
+        finally:
+            if self._lifeline is not None:
+                self._lifeline.close()
+                self._lifeline = None
+        (init,) = fds
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, init)
+            _await_end(self.name, init)
+
+    def status(self) -> JSON:
+        """Everything in the lab and how it is: name, fabric, members, pods."""
+        return self._ask({"op": "status"})[0]
+
+    def pods(self) -> list[PodInfo]:
+        """The pods, by key."""
+        return [_pod(each) for each in self.status()["pods"]]
+
+    def processes(self, member: str) -> list[tuple[int, list[str]]]:
+        """The processes in a member: pid (as ``exec`` there sees it) and command line."""
+        reply, _ = self._ask({"op": "processes", "member": member})
+        return [(each["pid"], each["argv"]) for each in reply["processes"]]
+
+    def add_pod(self, pod: Pod) -> PodInfo:
+        """Create a pod and connect it through CNI. Raises LabError; nothing remains then."""
+        return _pod(self._ask({"op": "pod-add", "pod": pod.model_dump(mode="json")})[0])
+
+    def delete_pod(self, name: str) -> None:
+        """Disconnect and remove the pod ``[NAMESPACE/]NAME``. Raises LabError."""
+        self._ask({"op": "pod-delete", "name": name})
+
+    def open(self, target: str) -> Place:
+        """A member or pod, to act inside. Close it. Raises LabError."""
+        reply, fds = self._ask({"op": "open", "target": target})
+        return Place(target, Namespaces.from_fds(fds), reply["env"], tuple(reply["addresses"]))
+
+    def popen(
+        self,
+        target: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        stdin: int | IO[Any] | None = None,
+        stdout: int | IO[Any] | None = None,
+        stderr: int | IO[Any] | None = None,
+        text: bool = False,
+    ) -> subprocess.Popen[Any]:
+        """Start a command in a member or pod; it ends with the lab. Raises LabError."""
+        with self.open(target) as place:
+            try:
+                return place.namespaces.popen(
+                    argv,
+                    env={**place.env, **(env or {})},
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    text=text,
+                )
+            except OSError as error:
+                raise LabError(f"{target}: {argv[0]}: {error.strerror}") from error
+
+    def run(
+        self, target: str, *argv: str, input: str | None = None, timeout: float = 60.0
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end and collect its output. Raises LabError (also for a timeout).
+
+        A status other than 0 is for the caller to judge.
+        """
+        process = self.popen(
+            target,
+            argv,
+            stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            output, errors = process.communicate(input, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise LabError(f"{target}: {' '.join(argv)}: no end within {timeout:.0f} s") from None
+        return subprocess.CompletedProcess(list(argv), process.returncode, output, errors)
+
+    def _ask(self, request: JSON) -> tuple[JSON, list[int]]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            try:
+                connection.connect(control.address(self.name))
+                if not control.peer_is_trusted(connection):
+                    raise LabError(f"lab {self.name} belongs to another user")
+                control.send(connection, request)
+                reply, fds = control.receive(connection)
+            except (EOFError, OSError, ValueError) as error:
+                raise LabError(f"lab {self.name} is gone: {error}") from error
+        if not reply["ok"]:
+            raise LabError(reply["error"], reply.get("log", ""))
+        return reply, fds
+
+
+def _await_end(name: str, init: int) -> None:
+    """Wait until a lab's PID 1 has ended, and so all of its processes; pidfd_open(2)."""
+    poller = select.poll()
+    poller.register(init, select.POLLIN)
+    if not poller.poll(END_TIMEOUT * 1000):
+        raise LabError(f"lab {name} has not ended within {END_TIMEOUT:.0f} s")
+
+
+def _pod(reply: JSON) -> PodInfo:
+    return PodInfo(
+        name=reply["name"],
+        namespace=reply["namespace"],
+        node=reply["node"],
+        addresses=tuple(reply["addresses"]),
+        container_id=reply["containerID"],
+        add_started=reply["addStarted"],
+        add_seconds=reply["addSeconds"],
+    )
