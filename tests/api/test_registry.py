@@ -215,6 +215,7 @@ def test_names() -> None:
 
 def test_find_kind() -> None:
     for kind in KINDS.values():
+        assert (kind.model.namespaced, kind.model.__name__) == (kind.namespaced, kind.id)
         for word in (kind.id, kind.plural, *kind.short_names):
             assert find_kind(word.upper()) is kind
     with pytest.raises(LookupError, match="did you mean ippools"):
