@@ -20,11 +20,11 @@ class Backend:
     """One store. ``connect`` makes a further client of it, in this or (pickled) any process.
 
     ``forget_history`` makes the store lose the changes so far, as time would; it writes to an
-    object of its own.
+    object of its own, and calls its argument after each write.
     """
 
     connect: Callable[[], Datastore]
-    forget_history: Callable[[], None]
+    forget_history: Callable[[Callable[[], object]], None]
 
 
 def sqlite(directory: Path) -> Backend:
@@ -32,13 +32,18 @@ def sqlite(directory: Path) -> Backend:
     return Backend(partial(SqliteDatastore, file), partial(_forget_sqlite, file))
 
 
-def _forget_sqlite(file: Path) -> None:
+def _forget_sqlite(file: Path, meanwhile: Callable[[], object]) -> None:
     """Changes are forgotten by count, at every 250th revision."""
     store = SqliteDatastore(file, history=5)
     entry = store.create(policy_key("filler"), policy("filler"))
     for _ in range(250):
         entry = store.update(entry.key, entry.value)
+        meanwhile()
     store.close()
+
+
+def nothing() -> None:
+    """What happens meanwhile, when nothing does."""
 
 
 def policy_key(name: str) -> Key:

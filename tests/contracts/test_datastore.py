@@ -25,6 +25,7 @@ from tests.contracts.backends import (
     join,
     namespaced,
     namespaced_key,
+    nothing,
     order,
     peer,
     peer_key,
@@ -332,7 +333,7 @@ def test_closing_the_store_ends_its_watches(backend: Backend) -> None:
 def test_history_that_is_gone_is_said_to_be(backend: Backend, store: Datastore) -> None:
     old = store.list("GlobalNetworkPolicy").revision
     store.create(policy_key("a"), policy("a"))
-    backend.forget_history()
+    backend.forget_history(nothing)
     with pytest.raises(RevisionGoneError), store.watch(["GlobalNetworkPolicy"], old) as watch:
         watch.next(timeout=30)
     listing = store.list("GlobalNetworkPolicy")
@@ -345,7 +346,7 @@ def test_history_that_is_gone_is_said_to_be(backend: Backend, store: Datastore) 
 def test_watch_that_fell_behind_goes_on_failing(backend: Backend, store: Datastore) -> None:
     old = store.list("BGPPeer").revision
     with store.watch(["BGPPeer", "GlobalNetworkPolicy"], old) as watch:
-        backend.forget_history()
+        backend.forget_history(nothing)
         for _ in range(2):
             with pytest.raises(RevisionGoneError):
                 # some of the changes may still come before
@@ -355,17 +356,11 @@ def test_watch_that_fell_behind_goes_on_failing(backend: Backend, store: Datasto
 def test_watch_that_keeps_up_outlives_its_history(backend: Backend, store: Datastore) -> None:
     """Also when none of what is forgotten was of its kind."""
     with store.watch(["BGPPeer"], store.list("BGPPeer").revision) as watch:
-        done = threading.Event()
 
-        def forget() -> None:
-            backend.forget_history()
-            done.set()
+        def keep_up() -> None:
+            assert not watch.next(timeout=0)
 
-        thread = threading.Thread(target=forget)
-        thread.start()
-        while not done.is_set():
-            assert not watch.next(timeout=0.001)
-        thread.join()
+        backend.forget_history(keep_up)
         store.create(peer_key("a"), peer("a"))
         assert [event.key for event in exactly(watch, 1)] == [peer_key("a")]
 
