@@ -19,7 +19,16 @@ from api.net import Net, parse_net
 from api.policy import ICMP_VERSIONS, EntityRule, GlobalNetworkPolicy, ICMPFields, NetworkPolicy
 from api.policy import Rule as ApiRule
 from policy.effective import global_policy_selector, policy_selector, rule_selector
-from policy.model import Action, CompiledPolicy, Match, PolicyId, PortRange, Rule, SetKind
+from policy.model import (
+    Action,
+    CompiledPolicy,
+    Direction,
+    Match,
+    PolicyId,
+    PortRange,
+    Rule,
+    SetKind,
+)
 from policy.selector import Everything, Not, Selector, SelectorError, parse, unique_id
 
 _DENY_ALL: tuple[Rule, ...] = (Rule(Action.DENY),)
@@ -69,10 +78,12 @@ def compile_policy(id: PolicyId, policy: NetworkPolicy | GlobalNetworkPolicy) ->
     spec = policy.spec
     compiler = _Compiler(policy.namespace)
     selector = _selector_of(policy, compiler)
+    if not (isinstance(policy, GlobalNetworkPolicy) and policy.spec.apply_on_forward):
+        compiler.own = selector
     ingress = egress = _DENY_ALL
     if not compiler.problems:
-        ingress = compiler.rules(spec.ingress, "spec.ingress")
-        egress = compiler.rules(spec.egress, "spec.egress")
+        ingress = compiler.rules(spec.ingress, Direction.INGRESS)
+        egress = compiler.rules(spec.egress, Direction.EGRESS)
     if isinstance(policy, GlobalNetworkPolicy):
         for name, value in (
             ("doNotTrack", policy.spec.do_not_track),
@@ -99,8 +110,8 @@ def compile_rules(
     return compiler.finish(
         CompiledPolicy(
             id,
-            compiler.rules(ingress, "spec.ingress"),
-            compiler.rules(egress, "spec.egress"),
+            compiler.rules(ingress, Direction.INGRESS),
+            compiler.rules(egress, Direction.EGRESS),
         )
     )
 
@@ -128,6 +139,7 @@ class _Compiler:
     """
 
     namespace: str
+    own: Selector = _ANY  # matches whatever is at the policy's own end of a connection
     sets: list[SetSpec] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -137,10 +149,10 @@ class _Compiler:
     def problem(self, where: str, value: object, expected: str) -> None:
         self.problems.append(Problem(where, value, expected))
 
-    def rules(self, rules: Iterable[ApiRule], where: str) -> tuple[Rule, ...]:
+    def rules(self, rules: Iterable[ApiRule], direction: Direction) -> tuple[Rule, ...]:
         compiled: list[Rule] = []
         for index, rule in enumerate(rules):
-            compiled += self._rule(rule, index, f"{where}[{index}]")
+            compiled += self._rule(rule, index, direction)
         return tuple(compiled)
 
     def selector(self, text: str, where: str) -> Selector | None:
@@ -153,9 +165,9 @@ class _Compiler:
             self.problem(where, text, str(error))
             return None
 
-    def _rule(self, rule: ApiRule, index: int, where: str) -> list[Rule]:
+    def _rule(self, rule: ApiRule, index: int, direction: Direction) -> list[Rule]:
         problems, sets = len(self.problems), len(self.sets)
-        matches = self._matches(rule, where)
+        matches = self._matches(rule, direction, f"spec.{direction.value}[{index}]")
         action = Action(rule.action)
         if len(self.problems) > problems:
             if action in (Action.ALLOW, Action.LOG):
@@ -164,12 +176,17 @@ class _Compiler:
             action = Action.DENY
         return [Rule(action, match, index) for match in matches]
 
-    def _matches(self, rule: ApiRule, where: str) -> list[Match]:
+    def _matches(self, rule: ApiRule, direction: Direction, where: str) -> list[Match]:
         protocol = None if rule.protocol is None else protocol_number(rule.protocol)
         if rule.http is not None:
             self.problem(f"{where}.http", "set", "absent: HTTP is not looked into")
-        source = self._side(rule.source, protocol, f"{where}.source")
-        destination = self._side(rule.destination, protocol, f"{where}.destination")
+        source_own, destination_own = (
+            (_ANY, self.own) if direction is Direction.INGRESS else (self.own, _ANY)
+        )
+        source = self._side(rule.source, protocol, source_own, f"{where}.source")
+        destination = self._side(
+            rule.destination, protocol, destination_own, f"{where}.destination"
+        )
         match = Match(
             version=rule.ip_version or ICMP_VERSIONS.get(protocol or 0),
             protocol=protocol,
@@ -199,7 +216,7 @@ class _Compiler:
                 return [match]
         return _with_icmp(match, rule.icmp, rule.not_icmp)
 
-    def _side(self, entity: EntityRule, protocol: int | None, where: str) -> _Side:
+    def _side(self, entity: EntityRule, protocol: int | None, own: Selector, where: str) -> _Side:
         if entity.services is not None:
             self.problem(
                 f"{where}.services", entity.services.name, "absent: services are not supported"
@@ -208,9 +225,10 @@ class _Compiler:
         positive = self._positive_selector(entity, where)
         ports, names = self._ports(entity.ports, protocol, f"{where}.ports")
         not_ports, not_names = self._ports(entity.not_ports, protocol, f"{where}.notPorts")
-        # A named port is looked for at the selected endpoints only: the set stays small, and
-        # beside named ports alone the selector's own set is not needed.
-        selected = positive or _ANY
+        # A named port is looked for at the selected endpoints only (at the policy's own end,
+        # its own): the set stays small, and beside named ports alone the selector's own set is
+        # not needed.
+        selected = positive or own
         needs_selector = positive is not None and (bool(ports) or not names)
         return _Side(
             nets=self._nets(entity.nets, f"{where}.nets"),
@@ -257,7 +275,11 @@ class _Compiler:
         ranges: list[PortRange] = []
         names: list[str] = []
         for port in ports:
-            numbers = parse_port(port)
+            try:
+                numbers = parse_port(port)
+            except ValueError:
+                self.problem(where, port, "a port, a range such as 8000:8080, or a port's name")
+                return (), ()
             if numbers is None:
                 names.append(str(port))
             else:
