@@ -25,7 +25,7 @@ from api.fields import (
 from api.metadata import CalicoResource, Checked, Fault, Model
 from api.net import Net, parse_net
 
-Limit = Annotated[int, Field(ge=0)]
+Limit = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class WorkloadEndpointPort(Checked):

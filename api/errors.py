@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+SHOWN = 200  # characters of a value in a message
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -15,7 +17,11 @@ class Problem:
     expected: str
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.value!r}: {self.expected}"
+        parts = [self.field] if self.field else []
+        if self.value is not None:
+            text = repr(self.value)
+            parts.append(text if len(text) <= SHOWN else f"{text[:SHOWN]}…")
+        return ": ".join([*parts, self.expected])
 
 
 class InvalidObjectError(ValueError):

@@ -20,6 +20,7 @@ from api.fields import (
     IPv4,
     IPv6,
     NetText,
+    Number,
     Port,
     PortNumber,
     Regexp,
@@ -91,8 +92,8 @@ class HealthTimeoutOverride(Checked):
 class RouteTableRange(Checked):
     """Kernel routing tables the agent may use (deprecated form)."""
 
-    min: int
-    max: int
+    min: Number
+    max: Number
 
     def faults(self) -> Iterator[Fault]:
         """Not a range in 1 to 250."""
@@ -103,8 +104,8 @@ class RouteTableRange(Checked):
 class RouteTableIDRange(Checked):
     """Kernel routing tables the agent may use."""
 
-    min: int
-    max: int
+    min: Number
+    max: Number
 
     def faults(self) -> Iterator[Fault]:
         """Not a range of table ids."""
@@ -163,7 +164,7 @@ class FelixConfigurationSpec(Checked):
     log_severity_screen: LogSeverity | None = None
     log_severity_sys: LogSeverity | None = None
     # Interfaces and routes
-    device_route_protocol: int | None = None
+    device_route_protocol: Number | None = None
     device_route_source_address: IPv4 | None = None
     device_route_source_address_ipv6: IPv6 | None = Field(
         default=None, alias="deviceRouteSourceAddressIPv6"
@@ -197,14 +198,14 @@ class FelixConfigurationSpec(Checked):
         default=None, alias="allowVXLANPacketsFromWorkloads"
     )
     ipip_enabled: bool | None = None
-    ipip_mtu: int | None = Field(default=None, alias="ipipMTU")
+    ipip_mtu: Number | None = Field(default=None, alias="ipipMTU")
     mtu_iface_pattern: Regexp | None = None
     require_mtu_file: bool | None = Field(default=None, alias="requireMTUFile")
     vxlan_enabled: bool | None = None
-    vxlan_mtu: int | None = Field(default=None, alias="vxlanMTU")
-    vxlan_mtu_v6: int | None = Field(default=None, alias="vxlanMTUV6")
-    vxlan_port: int | None = None
-    vxlan_vni: int | None = Field(default=None, alias="vxlanVNI")
+    vxlan_mtu: Number | None = Field(default=None, alias="vxlanMTU")
+    vxlan_mtu_v6: Number | None = Field(default=None, alias="vxlanMTUV6")
+    vxlan_port: Number | None = None
+    vxlan_vni: Number | None = Field(default=None, alias="vxlanVNI")
     # WireGuard
     wireguard_enabled: bool | None = None
     wireguard_enabled_v6: bool | None = None
@@ -214,8 +215,8 @@ class FelixConfigurationSpec(Checked):
     wireguard_keep_alive: Duration | None = None
     wireguard_listening_port: PortNumber | None = None
     wireguard_listening_port_v6: PortNumber | None = None
-    wireguard_mtu: int | None = Field(default=None, alias="wireguardMTU")
-    wireguard_mtu_v6: int | None = Field(default=None, alias="wireguardMTUV6")
+    wireguard_mtu: Number | None = Field(default=None, alias="wireguardMTU")
+    wireguard_mtu_v6: Number | None = Field(default=None, alias="wireguardMTUV6")
     wireguard_routing_rule_priority: Annotated[int, Field(gt=0, lt=32766)] | None = None
     wireguard_threading_enabled: bool | None = None
     # Policy on this host
@@ -239,7 +240,7 @@ class FelixConfigurationSpec(Checked):
     iptables_mark_mask: Mark | None = None
     iptables_post_write_check_interval: Duration | None = None
     iptables_refresh_interval: Duration | None = None
-    max_ipset_size: int | None = None
+    max_ipset_size: Number | None = None
     # nftables
     nftables_filter_allow_action: AllowAction | None = None
     nftables_filter_deny_action: DenyAction | None = None
@@ -268,7 +269,7 @@ class FelixConfigurationSpec(Checked):
     endpoint_status_path_prefix: str | None = None
     health_enabled: bool | None = None
     health_host: str | None = None
-    health_port: int | None = None
+    health_port: Number | None = None
     health_timeout_overrides: list[HealthTimeoutOverride] | None = None
     prometheus_go_metrics_enabled: bool | None = None
     prometheus_metrics_ca_file: str | None = Field(default=None, alias="prometheusMetricsCAFile")
@@ -285,7 +286,7 @@ class FelixConfigurationSpec(Checked):
     prometheus_metrics_enabled: bool | None = None
     prometheus_metrics_host: PrometheusHost | None = None
     prometheus_metrics_key_file: str | None = None
-    prometheus_metrics_port: int | None = None
+    prometheus_metrics_port: Number | None = None
     prometheus_process_metrics_enabled: bool | None = None
     prometheus_wireguard_metrics_enabled: bool | None = Field(
         default=None, alias="prometheusWireGuardMetricsEnabled"
@@ -337,7 +338,7 @@ class FelixConfigurationSpec(Checked):
     bpf_exclude_cidrs_from_nat: list[AnyCidr] | None = Field(
         default=None, alias="bpfExcludeCIDRsFromNAT"
     )
-    bpf_export_buffer_size_mb: int | None = Field(default=None, alias="bpfExportBufferSizeMB")
+    bpf_export_buffer_size_mb: Number | None = Field(default=None, alias="bpfExportBufferSizeMB")
     bpf_ext_to_service_connmark: Mark | None = None
     bpf_external_service_mode: Annotated[Literal["Tunnel", "DSR"], ANY_CASE] | None = None
     bpf_force_track_packets_from_ifaces: list[InterfaceFilter] | None = None
@@ -360,18 +361,18 @@ class FelixConfigurationSpec(Checked):
     bpf_log_level: Annotated[Literal["Off", "Info", "Debug"], ANY_CASE] | None = None
     bpf_maglev_max_endpoints_per_service: Annotated[int, Field(gt=0, le=3000)] | None = None
     bpf_maglev_max_services: Annotated[int, Field(gt=0, le=3000)] | None = None
-    bpf_map_size_conntrack: int | None = None
+    bpf_map_size_conntrack: Number | None = None
     bpf_map_size_conntrack_cleanup_queue: Annotated[int, Field(ge=1)] | None = None
     bpf_map_size_conntrack_scaling: (
         Annotated[Literal["Disabled", "DoubleIfFull"], ANY_CASE] | None
     ) = None
-    bpf_map_size_ipsets: int | None = Field(default=None, alias="bpfMapSizeIPSets")
-    bpf_map_size_if_state: int | None = None
-    bpf_map_size_nat_affinity: int | None = Field(default=None, alias="bpfMapSizeNATAffinity")
-    bpf_map_size_nat_backend: int | None = Field(default=None, alias="bpfMapSizeNATBackend")
-    bpf_map_size_nat_frontend: int | None = Field(default=None, alias="bpfMapSizeNATFrontend")
-    bpf_map_size_per_cpu_conntrack: int | None = None
-    bpf_map_size_route: int | None = None
+    bpf_map_size_ipsets: Number | None = Field(default=None, alias="bpfMapSizeIPSets")
+    bpf_map_size_if_state: Number | None = None
+    bpf_map_size_nat_affinity: Number | None = Field(default=None, alias="bpfMapSizeNATAffinity")
+    bpf_map_size_nat_backend: Number | None = Field(default=None, alias="bpfMapSizeNATBackend")
+    bpf_map_size_nat_frontend: Number | None = Field(default=None, alias="bpfMapSizeNATFrontend")
+    bpf_map_size_per_cpu_conntrack: Number | None = None
+    bpf_map_size_route: Number | None = None
     bpf_overlay_host_source_ip: Literal["TunnelAddress", "HostAddress"] | None = Field(
         default=None, alias="bpfOverlayHostSourceIP"
     )
@@ -388,7 +389,7 @@ class FelixConfigurationSpec(Checked):
     istio_ambient_mode: Switch | None = None
     istio_dscp_mark: DSCP | None = Field(default=None, alias="istioDSCPMark")
     metadata_addr: str | None = None
-    metadata_port: int | None = None
+    metadata_port: Number | None = None
     node_selector: Selector = ""
     openstack_region: OpenstackRegion | None = None
     windows_manage_firewall_rules: Switch | None = None

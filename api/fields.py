@@ -318,6 +318,9 @@ def _decimal(value: int, unit: int) -> str:
 Duration = Annotated[
     timedelta, BeforeValidator(_duration), PlainSerializer(format_duration, return_type=str)
 ]
+# A policy's place among others. Written as Go does: 10, not 10.0.
+Order = Annotated[float, PlainSerializer(lambda order: int(order) if order.is_integer() else order)]
+Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # as Go's int
 PortNumber = Annotated[int, Field(ge=1, le=65535)]
 
 DSCP_NAMES = {

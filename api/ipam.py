@@ -9,7 +9,7 @@ from api.fields import Cidr
 from api.metadata import CalicoResource, Checked, Fault, Model
 from api.net import Net, parse_net
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 class AllocationAttribute(Model):

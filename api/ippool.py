@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from api.fields import Cidr, Selector
-from api.metadata import CalicoResource, Checked, Fault
+from api.metadata import CalicoResource, Checked, Fault, Status
 from api.net import V4, V6, Net, parse_net
 
 EncapsulationMode = Literal["Never", "Always", "CrossSubnet"]
@@ -110,7 +110,7 @@ class IPPool(CalicoResource):
 
     kind: Literal["IPPool"] = "IPPool"
     spec: IPPoolSpec
-    status: dict[str, Any] | None = None
+    status: Status | None = None
 
     def update_faults(self, old: Self) -> Iterator[Fault]:
         """Another range or block size, under which existing blocks would not fit."""

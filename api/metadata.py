@@ -7,7 +7,7 @@ the empty text from the absent one, a model names the field in ``verbatim``).
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -25,6 +25,7 @@ from api.fields import (
     QUALIFIED_NAME,
     SUBDOMAIN,
     Name,
+    Number,
     is_label_value,
     is_qualified_name,
     is_subdomain,
@@ -47,6 +48,7 @@ class Model(BaseModel):
 
     model_config = ConfigDict(
         strict=True,
+        allow_inf_nan=False,
         extra="forbid",
         alias_generator=to_camel,
         validate_by_name=True,
@@ -160,15 +162,15 @@ class ObjectMeta(Checked):
     annotations: dict[str, str] = Field(default_factory=dict)
     uid: str | None = None
     resource_version: str | None = None
-    generation: int | None = None
+    generation: Number | None = None
     generate_name: str | None = None
     creation_timestamp: str | None = None
     deletion_timestamp: str | None = None
-    deletion_grace_period_seconds: int | None = None
+    deletion_grace_period_seconds: Number | None = None
     finalizers: list[str] = Field(default_factory=list)
     owner_references: list[OwnerReference] = Field(default_factory=list)
-    managed_fields: list[dict[str, Any]] = Field(default_factory=list)
-    self_link: str | None = None
+    managed_fields: Any = Field(default=None, exclude=True)  # the API server's book-keeping
+    self_link: Any = Field(default=None, exclude=True)
 
     def faults(self) -> Iterator[Fault]:
         """Labels and annotations that Kubernetes would refuse."""
@@ -193,6 +195,23 @@ def annotation_faults(annotations: dict[str, str], where: tuple[str | int, ...])
     size = sum(len(k.encode()) + len(v.encode()) for k, v in annotations.items())
     if size > MAX_ANNOTATIONS:
         yield Fault(where, f"{size} bytes", f"at most {MAX_ANNOTATIONS} bytes in all")
+
+
+class Condition(Model):
+    """One statement about an object (status.conditions[])."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str
+    last_transition_time: str
+    observed_generation: Number | None = None
+
+
+class Status(Model):
+    """status of resources that have conditions only."""
+
+    conditions: list[Condition] = Field(default_factory=list)
 
 
 class Resource(Checked):

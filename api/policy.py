@@ -10,6 +10,7 @@ from api.fields import (
     PORT_PROTOCOLS,
     Cidr,
     Name,
+    Order,
     Port,
     Protocol,
     Selector,
@@ -18,7 +19,7 @@ from api.fields import (
     parse_port,
     protocol_number,
 )
-from api.metadata import CalicoResource, Checked, Fault, Model, annotation_faults
+from api.metadata import CalicoResource, Checked, Fault, Model, Status, annotation_faults
 from api.net import parse_net
 
 RuleAction = Literal["Allow", "Deny", "Log", "Pass"]
@@ -209,7 +210,7 @@ class NetworkPolicySpec(Checked):
     """spec of a NetworkPolicy. After parsing ``types`` is never empty."""
 
     tier: Name = "default"
-    order: float | None = None
+    order: Order | None = None
     selector: Selector = ""
     service_account_selector: Selector = ""
     types: list[PolicyType] = Field(default_factory=list)
@@ -334,7 +335,7 @@ class TierSpec(Model):
 
     verbatim: ClassVar[frozenset[str]] = frozenset(("defaultAction",))
 
-    order: float | None = None
+    order: Order | None = None
     default_action: Literal["Deny", "Pass"] = "Deny"
 
 
@@ -343,7 +344,7 @@ class Tier(CalicoResource):
 
     kind: Literal["Tier"] = "Tier"
     spec: TierSpec = Field(default_factory=TierSpec)
-    status: dict[str, Any] | None = None
+    status: Status | None = None
 
     def name_expected(self) -> str | None:
         """A label without dots: it is part of other names."""

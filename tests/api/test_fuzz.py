@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
+import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +34,7 @@ def check(obj: Any) -> None:
         assert str(error)
     else:
         dumped = dump(parsed)
-        assert dump(parse(json.loads(json.dumps(dumped)))) == dumped
+        assert dump(parse(orjson.loads(orjson.dumps(dumped)))) == dumped
         assert key_parts(dumped)[2] == parsed.name
         list(selectors(parsed))
     assert repr(obj) == repr(before), "the input was changed"

@@ -1,0 +1,5 @@
+"""``python -m manxctl``."""
+
+from manxctl.main import main
+
+main(prog_name="manxctl")

@@ -1,0 +1,91 @@
+"""``manxctl delete``: by file, or by kind and name."""
+
+from __future__ import annotations
+
+import click
+
+from api.kinds import KINDS, find_kind
+from api.policy import BUILT_IN_TIERS
+from datastore.interface import ConflictError, Datastore, Key, NotFoundError
+from manxctl.documents import DEFAULT_NAMESPACE, IPAM_KINDS
+from manxctl.options import file_options, open_store, read_or_fail
+
+
+@click.command("delete")
+@click.argument("kind", required=False)
+@click.argument("names", nargs=-1)
+@file_options(required=False)
+@click.option("--skip-not-exists", is_flag=True, help="What is absent is no error.")
+def command(
+    kind: str | None,
+    names: tuple[str, ...],
+    filenames: tuple[str, ...],
+    recursive: bool,
+    namespace: str | None,
+    skip_not_exists: bool,
+) -> None:
+    """Delete the resources in files, or those of a KIND by their NAMES."""
+    if bool(filenames) == bool(kind):
+        raise click.UsageError("give either -f, or KIND and NAMES")
+    if kind and not names:
+        raise click.UsageError(f"which {kind}? give at least one name")
+    if kind:
+        wanted = _named(kind, names, namespace or DEFAULT_NAMESPACE)
+    else:
+        wanted = {}
+        for document in read_or_fail(filenames, namespace, recursive):
+            if not document.key.name:
+                raise click.ClickException(document.complain("metadata.name: required"))
+            version = (document.value.get("metadata") or {}).get("resourceVersion")
+            wanted[document.key] = None if version is None else str(version)
+    failed = False
+    with open_store() as store:
+        for key, revision in wanted.items():
+            complaint = _delete(store, key, revision, skip_not_exists)
+            if complaint:
+                failed = True
+                click.echo(f"Error: {_title(key)}: {complaint}", err=True)
+    if failed:
+        raise SystemExit(1)
+
+
+def _named(word: str, names: tuple[str, ...], namespace: str) -> dict[Key, str | None]:
+    kind = find_kind(word)
+    return {Key(kind.id, name, namespace if kind.namespaced else ""): None for name in names}
+
+
+def _delete(store: Datastore, key: Key, revision: str | None, skip: bool) -> str | None:
+    """Delete and report one object; returns what stood against it."""
+    if complaint := _objection(store, key):
+        return complaint
+    try:
+        store.delete(key, revision)
+    except NotFoundError:
+        if not skip:
+            return "does not exist"
+        click.echo(f"{_title(key)} does not exist")
+    except ConflictError:
+        return f"metadata.resourceVersion: {revision!r}: it is another now; get the object again"
+    else:
+        click.echo(f"{_title(key)} deleted")
+    return None
+
+
+def _objection(store: Datastore, key: Key) -> str | None:
+    if key.kind in IPAM_KINDS:
+        return "not deleted by hand: IPAM keeps it"
+    if key.kind != "Tier":
+        return None
+    if key.name in BUILT_IN_TIERS:
+        return "a built-in tier stays"
+    inside = [
+        entry.key.name
+        for kind in ("NetworkPolicy", "GlobalNetworkPolicy")
+        for entry in store.list(kind).entries
+        if (entry.value.get("spec") or {}).get("tier") == key.name
+    ]
+    return f"still has policies: {', '.join(inside)}" if inside else None
+
+
+def _title(key: Key) -> str:
+    return f"{KINDS[key.kind].kind} {key.namespace}/{key.name}".replace(" /", " ")

@@ -1,0 +1,170 @@
+"""Resources in files: read them, say of each where it stands, check them all at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from api.errors import InvalidObjectError, Problem
+from api.kinds import KINDS, Kind, key_parts, kind_of
+from datastore.interface import Key
+from manxctl.syntax import SyntaxProblemError, documents
+
+SUFFIXES = (".yaml", ".yml", ".json")
+DEFAULT_NAMESPACE = "default"
+
+# Written by IPAM alone, which keeps them consistent with each other.
+IPAM_KINDS = ("IPAMBlock", "BlockAffinity", "IPAMHandle")
+CONVERTED_PREFIX = "knp.default."
+
+
+class DocumentsError(Exception):
+    """Input that was refused: one complaint a line. Nothing of it was applied."""
+
+    def __init__(self, complaints: Sequence[str]) -> None:
+        self.complaints = tuple(complaints)
+        super().__init__("\n".join(self.complaints))
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """An object in a file. ``place`` names file and document: ``pools.yaml, document 2``."""
+
+    place: str
+    kind: Kind
+    key: Key
+    value: dict[str, Any]
+
+    def complain(self, problem: Problem | str) -> str:
+        """A complaint about this object."""
+        return f"{self.place}: {self.kind.kind} {self.title}: {problem}"
+
+    @property
+    def title(self) -> str:
+        """``namespace/name``, or the name alone."""
+        return f"{self.key.namespace}/{self.key.name}".removeprefix("/")
+
+
+def read(sources: Sequence[str], namespace: str | None, *, recursive: bool) -> list[Document]:
+    """The objects in files, directories and (``-``) standard input, lists taken apart.
+
+    ``namespace`` is for namespaced objects that name none. Raises DocumentsError.
+    """
+    found: list[Document] = []
+    complaints: list[str] = []
+    for source, text in _texts(sources, recursive):
+        try:
+            for number, value in documents(text):
+                place = f"{source}, document {number}"
+                for where, item in _items(place, value):
+                    try:
+                        found.append(_document(where, item, namespace or DEFAULT_NAMESPACE))
+                    except InvalidObjectError as error:
+                        complaints += [
+                            f"{where}: {error.kind} {error.name}: {problem}"
+                            for problem in error.problems
+                        ]
+        except SyntaxProblemError as error:
+            complaints.append(f"{source}: {error}")
+    places: dict[Key, str] = {}
+    for document in found:
+        if document.key in places:
+            complaints.append(document.complain(f"stands in {places[document.key]}, too"))
+        places[document.key] = document.place
+    if complaints:
+        raise DocumentsError(complaints)
+    return found
+
+
+def check(found: Sequence[Document]) -> list[Any]:
+    """The resources of the documents, in their order, valid every one.
+
+    Raises DocumentsError with everything that is wrong with any of them.
+    """
+    from api.registry import parse
+
+    resources = []
+    complaints = []
+    for document in found:
+        try:
+            resource = parse(document.value)
+        except InvalidObjectError as error:
+            complaints += [document.complain(problem) for problem in error.problems]
+            continue
+        complaints += [document.complain(problem) for problem in _more_problems(document, resource)]
+        resources.append(resource)
+    if complaints:
+        raise DocumentsError(complaints)
+    return resources
+
+
+def _more_problems(document: Document, resource: Any) -> Iterator[Problem]:
+    """What is wrong beyond the resource itself: selectors, and who may write it."""
+    from api.registry import selectors
+    from policy.selector import SelectorError
+    from policy.selector import parse as parse_selector
+
+    for path, text in selectors(resource):
+        try:
+            parse_selector(text)
+        except SelectorError as error:
+            yield Problem(path, text, f"a selector: {error}")
+    if document.kind.id in IPAM_KINDS:
+        yield Problem("kind", document.kind.kind, "not written by hand: IPAM keeps it")
+    if document.kind.id == "NetworkPolicy" and document.key.name.startswith(CONVERTED_PREFIX):
+        yield Problem(
+            "metadata.name",
+            document.key.name,
+            f"not beginning with {CONVERTED_PREFIX}, which Kubernetes policies become:"
+            f" write apiVersion {KINDS['KubernetesNetworkPolicy'].api_version} instead",
+        )
+
+
+def _texts(sources: Sequence[str], recursive: bool) -> Iterator[tuple[str, str]]:
+    for source in sources:
+        if source == "-":
+            yield "standard input", _decode("standard input", sys.stdin.buffer.read())
+            continue
+        path = Path(source)
+        try:
+            if path.is_dir():
+                files = sorted(path.rglob("*") if recursive else path.iterdir())
+                files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
+            else:
+                files = [path]
+            for file in files:
+                yield str(file), _decode(str(file), file.read_bytes())
+        except OSError as error:
+            raise DocumentsError([f"{error.filename}: {error.strerror}"]) from error
+
+
+def _decode(source: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DocumentsError([f"{source}: byte {error.start}: expected UTF-8 text"]) from error
+
+
+def _items(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The object itself, or the items of ``kind: List``, ``IPPoolList`` and the like."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    items = value.get("items") if isinstance(value, dict) else None
+    if not (isinstance(kind, str) and kind.endswith("List") and isinstance(items, list)):
+        yield place, value
+        return
+    for number, item in enumerate(items, start=1):
+        if isinstance(item, dict) and kind != "List":
+            item = {"apiVersion": value.get("apiVersion"), "kind": kind[:-4]} | item
+        yield f"{place}, item {number}", item
+
+
+def _document(place: str, value: Any, namespace: str) -> Document:
+    kind = kind_of(value)
+    metadata = value.get("metadata")
+    if kind.namespaced and isinstance(metadata, dict) and not metadata.get("namespace"):
+        value = value | {"metadata": metadata | {"namespace": namespace}}
+    kind_id, space, name = key_parts(value)
+    return Document(place, kind, Key(kind_id, name, space), value)

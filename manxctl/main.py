@@ -1,0 +1,66 @@
+"""The command ``manxctl``: a group whose verbs are imported when they are used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+# verb -> module and one line of help, so that help and start-up import no verb
+VERBS = {
+    "apply": ("manxctl.apply", "Create or update resources from files."),
+    "create": ("manxctl.create", "Create resources from files."),
+    "delete": ("manxctl.delete", "Delete resources by file or by kind and name."),
+    "get": ("manxctl.get", "Show resources."),
+    "ipam": ("manxctl.ipam", "Show how addresses are used."),
+    "label": ("manxctl.label", "Set or remove labels of a resource."),
+    "node": ("manxctl.node", "Show what this node's programs do."),
+    "replace": ("manxctl.replace", "Replace resources from files."),
+    "validate": ("manxctl.validate", "Check files without a datastore."),
+    "version": ("manxctl.version", "Show the version."),
+}
+
+
+class Verbs(click.Group):
+    """Finds a verb's ``command`` in its module, and words errors for a terminal."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All verbs."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a verb."""
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(VERBS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a verb; what it could not do becomes a message and exit code 1."""
+        from datastore.interface import StoreError
+        from manxctl.documents import DocumentsError
+
+        try:
+            return super().invoke(ctx)
+        except (StoreError, DocumentsError, LookupError) as error:
+            raise click.ClickException(_text(error)) from error
+
+
+def _text(error: Exception) -> str:
+    # str of a KeyError is the repr of its message
+    return str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Look at and change what Manx knows.
+
+    The datastore is the one MANX_DATASTORE names (default
+    sqlite:////var/lib/manx/datastore.db).
+    """

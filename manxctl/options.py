@@ -1,0 +1,71 @@
+"""Options that several verbs share, and the datastore they all use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from datastore.interface import Datastore
+from manxctl.documents import Document, read
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@contextmanager
+def open_store() -> Iterator[Datastore]:
+    """The datastore the environment names, closed at the end."""
+    from datastore.connect import connect
+    from datastore.environment import Environment
+
+    try:
+        store = connect(Environment.load().datastore)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def file_options(*, required: bool = True) -> Callable[[F], F]:
+    """``-f``, ``-R``, ``-n``."""
+
+    def decorate(function: F) -> F:
+        function = click.option(
+            "-f",
+            "--filename",
+            "filenames",
+            multiple=True,
+            required=required,
+            metavar="FILE|DIR|-",
+            help="YAML or JSON with resources; a directory; or - for standard input. Repeatable.",
+        )(function)
+        function = click.option(
+            "-R", "--recursive", is_flag=True, help="Directories with all below them."
+        )(function)
+        return namespace_option(function)
+
+    return decorate
+
+
+def namespace_option(function: F) -> F:
+    """``-n``."""
+    return click.option(
+        "-n",
+        "--namespace",
+        metavar="NAMESPACE",
+        help="Namespace of namespaced resources that name none (default: default).",
+    )(function)
+
+
+def read_or_fail(
+    filenames: tuple[str, ...], namespace: str | None, recursive: bool
+) -> list[Document]:
+    """As ``documents.read``; no resource at all is an error."""
+    found = read(filenames, namespace, recursive=recursive)
+    if not found:
+        raise click.ClickException(f"no resource in {', '.join(filenames)}")
+    return found

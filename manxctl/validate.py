@@ -1,0 +1,21 @@
+"""``manxctl validate``: is it right? Needs no datastore."""
+
+from __future__ import annotations
+
+import click
+
+from manxctl.documents import check
+from manxctl.options import file_options, read_or_fail
+
+
+@click.command("validate")
+@file_options()
+def command(filenames: tuple[str, ...], recursive: bool, namespace: str | None) -> None:
+    """Check the resources in files, without a datastore.
+
+    Says everything that is wrong, with file, document, object, field, value and what would
+    be right.
+    """
+    found = read_or_fail(filenames, namespace, recursive)
+    check(found)
+    click.echo(f"{len(found)} resources are valid")

@@ -1,0 +1,144 @@
+"""Writing resources by compare-and-swap: what create, apply and replace share."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from api.errors import InvalidObjectError
+from api.metadata import Resource
+from api.registry import check_update, dump, parse
+from datastore.interface import (
+    JSON,
+    AlreadyExistsError,
+    ConflictError,
+    Datastore,
+    Entry,
+    NotFoundError,
+)
+from manxctl.documents import Document, DocumentsError, check
+
+ATTEMPTS = 20  # how often a write that met another's is done again
+CREATED, CONFIGURED, UNCHANGED, SKIPPED = "created", "configured", "unchanged", "skipped"
+
+Write = Callable[[Datastore, Document, Resource], str]
+Objection = Callable[[Document, Resource, Entry | None], str | None]
+
+
+def write_all(
+    store: Datastore,
+    found: Sequence[Document],
+    objection: Objection,
+    write: Write,
+    report: Callable[[str], None],
+) -> None:
+    """Check every document, alone and against what is stored; then write one after the other.
+
+    ``report`` gets a line for each. Raises DocumentsError; when it does before the first
+    report, nothing was written.
+    """
+    resources = check(found)
+    complaints = []
+    for document, resource in zip(found, resources, strict=True):
+        stored = find(store, document)
+        complaint = objection(document, resource, stored)
+        if complaint:
+            complaints.append(document.complain(complaint))
+        elif stored is not None:
+            complaints += _update_complaints(document, resource, stored)
+    if complaints:
+        raise DocumentsError(complaints)
+    for document, resource in zip(found, resources, strict=True):
+        report(f"{document.kind.kind} {document.title} {write(store, document, resource)}")
+
+
+def find(store: Datastore, document: Document) -> Entry | None:
+    """What the store has under the document's key."""
+    try:
+        return store.get(document.key)
+    except NotFoundError:
+        return None
+
+
+def create(store: Datastore, document: Document, resource: Resource) -> str:
+    """Store a new object."""
+    try:
+        store.create(document.key, _new(resource))
+    except AlreadyExistsError as error:
+        raise DocumentsError([document.complain("exists already")]) from error
+    return CREATED
+
+
+def update(store: Datastore, document: Document, resource: Resource) -> str:
+    """Replace the stored object; when another writer was faster, look again and retry.
+
+    A metadata.resourceVersion in the document must be the stored object's, and is not
+    retried. Raises DocumentsError, NotFoundError.
+    """
+    for _ in range(ATTEMPTS):
+        stored = store.get(document.key)
+        complaint = stale(resource, stored)
+        complaints = [document.complain(complaint)] if complaint else []
+        complaints += _update_complaints(document, resource, stored)
+        if complaints:
+            raise DocumentsError(complaints)
+        value = _merged(resource, stored)
+        if value == _bare(stored.value):
+            return UNCHANGED
+        with suppress(ConflictError):
+            store.update(document.key, value, stored.revision)
+            return CONFIGURED
+    raise DocumentsError([document.complain(f"changed by others {ATTEMPTS} times; try again")])
+
+
+def stale(resource: Resource, stored: Entry | None) -> str | None:
+    """The complaint when the document was written for another state than the stored one."""
+    wanted = resource.metadata.resource_version
+    if wanted is None or (stored is not None and wanted == stored.revision):
+        return None
+    now = f"{stored.revision} now" if stored is not None else "absent: no such object is stored"
+    return f"metadata.resourceVersion: {wanted!r}: it is {now}; get the object and edit that"
+
+
+def _update_complaints(document: Document, resource: Resource, stored: Entry) -> list[str]:
+    try:
+        old = parse(stored.value)
+    except InvalidObjectError:
+        return []  # what is stored is broken: any valid object is better
+    try:
+        check_update(old, resource)
+    except InvalidObjectError as error:
+        return [document.complain(problem) for problem in error.problems]
+    return []
+
+
+def _new(resource: Resource) -> JSON:
+    value = _bare(dump(resource))
+    value["metadata"] |= {
+        "uid": str(uuid.uuid4()),
+        "creationTimestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    return value
+
+
+def _merged(resource: Resource, stored: Entry) -> JSON:
+    """The document, with what belongs to the stored object: its identity, and its status."""
+    value = _bare(dump(resource))
+    old: dict[str, Any] = stored.value.get("metadata", {})
+    for field in ("uid", "creationTimestamp"):
+        value["metadata"].pop(field, None)
+        if field in old:
+            value["metadata"][field] = old[field]
+    if "status" in stored.value:
+        value.setdefault("status", stored.value["status"])
+    return value
+
+
+def _bare(value: JSON) -> JSON:
+    """Without what the store, or another API server, added to metadata."""
+    dropped = ("resourceVersion", "managedFields", "selfLink")
+    metadata = {k: v for k, v in value.get("metadata", {}).items() if k not in dropped}
+    return value | {"metadata": metadata}
