@@ -50,7 +50,7 @@ def _peer_nodes(value: JSON) -> str:
 
 
 def _workload(value: JSON) -> str:
-    return _at("spec.workload")(value) or _at("spec.pod")(value)
+    return _at("spec.workload")(value) or _at("spec.pod")(value) or _at("metadata.name")(value)
 
 
 def _pod_addresses(value: JSON) -> str:

@@ -1,0 +1,292 @@
+"""apply, create, replace, delete, validate: what is said, and what is stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from datastore.interface import Key
+from datastore.sqlite import SqliteDatastore
+from manxctl.documents import read
+from manxctl.writing import update
+from tests.manxctl.conftest import Run
+
+POOL = """
+apiVersion: projectcalico.org/v3
+kind: IPPool
+metadata: {name: pods}
+spec: {cidr: 10.0.0.0/16}
+"""
+POLICY = """
+apiVersion: projectcalico.org/v3
+kind: NetworkPolicy
+metadata: {name: web}
+spec:
+  selector: app == 'web'
+  ingress: [{action: Allow, protocol: TCP, destination: {ports: [80]}}]
+"""
+PODS = Key("IPPool", "pods")
+
+
+def test_apply_creates_changes_and_leaves(run: Run, store: SqliteDatastore) -> None:
+    assert run("apply", "-f", "-", stdin=POOL).output == "IPPool pods created\n"
+    first = store.get(PODS)
+    assert run("apply", "-f", "-", stdin=POOL).output == "IPPool pods unchanged\n"
+    assert store.get(PODS).revision == first.revision
+    changed = POOL.replace("spec: {", "spec: {natOutgoing: true, ")
+    assert run("apply", "-f", "-", stdin=changed).output == "IPPool pods configured\n"
+    second = store.get(PODS)
+    assert second.value["spec"]["natOutgoing"] is True
+    for field in ("uid", "creationTimestamp"):
+        assert second.value["metadata"][field] == first.value["metadata"][field]
+
+
+def test_defaults_are_stored(run: Run, store: SqliteDatastore) -> None:
+    run("apply", "-f", "-", stdin=POOL)
+    assert store.get(PODS).value["spec"]["blockSize"] == 26
+
+
+def test_namespaces(run: Run, store: SqliteDatastore) -> None:
+    run("apply", "-f", "-", stdin=POLICY)
+    run("apply", "-f", "-", "-n", "shop", stdin=POLICY)
+    named = POLICY.replace("name: web", "name: web, namespace: bank")
+    run("apply", "-f", "-", "-n", "shop", stdin=named)
+    keys = [entry.key for entry in store.list("NetworkPolicy").entries]
+    assert [key.namespace for key in keys] == ["bank", "default", "shop"]
+
+
+def test_nothing_is_written_when_anything_is_wrong(
+    run: Run, store: SqliteDatastore, tmp_path: Path
+) -> None:
+    file = tmp_path / "all.yaml"
+    wrong = POLICY.replace("Allow", "Alow").replace("selector", "sellector")
+    file.write_text(f"{POOL}---{wrong}---{POLICY.replace('web', 'x').replace('==', '=')}")
+    result = run("apply", "-f", file)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        f"Error: {file}, document 2: NetworkPolicy default/web: spec.ingress[0].action: 'Alow':"
+        " 'Allow', 'Deny', 'Log' or 'Pass'",
+        f"{file}, document 2: NetworkPolicy default/web: spec.sellector: \"app == 'web'\":"
+        " no such field; did you mean selector?",
+        next(line for line in result.stderr.splitlines() if "document 3" in line),
+    ]
+    assert "spec.selector: \"app = 'x'\": a selector: " in result.stderr
+    assert store.list("IPPool").entries == []
+
+
+def test_immutable_fields_are_refused_before_anything_is_written(
+    run: Run, store: SqliteDatastore
+) -> None:
+    run("apply", "-f", "-", stdin=POOL)
+    result = run("apply", "-f", "-", stdin=f"{POLICY}---{POOL.replace('10.0.0.0', '10.1.0.0')}")
+    assert result.exit_code == 1
+    assert "IPPool pods: spec.cidr: '10.1.0.0/16': 10.0.0.0/16, as it is" in result.stderr
+    assert store.list("NetworkPolicy").entries == []
+
+
+def test_directories(run: Run, store: SqliteDatastore, tmp_path: Path) -> None:
+    folder = tmp_path / "cluster"
+    (folder / "more").mkdir(parents=True)
+    (folder / "pool.yaml").write_text(POOL)
+    (folder / "notes.txt").write_text("not a resource")
+    (folder / "more" / "policy.json").write_text(json.dumps(yaml.safe_load(POLICY)))
+    assert run("apply", "-f", folder).output == "IPPool pods created\n"
+    result = run("apply", "-R", "-f", folder)
+    assert result.output == "NetworkPolicy default/web created\nIPPool pods unchanged\n"
+    assert run("validate", "-f", folder / "more").output == "1 resources are valid\n"
+
+
+@pytest.mark.parametrize("kind", ["List", "IPPoolList"])
+def test_lists(run: Run, store: SqliteDatastore, kind: str) -> None:
+    items = [yaml.safe_load(POOL.replace("pods", name)) for name in ("a", "b")]
+    if kind == "IPPoolList":
+        for item in items:
+            del item["kind"], item["apiVersion"]
+    obj = {"apiVersion": "projectcalico.org/v3", "kind": kind, "items": items}
+    result = run("apply", "-f", "-", stdin=json.dumps(obj))
+    assert result.output == "IPPool a created\nIPPool b created\n"
+    items[1]["spec"]["cidr"] = "x"
+    result = run("validate", "-f", "-", stdin=json.dumps(obj))
+    assert "standard input, document 1, item 2: IPPool b: spec.cidr: 'x'" in result.stderr
+
+
+def test_what_get_prints_can_be_applied(run: Run) -> None:
+    run("apply", "-f", "-", stdin=POOL + "---" + POLICY)
+    for arguments in (["pools", "pods"], ["pools"], ["np", "-A"]):
+        for output in ("yaml", "json"):
+            text = run("get", *arguments, "-o", output).stdout
+            assert run("apply", "-f", "-", stdin=text).stdout.endswith(" unchanged\n")
+
+
+def test_an_old_resource_version_is_a_conflict(run: Run, store: SqliteDatastore) -> None:
+    run("apply", "-f", "-", stdin=POOL)
+    text = run("get", "pools", "pods", "-o", "yaml").stdout.replace(
+        "cidr", "disabled: true\n  cidr"
+    )
+    run("apply", "-f", "-", stdin=POOL.replace("spec: {", "spec: {natOutgoing: true, "))
+    for verb in ("apply", "replace"):
+        result = run(verb, "-f", "-", stdin=text)
+        assert result.exit_code == 1
+        assert "IPPool pods: metadata.resourceVersion: " in result.stderr
+        assert "get the object and edit that" in result.stderr
+    assert "disabled" not in store.get(PODS).value["spec"]
+    result = run("delete", "-f", "-", stdin=text)
+    assert result.exit_code == 1
+    store.delete(PODS)
+    result = run("apply", "-f", "-", stdin=text)
+    assert "no such object is stored" in result.stderr
+
+
+class Racing(SqliteDatastore):
+    """A store in which another writer is faster: it changes the object before each update."""
+
+    races = 3
+
+    def update(self, key: Key, value: dict[str, Any], revision: str | None = None) -> Any:
+        if self.races:
+            self.races -= 1
+            other = self.get(key)
+            other.value["metadata"]["annotations"] = {"race": str(self.races)}
+            super().update(key, other.value)
+        return super().update(key, value, revision)
+
+
+def test_a_write_that_met_another_is_done_again(run: Run, path: Path, tmp_path: Path) -> None:
+    run("apply", "-f", "-", stdin=POOL)
+    file = tmp_path / "pool.yaml"
+    file.write_text(POOL.replace("spec: {", "spec: {natOutgoing: true, "))
+    (document,) = read([str(file)], None, recursive=False)
+    from api.registry import parse
+
+    store = Racing(path)
+    try:
+        assert update(store, document, parse(document.value)) == "configured"
+        assert store.races == 0
+        assert store.get(PODS).value["spec"]["natOutgoing"] is True
+        store.races = 1000
+        changed = {**document.value, "spec": {**document.value["spec"], "disabled": True}}
+        with pytest.raises(Exception, match="changed by others 20 times"):
+            update(store, document, parse(changed))
+    finally:
+        store.close()
+
+
+def test_create_and_replace(run: Run) -> None:
+    result = run("replace", "-f", "-", stdin=POOL)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "IPPool pods: does not exist" in result.stderr
+    assert run("create", "-f", "-", stdin=POOL).output == "IPPool pods created\n"
+    result = run("create", "-f", "-", stdin=POOL)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "IPPool pods: exists already" in result.stderr
+    assert run("create", "--skip-exists", "-f", "-", stdin=POOL).output == "IPPool pods skipped\n"
+    assert run("replace", "-f", "-", stdin=POOL).output == "IPPool pods unchanged\n"
+    versioned = POOL.replace("name: pods", "name: other, resourceVersion: '1'")
+    assert "expected to be absent" in run("create", "-f", "-", stdin=versioned).stderr
+
+
+def test_replace_drops_what_the_document_does_not_have(run: Run, store: SqliteDatastore) -> None:
+    run("create", "-f", "-", stdin=POOL.replace("name: pods", "name: pods, labels: {a: b}"))
+    run("replace", "-f", "-", stdin=POOL)
+    assert "labels" not in store.get(PODS).value["metadata"]
+
+
+def test_a_broken_stored_object_can_be_mended(run: Run, store: SqliteDatastore) -> None:
+    store.create(PODS, {"kind": "IPPool", "spec": {"cidr": "nonsense"}})
+    assert run("apply", "-f", "-", stdin=POOL).output == "IPPool pods configured\n"
+
+
+def test_status_survives_an_apply(run: Run, store: SqliteDatastore) -> None:
+    run("apply", "-f", "-", stdin=POOL)
+    entry = store.get(PODS)
+    condition = {
+        "type": "Allocatable",
+        "status": "True",
+        "reason": "Ready",
+        "message": "",
+        "lastTransitionTime": "2026-01-01T00:00:00Z",
+    }
+    store.update(PODS, entry.value | {"status": {"conditions": [condition]}})
+    run("apply", "-f", "-", stdin=POOL.replace("spec: {", "spec: {natOutgoing: true, "))
+    assert store.get(PODS).value["status"] == {"conditions": [condition]}
+
+
+def test_delete_by_name_and_by_file(run: Run, store: SqliteDatastore) -> None:
+    run("apply", "-f", "-", stdin=POOL + "---" + POLICY)
+    result = run("delete", "-f", "-", stdin=POOL + "---" + POLICY)
+    assert result.output == "IPPool pods deleted\nNetworkPolicy default/web deleted\n"
+    result = run("delete", "pool", "pods")
+    assert (result.exit_code, result.stderr) == (1, "Error: IPPool pods: does not exist\n")
+    result = run("delete", "pool", "pods", "--skip-not-exists")
+    assert (result.exit_code, result.stdout) == (0, "IPPool pods does not exist\n")
+    run("apply", "-n", "shop", "-f", "-", stdin=POLICY)
+    assert run("delete", "np", "web").exit_code == 1
+    assert run("delete", "np", "web", "-n", "shop").exit_code == 0
+
+
+def test_delete_goes_on_after_an_error(run: Run, store: SqliteDatastore) -> None:
+    run("apply", "-f", "-", stdin=POOL)
+    result = run("delete", "pools", "absent", "pods")
+    assert (result.exit_code, result.stdout) == (1, "IPPool pods deleted\n")
+    assert store.list("IPPool").entries == []
+
+
+def test_tiers_that_stay(run: Run) -> None:
+    tier = "apiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {name: security}\n"
+    run("apply", "-f", "-", stdin=tier)
+    run("apply", "-f", "-", stdin=POLICY.replace("spec:", "spec:\n  tier: security"))
+    result = run("delete", "tier", "security")
+    assert result.stderr == "Error: Tier security: still has policies: web\n"
+    assert "built-in" in run("delete", "tier", "default").stderr
+    run("delete", "np", "web")
+    assert run("delete", "tier", "security").exit_code == 0
+
+
+def test_what_ipam_keeps_is_not_written_by_hand(run: Run) -> None:
+    affinity = {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": "BlockAffinity",
+        "metadata": {"name": "n-10-0-0-0-26"},
+        "spec": {"state": "confirmed", "node": "n", "cidr": "10.0.0.0/26"},
+    }
+    result = run("apply", "-f", "-", stdin=json.dumps(affinity))
+    assert "BlockAffinity n-10-0-0-0-26: kind: 'BlockAffinity': not written" in result.stderr
+    assert run("delete", "affinity", "x").exit_code == 1
+
+
+def test_converted_policies_are_not_written(run: Run) -> None:
+    result = run("create", "-f", "-", stdin=POLICY.replace("name: web", "name: knp.default.web"))
+    assert "metadata.name: 'knp.default.web': not beginning with knp.default." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        ("", "no resource in -"),
+        ("a: [", "standard input: line 2, column 1: "),
+        ("just text", "standard input, document 1: object : 'just text': a mapping with a kind"),
+        ("kind: Pol\n", "kind: 'Pol': a kind Manx knows"),
+        (POOL + "---" + POOL, "document 2: IPPool pods: stands in standard input, document 1, too"),
+        (POOL.replace("{name: pods}", "{}"), "metadata.name: '': required"),
+    ],
+)
+def test_refused_input(run: Run, stdin: str, message: str) -> None:
+    for verb in ("apply", "create", "replace", "validate"):
+        result = run(verb, "-f", "-", stdin=stdin)
+        assert result.exit_code == 1
+        assert message in result.stderr
+
+
+def test_unreadable_files(run: Run, tmp_path: Path) -> None:
+    result = run("apply", "-f", tmp_path / "absent.yaml")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"Error: {tmp_path}/absent.yaml: No such file or directory\n",
+    )
+    (tmp_path / "latin.yaml").write_bytes("a: ä".encode("latin-1"))
+    assert "byte 3: expected UTF-8" in run("apply", "-f", tmp_path / "latin.yaml").stderr
