@@ -91,18 +91,18 @@ class Fdb:
 
 def fdb_replace(entry: FdbEntry) -> Message:
     """``bridge fdb replace MAC dev DEVICE dst REMOTE self permanent``."""
-    return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, _body(entry))
+    remote = attribute(_NDA_DST, entry.remote.packed())
+    return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, _body(entry) + remote)
 
 
 def fdb_delete(entry: FdbEntry) -> Message:
-    """``bridge fdb del MAC dev DEVICE dst REMOTE self``."""
+    """``bridge fdb del MAC dev DEVICE self``: whichever remote it has."""
     return Message(RTM_DELNEIGH, 0, _body(entry))
 
 
 def _body(entry: FdbEntry) -> bytes:
     body = _NDMSG.pack(_AF_BRIDGE, entry.ifindex, NUD_PERMANENT, _NTF_SELF, 0)
-    body += attribute(_NDA_LLADDR, mac_bytes(entry.mac))
-    return body + attribute(_NDA_DST, entry.remote.packed())
+    return body + attribute(_NDA_LLADDR, mac_bytes(entry.mac))
 
 
 def _parse(body: bytes) -> FdbEntry | None:

@@ -425,4 +425,8 @@ def _parse_members(answer: bytes) -> Iterator[str]:
 
 
 def _address_text(packed: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+    if len(packed) == 4:
+        return socket.inet_ntop(socket.AF_INET, packed)
+    address = socket.inet_ntop(socket.AF_INET6, packed)
+    # "::1.2.3.4" is not how api.net writes it
+    return format_address(V6, int.from_bytes(packed, "big")) if "." in address else address

@@ -15,6 +15,7 @@ from kernel.netlink import (
     NLM_F_ECHO,
     NLM_F_EXCL,
     Message,
+    MessagesLostError,
     NetlinkSocket,
     attribute,
     attribute_text,
@@ -33,7 +34,7 @@ RTM_GETLINK = 18
 RTM_SETLINK = 19
 
 _IFF_UP = 0x1
-_IFF_RUNNING = 0x40
+_IFF_LOWER_UP = 0x10000
 
 _IFLA_ADDRESS = 1
 _IFLA_IFNAME = 3
@@ -140,7 +141,7 @@ def parse_link(body: bytes) -> Link:
         mac=found.get(_IFLA_ADDRESS, b"").hex(":"),
         mtu=_number(found, _IFLA_MTU),
         up=bool(flags & _IFF_UP),
-        running=bool(flags & _IFF_RUNNING),
+        running=bool(flags & _IFF_UP and flags & _IFF_LOWER_UP),
         group=_number(found, _IFLA_GROUP),
         peer_index=_number(found, _IFLA_LINK),
         master_index=_number(found, _IFLA_MASTER),
@@ -325,7 +326,7 @@ def _vxlan_message(header: bytes, data: bytes) -> Message:
 
 def _send_all(socket: NetlinkSocket, vxlan: Vxlan, *messages: Message) -> None:
     for failure in socket.batch(messages):
-        raise failure.error(f"vxlan device {vxlan.name}")
+        raise failure.error(vxlan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,9 +394,7 @@ class LinkMonitor:
     def _tell(self) -> None:
         try:
             messages = self._socket.receive()
-        except OSError as error:
-            if error.errno != errno.ENOBUFS:
-                raise
+        except MessagesLostError:
             self._sink(LinkEventsLost())
             return
         for message in messages:

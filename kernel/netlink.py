@@ -58,7 +58,7 @@ _WINDOW_BYTES = 128 * 1024
 _BUFFER = 4 << 20
 _RECEIVE = 1 << 18
 # The kernel answers before send() returns; the limit only guards against a lost answer.
-_ANSWER_SECONDS = 30
+_ANSWER_SECONDS = 10
 _DUMP_ATTEMPTS = 20
 _SEQUENCE_RESTART = 1 << 31
 
@@ -95,6 +95,13 @@ class Reply:
 
 class DumpInterruptedError(OSError):
     """The table changed during every attempt to read it. Try again later."""
+
+
+class MessagesLostError(OSError):
+    """More was sent to a multicast group than the socket could hold.
+
+    From now on it hears everything again, so read the table after this.
+    """
 
 
 def attribute(kind: int, data: bytes) -> bytes:
@@ -248,11 +255,29 @@ class NetlinkSocket:
         )
 
     def receive(self) -> list[Message]:
-        """Wait for one datagram of a multicast group.
+        """Wait for one datagram of a multicast group. Raises OSError, MessagesLostError."""
+        try:
+            return [Message(kind, 0, body) for _, kind, _, body in self._read()]
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            self._drain()
+            raise MessagesLostError(errno.ENOBUFS, "netlink: messages were lost") from error
 
-        Raises OSError; ENOBUFS when messages were lost: read the table again.
+    def _drain(self) -> None:
+        """Throw away all that waits.
+
+        Until its queue has been empty a congested socket loses messages without saying so
+        again.
         """
-        return [Message(kind, 0, body) for _, kind, _, body in self._read()]
+        while True:
+            try:
+                self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
 
     def _send(self, messages: Sequence[Message]) -> range:
         """Send in one datagram; only the last message asks for an acknowledgement.

@@ -227,7 +227,10 @@ def route_replace(route: Route) -> Message:
 
 
 def route_delete(route: Route) -> Message:
-    """``ip route del … proto …``: ESRCH where no route of this kind and protocol is."""
+    """``ip route del … proto …``: ESRCH where no route of this kind and protocol is.
+
+    For IPv4 the kernel understands metric 0 as the lowest there is.
+    """
     return Message(RTM_DELROUTE, 0, _body(route, ()))
 
 
@@ -245,8 +248,10 @@ def _body(route: Route, hops: tuple[Hop, ...]) -> bytes:
         parts.append(attribute(_RTA_DST, net.packed()))
     if not table:
         parts.append(attribute_u32(_RTA_TABLE, route.table))
-    if route.metric:
-        parts.append(attribute_u32(_RTA_PRIORITY, route.metric))
+    # Said even where it is the default: a delete without it takes a route of any metric.
+    metric = route.metric or (_V6_DEFAULT_METRIC if net.version == V6 else 0)
+    if metric:
+        parts.append(attribute_u32(_RTA_PRIORITY, metric))
     if route.source is not None:
         parts.append(attribute(_RTA_PREFSRC, Net(net.version, route.source, 0).packed()))
     if len(hops) == 1:

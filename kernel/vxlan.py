@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from api.net import V4, V6, Net, host_net
+from api.net import V4, V6, Net, format_address, host_net
 from kernel.netlink import attribute, attribute_u32, attributes, u32
 
 _IFLA_VXLAN_ID = 1
@@ -52,6 +52,13 @@ class Vxlan:
     def settings(self) -> VxlanSettings:
         """The part that is the driver's."""
         return VxlanSettings(self.vni, self.port, self.local, self.parent_index)
+
+    def __str__(self) -> str:
+        local = format_address(self.local.version, self.local.address)
+        words = f"vxlan device {self.name} id {self.vni} dstport {self.port} local {local}"
+        words += f" address {self.mac}"
+        words += f" mtu {self.mtu}" if self.mtu else ""
+        return words + (f" dev #{self.parent_index}" if self.parent_index else "")
 
 
 def encode_vxlan(settings: VxlanSettings, *, change: bool = False) -> bytes:
