@@ -93,7 +93,7 @@ class TableState:
                 for name, fragments in chains.items()
                 if self.chains.get(name) != rule_hashes(name, fragments)
             },
-            delete=sorted(self.chains.keys() - chains.keys()),
+            delete=tuple(sorted(self.chains.keys() - chains.keys())),
             insert={name: insert.get(name, ()) for name in sorted(wrong)},
             append={name: append[name] for name in sorted(wrong & append.keys())},
         )
