@@ -8,8 +8,10 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from lab import control
@@ -72,6 +74,7 @@ class Lab:
         """Use ``up`` or ``connect``. ``lifeline``: while it is open the lab lives."""
         self.name = name
         self._lifeline = lifeline
+        self._started: list[subprocess.Popen[Any]] = []
 
     @classmethod
     def up(
@@ -169,7 +172,7 @@ class Lab:
         (init,) = fds
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, init)
-            _await_end(self.name, init)
+            _await_end(self.name, init, self._started)
 
     def status(self) -> JSON:
         """Everything in the lab and how it is: name, fabric, members, pods."""
@@ -208,12 +211,16 @@ class Lab:
         stderr: int | IO[Any] | None = None,
         text: bool = False,
     ) -> subprocess.Popen[Any]:
-        """Start a command in a member or pod; it ends with the lab. Raises LabError."""
+        """Start a command in a member or pod, in the caller's folder; it ends with the lab.
+
+        Raises LabError.
+        """
         with self.open(target) as place:
             try:
-                return place.namespaces.popen(
+                process = place.namespaces.popen(
                     argv,
                     env={**place.env, **(env or {})},
+                    cwd=str(Path.cwd()),
                     stdin=stdin,
                     stdout=stdout,
                     stderr=stderr,
@@ -221,6 +228,9 @@ class Lab:
                 )
             except OSError as error:
                 raise LabError(f"{target}: {argv[0]}: {error.strerror}") from error
+        self._started = [each for each in self._started if each.returncode is None]
+        self._started.append(process)
+        return process
 
     def run(
         self, target: str, *argv: str, input: str | None = None, timeout: float = 60.0
@@ -260,12 +270,19 @@ class Lab:
         return reply, fds
 
 
-def _await_end(name: str, init: int) -> None:
-    """Wait until a lab's PID 1 has ended, and so all of its processes; pidfd_open(2)."""
+def _await_end(name: str, init: int, started: Sequence[subprocess.Popen[Any]] = ()) -> None:
+    """Wait until a lab's PID 1 has ended, and so all of its processes; pidfd_open(2).
+
+    PID 1 can't end before those processes ``started`` in the lab by us are reaped.
+    """
     poller = select.poll()
     poller.register(init, select.POLLIN)
-    if not poller.poll(END_TIMEOUT * 1000):
-        raise LabError(f"lab {name} has not ended within {END_TIMEOUT:.0f} s")
+    deadline = time.monotonic() + END_TIMEOUT
+    while not poller.poll(20):
+        for process in started:
+            process.poll()
+        if time.monotonic() > deadline:
+            raise LabError(f"lab {name} has not ended within {END_TIMEOUT:.0f} s")
 
 
 def _pod(reply: JSON) -> PodInfo:

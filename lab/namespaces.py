@@ -146,13 +146,16 @@ class Namespaces:
         start_new_session: bool = False,
         text: bool = False,
     ) -> subprocess.Popen[Any]:
-        """Start a process inside. Raises OSError, as ``subprocess.Popen``."""
+        """Start a process inside, in ``cwd`` where that can be seen there, else in /.
+
+        Raises OSError, as ``subprocess.Popen``.
+        """
 
         def start() -> subprocess.Popen[Any]:
             return subprocess.Popen(
                 argv,
                 env=None if env is None else dict(env),
-                cwd=cwd,
+                cwd=cwd if Path(cwd).is_dir() else "/",
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
