@@ -210,10 +210,17 @@ class IptablesTable:
         self._restore.close()
 
     def read(self) -> TableState:
-        """What stands (``iptables-save -t TABLE``). Raises IptablesError."""
+        """What stands (``iptables-save -t TABLE``).
+
+        Raises IptablesError, also where another program keeps rules that only nft(8) can
+        show.
+        """
         chains: dict[str, list[str]] = {}
         hooks: dict[str, list[tuple[str, str]]] = {}
         for line in _run(self._save, self._netns_fd).splitlines():
+            if line.startswith("# Table") and "incompatible" in line:
+                # said with exit code 0 and instead of everything else
+                raise IptablesError(f"{self}: cannot be read: {line[2:]}")
             if line.startswith(":"):
                 name, policy, _ = line[1:].split(" ", 2)
                 if name.startswith(self._prefix):
@@ -221,7 +228,7 @@ class IptablesTable:
                 elif policy != "-":
                     hooks[name] = []
             elif line.startswith("-A "):
-                _, name, rule = line.split(" ", 2)
+                name, _, rule = line[3:].partition(" ")
                 found = _OURS.search(rule)
                 if name in chains:
                     chains[name].append(found[1] if found else "")

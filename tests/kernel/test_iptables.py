@@ -124,6 +124,27 @@ def test_others_rules_and_chains_survive_everything(world: World) -> None:
     assert world.saved() == before
 
 
+def test_a_rule_that_does_nothing_is_a_rule(world: World) -> None:
+    world.stranger("-A FORWARD")
+    world.become()
+    assert world.table.read().inserted["FORWARD"][2:3] == ("",)
+    assert world.rules("FORWARD ") == []
+    assert "-A FORWARD" in world.saved()
+
+
+def test_a_table_that_iptables_cannot_show_is_not_taken_for_empty(namespace: Namespace) -> None:
+    with IptablesTable(4, "filter", "nft", netns_fd=namespace.fd) as table:
+        chains, insert = {"cali-a": ("-j ACCEPT",)}, {"FORWARD": ("-j cali-a",)}
+        table.apply(table.read().update_to(chains, insert))
+        run(namespace, "nft", "add rule ip filter FORWARD fib daddr type local accept")
+        with pytest.raises(IptablesError, match="filter' is incompatible, use 'nft' tool"):
+            table.read()
+        # what is known by heart can still be changed
+        table.apply(TableUpdate(replace={"cali-a": ("-j DROP",)}))
+        ruleset = run(namespace, "nft", "list", "ruleset").stdout
+        assert ruleset.count("jump cali-a") == 1
+
+
 def test_our_rules_return_to_their_place(world: World) -> None:
     world.become()
     right = world.rules("FORWARD")
