@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     PlainSerializer,
+    ValidationInfo,
 )
 from pydantic_core import PydanticCustomError, core_schema
 
@@ -165,13 +166,23 @@ AnyCidr = Annotated[str, _check(parse_interface, "an IP address or CIDR")]
 
 
 class SelectorMark:
-    """Marks a field whose text is a selector. Its syntax is ``policy.selector``'s to check."""
+    """Marks a field whose text is a selector."""
+
+
+def _selector(text: str, info: ValidationInfo) -> str:
+    if len(text) > 1024:
+        raise refuse("a selector of at most 1024 characters")
+    if text and info.context is not None:
+        try:
+            info.context(text)
+        except ValueError as error:
+            raise refuse(f"a selector: {error}") from None
+    return text
 
 
 SELECTOR = SelectorMark()
-Selector = Annotated[
-    str, _check(lambda text: len(text) <= 1024, "at most 1024 characters"), SELECTOR
-]
+# The syntax is the business of a layer above: whoever parses gives its check as the context.
+Selector = Annotated[str, AfterValidator(_selector), SELECTOR]
 PortName = Annotated[str, _check(_PORT_NAME_RE.fullmatch, PORT_NAME)]
 
 

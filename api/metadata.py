@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.alias_generators import to_camel
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
 
 from api.fields import (
     QUALIFIED_NAME,
@@ -29,9 +29,9 @@ from api.fields import (
     is_label_value,
     is_qualified_name,
     is_subdomain,
+    refuse,
 )
 
-ERROR_TYPE = "manx"  # marks our own errors among pydantic's: their message is the expectation
 MAX_ANNOTATIONS = 256 * 1024  # bytes, as the Kubernetes API server
 
 
@@ -97,9 +97,7 @@ class Model(BaseModel):
             if value is None or (value == "" and name in cls._optional):
                 continue
             if name in result:
-                raise PydanticCustomError(
-                    ERROR_TYPE, "{expected}", {"expected": f"{name!r} must be given only once"}
-                )
+                raise refuse(f"{name!r} must be given only once")
             result[name] = value
         return result
 
@@ -128,11 +126,7 @@ class Checked(Model):
                 type(self).__name__,
                 [
                     InitErrorDetails(
-                        type=PydanticCustomError(
-                            ERROR_TYPE, "{expected}", {"expected": fault.expected}
-                        ),
-                        loc=fault.where,
-                        input=fault.value,
+                        type=refuse(fault.expected), loc=fault.where, input=fault.value
                     )
                     for fault in faults
                 ],
@@ -256,4 +250,4 @@ class Resource(Checked):
 class CalicoResource(Resource):
     """A projectcalico.org/v3 resource."""
 
-    api_version: str = "projectcalico.org/v3"
+    api_version: Literal["projectcalico.org/v3"] = "projectcalico.org/v3"

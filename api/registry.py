@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -27,14 +27,16 @@ __all__ = [
 ]
 
 R = TypeVar("R", bound=Resource)
+Check = Callable[[str], object]
 
 
-def parse(obj: object) -> Resource:
+def parse(obj: object, *, selector: Check | None = None) -> Resource:
     """The model of an object, validated, defaults filled in.
 
-    Raises InvalidObjectError, which holds everything that is wrong.
+    ``selector`` checks the syntax of a selector (``policy.selector.parse``): it raises
+    ValueError. Raises InvalidObjectError, which holds everything that is wrong.
     """
-    return validate(kind_of(obj).model, obj)
+    return validate(kind_of(obj).model, obj, selector=selector)
 
 
 def parse_as(kind_id: str, obj: object) -> Resource:
@@ -75,10 +77,10 @@ def selectors(model: BaseModel, at: str = "") -> Iterator[tuple[str, str]]:
                     yield from selectors(item, f"{path}[{index}]")
 
 
-def validate(model: type[R], obj: object) -> R:
-    """As ``parse``, for a model that is stored nowhere and so is none of ``KINDS``."""
+def validate(model: type[R], obj: object, *, selector: Check | None = None) -> R:
+    """As ``parse``, for an object whose model is known, also one that is none of ``KINDS``."""
     try:
-        return model.model_validate(obj, by_alias=True, by_name=False)
+        return model.model_validate(obj, by_alias=True, by_name=False, context=selector)
     except ValidationError as error:
         problems = [_problem(model, detail) for detail in error.errors(include_url=False)]
     (kind,) = get_args(model.model_fields["kind"].annotation)

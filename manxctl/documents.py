@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from api.errors import InvalidObjectError, Problem
 from api.kinds import KINDS, Kind, key_parts, kind_of
 from datastore.interface import Key
 from manxctl.syntax import SyntaxProblemError, documents
+
+if TYPE_CHECKING:
+    from api.metadata import Resource
 
 SUFFIXES = (".yaml", ".yml", ".json")
 DEFAULT_NAMESPACE = "default"
@@ -79,39 +82,29 @@ def read(sources: Sequence[str], namespace: str | None, *, recursive: bool) -> l
     return found
 
 
-def check(found: Sequence[Document]) -> list[Any]:
+def check(found: Sequence[Document]) -> list[Resource]:
     """The resources of the documents, in their order, valid every one.
 
     Raises DocumentsError with everything that is wrong with any of them.
     """
     from api.registry import parse
+    from policy.selector import parse as parse_selector
 
     resources = []
     complaints = []
     for document in found:
         try:
-            resource = parse(document.value)
+            resources.append(parse(document.value, selector=parse_selector))
         except InvalidObjectError as error:
             complaints += [document.complain(problem) for problem in error.problems]
-            continue
-        complaints += [document.complain(problem) for problem in _more_problems(document, resource)]
-        resources.append(resource)
+        complaints += [document.complain(problem) for problem in _not_by_hand(document)]
     if complaints:
         raise DocumentsError(complaints)
     return resources
 
 
-def _more_problems(document: Document, resource: Any) -> Iterator[Problem]:
-    """What is wrong beyond the resource itself: selectors, and who may write it."""
-    from api.registry import selectors
-    from policy.selector import SelectorError
-    from policy.selector import parse as parse_selector
-
-    for path, text in selectors(resource):
-        try:
-            parse_selector(text)
-        except SelectorError as error:
-            yield Problem(path, text, f"a selector: {error}")
+def _not_by_hand(document: Document) -> Iterator[Problem]:
+    """What is right, but written by others."""
     if document.kind.id in IPAM_KINDS:
         yield Problem("kind", document.kind.kind, "not written by hand: IPAM keeps it")
     if document.kind.id == "NetworkPolicy" and document.key.name.startswith(CONVERTED_PREFIX):

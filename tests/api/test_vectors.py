@@ -12,8 +12,7 @@ from api.fields import Protocol
 from api.names import cidr_name, interface_name, workload_endpoint_name
 from api.net import parse_net
 from api.node import NodeSpec, NodeStatus
-from api.registry import KINDS, dump, parse, selectors
-from policy.selector import SelectorError
+from api.registry import KINDS, dump, parse
 from policy.selector import parse as parse_selector
 from tests.policy import vectors
 
@@ -42,11 +41,7 @@ PARTS: dict[str, Any] = {
 def refusal(obj: dict[str, Any]) -> str | None:
     """Why an object is refused; None when it is not. Selectors count, as upstream."""
     try:
-        for path, text in selectors(parse(obj)):
-            try:
-                parse_selector(text)
-            except SelectorError as error:
-                return f"{path}: {error}"
+        parse(obj, selector=parse_selector)
     except InvalidObjectError as error:
         return str(error)
     return None
