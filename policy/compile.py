@@ -82,16 +82,10 @@ def compile_policy(id: PolicyId, policy: NetworkPolicy | GlobalNetworkPolicy) ->
         compiler.own = selector
     ingress = egress = _DENY_ALL
     if not compiler.problems:
-        ingress = compiler.rules(spec.ingress, Direction.INGRESS)
-        egress = compiler.rules(spec.egress, Direction.EGRESS)
-    if isinstance(policy, GlobalNetworkPolicy):
-        for name, value in (
-            ("doNotTrack", policy.spec.do_not_track),
-            ("preDNAT", policy.spec.pre_dnat),
-        ):
-            if value:  # such a policy is about host endpoints alone
-                selector = _NOTHING
-                compiler.problem(f"spec.{name}", value, "false: not supported")
+        ingress = compiler.rules(spec.ingress if "Ingress" in spec.types else (), Direction.INGRESS)
+        egress = compiler.rules(spec.egress if "Egress" in spec.types else (), Direction.EGRESS)
+    if isinstance(policy, GlobalNetworkPolicy) and _is_for_hosts(policy, compiler):
+        selector = _NOTHING
     rules = compiler.finish(
         CompiledPolicy(
             id,
@@ -114,6 +108,18 @@ def compile_rules(
             compiler.rules(egress, Direction.EGRESS),
         )
     )
+
+
+def _is_for_hosts(policy: GlobalNetworkPolicy, compiler: _Compiler) -> bool:
+    """Whether a policy is about host endpoints alone, which aren't supported."""
+    before = len(compiler.problems)
+    for name, value in (
+        ("doNotTrack", policy.spec.do_not_track),
+        ("preDNAT", policy.spec.pre_dnat),
+    ):
+        if value:
+            compiler.problem(f"spec.{name}", value, "false: not supported")
+    return len(compiler.problems) > before
 
 
 def _selector_of(policy: NetworkPolicy | GlobalNetworkPolicy, compiler: _Compiler) -> Selector:
@@ -171,9 +177,10 @@ class _Compiler:
         action = Action(rule.action)
         if len(self.problems) > problems:
             if action in (Action.ALLOW, Action.LOG):
-                del self.sets[sets:]
-                return []
+                matches = []
             action = Action.DENY
+        if not matches:
+            del self.sets[sets:]
         return [Rule(action, match, index) for match in matches]
 
     def _matches(self, rule: ApiRule, direction: Direction, where: str) -> list[Match]:

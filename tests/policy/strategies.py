@@ -1,0 +1,197 @@
+"""Random policy worlds: endpoints, profiles, tiers and policies that meet each other often."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from api.net import Net, parse_net
+from api.policy import GlobalNetworkPolicy, NetworkPolicy, Rule, Tier
+from api.registry import parse_as
+from policy import labels
+from policy.engine import Profile
+from policy.model import Endpoint, EndpointId, NamedPort, PolicyId
+
+NAMESPACES = ("red", "blue")
+ADDRESSES = tuple(map(parse_net, ("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.1.1", "fd00::1")))
+OUTSIDE = tuple(map(parse_net, ("192.0.2.1", "2001:db8::1")))
+SELECTORS = ("", "app == 'web'", "app != 'web'", "has(app)", "app in {'db'} || tier == 'x'")
+PORTS: tuple[int | str, ...] = (80, "8000:8010", "http")
+TIERS = ("default", "default", "kube-admin", "first", "second", "nowhere")
+PROFILES = ("kns.red", "kns.blue", "ksa.red.robot", "ksa.blue.other")
+ENDPOINTS = (
+    *(EndpointId("WorkloadEndpoint", space, name) for space in NAMESPACES for name in "abc"),
+    EndpointId("HostEndpoint", "", "host"),
+)
+POLICIES = (
+    *(PolicyId("NetworkPolicy", space, name) for space in NAMESPACES for name in "pq"),
+    *(PolicyId("GlobalNetworkPolicy", "", name) for name in "pg"),
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One call of an engine's ``set_…``; value None: it is gone."""
+
+    table: str
+    key: Any
+    value: Any
+
+
+def some_entity(chance: random.Random, protocol: str | None) -> dict[str, Any]:
+    """One side of a rule; most of its conditions are absent."""
+    pick = chance.choice
+    entity: dict[str, Any] = {
+        "selector": pick(("", "", *SELECTORS)),
+        "notSelector": pick(("", "", "", "", *SELECTORS)),
+        "namespaceSelector": pick(
+            ("", "", "", "", "all()", "global()", "team == 'red'", "team != 'red'")
+        ),
+        "serviceAccounts": pick(
+            (
+                *[None] * 6,
+                {"names": ["robot"]},
+                {"selector": "role == 'x'"},
+                {"names": ["robot", "other"], "selector": "role != 'y'"},
+            )
+        ),
+        "nets": pick(([], [], [], ["10.0.0.0/30"], ["10.0.0.1/32", "192.0.2.0/24"])),
+        "notNets": pick(([], [], [], [], ["10.0.0.2/32"])),
+    }
+    if protocol in ("TCP", "UDP"):
+        entity["ports"] = chance.sample(PORTS, pick((0, 0, 1, 2)))
+        entity["notPorts"] = chance.sample(PORTS, pick((0, 0, 0, 1)))
+    return entity
+
+
+def some_rule(chance: random.Random) -> Rule:
+    pick = chance.choice
+    protocol = pick((None, None, "TCP", "UDP", "ICMP"))
+    rule: dict[str, Any] = {
+        "action": pick(("Allow", "Allow", "Allow", "Deny", "Deny", "Pass", "Log")),
+        "protocol": protocol,
+        "source": some_entity(chance, protocol),
+        "destination": some_entity(chance, protocol),
+    }
+    if protocol == "ICMP":
+        fields = (None, {"type": 8}, {"type": 8, "code": 0})
+        rule |= {"icmp": pick(fields), "notICMP": pick(fields)}
+    elif protocol is None:
+        rule["notProtocol"] = pick((None, None, "TCP"))
+        nets = [net for side in ("source", "destination") for net in rule[side]["nets"]]
+        rule["ipVersion"] = pick((None, None, 4)) if nets else pick((None, None, 6))
+        if rule["ipVersion"] == 6:
+            rule["source"]["notNets"] = rule["destination"]["notNets"] = []
+    return Rule.model_validate(rule)
+
+
+# Drawn once: to choose among many is cheaper than to draw every condition of every rule.
+RULES = tuple(some_rule(random.Random(seed)) for seed in range(1500))
+
+
+def pick(*values: Any) -> st.SearchStrategy[Any]:
+    return st.sampled_from(values)
+
+
+@st.composite
+def endpoints(draw: st.DrawFn, id: EndpointId) -> Endpoint:
+    own = draw(st.dictionaries(pick("app", "tier"), pick("web", "db", "x"), max_size=2))
+    profiles: tuple[str, ...] = ()
+    if id.namespace:
+        own |= {labels.NAMESPACE: id.namespace, labels.ORCHESTRATOR: "k8s"}
+        profiles = (f"kns.{id.namespace}",)
+        account = draw(pick(None, "robot", "other"))
+        if account:
+            own[labels.SERVICE_ACCOUNT] = account
+            profiles += (f"ksa.{id.namespace}.{account}",)
+    return Endpoint(
+        id,
+        tuple(sorted(own.items())),
+        profiles,
+        tuple(draw(st.lists(pick(*ADDRESSES), max_size=2))),
+        draw(pick((), (NamedPort("http", 6, 80),), (NamedPort("http", 17, 81),))),
+        local=draw(pick(True, True, False)),
+    )
+
+
+@st.composite
+def policies(draw: st.DrawFn, id: PolicyId) -> NetworkPolicy | GlobalNetworkPolicy:
+    directions = st.lists(pick(*RULES), max_size=3)
+    spec: dict[str, Any] = {
+        "tier": draw(pick(*TIERS)),
+        "order": draw(pick(None, None, 1.0, 2.0)),
+        "selector": draw(pick("", *SELECTORS)),
+        "serviceAccountSelector": draw(pick("", "", "", "role == 'x'")),
+        "ingress": draw(directions),
+        "egress": draw(directions),
+        "types": draw(pick([], ["Ingress"], ["Ingress", "Egress"])),
+    }
+    metadata = {"name": id.name}
+    if id.namespace:
+        metadata["namespace"] = id.namespace
+    else:
+        spec["namespaceSelector"] = draw(pick("", "", "all()", "team == 'red'", "team != 'red'"))
+    parsed = parse_as(id.kind, {"metadata": metadata, "spec": spec})
+    assert isinstance(parsed, NetworkPolicy | GlobalNetworkPolicy)
+    return parsed
+
+
+@st.composite
+def profiles(draw: st.DrawFn, name: str) -> Profile:
+    allow, deny = Rule(action="Allow"), Rule(action="Deny")
+    rules = pick((), (allow,), (allow,), (deny, allow))
+    if name.startswith("kns."):
+        inherited = {
+            "pcns.projectcalico.org/name": name.removeprefix("kns."),
+            "pcns.team": draw(pick("red", "blue")),
+        }
+        return Profile(tuple(inherited.items()), draw(rules), draw(rules))
+    inherited = {"pcsa.projectcalico.org/name": name.rpartition(".")[2]}
+    role = draw(pick(None, "x", "y"))
+    if role:
+        inherited["pcsa.role"] = role
+    return Profile(tuple(inherited.items()))
+
+
+@st.composite
+def tiers(draw: st.DrawFn, name: str) -> Tier:
+    spec = {"order": draw(pick(None, 10.0, 20.0)), "defaultAction": draw(pick("Deny", "Pass"))}
+    parsed = parse_as("Tier", {"metadata": {"name": name}, "spec": spec})
+    assert isinstance(parsed, Tier)
+    return parsed
+
+
+TABLES: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "endpoint": (ENDPOINTS, endpoints),
+    "policy": (POLICIES, policies),
+    "profile": (PROFILES, profiles),
+    "tier": (("first", "second"), tiers),
+}
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> Change:
+    """Something is set or, once in four times, goes."""
+    table = draw(pick("endpoint", "endpoint", "policy", "policy", "profile", "tier"))
+    keys, values = TABLES[table]
+    key = draw(pick(*keys))
+    gone = draw(st.integers(0, 3)) == 0
+    return Change(table, key, None if gone else draw(values(key)))
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> list[Change]:
+    """Most of all there can be."""
+    return [
+        Change(table, key, draw(values(key)))
+        for table, (keys, values) in TABLES.items()
+        for key in keys
+        if draw(st.integers(0, 7))
+    ]
+
+
+def any_address() -> st.SearchStrategy[Net]:
+    return st.sampled_from((*ADDRESSES, *OUTSIDE))
