@@ -1,0 +1,238 @@
+"""The loop: updates from one queue → snapshot → calculation → dataplane → status.
+
+Watchers are threads that only put updates on the queue; everything behind it happens in the
+thread that calls ``run``. What is queued when the loop comes round is one batch. Nothing is
+written to the kernel before the datastore has told everything it had at the start.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from datastore.environment import Environment
+from datastore.follower import Follower, InSync, Update
+from datastore.interface import Datastore
+from felix import names
+from felix.calculate import Calculator
+from felix.dataplane import Dataplane
+from felix.iptables_dataplane import IptablesDataplane
+from felix.registration import NODE_IP, Registrar, RegistrationProblem, node_address
+from felix.snapshot import KINDS, Snapshot
+from felix.status import StatusRequest, StatusServer
+from kernel.links import LinkEvent, LinkEventsLost, LinkMonitor
+from reconcile.backoff import Backoff
+
+# So many updates at most are one batch: the kernel need not wait for a flood to end.
+_BATCH = 10_000
+
+_log = logging.getLogger(__name__)
+
+
+class Stop:
+    """Asks the loop to end."""
+
+
+Item = Update | InSync | LinkEvent | LinkEventsLost | RegistrationProblem | StatusRequest | Stop
+
+
+class Agent:
+    """The agent of ``environment.node``, in the network namespace of the thread that runs it."""
+
+    def __init__(self, environment: Environment, store: Datastore) -> None:
+        self._environment = environment
+        self._queue: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._snapshot = Snapshot()
+        self._calculator = Calculator(environment.node)
+        self._dataplane: Dataplane | None = None
+        self._follower = Follower(store, KINDS, self._queue.put)
+        self._registrar = Registrar(store, environment.node, self._address, self._queue.put)
+        self._registration_problem: str | None = None
+        self._in_sync = False
+        self._stopping = False
+        self._asked: list[StatusRequest] = []
+        self._must_read = True
+        self._next_read: float | None = None
+        self._backoff: Backoff[str] = Backoff()
+        self._failure: str | None = None
+        self._started = _now()
+        self._last_apply: dict[str, Any] | None = None
+
+    def stop(self) -> None:
+        """End ``run`` soon. May come from any thread and from a signal handler."""
+        self._queue.put(Stop())
+
+    def run(self) -> None:
+        """Run until ``stop``. What is enforced then stays enforced."""
+        status = StatusServer(self._environment.run_dir, self._queue.put)
+        with LinkMonitor(self._queue.put):
+            for thread in (status, self._registrar, self._follower):
+                thread.start()
+            try:
+                while not self._stopping:
+                    self._turn()
+            finally:
+                for thread in (self._follower, self._registrar, status):
+                    thread.stop()
+                if self._dataplane is not None:
+                    self._dataplane.close()
+
+    def _turn(self) -> None:
+        try:
+            self._take(self._queue.get(timeout=self._pause()))
+            for _ in range(_BATCH):
+                self._take(self._queue.get_nowait())
+        except queue.Empty:
+            pass
+        if self._in_sync and not self._stopping:
+            self._work(time.monotonic())
+        # After the work, so that an answer speaks of all that was told before the question.
+        while self._asked:
+            self._asked.pop().reply.put(self._status())
+
+    def _pause(self) -> float | None:
+        """Seconds until something is due by itself; None: nothing is."""
+        if not self._in_sync:
+            return None
+        times = [self._next_read, self._backoff.next_due()]
+        if self._dataplane is not None and not len(self._backoff):
+            times.append(self._dataplane.next_retry())
+        due = [moment for moment in times if moment is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _take(self, item: Item) -> None:
+        match item:
+            case Update(key, value):
+                self._snapshot.update(key, value)
+            case InSync():
+                self._in_sync = True
+            case LinkEvent():
+                self._link_changed(item)
+            case LinkEventsLost():
+                self._must_read = True
+            case RegistrationProblem(text):
+                self._registration_problem = text
+            case StatusRequest():
+                self._asked.append(item)
+            case Stop():
+                self._stopping = True
+
+    def _link_changed(self, event: LinkEvent) -> None:
+        if self._dataplane is None or self._must_read:
+            return
+        try:
+            self._dataplane.link_changed(event)
+        except OSError as error:
+            _log.warning("interface %s: %s; reading everything again", event.name, error)
+            self._must_read = True
+
+    def _work(self, now: float) -> None:
+        if len(self._backoff) and not self._backoff.due(now):
+            return
+        try:
+            self._calculate()
+            self._apply(now)
+        except Exception as error:
+            # Nothing is certain now: begin anew, from the snapshot and from what the kernel has.
+            _log.exception("what is enforced stays; beginning anew")
+            self._failure = f"{type(error).__name__}: {error}"
+            self._backoff.failed("work", now)
+            self._abandon()
+        else:
+            self._failure = None
+            self._backoff.succeeded("work")
+
+    def _calculate(self) -> None:
+        if self._dataplane is not None and not self._snapshot.dirty:
+            return
+        before = self._calculator.registration
+        delta = self._calculator.calculate(self._snapshot)
+        if self._dataplane is None:
+            enforcer = IptablesDataplane(
+                self._calculator.settings, self._calculator.ruleset.members
+            )
+            self._dataplane = Dataplane(enforcer)
+            self._must_read = True
+        self._dataplane.want(delta)
+        registration = self._calculator.registration
+        if registration is not None and registration != before:
+            self._registrar.want(registration)
+
+    def _apply(self, now: float) -> None:
+        assert self._dataplane is not None
+        if self._must_read or (self._next_read is not None and now >= self._next_read):
+            self._dataplane.read()
+            self._must_read = False
+            refresh = self._calculator.settings.refresh
+            self._next_read = now + refresh if refresh else None
+        begin = time.perf_counter()
+        changes = self._dataplane.apply(now)
+        if changes or self._last_apply is None:
+            elapsed = 1000 * (time.perf_counter() - begin)
+            _log.info("applied %d changes in %.1f ms", changes, elapsed)
+            if self._last_apply is None:
+                gc.collect()
+                gc.freeze()  # what is there now stays: later collections need not walk it
+            self._last_apply = {
+                "at": _now(),
+                "changes": changes,
+                "milliseconds": round(elapsed, 1),
+            }
+
+    def _abandon(self) -> None:
+        if self._dataplane is not None:
+            self._dataplane.close()
+        self._dataplane = None
+        self._calculator = Calculator(self._environment.node)
+        self._snapshot.touch()
+
+    def _address(self) -> str:
+        prefixes = self._calculator.settings.interface_prefixes
+        return node_address(os.environ.get(NODE_IP), prefixes)
+
+    def _status(self) -> dict[str, Any]:
+        errors = list(self._errors())
+        return {
+            "node": self._environment.node,
+            "pid": os.getpid(),
+            "started": self._started,
+            "in_sync": self._in_sync,
+            "ready": self._in_sync and self._last_apply is not None and self._failure is None,
+            "datastore": self._follower.problem or "followed",
+            "last_apply": self._last_apply,
+            "endpoints": {
+                names.endpoint_text(id): {
+                    "interface": interface,
+                    "state": self._state(interface),
+                }
+                for id, interface in self._calculator.places.items()
+            },
+            "policies": len(self._calculator.engine.policies),
+            "sets": len(self._calculator.ruleset.sets),
+            "chains": len(self._calculator.ruleset.chains),
+            "errors": [{"object": what, "message": message} for what, message in errors],
+        }
+
+    def _state(self, interface: str) -> str:
+        if self._dataplane is None or self._last_apply is None:
+            return "not enforced yet"
+        return "waits for its interface" if self._dataplane.waiting(interface) else "enforced"
+
+    def _errors(self) -> Iterator[tuple[str, str]]:
+        if self._failure:
+            yield "felix", self._failure
+        if self._registration_problem:
+            yield f"Node({self._environment.node})", self._registration_problem
+        yield from self._calculator.problems(self._snapshot)
+        if self._dataplane is not None:
+            yield from self._dataplane.problems()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,319 @@
+"""Snapshot → what the kernel should hold: routes, sets, chains, the tunnel. No I/O, no clock.
+
+``calculate`` works off the snapshot's dirty keys and says what became different. The result
+is a function of the snapshot alone, in whatever order it came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from api.net import V4, Net
+from api.policy import Tier
+from datastore.interface import Key
+from felix import names
+from felix.desired import Delta, Device, Registration, SetKey
+from felix.overlay import Encapsulation, Overlay
+from felix.ruleset import VERSIONS, Ruleset
+from felix.settings import CLUSTER, NODE_PREFIX, Settings, SettingsError, settings
+from felix.snapshot import PodView, Snapshot, Workload
+from policy import selector
+from policy.engine import Engine
+from policy.model import Endpoint, EndpointId, Member, PolicyId
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an endpoint is, as last told: the interface is empty when it isn't ours."""
+
+    node: str
+    nets: tuple[Net, ...]
+    interface: str
+    pod: Key
+
+
+class _Claims(Generic[K]):
+    """Who claims what: several may, and always the same one of them holds it."""
+
+    def __init__(self) -> None:
+        self._claimants: dict[K, set[EndpointId]] = {}
+        self.dirty: set[K] = set()
+
+    def change(self, id: EndpointId, before: Iterable[K], after: Iterable[K]) -> None:
+        """What an endpoint claimed and what it claims now."""
+        for key in before:
+            self._claimants[key].discard(id)
+            if not self._claimants[key]:
+                del self._claimants[key]
+            self.dirty.add(key)
+        for key in after:
+            self._claimants.setdefault(key, set()).add(id)
+            self.dirty.add(key)
+
+    def holder(self, key: K) -> EndpointId | None:
+        """The one that has it."""
+        return min(self._claimants.get(key, ()), default=None)
+
+    def conflicts(self) -> Iterator[tuple[K, list[EndpointId]]]:
+        """What more than one endpoint claims, the holder first."""
+        for key, claimants in self._claimants.items():
+            if len(claimants) > 1:
+                yield key, sorted(claimants)
+
+
+class Calculator:
+    """The desired state of one node."""
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._settings = settings()
+        self._settings_problem: str | None = None
+        self._engine = Engine()
+        self._ruleset = Ruleset(self._engine, self._settings)
+        self._overlay = Overlay(node)
+        self._places: dict[EndpointId, _Place] = {}
+        self._interfaces: _Claims[str] = _Claims()
+        self._addresses: _Claims[Net] = _Claims()
+        self._of_pod: dict[Key, set[Key]] = {}
+        self._blocks: dict[Key, tuple[str, Net]] = {}
+        self._misnamed: dict[EndpointId, str] = {}
+        self._tunnel: tuple[Net | None, Device | None] = (None, None)
+        self._own_sets: dict[SetKey, frozenset[Member]] = {}
+        self._fresh = True
+        self.pods: dict[Net, str] = {}
+        self.registration: Registration | None = None  # before the first calculation
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._settings
+
+    @property
+    def ruleset(self) -> Ruleset:
+        """The desired chains, hooks and sets."""
+        return self._ruleset
+
+    @property
+    def overlay(self) -> Overlay:
+        """The desired routes to other nodes, and the tunnel's peers."""
+        return self._overlay
+
+    @property
+    def engine(self) -> Engine:
+        """Who may talk to whom."""
+        return self._engine
+
+    @property
+    def places(self) -> Mapping[EndpointId, str]:
+        """The interfaces of local endpoints."""
+        return {id: place.interface for id, place in self._places.items() if place.interface}
+
+    def calculate(self, snapshot: Snapshot) -> Delta:
+        """What became different through the snapshot's dirty keys, which are then clean."""
+        dirty, snapshot.dirty = snapshot.dirty, set()
+        kinds = {key.kind for key in dirty}
+        delta = Delta()
+        workloads = {key for key in dirty if key.kind == "WorkloadEndpoint"}
+        if self._fresh or "FelixConfiguration" in kinds:
+            self._take_settings(snapshot)
+            delta.settings = self._settings
+            workloads.update(snapshot.workloads)
+        for key in dirty:
+            self._take(key, snapshot, workloads)
+        for key in workloads:
+            self._take_workload(key, snapshot)
+        pools_changed = delta.settings is not None or "IPPool" in kinds
+        if pools_changed:
+            pools = (view.pool for view in snapshot.pools.values())
+            self._overlay.set_pools(pools, self._settings.vxlan_enabled)
+        self._update_overlay(delta)
+        self._update_pods(delta)
+        if pools_changed or delta.peers:
+            self._own_sets = dict(self._make_own_sets(snapshot))
+        self._ruleset.update(
+            delta,
+            self._engine.flush(),
+            self._settings,
+            self._own_sets,
+            vxlan=self._overlay.enabled,
+        )
+        delta.forwarding = (V4, *(version for version in self._ruleset.versions if version != V4))
+        if pools_changed or "Node" in kinds:
+            self.registration = self._register(snapshot)
+        self._fresh = False
+        return delta
+
+    def problems(self, snapshot: Snapshot) -> Iterator[tuple[str, str]]:
+        """(object, what is wrong with it), of everything that was written."""
+        for key, problem in snapshot.problems.items():
+            yield str(key), problem
+        if self._settings_problem:
+            yield "FelixConfiguration", self._settings_problem
+        for policy, faults in self._engine.problems.items():
+            yield str(policy), "; ".join(map(str, faults))
+        for id, problem in self._misnamed.items():
+            yield f"WorkloadEndpoint({names.endpoint_text(id)})", problem
+        for what, claimants in (*self._interfaces.conflicts(), *self._addresses.conflicts()):
+            first, *others = map(names.endpoint_text, claimants)
+            for other in others:
+                yield f"WorkloadEndpoint({other})", f"{what} belongs to {first}; delete one of them"
+
+    def _take_settings(self, snapshot: Snapshot) -> None:
+        configurations = {key.name: spec for key, spec in snapshot.configurations.items()}
+        levels = [configurations.get(name) for name in (NODE_PREFIX + self._node, CLUSTER)]
+        try:
+            self._settings = settings([spec for spec in levels if spec is not None])
+            self._settings_problem = None
+        except SettingsError as error:
+            self._settings = settings()
+            self._settings_problem = f"{error}; the defaults are in force"
+
+    def _take(self, key: Key, snapshot: Snapshot, workloads: set[Key]) -> None:
+        match key.kind:
+            case "Pod":
+                workloads.update(self._of_pod.get(key, ()))
+            case "Namespace":
+                self._engine.set_profile(f"kns.{key.name}", snapshot.profiles.get(key))
+            case "NetworkPolicy" | "GlobalNetworkPolicy" | "KubernetesNetworkPolicy":
+                id = PolicyId(key.kind, key.namespace, key.name)
+                self._engine.set_policy(id, snapshot.policies.get(key))
+            case "Tier":
+                tier: Tier | None = snapshot.tiers.get(key)
+                self._engine.set_tier(key.name, tier)
+            case "Node":
+                view = snapshot.nodes.get(key)
+                self._overlay.set_host(key.name, view.host if view else None)
+            case "BlockAffinity":
+                before = self._blocks.pop(key, None)
+                if before is not None:
+                    self._overlay.set_block(*before, held=False)
+                block = snapshot.blocks.get(key)
+                if block is not None:
+                    self._blocks[key] = (block.node, block.net)
+                    self._overlay.set_block(block.node, block.net, held=True)
+
+    def _take_workload(self, key: Key, snapshot: Snapshot) -> None:
+        id = EndpointId(key.kind, key.namespace, key.name)
+        workload = snapshot.workloads.get(key)
+        before, after = self._places.pop(id, None), None
+        if before is not None:
+            self._of_pod[before.pod].discard(key)
+            if not self._of_pod[before.pod]:
+                del self._of_pod[before.pod]
+        self._misnamed.pop(id, None)
+        if workload is None:
+            self._engine.set_endpoint(None, id)
+        else:
+            pod_key = Key("Pod", workload.pod, key.namespace)
+            self._of_pod.setdefault(pod_key, set()).add(key)
+            pod = snapshot.pods.get(pod_key) if workload.orchestrator == "k8s" else None
+            nets = () if pod and pod.finished else workload.nets
+            after = _Place(workload.node, nets, self._own_interface(id, workload), pod_key)
+            self._places[id] = after
+            self._engine.set_endpoint(_endpoint(id, workload, pod, after), id)
+        self._move(id, before, after)
+
+    def _own_interface(self, id: EndpointId, workload: Workload) -> str:
+        """The workload's interface; empty when it is another node's, or no workload's by name."""
+        if workload.node != self._node:
+            return ""
+        if not self._settings.is_workload(workload.interface):
+            prefixes = " or ".join(self._settings.interface_prefixes)
+            self._misnamed[id] = (
+                f"spec.interfaceName: {workload.interface!r}: expected a name that begins with"
+                f" {prefixes} (FelixConfiguration interfacePrefix); it gets no connectivity"
+            )
+            return ""
+        return workload.interface
+
+    def _move(self, id: EndpointId, before: _Place | None, after: _Place | None) -> None:
+        if before == after:
+            return
+        for place, held in ((before, False), (after, True)):
+            if place is not None and place.node != self._node:
+                for net in place.nets:
+                    self._overlay.set_address(place.node, net, held)
+        was, now = ((place,) if place and place.interface else () for place in (before, after))
+        self._interfaces.change(id, (p.interface for p in was), (p.interface for p in now))
+        self._addresses.change(
+            id, (net for p in was for net in p.nets), (net for p in now for net in p.nets)
+        )
+
+    def _update_pods(self, delta: Delta) -> None:
+        for interface in self._interfaces.dirty:
+            holder = self._interfaces.holder(interface)
+            nets = self._places[holder].nets if holder else ()
+            self._ruleset.set_interface(interface, holder, nets)
+        for net in self._addresses.dirty:
+            owner = self._addresses.holder(net)
+            wanted = self._places[owner].interface if owner else None
+            if self.pods.get(net) != wanted:
+                delta.pods[net] = wanted
+                if wanted is None:
+                    del self.pods[net]
+                else:
+                    self.pods[net] = wanted
+        self._interfaces.dirty.clear()
+        self._addresses.dirty.clear()
+
+    def _update_overlay(self, delta: Delta) -> None:
+        changes = self._overlay.flush()
+        delta.remotes, delta.peers = changes.routes, changes.peers
+        host = self._overlay.host
+        device = None
+        if self._overlay.enabled and host and host.address and host.tunnel:
+            own = self._settings
+            device = Device(
+                own.vxlan_vni, own.vxlan_port, host.address, host.tunnel, host.mac, own.vxlan_mtu
+            )
+        tunnel = (host.address if host else None, device)
+        if tunnel != self._tunnel:
+            self._tunnel = delta.tunnel = tunnel
+
+    def _make_own_sets(self, snapshot: Snapshot) -> Iterator[tuple[SetKey, frozenset[Member]]]:
+        pools = [view.pool for view in snapshot.pools.values()]
+        for version in VERSIONS:
+            own = [pool for pool in pools if pool.net.version == version]
+            masqueraded = frozenset(pool.net for pool in own if pool.nat_outgoing)
+            if masqueraded:
+                yield SetKey(version, names.MASQUERADE_POOLS), masqueraded
+                yield SetKey(version, names.ALL_POOLS), frozenset(pool.net for pool in own)
+        if self._overlay.enabled:
+            peers = frozenset(peer.address for peer in self._overlay.peers.values())
+            yield SetKey(V4, names.VXLAN_NODES), peers
+
+    def _register(self, snapshot: Snapshot) -> Registration:
+        key = Key("Node", self._node)
+        node = snapshot.nodes.get(key)
+        own_labels = node.labels if node else {}
+        encapsulated = [
+            view
+            for view in snapshot.pools.values()
+            if view.pool.vxlan is not Encapsulation.NEVER and view.pool.net.version == V4
+        ]
+        pools = tuple(
+            str(view.pool.net)
+            for view in encapsulated
+            if view.tunnels and selector.parse(view.node_selector).matches(own_labels)
+        )
+        tunnel = node.host.tunnel if node else None
+        if tunnel and not any(view.pool.net.contains(tunnel) for view in encapsulated):
+            tunnel = None
+        return Registration(
+            missing=node is None and key not in snapshot.problems,
+            overlay=self._overlay.enabled,
+            pools=tuple(sorted(pools)),
+            tunnel=tunnel,
+        )
+
+
+def _endpoint(id: EndpointId, workload: Workload, pod: PodView | None, place: _Place) -> Endpoint:
+    """A pod's labels and ports count as they are now, not as they were when it was wired."""
+    view = pod or workload
+    return Endpoint(
+        id, view.labels, view.profiles, place.nets, view.ports, local=bool(place.interface)
+    )

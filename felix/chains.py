@@ -1,0 +1,165 @@
+"""Chains without a word of iptables or nftables: what the calculation says, dataplanes render.
+
+A ``Chain`` is a list of rules walked in order; a ``Dispatch`` sends a packet to the chain of
+its interface (a verdict map in nftables, a tree of chains in iptables). Sets are named by the
+engine's ids, marks by meaning: which bits and which names they become is a dataplane's affair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, Flag, auto
+from typing import NamedTuple
+
+from policy.model import Match
+
+
+class Table(Enum):
+    """Where in a packet's way chains hang. The values are netfilter's names."""
+
+    RAW = "raw"
+    FILTER = "filter"
+    NAT = "nat"
+
+
+class Hook(NamedTuple):
+    """A place where the kernel hands packets out: ``FORWARD`` of the filter table."""
+
+    table: Table
+    chain: str
+
+
+class Mark(Flag):
+    """What a packet remembers from chain to chain."""
+
+    NONE = 0
+    ACCEPT = auto()  # a policy or profile allowed it
+    PASS = auto()  # a policy passed it on to the next tier
+
+
+class State(Enum):
+    """Connection tracking states. The values are netfilter's names."""
+
+    RELATED = "RELATED"
+    ESTABLISHED = "ESTABLISHED"
+    INVALID = "INVALID"
+
+
+class Side(Enum):
+    """Which interface of a packet: the one it came in by or the one it goes out by."""
+
+    IN = "in"
+    OUT = "out"
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """The packet is let through; no later rule sees it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """The packet ends here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """Go on after the rule that jumped here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """Walk another chain, then come back to the next rule."""
+
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Goto:
+    """Walk another chain; its end is the end of this one."""
+
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClearMarks:
+    """Forget what the packet remembers."""
+
+    marks: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class MarkAndReturn:
+    """Remember ``mark`` and return. The mark is known to be clear where this rule stands."""
+
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Write a line to the kernel log and go on."""
+
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Masquerade:
+    """Replace the source by the address of the interface it goes out by (table NAT only)."""
+
+
+Action = Accept | Drop | Return | Jump | Goto | ClearMarks | MarkAndReturn | Log | Masquerade
+
+
+ANY_PACKET = Match()
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What must hold, all of it. Fields left at their default are no condition.
+
+    ``packet`` speaks of the packet's own header, as policies do. Interfaces are names; a
+    trailing ``*`` stands for any ending.
+    """
+
+    packet: Match = ANY_PACKET
+    in_interface: str = ""
+    out_interface: str = ""
+    marked: Mark = Mark.NONE  # all of these are set
+    unmarked: Mark = Mark.NONE  # all of these are clear
+    states: tuple[State, ...] = ()  # any of these
+    to_this_host: bool = False  # the destination is one of the host's own addresses
+    spoofed: bool = False  # the route back to the source leaves by another interface
+
+
+ALWAYS = Condition()
+
+
+@dataclass(frozen=True, slots=True)
+class ChainRule:
+    """One step of a chain: if ``condition`` holds, do ``action``. ``comment`` is for people."""
+
+    action: Action
+    condition: Condition = ALWAYS
+    comment: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Rules in order. A packet that meets the end returns to where the chain was called."""
+
+    name: str
+    rules: tuple[ChainRule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """The chain that an interface's packets go to; ``otherwise`` is walked by all others.
+
+    ``targets`` are (interface, chain), sorted by interface. As after ``Goto``, the end of the
+    target chain returns to where the dispatch was called.
+    """
+
+    name: str
+    side: Side
+    targets: tuple[tuple[str, str], ...]
+    otherwise: tuple[ChainRule, ...]

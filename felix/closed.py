@@ -1,0 +1,95 @@
+"""What stands in for a policy that can't be read: it denies, wherever the policy would apply.
+
+Leaving the policy out could let through what it forbids, and keeping an older version of it
+would make the result depend on what was before. So what can be read of it says where it
+applies (selectors, directions, tier, order), and what can't be read is taken as "everywhere".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from api.errors import InvalidObjectError
+from api.kubernetes import KubernetesNetworkPolicy
+from api.metadata import ObjectMeta
+from api.policy import (
+    GlobalNetworkPolicy,
+    GlobalNetworkPolicySpec,
+    NetworkPolicy,
+    NetworkPolicySpec,
+    PolicyType,
+    Rule,
+)
+from api.registry import parse_as
+from datastore.interface import Key
+from policy import convert
+
+_BOTH: list[PolicyType] = ["Ingress", "Egress"]
+_DENY = [Rule(action="Deny")]
+
+
+def closed_policy(key: Key, value: object) -> NetworkPolicy | GlobalNetworkPolicy:
+    """The stand-in for the object stored under ``key``. Never raises."""
+    if key.kind == "KubernetesNetworkPolicy":
+        return _kubernetes(key, _part(value, "spec"))
+    # Field names are matched without regard to case, as everywhere.
+    spec = {str(name).lower(): part for name, part in _part(value, "spec").items()}
+    fields: dict[str, Any] = {
+        "tier": _text(spec.get("tier")) or "default",
+        "order": _number(spec.get("order")),
+        # A selector that can't be parsed selects everything in the policy's reach.
+        "selector": _text(spec.get("selector")),
+        "service_account_selector": _text(spec.get("serviceaccountselector")),
+        "types": _types(spec),
+        "ingress": _DENY,
+        "egress": _DENY,
+    }
+    metadata = ObjectMeta.model_construct(name=key.name, namespace=key.namespace)
+    if key.kind == "NetworkPolicy":
+        return NetworkPolicy.model_construct(
+            metadata=metadata, spec=NetworkPolicySpec.model_construct(**fields)
+        )
+    fields["namespace_selector"] = _text(spec.get("namespaceselector"))
+    return GlobalNetworkPolicy.model_construct(
+        metadata=metadata, spec=GlobalNetworkPolicySpec.model_construct(**fields)
+    )
+
+
+def _kubernetes(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy:
+    metadata = {"name": key.name, "namespace": key.namespace}
+    for selector in (spec.get("podSelector") or {}, {}):
+        try:
+            readable = parse_as(key.kind, {"metadata": metadata, "spec": {"podSelector": selector}})
+        except InvalidObjectError:
+            continue
+        assert isinstance(readable, KubernetesNetworkPolicy)
+        policy = convert.network_policy(readable)
+        declared = {"types": spec.get("policyTypes"), "egress": spec.get("egress")}
+        policy.spec.types = _types(declared)
+        policy.spec.ingress, policy.spec.egress = _DENY, _DENY
+        return policy
+    raise AssertionError(f"{key}: an empty podSelector can be read")
+
+
+def _types(spec: Mapping[str, Any]) -> list[PolicyType]:
+    """The directions it declares; without a word, Ingress, and Egress if it has such rules."""
+    declared = spec.get("types")
+    if declared is None or declared == []:
+        return _BOTH if spec.get("egress") else ["Ingress"]
+    if isinstance(declared, list) and all(word in _BOTH for word in declared):
+        return [word for word in _BOTH if word in declared]
+    return _BOTH
+
+
+def _part(value: object, name: str) -> Mapping[str, Any]:
+    part = value.get(name) if isinstance(value, Mapping) else None
+    return part if isinstance(part, Mapping) else {}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

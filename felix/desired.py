@@ -1,0 +1,81 @@
+"""What calculation tells the dataplane: the nouns between the two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from api.net import Net
+from felix.chains import Chain, ChainRule, Dispatch, Hook, Table
+from felix.overlay import Peer, Remote
+from felix.settings import Settings
+from policy.engine import SetDelta
+
+
+class SetKey(NamedTuple):
+    """A set in one IP version. ``id`` is the engine's, or names one of felix' own."""
+
+    version: int
+    id: str
+
+
+class ChainKey(NamedTuple):
+    """A chain of a table in one IP version."""
+
+    version: int
+    table: Table
+    name: str
+
+
+class HookKey(NamedTuple):
+    """Where the kernel hands over its packets, in one IP version."""
+
+    version: int
+    hook: Hook
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The VXLAN device of this node. ``local`` is the node's address, ``tunnel`` its tunnel end.
+
+    Both are a /32. ``mtu`` 0: that of the uplink, less what encapsulation adds.
+    """
+
+    vni: int
+    port: int
+    local: Net
+    tunnel: Net
+    mac: str
+    mtu: int
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is wanted now and was not before; None: no longer wanted. What is absent stays.
+
+    ``tunnel`` is (this node's address, its VXLAN device). ``forwarding`` are IP versions.
+    """
+
+    settings: Settings | None = None
+    sets: dict[SetKey, SetDelta] = field(default_factory=dict)
+    chains: dict[ChainKey, Chain | Dispatch | None] = field(default_factory=dict)
+    hooks: dict[HookKey, ChainRule | None] = field(default_factory=dict)
+    pods: dict[Net, str | None] = field(default_factory=dict)  # address -> interface
+    remotes: dict[Net, Remote | None] = field(default_factory=dict)
+    peers: dict[str, Peer | None] = field(default_factory=dict)
+    tunnel: tuple[Net | None, Device | None] | None = None
+    forwarding: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What the datastore should say about this node.
+
+    ``missing``: it has no Node object. ``tunnel``: its tunnel address, if that is usable.
+    ``pools``: CIDRs from which it may take one. It wants one if ``overlay``, else none.
+    """
+
+    missing: bool = False
+    overlay: bool = False
+    pools: tuple[str, ...] = ()
+    tunnel: Net | None = None

@@ -1,0 +1,238 @@
+"""Policy enforced by iptables and ipsets: reads what is ours once, and then knows it.
+
+Ours are the chains that begin with ``cali-``, the rules with a comment ``cali:`` and a hash
+in others' chains, and the sets of ``felix.iptables_sets``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from api.net import V4, V6
+from felix import chains
+from felix.chains import Chain, ChainRule, Dispatch
+from felix.dataplane import Members
+from felix.desired import Delta
+from felix.iptables_renderer import RenderedChain, Renderer
+from felix.iptables_sets import IptablesSets
+from felix.settings import Settings
+from felix.tables import Table
+from kernel.iptables import IptablesError, IptablesTable, TableUpdate, detect_backend, rule_hashes
+from reconcile.plan import Plan
+
+Fragments = tuple[str, ...]
+Hashes = tuple[str, ...]
+
+_DROP: Fragments = ("-j DROP",)
+_UNKNOWN: Hashes = ("",)  # equal to nothing that is wanted
+_LEGACY_TABLES = {V4: "ip_tables_names", V6: "ip6_tables_names"}
+
+
+class _Table:
+    """One table of one IP version. Keys of ``rules`` are chains, ours and those we hook into."""
+
+    def __init__(
+        self, version: int, kind: chains.Table, backend: str, renderer: Renderer, sets: IptablesSets
+    ) -> None:
+        self.rules: Table[str, Hashes] = Table(self._apply)
+        self._version = version
+        self._kind = kind
+        self._iptables = IptablesTable(version, kind.value, backend)
+        self._renderer = renderer
+        self._sets = sets
+        self._append = False
+        self._neutral: dict[str, Chain | Dispatch] = {}
+        self._rendered: dict[str, dict[str, RenderedChain]] = {}  # by neutral chain
+        self._fragments: dict[str, Fragments] = {}
+        self._hooks: dict[str, Fragments] = {}
+
+    def close(self) -> None:
+        self._iptables.close()
+
+    def configure(self, renderer: Renderer, *, append: bool) -> None:
+        """Marks and places may have changed: everything is rendered again."""
+        if append != self._append:
+            self.rules.vanished(self._hooks)
+        self._renderer, self._append = renderer, append
+        for chain in list(self._neutral.values()):
+            self.want_chain(chain.name, chain)
+
+    def want_chain(self, name: str, chain: Chain | Dispatch | None) -> None:
+        before = self._rendered.pop(name, {})
+        after: dict[str, RenderedChain] = {}
+        if chain is None:
+            del self._neutral[name]
+        else:
+            self._neutral[name] = chain
+            after = self._rendered[name] = self._renderer.render(chain)
+        for rendered in after.values():
+            for constant in rendered.sets:
+                self._sets.want_constant(self._version, constant)
+        for rendered in before.values():
+            for constant in rendered.sets:
+                self._sets.unwant_constant(self._version, constant)
+        for gone in before.keys() - after.keys():
+            del self._fragments[gone]
+            self.rules.want(gone, None)
+        for made, rendered in after.items():
+            self._fragments[made] = rendered.fragments
+            self.rules.want(made, rule_hashes(made, rendered.fragments))
+
+    def want_hook(self, place: str, rule: ChainRule | None) -> None:
+        if rule is None:
+            del self._hooks[place]
+            self.rules.want(place, None)
+            return
+        hook = self._renderer.render(Chain(place, (rule,)))[place].fragments
+        self._hooks[place] = hook
+        self.rules.want(place, rule_hashes(place, hook))
+
+    def read(self) -> None:
+        if not self._exists():
+            self.rules.found({})
+            return
+        state = self._iptables.read()
+        insert, append = self._placed(self._hooks)
+        wrong = state.update_to({}, insert, append).insert.keys()
+        actual = dict(state.chains)
+        for place in self._hooks.keys() | wrong:
+            if place not in wrong:
+                actual[place] = rule_hashes(place, self._hooks[place])
+            elif any(state.inserted.get(place, ())):
+                actual[place] = _UNKNOWN
+        self.rules.found(actual)
+
+    def apply(self, now: float) -> int:
+        steps = self.rules.apply(now)
+        if steps and self._kind is not chains.Table.FILTER:
+            self._iptables.close()  # seldom needed: no reason to keep a process for it
+        return steps
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name, error in self.rules.errors.items():
+            yield f"{self._iptables} chain {name}", str(error)
+
+    def _exists(self) -> bool:
+        """Asking legacy iptables for a table would make it, and have packets pass it."""
+        if self._iptables.backend != "legacy":
+            return True
+        try:
+            loaded = Path("/proc/thread-self/net", _LEGACY_TABLES[self._version]).read_text()
+        except FileNotFoundError:
+            return False
+        return self._kind.value in loaded.split()
+
+    def _placed(
+        self, hooks: dict[str, Fragments]
+    ) -> tuple[dict[str, Fragments], dict[str, Fragments]]:
+        """Hooks as what to insert and what to append."""
+        return ({}, hooks) if self._append else (hooks, {})
+
+    def _apply(self, plan: Plan[str, Hashes]) -> dict[str, Exception]:
+        """In one transaction. A chain that iptables refuses is left as it is, or drops if new."""
+        wanted = plan.create.keys() | plan.update.keys()
+        fragments = {name: self._fragments[name] for name in wanted - self._hooks.keys()}
+        refused: dict[str, Exception] = {}
+        while True:
+            insert, append = self._placed({p: self._hooks[p] for p in wanted & self._hooks.keys()})
+            gone = [name for name in plan.delete if not name.startswith("cali-")]
+            update = TableUpdate(
+                replace=fragments,
+                delete=[name for name in plan.delete if name.startswith("cali-")],
+                insert=insert | dict.fromkeys(gone, ()),
+                append=append,
+            )
+            try:
+                self._iptables.apply(update)
+            except IptablesError as error:
+                if error.chain not in fragments or fragments[error.chain] == _DROP:
+                    return dict.fromkeys((*wanted, *plan.delete), error)
+                refused[error.chain] = error
+                if error.chain in plan.create:
+                    fragments[error.chain] = _DROP
+                else:
+                    del fragments[error.chain]
+                continue
+            for name in refused.keys() & fragments.keys():
+                self.rules.actual[name] = rule_hashes(name, _DROP)
+            return refused
+
+
+class IptablesDataplane:
+    """The ``Enforcer`` that speaks to iptables and ipset."""
+
+    def __init__(self, settings: Settings, members: Members) -> None:
+        backend = settings.iptables_backend
+        self._backend = detect_backend() if backend == "auto" else backend
+        self._settings = settings
+        self._sets = IptablesSets(members)
+        self._tables = {
+            (version, kind): _Table(
+                version, kind, self._backend, _renderer(version, settings), self._sets
+            )
+            for version in (V4, V6)
+            for kind in chains.Table
+        }
+
+    def close(self) -> None:
+        """End the processes. What is in the kernel stays."""
+        for table in self._tables.values():
+            table.close()
+        self._sets.close()
+
+    def want(self, delta: Delta) -> None:
+        """Take what became different."""
+        if delta.settings is not None:
+            self._configure(delta.settings)
+        for set_key, change in delta.sets.items():
+            self._sets.want(set_key, change)
+        for key, chain in delta.chains.items():
+            self._tables[key.version, key.table].want_chain(key.name, chain)
+        for hook_key, rule in delta.hooks.items():
+            place = hook_key.hook
+            self._tables[hook_key.version, place.table].want_hook(place.chain, rule)
+
+    def read(self) -> None:
+        """See what is in the kernel. Raises IptablesError, OSError."""
+        self._sets.read()
+        for table in self._tables.values():
+            table.read()
+
+    def fill_sets(self, now: float) -> int:
+        """Make sets and add members."""
+        return self._sets.fill(now)
+
+    def apply_chains(self, now: float) -> int:
+        """Change chains and hooks, each table in one transaction."""
+        return sum(table.apply(now) for table in self._tables.values())
+
+    def trim_sets(self, now: float) -> int:
+        """Remove members and destroy sets."""
+        return self._sets.trim(now)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """(object, what the kernel said)."""
+        wanted = self._settings.iptables_backend
+        if wanted not in ("auto", self._backend):
+            yield "FelixConfiguration", f"spec.iptablesBackend: {wanted}: in force after a restart"
+        for name, error in self._sets.errors.items():
+            yield f"ipset {name}", str(error)
+        for table in self._tables.values():
+            yield from table.problems()
+
+    def next_retry(self) -> float | None:
+        """When something that failed is due again."""
+        times = [table.rules.next_retry() for table in self._tables.values()]
+        times.append(self._sets.next_retry())
+        return min((time for time in times if time is not None), default=None)
+
+    def _configure(self, settings: Settings) -> None:
+        self._settings = settings
+        self._sets.max_size = settings.max_set_size
+        for (version, _), table in self._tables.items():
+            table.configure(_renderer(version, settings), append=settings.append_hooks)
+
+
+def _renderer(version: int, settings: Settings) -> Renderer:
+    return Renderer(version, settings.accept_mark, settings.pass_mark)

@@ -1,0 +1,77 @@
+"""Names of what felix makes in the kernel. Everything begins with ``cali``: that is how it is ours.
+
+Limits: a chain name has at most 28 characters (iptables-extensions(8)), a set name 31
+(ipset(8)), an interface name 15.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+
+from policy.model import Direction, EndpointId, PolicyId
+
+FORWARD = "cali-FORWARD"
+INPUT = "cali-INPUT"
+PREROUTING = "cali-PREROUTING"
+POSTROUTING = "cali-POSTROUTING"
+REVERSE_PATH = "cali-rpfilter"
+WORKLOAD_TO_HOST = "cali-wl-to-host"
+FROM_WORKLOAD = "cali-from-wl-dispatch"
+TO_WORKLOAD = "cali-to-wl-dispatch"
+NAT_OUTGOING = "cali-nat-outgoing"
+
+VXLAN_DEVICE = "vxlan.calico"
+
+# Sets of felix's own, beside the engine's. A colon keeps them apart from no one: engine ids
+# begin with "s:" or "n:", constant lists with "c:".
+ALL_POOLS = "all-ipam-pools"
+MASQUERADE_POOLS = "masq-ipam-pools"
+VXLAN_NODES = "all-vxlan-net"
+
+MAX_CHAIN = 28
+MAX_SET = 31
+
+_INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+
+_POLICY_PREFIX = {Direction.INGRESS: "cali-pi-", Direction.EGRESS: "cali-po-"}
+_PROFILE_PREFIX = {Direction.INGRESS: "cali-pri-", Direction.EGRESS: "cali-pro-"}
+
+
+def digest(text: str, length: int) -> str:
+    """``length`` characters that stand for ``text``: URL-safe base64 of its SHA-224."""
+    return base64.urlsafe_b64encode(hashlib.sha224(text.encode()).digest()).decode()[:length]
+
+
+def is_interface(name: str) -> bool:
+    """Whether ``name`` can be an interface's name and part of a chain's."""
+    return _INTERFACE.fullmatch(name) is not None and name not in (".", "..")
+
+
+def endpoint_chain(direction: Direction, interface: str) -> str:
+    """``cali-tw-<interface>``: to the workload; ``cali-fw-<interface>``: from it."""
+    return f"cali-{'tw' if direction is Direction.INGRESS else 'fw'}-{interface}"
+
+
+def policy_chain(direction: Direction, policy: PolicyId) -> str:
+    """The chain of a policy (``cali-pi-…``, ``cali-po-…``) or profile (``cali-pri-…``)."""
+    prefix = (_PROFILE_PREFIX if policy.kind == "Profile" else _POLICY_PREFIX)[direction]
+    return prefix + digest("/".join(policy), MAX_CHAIN - len(prefix))
+
+
+def set_name(set_id: str, version: int) -> str:
+    """The kernel's name of a set in one IP version: ``cali40…`` for IPv4, ``cali60…`` for IPv6."""
+    prefix = f"cali{version}0"
+    room = MAX_SET - len(prefix)
+    if len(set_id) <= room:
+        return prefix + set_id
+    # The engine's ids are hashes already, so their head is as good as a hash of them.
+    if set_id[1:2] == ":":
+        return prefix + set_id[:room]
+    return prefix + digest(set_id, room)
+
+
+def endpoint_text(endpoint: EndpointId) -> str:
+    """How people write it: ``default/node1-k8s-web-eth0``."""
+    return f"{endpoint.namespace}/{endpoint.name}" if endpoint.namespace else endpoint.name

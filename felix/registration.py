@@ -1,0 +1,207 @@
+"""This node in the datastore: its Node object, and the tunnel address it holds in IPAM.
+
+A thread of its own, so that a slow datastore does not delay the kernel's side. What it writes
+comes back through the watch like everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ipam.allocator import Allocator, IpamError
+
+from api.net import V4, format_address, parse_interface
+from datastore.interface import (
+    AlreadyExistsError,
+    ConflictError,
+    Datastore,
+    Key,
+    StoreError,
+)
+from felix.desired import Registration
+from felix.overlay import tunnel_mac
+from kernel.addresses import SCOPE_GLOBAL, Address, Addresses
+from kernel.links import Links
+from kernel.netlink import NetlinkSocket
+from kernel.routes import Routes
+from reconcile.backoff import Backoff
+
+NODE_IP = "MANX_NODE_IP"
+_ATTEMPTS = 100
+_TUNNEL = "ipv4VXLANTunnelAddr"
+_MAC = "vxlanTunnelMACAddr"
+
+_log = logging.getLogger(__name__)
+
+
+class AddressError(Exception):
+    """The node's address can't be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrationProblem:
+    """Why the datastore does not say what it should about this node; None: it does."""
+
+    text: str | None
+
+
+def node_address(configured: str | None, workload_prefixes: tuple[str, ...]) -> str:
+    """The node's address with its subnet's length: ``172.31.1.11/24``.
+
+    ``configured`` wins. Otherwise the first address of the interface the default route leaves
+    by, or of the first interface that has one. Raises AddressError.
+    """
+    with NetlinkSocket() as netlink:
+        links = {link.index: link for link in Links(netlink).read().values()}
+        addresses = [
+            address
+            for address in Addresses(netlink).read(version=V4).values()
+            if address.scope == SCOPE_GLOBAL
+        ]
+        routes = Routes(netlink).read(version=V4).values()
+    if configured:
+        return _configured_address(configured, addresses)
+    defaults = [hop.ifindex for route in routes if not route.net.length for hop in route.hops]
+    candidates = [
+        address
+        for address in addresses
+        if links[address.ifindex].up
+        and links[address.ifindex].kind != "vxlan"
+        and not links[address.ifindex].name.startswith(workload_prefixes)
+    ]
+    candidates.sort(key=lambda a: (a.ifindex not in defaults, a.ifindex))
+    if not candidates:
+        raise AddressError(f"no interface has an IPv4 address: set {NODE_IP}, as in 172.31.1.11/24")
+    return str(candidates[0])
+
+
+def _configured_address(text: str, addresses: list[Address]) -> str:
+    try:
+        host, network = parse_interface(text)
+    except ValueError as error:
+        raise AddressError(
+            f"{NODE_IP}: {text!r}: expected an address such as 172.31.1.11/24"
+        ) from error
+    if "/" in text:
+        return f"{format_address(host.version, host.address)}/{network.length}"
+    lengths = [address.length for address in addresses if address.host == host]
+    return f"{text}/{lengths[0] if lengths else 32}"
+
+
+class Registrar:
+    """Writes what ``Registration`` asks for; tells ``report`` what hinders it.
+
+    ``address`` finds the node's own address; it may raise AddressError or OSError.
+    """
+
+    def __init__(
+        self,
+        store: Datastore,
+        node: str,
+        address: Callable[[], str],
+        report: Callable[[RegistrationProblem], None],
+    ) -> None:
+        self._store = store
+        self._node = node
+        self._address = address
+        self._report = report
+        self._allocator = Allocator(store, node)
+        self._handle = f"vxlan-tunnel-addr-{node}"
+        self._wishes: queue.SimpleQueue[Registration | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="registrar", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, after what it is doing."""
+        self._wishes.put(None)
+        self._thread.join()
+
+    def want(self, registration: Registration) -> None:
+        """What the datastore should say, instead of what was wanted before."""
+        self._wishes.put(registration)
+
+    def _run(self) -> None:
+        backoff: Backoff[str] = Backoff()
+        wish: Registration | None = None
+        while True:
+            due = backoff.next_due()
+            with contextlib.suppress(queue.Empty):
+                wish = self._wishes.get(timeout=due and max(0.0, due - time.monotonic()))
+            if wish is None:
+                return
+            try:
+                self._fulfil(wish)
+            except (StoreError, IpamError, AddressError, OSError) as error:
+                _log.warning("node %s: %s; will be tried again", self._node, error)
+                self._report(RegistrationProblem(str(error)))
+                backoff.failed(self._node, time.monotonic())
+            else:
+                self._report(RegistrationProblem(None))
+                backoff.succeeded(self._node)
+
+    def _fulfil(self, wish: Registration) -> None:
+        if wish.missing:
+            self._create_node()
+        if not wish.overlay:
+            self._release()
+        elif wish.pools or wish.tunnel:
+            self._hold(wish)
+        else:
+            raise AddressError("no VXLAN pool that selects this node may hold tunnel addresses")
+
+    def _create_node(self) -> None:
+        node = {
+            "apiVersion": "projectcalico.org/v3",
+            "kind": "Node",
+            "metadata": {"name": self._node},
+            "spec": {"bgp": {"ipv4Address": self._address()}},
+        }
+        with contextlib.suppress(AlreadyExistsError):
+            self._store.create(Key("Node", self._node), node)
+            _log.info("registered node %s with address %s", self._node, self._address())
+
+    def _hold(self, wish: Registration) -> None:
+        """See that IPAM counts the tunnel address as ours, and that the Node names it."""
+        held = self._allocator.addresses(self._handle)
+        attributes = {"node": self._node, "type": "vxlanTunnelAddress"}
+        if wish.tunnel is not None and wish.tunnel in held:
+            tunnel = wish.tunnel
+        elif wish.tunnel is not None:
+            tunnel = self._allocator.assign_specific(wish.tunnel, self._handle, attributes).address
+        else:
+            self._allocator.release(self._handle)  # addresses of pools that are gone
+            tunnel = self._allocator.assign(
+                self._handle, attributes, version=V4, pools=wish.pools, use="Tunnel"
+            ).address
+        text = format_address(tunnel.version, tunnel.address)
+        mac = tunnel_mac(self._node)
+        self._write_node(lambda spec: {_MAC: mac} | spec | {_TUNNEL: text})
+
+    def _release(self) -> None:
+        """Hold no tunnel address any more, and don't name one."""
+        self._allocator.release(self._handle)
+        self._write_node(lambda spec: {k: v for k, v in spec.items() if k not in (_TUNNEL, _MAC)})
+
+    def _write_node(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Change the Node's spec; when it is right already, nothing is written."""
+        key = Key("Node", self._node)
+        for _ in range(_ATTEMPTS):
+            entry = self._store.get(key)
+            spec: dict[str, Any] = entry.value.get("spec") or {}
+            changed = change(spec)
+            if changed == spec:
+                return
+            with contextlib.suppress(ConflictError):
+                self._store.update(key, {**entry.value, "spec": changed}, entry.revision)
+                return
+        raise ConflictError(f"{key} changed {_ATTEMPTS} times while it was written", key)

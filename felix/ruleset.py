@@ -1,0 +1,225 @@
+"""Chains, hooks and sets of both IP versions, from what the engine says about local endpoints.
+
+An interface has chains in an IP version only where its endpoint has an address of that
+version; everywhere else it is unknown, and what comes from it or goes to it is dropped. An IP
+version in which no interface is known has no policies and no sets, only the frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from api.net import V4, V6, Net
+from felix import names, rules
+from felix.chains import Chain, ChainRule, Dispatch, Table
+from felix.desired import ChainKey, Delta, HookKey, SetKey
+from felix.settings import Settings
+from policy.engine import Changes, Engine, SetDelta
+from policy.model import (
+    CompiledPolicy,
+    Direction,
+    EndpointId,
+    Member,
+    NamedPortMember,
+    PolicyId,
+    SetKind,
+)
+
+K = TypeVar("K")
+V = TypeVar("V")
+OwnSets = Mapping[SetKey, frozenset[Member]]
+
+VERSIONS = (V4, V6)
+_NONE: frozenset[Member] = frozenset()
+
+
+class Ruleset:
+    """The desired chains, hooks and sets, kept up to date."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._vxlan = False
+        self._own: OwnSets = {}
+        self._kinds: dict[str, SetKind] = {}  # of the engine's sets
+        self._holders: dict[str, EndpointId] = {}
+        self._interfaces: dict[EndpointId, str] = {}
+        self._versions: dict[str, frozenset[int]] = {}  # those in which an interface is known
+        self._known: dict[int, set[str]] = {version: set() for version in VERSIONS}
+        self._dirty: set[str] = set()
+        self._started = False
+        self.chains: dict[ChainKey, Chain | Dispatch] = {}
+        self.hooks: dict[HookKey, ChainRule] = {}
+        self.sets: set[SetKey] = set()
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The IP versions in which a local endpoint has an address."""
+        return tuple(version for version in VERSIONS if self._known[version])
+
+    def members(self, key: SetKey) -> frozenset[Member]:
+        """What a wanted set holds."""
+        own = self._own.get(key)
+        return _of_version(key.version, self._engine.sets[key.id]) if own is None else own
+
+    def set_interface(self, name: str, holder: EndpointId | None, nets: Iterable[Net]) -> None:
+        """Which endpoint an interface belongs to, and its addresses; None: to none."""
+        before = self._holders.pop(name, None)
+        if before is not None:
+            del self._versions[name]
+            if self._interfaces[before] == name:
+                del self._interfaces[before]
+        if holder is not None:
+            self._holders[name] = holder
+            self._interfaces[holder] = name
+            self._versions[name] = frozenset(net.version for net in nets)
+        self._dirty.add(name)
+
+    def update(
+        self, delta: Delta, changes: Changes, settings: Settings, own: OwnSets, *, vxlan: bool
+    ) -> None:
+        """Add to ``delta`` what follows from the changes.
+
+        ``own`` are felix' own sets; ``vxlan``: this node takes part in the overlay.
+        """
+        fresh = not self._started or settings != self._settings
+        reframe = fresh or vxlan != self._vxlan or own.keys() != self._own.keys()
+        before = self.versions
+        self._started, self._settings, self._vxlan = True, settings, vxlan
+        self._update_own(delta, own)
+        for set_id, change in changes.sets.items():
+            self._kinds[set_id] = change.kind
+        self._dirty.update(
+            self._interfaces[id] for id in changes.endpoints if id in self._interfaces
+        )
+        if fresh:
+            self._dirty.update(self._holders)
+        redispatch = self._update_known()
+        for version in VERSIONS:
+            if reframe:
+                self._update_frame(delta, version)
+            if fresh or version in redispatch:
+                for dispatch in rules.dispatches(self._known[version]):
+                    self._chain(delta, version, dispatch.name, dispatch)
+            self._update_policies(delta, version, changes, version in before, fresh)
+            self._update_sets(delta, version, changes, version in before)
+            for name in self._dirty:
+                self._update_endpoint(delta, version, name)
+        for set_id, change in changes.sets.items():
+            if change.deleted:
+                del self._kinds[set_id]
+        self._dirty.clear()
+
+    def _update_known(self) -> set[int]:
+        """Bring up to date which interfaces are known; the versions in which some changed."""
+        changed = set()
+        for version in VERSIONS:
+            known = self._known[version]
+            now = {name for name in self._dirty if version in self._versions.get(name, ())}
+            if known & self._dirty != now:
+                changed.add(version)
+                known -= self._dirty
+                known |= now
+        return changed
+
+    def _update_frame(self, delta: Delta, version: int) -> None:
+        masquerade = SetKey(version, names.MASQUERADE_POOLS) in self._own
+        frame = rules.frame(self._settings, version, vxlan=self._vxlan, masquerade=masquerade)
+        chains = {ChainKey(version, table, chain.name): chain for table, chain in frame.chains}
+        hooks = {HookKey(version, hook): rule for hook, rule in frame.hooks}
+        for hook_key in [k for k in self.hooks if k.version == version and k not in hooks]:
+            _put(self.hooks, delta.hooks, hook_key, None)
+        for hook_key, rule in hooks.items():
+            _put(self.hooks, delta.hooks, hook_key, rule)
+        # Of all tables only NAT comes and goes.
+        nat = [k for k in self.chains if k.version == version and k.table is Table.NAT]
+        for key in [*(k for k in nat if k not in chains), *chains]:
+            _put(self.chains, delta.chains, key, chains.get(key))
+
+    def _update_policies(
+        self, delta: Delta, version: int, changes: Changes, was: bool, fresh: bool
+    ) -> None:
+        changed: Mapping[PolicyId, CompiledPolicy | None] = changes.policies
+        active = bool(self._known[version])
+        if active and (fresh or not was):
+            changed = {**changes.policies, **self._engine.policies}
+        elif was and not active:
+            changed = {**changes.policies, **dict.fromkeys(self._engine.policies)}
+        elif not active:
+            return
+        for id, policy in changed.items():
+            for direction in Direction:
+                chain = None
+                if active and policy is not None:
+                    chain = rules.policy_chain(policy, direction, self._settings)
+                self._chain(delta, version, names.policy_chain(direction, id), chain)
+
+    def _update_sets(self, delta: Delta, version: int, changes: Changes, was: bool) -> None:
+        active = bool(self._known[version])
+        if not active and not was:
+            return
+        for set_id in changes.sets if active and was else self._kinds:
+            key = SetKey(version, set_id)
+            change = changes.sets.get(set_id)
+            if not active or (change and change.deleted):
+                self._drop_set(delta, key)
+            elif key not in self.sets:
+                self._create_set(delta, key, self._kinds[set_id])
+            elif change:
+                added = _of_version(version, change.added)
+                removed = _of_version(version, change.removed)
+                if added or removed:
+                    delta.sets[key] = SetDelta(change.kind, added, removed, False, False)
+
+    def _update_own(self, delta: Delta, own: OwnSets) -> None:
+        before, self._own = self._own, own
+        for key in before.keys() - own.keys():
+            self._drop_set(delta, key)
+        for key, members in own.items():
+            if key not in before:
+                self._create_set(delta, key, SetKind.NET)
+            elif members != before[key]:
+                added, removed = members - before[key], before[key] - members
+                delta.sets[key] = SetDelta(SetKind.NET, added, removed, False, False)
+
+    def _create_set(self, delta: Delta, key: SetKey, kind: SetKind) -> None:
+        self.sets.add(key)
+        delta.sets[key] = SetDelta(kind, self.members(key), _NONE, True, False)
+
+    def _drop_set(self, delta: Delta, key: SetKey) -> None:
+        if key in self.sets:
+            self.sets.remove(key)
+            kind = self._kinds.get(key.id, SetKind.NET)
+            delta.sets[key] = SetDelta(kind, _NONE, _NONE, False, True)
+
+    def _update_endpoint(self, delta: Delta, version: int, interface: str) -> None:
+        holder = self._holders.get(interface)
+        binding = self._engine.endpoints.get(holder) if holder else None
+        for direction in Direction:
+            chain = None
+            if binding is not None and interface in self._known[version]:
+                chain = rules.endpoint_chain(interface, binding, direction, self._settings)
+            self._chain(delta, version, names.endpoint_chain(direction, interface), chain)
+
+    def _chain(self, delta: Delta, version: int, name: str, chain: Chain | Dispatch | None) -> None:
+        _put(self.chains, delta.chains, ChainKey(version, Table.FILTER, name), chain)
+
+
+def _of_version(version: int, members: Iterable[Member]) -> frozenset[Member]:
+    return frozenset(
+        member
+        for member in members
+        if (member.net if isinstance(member, NamedPortMember) else member).version == version
+    )
+
+
+def _put(table: dict[K, V], changes: dict[K, V | None], key: K, value: V | None) -> None:
+    """Make the entry ``value`` and note it, if that is news."""
+    if table.get(key) == value:
+        return
+    changes[key] = value
+    if value is None:
+        del table[key]
+    else:
+        table[key] = value

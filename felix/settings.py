@@ -1,0 +1,149 @@
+"""Settings of this node: FelixConfiguration ``default``, overridden by ``node.<name>``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+
+from api.felix import FelixConfigurationSpec
+from felix import names
+
+CLUSTER = "default"
+NODE_PREFIX = "node."
+
+# FelixConfiguration's own defaults, for the fields felix reads.
+_DEFAULTS = FelixConfigurationSpec(
+    interface_prefix="cali",
+    iptables_mark_mask=0xFFFF0000,
+    default_endpoint_to_host_action="Drop",
+    chain_insert_mode="Insert",
+    iptables_backend="Auto",
+    log_prefix="calico-packet",
+    max_ipset_size=1048576,
+    vxlan_port=4789,
+    vxlan_vni=4096,
+    vxlan_mtu=0,
+    iptables_refresh_interval=timedelta(seconds=180),
+    ipsets_refresh_interval=timedelta(seconds=90),
+    route_refresh_interval=timedelta(seconds=90),
+    disable_conntrack_invalid_check=False,
+    allow_vxlan_packets_from_workloads=False,
+    allow_ipip_packets_from_workloads=False,
+)
+
+
+class EndpointToHost(Enum):
+    """What becomes of a workload's packets to its own host, once its egress policy allows them."""
+
+    DROP = "Drop"
+    ACCEPT = "Accept"
+    RETURN = "Return"
+
+
+class SettingsError(ValueError):
+    """A FelixConfiguration that can't be used as it stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What felix does differently on request.
+
+    ``accept_mark`` and ``pass_mark`` are the two lowest bits of the mark mask. ``refresh`` is
+    how often, in seconds, all that felix owns is compared with the kernel; 0 is never.
+    ``vxlan_mtu`` 0 is the uplink's less 50, ``vxlan_enabled`` None is as the pools need it.
+    """
+
+    interface_prefixes: tuple[str, ...]
+    accept_mark: int
+    pass_mark: int
+    endpoint_to_host: EndpointToHost
+    append_hooks: bool
+    iptables_backend: str  # auto, legacy or nft
+    log_prefix: str
+    max_set_size: int
+    vxlan_enabled: bool | None
+    vxlan_port: int
+    vxlan_vni: int
+    vxlan_mtu: int
+    refresh: float
+    drop_invalid: bool
+    allow_vxlan: bool
+    allow_ipip: bool
+
+    def is_workload(self, interface: str) -> bool:
+        """Whether an interface's name says that it belongs to a workload."""
+        return interface.startswith(self.interface_prefixes) and names.is_interface(interface)
+
+
+def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
+    """The settings that ``specs`` give together, the most specific first.
+
+    Raises SettingsError, which names the field.
+    """
+    levels = (*specs, _DEFAULTS)
+
+    def pick(field: str) -> object:
+        return next((v for level in levels if (v := getattr(level, field)) is not None), None)
+
+    def number(field: str) -> int:
+        value = pick(field)
+        assert isinstance(value, int)
+        return value
+
+    accept, passed = _lowest_bits(number("iptables_mark_mask"))
+    return Settings(
+        interface_prefixes=_prefixes(str(pick("interface_prefix"))),
+        accept_mark=accept,
+        pass_mark=passed,
+        endpoint_to_host=EndpointToHost(pick("default_endpoint_to_host_action")),
+        append_hooks=pick("chain_insert_mode") == "Append",
+        iptables_backend=str(pick("iptables_backend")).lower(),
+        log_prefix=str(pick("log_prefix")),
+        max_set_size=number("max_ipset_size"),
+        vxlan_enabled=None if pick("vxlan_enabled") is None else bool(pick("vxlan_enabled")),
+        vxlan_port=_within("vxlanPort", number("vxlan_port"), 1, 65535),
+        vxlan_vni=_within("vxlanVNI", number("vxlan_vni"), 1, (1 << 24) - 1),
+        vxlan_mtu=_within("vxlanMTU", number("vxlan_mtu"), 0, 65535),
+        refresh=min(_intervals(pick(field) for field in _REFRESH), default=0.0),
+        drop_invalid=not pick("disable_conntrack_invalid_check"),
+        allow_vxlan=bool(pick("allow_vxlan_packets_from_workloads")),
+        allow_ipip=bool(pick("allow_ipip_packets_from_workloads")),
+    )
+
+
+_REFRESH = ("iptables_refresh_interval", "ipsets_refresh_interval", "route_refresh_interval")
+
+
+def _intervals(values: Iterator[object]) -> Iterator[float]:
+    for value in values:
+        assert isinstance(value, timedelta)
+        if value > timedelta():
+            yield value.total_seconds()
+
+
+def _prefixes(text: str) -> tuple[str, ...]:
+    prefixes = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for prefix in prefixes:
+        # Room must be left for what tells one interface from the other.
+        if not names.is_interface(prefix) or len(prefix) > 14:
+            raise SettingsError(
+                f"spec.interfacePrefix: {text!r}: expected beginnings of interface names,"
+                " separated by commas, such as cali"
+            )
+    return prefixes
+
+
+def _lowest_bits(mask: int) -> tuple[int, int]:
+    first = mask & -mask
+    rest = mask ^ first
+    if not rest:
+        raise SettingsError(f"spec.iptablesMarkMask: {mask:#x}: expected at least two bits set")
+    return first, rest & -rest
+
+
+def _within(field: str, value: int, least: int, most: int) -> int:
+    if not least <= value <= most:
+        raise SettingsError(f"spec.{field}: {value}: expected {least} to {most}")
+    return value

@@ -1,0 +1,309 @@
+"""What the datastore says, as compact values in typed tables, and what changed in it.
+
+An object that can't be read becomes a problem, and what stands in its place fails closed: an
+endpoint that is not there drops, a policy denies wherever it would apply (``felix.closed``).
+So the result depends on the objects as they are now, never on what they were before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from api.endpoint import WorkloadEndpoint, WorkloadEndpointSpec
+from api.errors import InvalidObjectError
+from api.felix import FelixConfiguration, FelixConfigurationSpec
+from api.fields import protocol_number
+from api.ipam import BlockAffinity
+from api.ippool import IPPool
+from api.kubernetes import KubernetesNetworkPolicy, Namespace, Pod
+from api.net import Net, parse_interface, parse_net
+from api.node import Node
+from api.policy import GlobalNetworkPolicy, NetworkPolicy, Tier
+from api.registry import dump, parse_as
+from datastore.interface import JSON, Key
+from felix.closed import closed_policy
+from felix.overlay import Encapsulation, Host, Pool, tunnel_mac
+from policy import convert, labels
+from policy.engine import Profile
+from policy.model import NamedPort
+
+T = TypeVar("T")
+
+_WORKLOAD_FIELDS = frozenset(
+    field.alias or name for name, field in WorkloadEndpointSpec.model_fields.items()
+)
+
+# What others refer to comes first, which saves work at the start.
+KINDS = (
+    "FelixConfiguration",
+    "Tier",
+    "IPPool",
+    "Node",
+    "BlockAffinity",
+    "Namespace",
+    "Pod",
+    "WorkloadEndpoint",
+    "GlobalNetworkPolicy",
+    "NetworkPolicy",
+    "KubernetesNetworkPolicy",
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A WorkloadEndpoint. ``nets`` are /32 and /128."""
+
+    node: str
+    orchestrator: str
+    pod: str
+    interface: str
+    nets: tuple[Net, ...]
+    labels: tuple[tuple[str, str], ...]
+    profiles: tuple[str, ...]
+    ports: tuple[NamedPort, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """What a Pod says about its endpoint. ``finished``: its addresses may be another's already."""
+
+    labels: tuple[tuple[str, str], ...]
+    profiles: tuple[str, ...]
+    ports: tuple[NamedPort, ...]
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block that a node holds."""
+
+    node: str
+    net: Net
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """An IPPool; ``tunnels``: tunnel addresses may be taken from it, on nodes it selects."""
+
+    pool: Pool
+    tunnels: bool
+    node_selector: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A Node."""
+
+    host: Host
+    labels: Mapping[str, str]
+
+
+AnyPolicy = NetworkPolicy | GlobalNetworkPolicy
+
+
+class Snapshot:
+    """The objects as of the last update. ``dirty`` are the keys changed since it was emptied."""
+
+    def __init__(self) -> None:
+        self.workloads: dict[Key, Workload] = {}
+        self.pods: dict[Key, PodView] = {}
+        self.profiles: dict[Key, Profile] = {}  # by namespace
+        self.policies: dict[Key, AnyPolicy] = {}
+        self.tiers: dict[Key, Tier] = {}
+        self.pools: dict[Key, PoolView] = {}
+        self.nodes: dict[Key, NodeView] = {}
+        self.blocks: dict[Key, Block] = {}
+        self.configurations: dict[Key, FelixConfigurationSpec] = {}
+        self.problems: dict[Key, str] = {}
+        self.dirty: set[Key] = set()
+
+    def update(self, key: Key, value: JSON | None) -> None:
+        """An object as it is now; None: it is gone. Never raises."""
+        self.problems.pop(key, None)
+        match key.kind:
+            case "WorkloadEndpoint":
+                self._put(self.workloads, key, value, read_workload)
+            case "Pod":
+                self._put(self.pods, key, value, _read_pod)
+            case "Namespace":
+                self._put(self.profiles, key, value, _read_namespace)
+            case "NetworkPolicy" | "GlobalNetworkPolicy" | "KubernetesNetworkPolicy":
+                self._put(self.policies, key, value, _read_policy, closed_policy)
+            case "Tier":
+                self._put(self.tiers, key, value, _read_tier)
+            case "IPPool":
+                self._put(self.pools, key, value, _read_pool)
+            case "Node":
+                self._put(self.nodes, key, value, _read_node)
+            case "BlockAffinity":
+                self._put(self.blocks, key, value, _read_block)
+            case "FelixConfiguration":
+                self._put(self.configurations, key, value, _read_configuration)
+            case _:
+                raise ValueError(f"{key}: not a kind that felix follows: {', '.join(KINDS)}")
+
+    def touch(self) -> None:
+        """Everything is dirty, as at the beginning."""
+        for table in (
+            self.workloads,
+            self.pods,
+            self.profiles,
+            self.policies,
+            self.tiers,
+            self.pools,
+            self.nodes,
+            self.blocks,
+            self.configurations,
+        ):
+            self.dirty.update(table)
+
+    def _put(
+        self,
+        table: dict[Key, T],
+        key: Key,
+        value: JSON | None,
+        read: Callable[[Key, JSON], T | None],
+        stand_in: Callable[[Key, JSON], T | None] = lambda key, value: None,
+    ) -> None:
+        new = None
+        if value is not None:
+            try:
+                new = read(key, value)
+            except InvalidObjectError as error:
+                self.problems[key] = str(error)
+                _log.warning("%s can't be used: %s", key, error)
+                new = stand_in(key, value)
+            except Exception as error:
+                # A mistake of ours; one object must not stop the others.
+                self.problems[key] = repr(error)
+                _log.exception("%s can't be read", key)
+                new = stand_in(key, value)
+        if new == table.get(key):
+            return
+        if new is None:
+            del table[key]
+        else:
+            table[key] = new
+        self.dirty.add(key)
+
+
+def _parsed(key: Key, value: JSON, model: type[T]) -> T:
+    parsed = parse_as(key.kind, value)
+    assert isinstance(parsed, model)
+    return parsed
+
+
+def read_workload(key: Key, value: JSON) -> Workload:
+    """The hot one: thousands come at the start, so what is written plainly is read plainly.
+
+    Raises InvalidObjectError.
+    """
+    try:
+        return _plain_workload(key, value)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        # Invalid, or written in a way only the model understands.
+        return _plain_workload(key, dump(_parsed(key, value, WorkloadEndpoint)))
+
+
+def _plain_workload(key: Key, value: JSON) -> Workload:
+    metadata, spec = value["metadata"], value["spec"]
+    unknown = spec.keys() - _WORKLOAD_FIELDS
+    if unknown:
+        raise ValueError(unknown)
+    nets = tuple(parse_net(text) for text in spec.get("ipNetworks") or ())
+    if not all(net.is_host for net in nets):
+        raise ValueError(nets)
+    own = {_text(name): _text(label) for name, label in (metadata.get("labels") or {}).items()}
+    # Where an endpoint comes from is not for it to choose.
+    own[labels.NAMESPACE] = key.namespace
+    if spec.get("orchestrator"):
+        own[labels.ORCHESTRATOR] = _text(spec["orchestrator"])
+    return Workload(
+        node=_text(spec.get("node")),
+        orchestrator=_text(spec.get("orchestrator")),
+        pod=_text(spec.get("pod")),
+        interface=_text(spec["interfaceName"]),
+        nets=nets,
+        labels=tuple(sorted(own.items())),
+        profiles=tuple(_text(name) for name in spec.get("profiles") or ()),
+        ports=tuple(
+            NamedPort(_text(port["name"]), protocol_number(port["protocol"]), int(port["port"]))
+            for port in spec.get("ports") or ()
+            if port.get("name")
+        ),
+    )
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _read_pod(key: Key, value: JSON) -> PodView:
+    pod = _parsed(key, value, Pod)
+    return PodView(
+        labels=tuple(sorted(convert.pod_labels(pod).items())),
+        profiles=convert.pod_profiles(pod),
+        ports=convert.named_ports(convert.pod_ports(pod)),
+        finished=convert.pod_finished(pod),
+    )
+
+
+def _read_namespace(key: Key, value: JSON) -> Profile:
+    return convert.namespace_profile(_parsed(key, value, Namespace))[1]
+
+
+def _read_policy(key: Key, value: JSON) -> AnyPolicy:
+    if key.kind == "KubernetesNetworkPolicy":
+        return convert.network_policy(_parsed(key, value, KubernetesNetworkPolicy))
+    if key.kind == "NetworkPolicy":
+        return _parsed(key, value, NetworkPolicy)
+    return _parsed(key, value, GlobalNetworkPolicy)
+
+
+def _read_tier(key: Key, value: JSON) -> Tier:
+    return _parsed(key, value, Tier)
+
+
+def _read_pool(key: Key, value: JSON) -> PoolView:
+    spec = _parsed(key, value, IPPool).spec
+    return PoolView(
+        Pool(spec.net, Encapsulation(spec.vxlan_mode), spec.nat_outgoing),
+        tunnels=not spec.disabled and "Tunnel" in spec.allowed_uses,
+        node_selector=spec.node_selector,
+    )
+
+
+def _read_node(key: Key, value: JSON) -> NodeView:
+    node = _parsed(key, value, Node)
+    address = network = None
+    if node.spec.bgp is not None and node.spec.bgp.ipv4_address is not None:
+        address, network = parse_interface(node.spec.bgp.ipv4_address)
+    tunnel = node.spec.ipv4_vxlan_tunnel_addr
+    mac = node.spec.vxlan_tunnel_mac_addr or tunnel_mac(key.name)
+    return NodeView(
+        Host(
+            address, network, parse_net(tunnel) if tunnel else None, mac.lower().replace("-", ":")
+        ),
+        dict(node.metadata.labels),
+    )
+
+
+def _read_block(key: Key, value: JSON) -> Block | None:
+    """None for a claim that is not (or no longer) a node's own for sure."""
+    spec = _parsed(key, value, BlockAffinity).spec
+    if spec.deleted or spec.state not in ("", "confirmed") or spec.type not in (None, "host"):
+        return None
+    return Block(spec.node, spec.net)
+
+
+def _read_configuration(key: Key, value: JSON) -> FelixConfigurationSpec:
+    return _parsed(key, value, FelixConfiguration).spec

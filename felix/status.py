@@ -1,0 +1,94 @@
+"""The status socket: whoever connects gets one JSON object, and the connection ends.
+
+The object is made by the loop itself, so that an agent that hangs does not call itself well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+SOCKET = "felix.sock"
+_ANSWER_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRequest:
+    """Somebody asks; the loop puts the answer into ``reply``."""
+
+    reply: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
+
+
+class StatusServer:
+    """A thread that hands requests to the loop and its answers to those who asked."""
+
+    def __init__(self, run_dir: Path, ask: Callable[[StatusRequest], None]) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / SOCKET
+        self._path.unlink(missing_ok=True)  # left by an agent that was killed
+        self._ask = ask
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        previous = os.umask(0o117)
+        try:
+            self._socket.bind(str(self._path))
+        finally:
+            os.umask(previous)
+        self._socket.listen(16)
+        self._thread = threading.Thread(target=self._serve, name="status", daemon=True)
+
+    def start(self) -> None:
+        """Start answering."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop answering, and remove the socket."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
+        self._thread.join()
+        self._socket.close()
+        self._path.unlink(missing_ok=True)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    connection.settimeout(_ANSWER_SECONDS)
+                    connection.sendall(orjson.dumps(self._answer()) + b"\n")
+                except OSError as error:
+                    _log.debug("status not delivered: %s", error)
+
+    def _answer(self) -> dict[str, Any]:
+        request = StatusRequest()
+        self._ask(request)
+        try:
+            return request.reply.get(timeout=_ANSWER_SECONDS)
+        except queue.Empty:
+            return {"ready": False, "errors": [{"object": "felix", "message": "busy: no answer"}]}
+
+
+def query(run_dir: Path, timeout: float = 2 * _ANSWER_SECONDS) -> dict[str, Any]:
+    """The status of the agent that runs here. Raises OSError when none does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(timeout)
+        client.connect(str(run_dir / SOCKET))
+        data = b""
+        while part := client.recv(65536):
+            data += part
+    status: dict[str, Any] = orjson.loads(data)
+    return status
