@@ -111,8 +111,11 @@ class Datastore(Protocol):
     def get(self, key: Key) -> Entry:
         """The object. Raises NotFoundError."""
 
-    def list(self, kind: str, namespace: str | None = None) -> Listing:
-        """All objects of a kind, sorted by key, in one namespace or (None) in all."""
+    def list(self, kind: str, namespace: str | None = None, prefix: str = "") -> Listing:
+        """The objects of a kind, sorted by key, in one namespace or (None) in all.
+
+        ``prefix``: only those whose names begin with it; the cost is then that of these alone.
+        """
 
     def create(self, key: Key, value: JSON) -> Entry:
         """Store a new object. Raises AlreadyExistsError."""

@@ -30,6 +30,7 @@ from datastore.sqlite_watch import SqliteWatch
 
 HISTORY = 10_000
 HISTORY_SECONDS = 3600
+_LAST = "\U0010ffff"
 _COMPACT_EVERY = 250  # revisions
 _CHECKPOINT_EVERY = 250  # revisions, about 2 MB of log
 
@@ -59,11 +60,17 @@ class SqliteDatastore:
             row = _row(connection, key)
         return _entry(key, _existing(key, row))
 
-    def list(self, kind: str, namespace: str | None = None) -> Listing:
-        """All objects of a kind, sorted by key, in one namespace or (None) in all."""
+    def list(self, kind: str, namespace: str | None = None, prefix: str = "") -> Listing:
+        """The objects of a kind, sorted by key, in one namespace or (None) in all.
+
+        ``prefix``: only those whose names begin with it.
+        """
         where, values = "kind = ?", [kind]
         if namespace is not None:
-            where, values = "kind = ? AND namespace = ?", [kind, namespace]
+            where, values = f"{where} AND namespace = ?", [*values, namespace]
+        if prefix:
+            # A range of the index; the highest character of all comes after every name.
+            where, values = f"{where} AND name >= ? AND name < ?", [*values, prefix, prefix + _LAST]
         with self._file.reading() as connection:
             (revision,) = connection.execute("SELECT max(revision) FROM changes").fetchone()
             rows = connection.execute(

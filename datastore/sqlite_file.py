@@ -41,7 +41,7 @@ _SCHEMA = (
     """CREATE TABLE objects (
         kind TEXT NOT NULL, namespace TEXT NOT NULL, name TEXT NOT NULL,
         revision INTEGER NOT NULL, value BLOB NOT NULL,
-        PRIMARY KEY (kind, namespace, name))""",
+        PRIMARY KEY (kind, name, namespace))""",
     # The latest changes, for watches; value is NULL for a deletion. The last row is never
     # removed, so the next revision is always greater than any before.
     """CREATE TABLE changes (

@@ -1,0 +1,222 @@
+"""Blocks, affinities and handles as the store has them.
+
+Every write names the revision that was read (compare-and-swap). An object marked
+``deleted`` is one whose deletion was cut off: it is deleted here and counts as absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from api.ipam import IPAMConfigurationSpec
+from api.kinds import KINDS
+from api.names import cidr_name
+from api.net import Net, parse_net
+from api.registry import parse_as
+from datastore.interface import JSON, Datastore, Entry, Key, NotFoundError
+from ipam.block import Block
+
+PENDING = "pending"
+CONFIRMED = "confirmed"
+PENDING_DELETION = "pendingDeletion"
+
+ATTEMPTS = 100  # at a compare-and-swap that others keep changing
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored(Generic[T]):
+    """Something read from the store. Writing it succeeds only while ``entry`` is unchanged."""
+
+    entry: Entry
+    thing: T
+
+
+@dataclass(frozen=True, slots=True)
+class Affinity:
+    """A node's claim on a block."""
+
+    node: str
+    net: Net
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """How many addresses its holder has, by block."""
+
+    id: str
+    counts: Mapping[Net, int]
+
+
+def owner(node: str) -> str:
+    """The affinity of a node's blocks."""
+    return f"host:{node}"
+
+
+class Records:
+    """What IPAM keeps in a store. The store's errors pass through, ConflictError above all."""
+
+    def __init__(self, store: Datastore) -> None:
+        self._store = store
+
+    def configuration(self) -> IPAMConfigurationSpec:
+        """The IPAMConfiguration ``default``, or its defaults. Raises InvalidObjectError."""
+        try:
+            value = self._store.get(Key("IPAMConfiguration", "default")).value
+        except NotFoundError:
+            return IPAMConfigurationSpec()
+        return parse_as("IPAMConfiguration", value).spec  # type: ignore[attr-defined, no-any-return]
+
+    def node_labels(self, node: str) -> Mapping[str, str]:
+        """Labels of the Node object, none when there is no such object."""
+        try:
+            value = self._store.get(Key("Node", node)).value
+        except NotFoundError:
+            return {}
+        return value["metadata"].get("labels") or {}
+
+    # blocks
+
+    def block(self, net: Net) -> Stored[Block] | None:
+        """The block of that CIDR. Raises InvalidObjectError when it makes no sense."""
+        entry = self._get(_block_key(net))
+        return None if entry is None else _block(entry)
+
+    def blocks(self, prefix: str = "") -> Iterator[Stored[Block]]:
+        """All blocks whose names begin with ``prefix``."""
+        for entry in self._list("IPAMBlock", prefix):
+            yield _block(entry)
+
+    def create_block(self, block: Block) -> Stored[Block]:
+        """Store a new block. Raises AlreadyExistsError."""
+        entry = self._store.create(
+            _block_key(block.net), _object(_block_key(block.net), block.to_spec())
+        )
+        return Stored(entry, block)
+
+    def write_block(self, stored: Stored[Block]) -> Stored[Block]:
+        """Write what became of the block, under the next sequence number."""
+        stored.thing.sequence += 1
+        return Stored(self._update(stored.entry, stored.thing.to_spec()), stored.thing)
+
+    def delete_block(self, stored: Stored[Block]) -> None:
+        """Delete the block."""
+        self._store.delete(stored.entry.key, stored.entry.revision)
+
+    # affinities
+
+    def affinity(self, node: str, net: Net) -> Stored[Affinity] | None:
+        """The node's claim on that block."""
+        entry = self._get(_affinity_key(node, net))
+        return None if entry is None else _affinity(entry)
+
+    def affinities(self, node: str) -> list[Stored[Affinity]]:
+        """All claims of the node, in the order of their names."""
+        found = [_affinity(entry) for entry in self._list("BlockAffinity", f"{node}-")]
+        return [stored for stored in found if stored.thing.node == node]
+
+    def create_affinity(self, node: str, net: Net, state: str) -> Stored[Affinity]:
+        """Store a new claim. Raises AlreadyExistsError."""
+        key = _affinity_key(node, net)
+        spec = {"state": state, "node": node, "type": "host", "cidr": str(net), "deleted": False}
+        return Stored(self._store.create(key, _object(key, spec)), Affinity(node, net, state))
+
+    def write_affinity(self, stored: Stored[Affinity], state: str) -> Stored[Affinity]:
+        """Give the claim a state, and in any case a new revision."""
+        entry = self._update(stored.entry, {**stored.entry.value["spec"], "state": state})
+        return Stored(entry, replace(stored.thing, state=state))
+
+    def delete_affinity(self, stored: Stored[Affinity]) -> None:
+        """Delete the claim."""
+        self._store.delete(stored.entry.key, stored.entry.revision)
+
+    # handles
+
+    def handle(self, id_: str) -> Stored[Handle] | None:
+        """The handle."""
+        entry = self._get(_handle_key(id_))
+        return None if entry is None else _handle(entry)
+
+    def create_handle(self, handle: Handle) -> None:
+        """Store a new handle. Raises AlreadyExistsError."""
+        key = _handle_key(handle.id)
+        self._store.create(key, _object(key, _handle_spec(handle)))
+
+    def write_handle(self, stored: Stored[Handle], handle: Handle) -> None:
+        """Replace the handle."""
+        self._update(stored.entry, _handle_spec(handle))
+
+    def delete_handle(self, stored: Stored[Handle]) -> None:
+        """Delete the handle."""
+        self._store.delete(stored.entry.key, stored.entry.revision)
+
+    # any
+
+    def _get(self, key: Key) -> Entry | None:
+        try:
+            return self._present(self._store.get(key))
+        except NotFoundError:
+            return None
+
+    def _list(self, kind: str, prefix: str) -> Iterator[Entry]:
+        for entry in self._store.list(kind, prefix=prefix).entries:
+            if present := self._present(entry):
+                yield present
+
+    def _present(self, entry: Entry) -> Entry | None:
+        if not entry.value["spec"].get("deleted"):
+            return entry
+        self._store.delete(entry.key, entry.revision)
+        return None
+
+    def _update(self, entry: Entry, spec: JSON) -> Entry:
+        return self._store.update(entry.key, {**entry.value, "spec": spec}, entry.revision)
+
+
+def _object(key: Key, spec: JSON) -> JSON:
+    return {
+        "apiVersion": KINDS[key.kind].api_version,
+        "kind": KINDS[key.kind].kind,
+        "metadata": {"name": key.name},
+        "spec": spec,
+    }
+
+
+def _block_key(net: Net) -> Key:
+    return Key("IPAMBlock", cidr_name(net))
+
+
+def _affinity_key(node: str, net: Net) -> Key:
+    return Key("BlockAffinity", f"{node}-{cidr_name(net)}")
+
+
+def _handle_key(id_: str) -> Key:
+    return Key("IPAMHandle", id_.lower())
+
+
+def _block(entry: Entry) -> Stored[Block]:
+    return Stored(entry, Block.from_spec(entry.key.name, entry.value["spec"]))
+
+
+def _affinity(entry: Entry) -> Stored[Affinity]:
+    spec = entry.value["spec"]
+    state = spec.get("state") or CONFIRMED  # as the oldest versions of Calico wrote it
+    return Stored(entry, Affinity(spec["node"], parse_net(spec["cidr"]), state))
+
+
+def _handle(entry: Entry) -> Stored[Handle]:
+    spec = entry.value["spec"]
+    counts = {parse_net(cidr): count for cidr, count in (spec.get("block") or {}).items()}
+    return Stored(entry, Handle(spec["handleID"], counts))
+
+
+def _handle_spec(handle: Handle) -> JSON:
+    return {
+        "handleID": handle.id,
+        "block": {str(net): count for net, count in handle.counts.items()},
+        "deleted": False,
+    }
