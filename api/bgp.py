@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from api.fields import (
     ANY_CASE,
@@ -116,7 +116,7 @@ class BGPConfigurationSpec(Checked):
     service_load_balancer_aggregation: Literal["Enabled", "Disabled"] = "Enabled"
     communities: list[Community] = Field(default_factory=list, max_length=500)
     prefix_advertisements: list[PrefixAdvertisement] = Field(default_factory=list, max_length=500)
-    listen_port: PortNumber | None = None
+    listen_port: Annotated[PortNumber | None, BeforeValidator(lambda n: n or None)] = None
     node_mesh_password: BGPPassword | None = None
     node_mesh_max_restart_time: Duration | None = None
     bind_mode: Literal["None", "NodeIP"] | None = None

@@ -5,6 +5,7 @@ anything, Felix' own default. ``effective`` merges the two levels.
 """
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -42,7 +43,8 @@ GoLimit = Annotated[int, Field(ge=-1)]
 LogPrefix = Annotated[str, Field(pattern=r"^[a-zA-Z0-9%: /_-]*$")]
 LogRate = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,3}/(second|minute|hour|day)$")]
 PrometheusHost = Annotated[str, Field(pattern=r"^[a-zA-Z0-9:._+-]{1,64}$")]
-KeyValueList = Annotated[str, Field(pattern=r"^(\s*\w+=[^,]*)?(,(\s*\w+=[^,]*)?)*$")]
+FeatureOverrides = Annotated[str, Field(pattern=r"^(\w+=(true|false)?,+)*(\w+=(true|false)?)?$")]
+FeatureGates = Annotated[str, Field(pattern=r"^(\w+=[^=,]+,+)*(\w+=[^=,]+)?$")]
 ConntrackTimeout = Annotated[str, Field(pattern=r"^(([0-9]*(\.[0-9]*)?(ms|s|h|m|us)+)+|Auto)$")]
 
 
@@ -64,6 +66,13 @@ def _region(text: str) -> str:
     return text
 
 
+def _not_negative(duration: timedelta) -> timedelta:
+    if duration < timedelta(0):
+        raise refuse("a duration that is not negative")
+    return duration
+
+
+Interval = Annotated[Duration, AfterValidator(_not_negative)]
 NumericPort = Annotated[Port, AfterValidator(_numeric)]
 AnyCidrV4 = Annotated[AnyCidr, AfterValidator(_v4)]
 OpenstackRegion = Annotated[str, AfterValidator(_region)]
@@ -77,16 +86,11 @@ class ProtoPort(Model):
     net: NetText | None = None
 
 
-class HealthTimeoutOverride(Checked):
+class HealthTimeoutOverride(Model):
     """How long a part of the agent may be silent before it counts as hung."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_ -]+$")]
-    timeout: Duration
-
-    def faults(self) -> Iterator[Fault]:
-        """A negative time."""
-        if self.timeout.total_seconds() < 0:
-            yield Fault(("timeout",), str(self.timeout), "not negative")
+    timeout: Interval
 
 
 class RouteTableRange(Checked):
@@ -115,6 +119,13 @@ class RouteTableIDRange(Checked):
 
 class BPFConntrackTimeouts(Model):
     """Timeouts of the eBPF dataplane's connection table."""
+
+    verbatim: ClassVar[frozenset[str]] = frozenset(
+        (
+            *("creationGracePeriod", "tcpSynSent", "tcpEstablished", "tcpFinsSeen"),
+            *("tcpResetSeen", "udpTimeout", "genericTimeout", "icmpTimeout"),
+        )
+    )
 
     creation_grace_period: ConntrackTimeout | None = None
     tcp_syn_sent: ConntrackTimeout | None = None
@@ -171,21 +182,21 @@ class FelixConfigurationSpec(Checked):
     )
     interface_exclude: str | None = None
     interface_prefix: str | None = None
-    interface_refresh_interval: Duration | None = None
+    interface_refresh_interval: Interval | None = None
     ip_forwarding: Switch | None = None
     ipv4_elevated_route_priority: RoutePriority | None = None
     ipv4_normal_route_priority: RoutePriority | None = None
     ipv6_elevated_route_priority: RoutePriority | None = None
     ipv6_normal_route_priority: RoutePriority | None = None
     ipv6_support: bool | None = None
-    live_migration_route_convergence_time: Duration | None = None
+    live_migration_route_convergence_time: Interval | None = None
     local_subnet_l2_reachability: Literal["Disabled", "PodsAndLoadBalancers"] | None = None
-    local_subnet_l2_reachability_refresh_interval: Duration | None = None
+    local_subnet_l2_reachability_refresh_interval: Interval | None = None
     program_cluster_routes: (
         Literal["Enabled", "Disabled", "EnabledIPIPOnly", "EnabledNoEncapOnly"] | None
     ) = None
     remove_external_routes: bool | None = None
-    route_refresh_interval: Duration | None = None
+    route_refresh_interval: Interval | None = None
     route_source: Annotated[Literal["WorkloadIPs", "CalicoIPAM"], ANY_CASE] | None = None
     route_sync_disabled: bool | None = None
     route_table_range: RouteTableRange | None = None
@@ -212,7 +223,7 @@ class FelixConfigurationSpec(Checked):
     wireguard_host_encryption_enabled: bool | None = None
     wireguard_interface_name: InterfaceName | None = None
     wireguard_interface_name_v6: InterfaceName | None = None
-    wireguard_keep_alive: Duration | None = None
+    wireguard_keep_alive: Interval | None = None
     wireguard_listening_port: PortNumber | None = None
     wireguard_listening_port_v6: PortNumber | None = None
     wireguard_mtu: Number | None = Field(default=None, alias="wireguardMTU")
@@ -231,15 +242,15 @@ class FelixConfigurationSpec(Checked):
     workload_source_spoofing: Annotated[Literal["Disabled", "Any"], ANY_CASE] | None = None
     # iptables, ipsets
     chain_insert_mode: Annotated[Literal["Insert", "Append"], ANY_CASE] | None = None
-    ipsets_refresh_interval: Duration | None = None
+    ipsets_refresh_interval: Interval | None = None
     iptables_backend: Annotated[Literal["Auto", "Legacy", "NFT"], ANY_CASE] | None = None
     iptables_filter_allow_action: AllowAction | None = None
     iptables_filter_deny_action: DenyAction | None = None
-    iptables_lock_probe_interval: Duration | None = None
+    iptables_lock_probe_interval: Interval | None = None
     iptables_mangle_allow_action: AllowAction | None = None
     iptables_mark_mask: Mark | None = None
-    iptables_post_write_check_interval: Duration | None = None
-    iptables_refresh_interval: Duration | None = None
+    iptables_post_write_check_interval: Interval | None = None
+    iptables_refresh_interval: Interval | None = None
     max_ipset_size: Number | None = None
     # nftables
     nftables_filter_allow_action: AllowAction | None = None
@@ -249,7 +260,7 @@ class FelixConfigurationSpec(Checked):
     nftables_mangle_allow_action: AllowAction | None = None
     nftables_mark_mask: Mark | None = None
     nftables_mode: Literal["Disabled", "Enabled", "Auto"] | None = None
-    nftables_refresh_interval: Duration | None = None
+    nftables_refresh_interval: Interval | None = None
     # NAT and services
     external_nodes_list: list[AnyCidrV4] | None = None
     floating_ips: Switch | None = Field(default=None, alias="floatingIPs")
@@ -264,7 +275,7 @@ class FelixConfigurationSpec(Checked):
         None
     )
     # Health, metrics, reports
-    endpoint_reporting_delay: Duration | None = None
+    endpoint_reporting_delay: Interval | None = None
     endpoint_reporting_enabled: bool | None = None
     endpoint_status_path_prefix: str | None = None
     health_enabled: bool | None = None
@@ -291,33 +302,33 @@ class FelixConfigurationSpec(Checked):
     prometheus_wireguard_metrics_enabled: bool | None = Field(
         default=None, alias="prometheusWireGuardMetricsEnabled"
     )
-    reporting_interval: Duration | None = None
-    reporting_ttl: Duration | None = Field(default=None, alias="reportingTTL")
+    reporting_interval: Interval | None = None
+    reporting_ttl: Interval | None = Field(default=None, alias="reportingTTL")
     usage_reporting_enabled: bool | None = None
-    usage_reporting_initial_delay: Duration | None = None
-    usage_reporting_interval: Duration | None = None
+    usage_reporting_initial_delay: Interval | None = None
+    usage_reporting_interval: Interval | None = None
     # Flow logs
     flow_logs_collector_debug_trace: bool | None = None
-    flow_logs_flush_interval: Duration | None = None
+    flow_logs_flush_interval: Interval | None = None
     flow_logs_goldmane_server: str | None = None
     flow_logs_local_reporter: Switch | None = None
     flow_logs_policy_evaluation_mode: Literal["None", "Continuous"] | None = None
     # Debugging and limits
     dataplane_driver: str | None = None
-    dataplane_watchdog_timeout: Duration | None = None
+    dataplane_watchdog_timeout: Interval | None = None
     debug_disable_log_dropping: bool | None = None
     debug_host: str | None = None
     debug_memory_profile_path: str | None = None
     debug_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    debug_simulate_calc_graph_hang_after: Duration | None = None
-    debug_simulate_dataplane_apply_delay: Duration | None = None
-    debug_simulate_dataplane_hang_after: Duration | None = None
-    feature_detect_override: KeyValueList | None = None
-    feature_gates: KeyValueList | None = None
+    debug_simulate_calc_graph_hang_after: Interval | None = None
+    debug_simulate_dataplane_apply_delay: Interval | None = None
+    debug_simulate_dataplane_hang_after: Interval | None = None
+    feature_detect_override: FeatureOverrides | None = None
+    feature_gates: FeatureGates | None = None
     go_gc_threshold: GoLimit | None = Field(default=None, alias="goGCThreshold")
     go_max_procs: GoLimit | None = None
     go_memory_limit_mb: GoLimit | None = Field(default=None, alias="goMemoryLimitMB")
-    netlink_timeout: Duration | None = None
+    netlink_timeout: Interval | None = None
     use_internal_dataplane_driver: bool | None = None
     # eBPF, XDP
     bpf_attach_type: Literal["TC", "TCX", "Netkit"] | None = None
@@ -346,7 +357,7 @@ class FelixConfigurationSpec(Checked):
     bpf_host_networked_nat_without_ctlb: Switch | None = Field(
         default=None, alias="bpfHostNetworkedNATWithoutCTLB"
     )
-    bpf_ip_frag_timeout: Duration | None = Field(default=None, alias="bpfIPFragTimeout")
+    bpf_ip_frag_timeout: Interval | None = Field(default=None, alias="bpfIPFragTimeout")
     bpf_ip_fragment_reassembly_enabled: bool | None = Field(
         default=None, alias="bpfIPFragmentReassemblyEnabled"
     )
@@ -355,7 +366,7 @@ class FelixConfigurationSpec(Checked):
     )
     bpf_kube_proxy_healthz_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     bpf_kube_proxy_iptables_cleanup_enabled: bool | None = None
-    bpf_kube_proxy_min_sync_period: Duration | None = None
+    bpf_kube_proxy_min_sync_period: Interval | None = None
     bpf_l3_iface_pattern: Regexp | None = None
     bpf_log_filters: dict[InterfaceName, str] | None = None
     bpf_log_level: Annotated[Literal["Off", "Info", "Debug"], ANY_CASE] | None = None
@@ -383,7 +394,7 @@ class FelixConfigurationSpec(Checked):
     cgroup_v2_path: str | None = None
     generic_xdp_enabled: bool | None = Field(default=None, alias="genericXDPEnabled")
     xdp_enabled: bool | None = None
-    xdp_refresh_interval: Duration | None = None
+    xdp_refresh_interval: Interval | None = None
     # Others
     aws_src_dst_check: Literal["DoNothing", "Enable", "Disable"] | None = None
     istio_ambient_mode: Switch | None = None

@@ -73,14 +73,14 @@ class IPAMBlock(CalicoResource):
     spec: IPAMBlockSpec
 
 
-class BlockAffinitySpec(Model):
+class BlockAffinitySpec(Checked):
     """spec of a BlockAffinity. State "" is an old spelling of confirmed, type absent of host."""
 
-    kept: ClassVar[frozenset[str]] = frozenset(("deleted",))
+    kept: ClassVar[frozenset[str]] = frozenset(("state", "deleted"))
 
-    state: Literal["", "confirmed", "pending", "pendingDeletion"]
+    state: Literal["", "confirmed", "pending", "pendingDeletion"] = ""
     node: str
-    type: Literal["host", "virtual"] | None = None
+    type: str | None = None
     cidr: Cidr
     deleted: bool = False
 
@@ -88,6 +88,11 @@ class BlockAffinitySpec(Model):
     def net(self) -> Net:
         """``cidr`` as a Net."""
         return parse_net(self.cidr)
+
+    def faults(self) -> Iterator[Fault]:
+        """The mark Calico sets in the moment before it deletes the object."""
+        if self.deleted:
+            yield Fault(("deleted",), True, "false: the affinity is about to go, not to be used")
 
 
 class BlockAffinity(CalicoResource):

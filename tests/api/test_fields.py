@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from api import fields
-from api.bgp import community_expected, split_peer_ip
+from api.bgp import BGPConfiguration, community_expected, split_peer_ip
+from api.errors import InvalidObjectError
 from api.felix import FelixConfiguration, FelixConfigurationSpec
 from api.felix_defaults import DEFAULTS, effective
 from api.net import parse_interface, parse_net
@@ -177,3 +178,48 @@ def test_felix_levels_merge() -> None:
 
 def test_felix_has_every_field_of_the_reference() -> None:
     assert len(FelixConfigurationSpec.model_fields) == 188
+
+
+@pytest.mark.parametrize(
+    ("field", "right", "wrong"),
+    [
+        ("iptablesRefreshInterval", "1.5s", "-5s"),
+        ("featureDetectOverride", "SNATFullyRandom=true,", "SNATFullyRandom=maybe"),
+        ("featureGates", "A=b,C=d", "A"),
+        ("natPortRange", "32768:65535", "http"),
+        ("externalNodesList", ["10.0.0.0/8"], ["fd00::/64"]),
+        ("failsafeInboundHostPorts", [{"protocol": "tcp", "port": 22}], [{"protocol": "TCP"}]),
+        ("healthTimeoutOverrides", [{"name": "a", "timeout": "5s"}], [{"name": "a/b"}]),
+        ("bpfConntrackTimeouts", {"tcpSynSent": "Auto"}, {"tcpSynSent": ""}),
+        ("openstackRegion", "region-1", "r" * 47),
+        ("mtuIfacePattern", "[[:alpha:]]+", "["),
+        ("floatingIPs", "Enabled", ""),
+        ("logSeverityScreen", "", "Loud"),
+    ],
+)
+def test_felix_fields(field: str, right: object, wrong: object) -> None:
+    parse(felix("default", **{field: right}))
+    with pytest.raises(InvalidObjectError, match=field):
+        parse(felix("default", **{field: wrong}))
+
+
+def test_zero_as_a_port_to_listen_on_means_the_default() -> None:
+    obj = {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": "BGPConfiguration",
+        "metadata": {"name": "default"},
+        "spec": {"listenPort": 0},
+    }
+    assert validate(BGPConfiguration, obj).spec.listen_port is None
+
+
+def test_an_affinity_about_to_be_deleted_is_refused() -> None:
+    spec = {"cidr": "10.0.0.0/26", "node": "n", "state": "confirmed"}
+    obj = {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": "BlockAffinity",
+        "metadata": {"name": "n-10-0-0-0-26"},
+    }
+    assert dump(parse(obj | {"spec": spec}))["spec"] == spec | {"deleted": False}
+    with pytest.raises(InvalidObjectError, match="about to go"):
+        parse(obj | {"spec": spec | {"deleted": True}})
