@@ -14,7 +14,7 @@ from datastore.connect import connect
 from lab import agents, objects, routers, world
 from lab.control import JSON
 from lab.errors import LabError
-from lab.fabric import Fabric, Pod, Router
+from lab.fabric import Fabric, Pod
 from lab.namespaces import Namespaces
 from lab.pods import Pods, RunningPod
 from lab.runtime import CACHE_DIR, CONF_DIR, Runtime
@@ -62,8 +62,7 @@ class RunningLab:
         self._programs = {name: [] for name in self._members}
         objects.write_fabric(self._store, self._fabric)
         self._say("starting routers")
-        for router in self._fabric.all_routers():
-            self._start_router(router)
+        self._start_routers()
         nodes = [self._members[node.name] for _, node in self._fabric.all_nodes()]
         if self._fabric.spec.cni is not None:
             for node in nodes:
@@ -71,15 +70,20 @@ class RunningLab:
         elif nodes:
             self._say("starting Manx on " + ", ".join(node.name for node in nodes))
             self._start_agents(nodes)
-        self._await_programs()
+            self._await_programs()
         self._start_pods(nodes)
 
-    def _start_router(self, router: Router) -> None:
-        setup = routers.setup(self._fabric, router)
-        member = self._members[router.name]
-        world.install_files(member, setup.files, setup.owner)
-        for program in setup.programs:
-            self._supervise(member, program)
+    def _start_routers(self) -> None:
+        """Program after program: FRR's bgpd sleeps ten seconds when zebra is not there yet."""
+        setups = [routers.setup(self._fabric, each) for each in self._fabric.all_routers()]
+        waves = max(len(each.programs) for each in setups)
+        for router, setup in zip(self._fabric.all_routers(), setups, strict=True):
+            world.install_files(self._members[router.name], setup.files, setup.owner)
+        for wave in range(waves):
+            for router, setup in zip(self._fabric.all_routers(), setups, strict=True):
+                for program in setup.programs[wave : wave + 1]:
+                    self._supervise(self._members[router.name], program)
+            self._await_programs()
 
     def _start_agents(self, nodes: list[Member]) -> None:
         installs = [(node, agents.install_manx(node, self._env[node.name])) for node in nodes]
