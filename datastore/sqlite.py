@@ -71,7 +71,7 @@ class SqliteDatastore:
         if prefix:
             # A range of the index; the highest character of all comes after every name.
             where, values = f"{where} AND name >= ? AND name < ?", [*values, prefix, prefix + _LAST]
-        with self._file.reading() as connection:
+        with self._file.snapshot() as connection:
             (revision,) = connection.execute("SELECT max(revision) FROM changes").fetchone()
             rows = connection.execute(
                 f"SELECT namespace, name, revision, value FROM objects WHERE {where}"

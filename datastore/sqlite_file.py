@@ -73,25 +73,28 @@ class SqliteFile:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that sees one moment. Raises UnavailableError."""
+        """A connection to read with; each statement sees one moment. Raises UnavailableError."""
         with self._explained():
             self.check()
             connection = self._take_reader()
-            healthy = False
+            healthy = True
             try:
-                connection.execute("BEGIN")
-                try:
-                    yield connection
-                finally:
-                    connection.execute("ROLLBACK")
-                healthy = True
+                yield connection
             except sqlite3.Error:
-                raise
-            except BaseException:
-                healthy = not connection.in_transaction
+                healthy = False
                 raise
             finally:
                 self._give_back(connection, healthy)
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """A connection all of whose statements see the same moment. Raises UnavailableError."""
+        with self.reading() as connection:
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:

@@ -85,7 +85,7 @@ class SqliteWatch:
         self.close()
 
     def _read(self) -> list[Event]:
-        with self._file.reading() as connection:
+        with self._file.snapshot() as connection:
             first, last = connection.execute(
                 "SELECT (SELECT min(revision) FROM changes), (SELECT max(revision) FROM changes)"
             ).fetchone()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 from api.ipam import IPAMConfigurationSpec
@@ -25,6 +26,8 @@ PENDING_DELETION = "pendingDeletion"
 ATTEMPTS = 100  # at a compare-and-swap that others keep changing
 
 T = TypeVar("T")
+
+net_of = lru_cache(maxsize=4096)(parse_net)  # the same few CIDRs are read again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,12 +208,12 @@ def _block(entry: Entry) -> Stored[Block]:
 def _affinity(entry: Entry) -> Stored[Affinity]:
     spec = entry.value["spec"]
     state = spec.get("state") or CONFIRMED  # as the oldest versions of Calico wrote it
-    return Stored(entry, Affinity(spec["node"], parse_net(spec["cidr"]), state))
+    return Stored(entry, Affinity(spec["node"], net_of(spec["cidr"]), state))
 
 
 def _handle(entry: Entry) -> Stored[Handle]:
     spec = entry.value["spec"]
-    counts = {parse_net(cidr): count for cidr, count in (spec.get("block") or {}).items()}
+    counts = {net_of(cidr): count for cidr, count in (spec.get("block") or {}).items()}
     return Stored(entry, Handle(spec["handleID"], counts))
 
 
