@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import click
 
-from api.kinds import KINDS, find_kind
-from api.policy import BUILT_IN_TIERS
+from api.kinds import KINDS, Kind
 from datastore.interface import ConflictError, Datastore, Key, NotFoundError
 from manxctl.documents import DEFAULT_NAMESPACE, IPAM_KINDS
-from manxctl.options import file_options, open_store, read_or_fail
+from manxctl.options import file_options, kind_named, open_store, read_or_fail
 
 
 @click.command("delete")
-@click.argument("kind", required=False)
+@click.argument("kind", required=False, callback=kind_named)
 @click.argument("names", nargs=-1)
 @file_options(required=False)
 @click.option("--skip-not-exists", is_flag=True, help="What is absent is no error.")
+@click.option("--force", is_flag=True, help="Delete an IPPool whose addresses are in use.")
 def command(
-    kind: str | None,
+    kind: Kind | None,
     names: tuple[str, ...],
     filenames: tuple[str, ...],
     recursive: bool,
     namespace: str | None,
     skip_not_exists: bool,
+    force: bool,
 ) -> None:
     """Delete the resources in files, or those of a KIND by their NAMES."""
     if bool(filenames) == bool(kind):
         raise click.UsageError("give either -f, or KIND and NAMES")
     if kind and not names:
-        raise click.UsageError(f"which {kind}? give at least one name")
+        raise click.UsageError(f"which {kind.plural}? give at least one name")
     if kind:
         wanted = _named(kind, names, namespace or DEFAULT_NAMESPACE)
     else:
@@ -41,7 +42,7 @@ def command(
     failed = False
     with open_store() as store:
         for key, revision in wanted.items():
-            complaint = _delete(store, key, revision, skip_not_exists)
+            complaint = _delete(store, key, revision, skip_not_exists, force)
             if complaint:
                 failed = True
                 click.echo(f"Error: {_title(key)}: {complaint}", err=True)
@@ -49,17 +50,22 @@ def command(
         raise SystemExit(1)
 
 
-def _named(word: str, names: tuple[str, ...], namespace: str) -> dict[Key, str | None]:
-    kind = find_kind(word)
+def _named(kind: Kind, names: tuple[str, ...], namespace: str) -> dict[Key, str | None]:
     return {Key(kind.id, name, namespace if kind.namespaced else ""): None for name in names}
 
 
-def _delete(store: Datastore, key: Key, revision: str | None, skip: bool) -> str | None:
+def _delete(
+    store: Datastore, key: Key, revision: str | None, skip: bool, force: bool
+) -> str | None:
     """Delete and report one object; returns what stood against it."""
     if complaint := _objection(store, key):
         return complaint
     try:
-        store.delete(key, revision)
+        if key.kind == "IPPool":
+            if complaint := _delete_pool(store, key, revision, force):
+                return complaint
+        else:
+            store.delete(key, revision)
     except NotFoundError:
         if not skip:
             return "does not exist"
@@ -71,11 +77,24 @@ def _delete(store: Datastore, key: Key, revision: str | None, skip: bool) -> str
     return None
 
 
+def _delete_pool(store: Datastore, key: Key, revision: str | None, force: bool) -> str | None:
+    from manxctl import pool  # with all of IPAM, which other kinds need not load
+
+    blocks = pool.blocks(store, key.name)
+    if not force and (complaint := pool.in_use(blocks)):
+        return complaint
+    store.delete(key, revision)  # first: nobody claims a block of a pool that is not there
+    pool.give_back(store, blocks)
+    return None
+
+
 def _objection(store: Datastore, key: Key) -> str | None:
     if key.kind in IPAM_KINDS:
         return "not deleted by hand: IPAM keeps it"
     if key.kind != "Tier":
         return None
+    from api.policy import BUILT_IN_TIERS  # with all models, which other kinds need not load
+
     if key.name in BUILT_IN_TIERS:
         return "a built-in tier stays"
     inside = [

@@ -6,18 +6,18 @@ from typing import Any
 
 import click
 
-from api.kinds import Kind, find_kind
+from api.kinds import Kind
 from datastore.interface import JSON, Datastore, Entry, Key, NotFoundError
 from manxctl import table
 from manxctl.columns import columns
 from manxctl.documents import DEFAULT_NAMESPACE
-from manxctl.options import open_store
+from manxctl.options import kind_named, open_store
 
 OUTPUTS = ("table", "wide", "yaml", "json", "name")
 
 
 @click.command("get")
-@click.argument("kind")
+@click.argument("kind", callback=kind_named)
 @click.argument("names", nargs=-1)
 @click.option(
     "-n", "--namespace", metavar="NAMESPACE", help="Of which namespace (default: default)."
@@ -27,30 +27,29 @@ OUTPUTS = ("table", "wide", "yaml", "json", "name")
     "-o", "--output", type=click.Choice(OUTPUTS), default="table", show_default=True, help="How."
 )
 def command(
-    kind: str, names: tuple[str, ...], namespace: str | None, all_namespaces: bool, output: str
+    kind: Kind, names: tuple[str, ...], namespace: str | None, all_namespaces: bool, output: str
 ) -> None:
     """Show the resources of a KIND, or those with the given NAMES.
 
     KIND is a plural, a singular or a short name in any case: ippools, IPPool, pool. The
     YAML and JSON are what apply takes.
     """
-    found = find_kind(kind)
     if all_namespaces and (names or namespace):
         raise click.UsageError("-A shows all namespaces: give neither NAMES nor -n with it")
     space = None if all_namespaces else (namespace or DEFAULT_NAMESPACE)
     with open_store() as store:
-        entries, revision, missing = _entries(store, found, names, space)
+        entries, revision, missing = _entries(store, kind, names, space)
     if output in ("table", "wide"):
-        _table(found, entries, wide=output == "wide", namespaces=all_namespaces)
+        _table(kind, entries, wide=output == "wide", namespaces=all_namespaces)
     elif output == "name":
         for entry in entries:
-            click.echo(f"{found.id.lower()}/{entry.key.name}")
+            click.echo(f"{kind.id.lower()}/{entry.key.name}")
     else:
         values = [_with_revision(entry) for entry in entries]
         if len(names) == 1 and values:
             _dump(values[0], output)
         elif not missing or values:
-            _dump(_list(found, values, revision), output)
+            _dump(_list(kind, values, revision), output)
     for key in missing:
         click.echo(f"Error: {key}: does not exist", err=True)
     if missing:

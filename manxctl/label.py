@@ -8,30 +8,29 @@ from typing import Any
 import click
 
 from api.errors import InvalidObjectError
-from api.kinds import find_kind
+from api.kinds import Kind
 from api.registry import parse_as
 from datastore.interface import ConflictError, Datastore, Key
 from manxctl.documents import DEFAULT_NAMESPACE
-from manxctl.options import namespace_option, open_store
+from manxctl.options import kind_named, namespace_option, open_store
 from manxctl.writing import ATTEMPTS
 
 
 @click.command("label")
-@click.argument("kind")
+@click.argument("kind", callback=kind_named)
 @click.argument("name")
 @click.argument("changes", nargs=-1, required=True, metavar="KEY=VALUE|KEY-...")
 @namespace_option
 @click.option("--overwrite", is_flag=True, help="Change labels that have another value.")
 def command(
-    kind: str, name: str, changes: tuple[str, ...], namespace: str | None, overwrite: bool
+    kind: Kind, name: str, changes: tuple[str, ...], namespace: str | None, overwrite: bool
 ) -> None:
     """Set (KEY=VALUE) or remove (KEY-) labels of a resource."""
-    found = find_kind(kind)
-    key = Key(found.id, name, (namespace or DEFAULT_NAMESPACE) if found.namespaced else "")
+    key = Key(kind.id, name, (namespace or DEFAULT_NAMESPACE) if kind.namespaced else "")
     wanted = dict(_change(text) for text in changes)
     with open_store() as store:
         _label(store, key, wanted, overwrite)
-    click.echo(f"{found.kind} {name} labelled")
+    click.echo(f"{kind.kind} {name} labelled")
 
 
 def _change(text: str) -> tuple[str, str | None]:

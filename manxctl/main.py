@@ -43,18 +43,15 @@ class Verbs(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a verb; what it could not do becomes a message and exit code 1."""
+        from api.errors import InvalidObjectError
         from datastore.interface import StoreError
+        from ipam.errors import IpamError
         from manxctl.documents import DocumentsError
 
         try:
             return super().invoke(ctx)
-        except (StoreError, DocumentsError, LookupError) as error:
-            raise click.ClickException(_text(error)) from error
-
-
-def _text(error: Exception) -> str:
-    # str of a KeyError is the repr of its message
-    return str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
+        except (DocumentsError, InvalidObjectError, IpamError, StoreError) as error:
+            raise click.ClickException(str(error)) from error
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,10 +8,21 @@ from typing import Any, TypeVar
 
 import click
 
+from api.kinds import Kind, find_kind
 from datastore.interface import Datastore
 from manxctl.documents import Document, read
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def kind_named(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> Kind | None:
+    """Callback of an argument: the kind by its plural, singular or short name, in any case."""
+    try:
+        return None if value is None else find_kind(value)
+    except LookupError as error:
+        raise click.BadParameter(str(error.args[0])) from error
 
 
 @contextmanager
