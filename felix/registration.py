@@ -15,9 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ipam.allocator import Allocator, IpamError
-
-from api.net import V4, format_address, parse_interface
+from api.errors import InvalidObjectError
+from api.net import V4, Net, format_address, parse_interface, parse_net
 from datastore.interface import (
     AlreadyExistsError,
     ConflictError,
@@ -27,6 +26,7 @@ from datastore.interface import (
 )
 from felix.desired import Registration
 from felix.overlay import tunnel_mac
+from ipam.allocator import AddressInUseError, AddressUnusableError, Allocator, IpamError
 from kernel.addresses import SCOPE_GLOBAL, Address, Addresses
 from kernel.links import Links
 from kernel.netlink import NetlinkSocket
@@ -114,6 +114,7 @@ class Registrar:
         self._report = report
         self._allocator = Allocator(store, node)
         self._handle = f"vxlan-tunnel-addr-{node}"
+        self._attributes = {"node": node, "type": "vxlanTunnelAddress"}
         self._wishes: queue.SimpleQueue[Registration | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="registrar", daemon=True)
 
@@ -141,7 +142,7 @@ class Registrar:
                 return
             try:
                 self._fulfil(wish)
-            except (StoreError, IpamError, AddressError, OSError) as error:
+            except (StoreError, IpamError, InvalidObjectError, AddressError, OSError) as error:
                 _log.warning("node %s: %s; will be tried again", self._node, error)
                 self._report(RegistrationProblem(str(error)))
                 backoff.failed(self._node, time.monotonic())
@@ -172,20 +173,30 @@ class Registrar:
 
     def _hold(self, wish: Registration) -> None:
         """See that IPAM counts the tunnel address as ours, and that the Node names it."""
-        held = self._allocator.addresses(self._handle)
-        attributes = {"node": self._node, "type": "vxlanTunnelAddress"}
-        if wish.tunnel is not None and wish.tunnel in held:
-            tunnel = wish.tunnel
-        elif wish.tunnel is not None:
-            tunnel = self._allocator.assign_specific(wish.tunnel, self._handle, attributes).address
-        else:
-            self._allocator.release(self._handle)  # addresses of pools that are gone
-            tunnel = self._allocator.assign(
-                self._handle, attributes, version=V4, pools=wish.pools, use="Tunnel"
-            ).address
+        tunnel = self._held(wish) or self._taken(wish)
         text = format_address(tunnel.version, tunnel.address)
         mac = tunnel_mac(self._node)
         self._write_node(lambda spec: {_MAC: mac} | spec | {_TUNNEL: text})
+
+    def _held(self, wish: Registration) -> Net | None:
+        """The address of ours that may stay: the one the Node names, or another we hold."""
+        held = self._allocator.addresses(self._handle)
+        if wish.tunnel in held:
+            return wish.tunnel
+        if wish.tunnel is not None:
+            # The Node names it and IPAM does not know: unless it is somebody's, it stays ours.
+            with contextlib.suppress(AddressInUseError, AddressUnusableError):
+                self._allocator.assign_specific(wish.tunnel, self._handle, self._attributes)
+                return wish.tunnel
+        pools = [parse_net(pool) for pool in wish.pools]
+        return next((a for a in held if any(pool.contains(a) for pool in pools)), None)
+
+    def _taken(self, wish: Registration) -> Net:
+        """A new address, instead of any in pools that are gone."""
+        self._allocator.release(self._handle)
+        return self._allocator.assign(
+            self._handle, self._attributes, version=V4, pools=wish.pools, use="Tunnel"
+        ).address
 
     def _release(self) -> None:
         """Hold no tunnel address any more, and don't name one."""
