@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from api.kinds import Kind, find_kind
+from datastore.environment import Environment
 from datastore.interface import Datastore
 from manxctl.documents import Document, read
 
@@ -25,14 +26,21 @@ def kind_named(
         raise click.BadParameter(str(error.args[0])) from error
 
 
+def environment() -> Environment:
+    """What the environment says; a usage error when it says something impossible."""
+    try:
+        return Environment.load()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 @contextmanager
 def open_store() -> Iterator[Datastore]:
     """The datastore the environment names, closed at the end."""
     from datastore.connect import connect
-    from datastore.environment import Environment
 
     try:
-        store = connect(Environment.load().datastore)
+        store = connect(environment().datastore)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     try:

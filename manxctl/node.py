@@ -1,0 +1,111 @@
+"""``manxctl node status``: what this node's programs say of themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import click
+
+from bird_glue.status import BgpStatus, PeerStatus, StatusError
+from bird_glue.status import query as ask_bgp
+from felix.status import query as ask_felix
+from manxctl import table
+from manxctl.options import environment
+
+TITLES = ("PEER ADDRESS", "PEER TYPE", "STATE", "SINCE", "INFO")
+BGP_PORT = 179
+
+
+@click.group("node")
+def command() -> None:
+    """Show what this node's programs do."""
+
+
+@command.command("status")
+@click.option(
+    "-o", "--output", type=click.Choice(("table", "json")), default="table", show_default=True
+)
+def status(output: str) -> None:
+    """Show the agent's state and the BGP sessions of this node.
+
+    Exits with 1 when one of the programs can't be asked.
+    """
+    run_dir = environment().run_dir
+    missing = []
+    felix: dict[str, Any] | None = None
+    bgp: BgpStatus | None = None
+    try:
+        felix = ask_felix(run_dir)
+    except (OSError, ValueError) as error:
+        missing.append(f"{run_dir}/felix.sock: {error}; does manx-felix run?")
+    try:
+        bgp = ask_bgp(run_dir)
+    except StatusError as error:
+        missing.append(str(error))
+    if output == "json":
+        both = {"felix": felix, "bgp": None if bgp is None else asdict(bgp)}
+        click.echo(json.dumps(both, indent=2, ensure_ascii=False))
+    else:
+        lines = [] if felix is None else list(_felix(felix))
+        lines += [] if bgp is None else list(_bgp(bgp))
+        click.echo("\n".join(lines))
+    for complaint in missing:
+        click.echo(f"Error: {complaint}", err=True)
+    if missing:
+        raise SystemExit(1)
+
+
+def _felix(status: dict[str, Any]) -> Iterator[str]:
+    counts = ", ".join(
+        f"{len(value) if isinstance(value, dict) else value} {name}"
+        for name in ("endpoints", "policies")
+        if (value := status.get(name)) is not None
+    )
+    state = "ready" if status.get("ready") else "not ready"
+    if not status.get("in_sync", True):
+        state += ", still reading the datastore"
+    yield f"felix: {state}{f' ({counts})' if counts else ''}"
+    for error in status.get("errors", []):
+        yield f"  {error['object']}: {error['message']}"
+
+
+def _bgp(status: BgpStatus) -> Iterator[str]:
+    state = "running" if status.exabgp is not None else "ExaBGP does not run"
+    if not status.in_sync:
+        state += ", still reading the datastore"
+    if status.holding:
+        state += ", keeps the routes of an earlier run until the peers are heard"
+    blocks = ", ".join(status.blocks) or "none"
+    yield f"BGP: {state} (AS {status.asn}, router ID {status.router_id}, blocks: {blocks})"
+    for problem in status.problems:
+        yield f"  {problem}"
+    for version in (4, 6):
+        peers = [peer for peer in status.peers if (":" in peer.address) == (version == 6)]
+        yield ""
+        if not peers:
+            yield f"No IPv{version} peers"
+            continue
+        yield f"IPv{version} peers"
+        yield table.render(TITLES, [_peer(peer) for peer in peers])
+
+
+def _peer(peer: PeerStatus) -> list[str]:
+    address = peer.address
+    if peer.port != BGP_PORT:
+        address = f"[{address}]:{peer.port}" if ":" in address else f"{address}:{peer.port}"
+    info = [peer.info] if peer.info else []
+    if peer.state == "Established":
+        info.append(f"{peer.received} prefixes in, {peer.installed} used, {peer.announced} out")
+    info += [f"{count} refused: {why}" for why, count in peer.refused.items()]
+    return [address, peer.type, peer.state, _since(peer.since), "; ".join(info)]
+
+
+def _since(seconds: float) -> str:
+    """The time of day, or the day when that is another."""
+    moment = datetime.fromtimestamp(seconds).astimezone()
+    today = datetime.now().astimezone().date()
+    return f"{moment:%H:%M:%S}" if moment.date() == today else f"{moment:%Y-%m-%d}"

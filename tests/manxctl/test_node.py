@@ -1,0 +1,107 @@
+"""node status, asked over the sockets the two programs answer on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bird_glue import status as bgp
+from felix import status as felix
+from tests.manxctl.conftest import Run
+
+FELIX = {
+    "in_sync": True,
+    "ready": True,
+    "endpoints": {"a": {}, "b": {}},
+    "policies": 3,
+    "errors": [{"object": "NetworkPolicy(shop/web)", "message": "no such protocol"}],
+}
+
+
+def peer(address: str, **more: Any) -> bgp.PeerStatus:
+    fields: dict[str, Any] = {
+        "address": address,
+        "port": 179,
+        "type": "global",
+        "asn": 65001,
+        "state": "Established",
+        "since": time.time(),
+        "info": "",
+        "received": 5,
+        "used": 4,
+        "installed": 4,
+        "announced": 2,
+    }
+    return bgp.PeerStatus(**fields | more)
+
+
+BGP = bgp.BgpStatus(
+    node="n1",
+    asn=64512,
+    router_id="172.31.1.11",
+    in_sync=True,
+    holding=False,
+    exabgp=42,
+    blocks=["10.0.0.0/26"],
+    peers=[
+        peer("172.31.1.1", since=0.0, refused={"in a pool of this cluster": 1}),
+        peer("172.31.1.2", port=1790, state="Active", info="hold timer expired"),
+        peer("fd00::1", type="node-to-node mesh"),
+    ],
+    problems=["BGPPeer x: spec.node: 'y': expected a node"],
+)
+
+
+@contextmanager
+def programs(run_dir: Path) -> Iterator[None]:
+    """Both programs' servers, answering at once."""
+    run_dir.mkdir()
+    agent = felix.StatusServer(run_dir, lambda request: request.reply.put(FELIX))
+    speaker = bgp.StatusServer(run_dir, lambda request: request.answer(bgp.status_answer(BGP)))
+    agent.start()
+    speaker.start()
+    try:
+        yield
+    finally:
+        agent.stop()
+        speaker.stop()
+
+
+def test_status(run: Run, tmp_path: Path) -> None:
+    with programs(tmp_path / "run"):
+        result = run("node", "status")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[:5] == [
+        "felix: ready (2 endpoints, 3 policies)",
+        "  NetworkPolicy(shop/web): no such protocol",
+        "BGP: running (AS 64512, router ID 172.31.1.11, blocks: 10.0.0.0/26)",
+        "  BGPPeer x: spec.node: 'y': expected a node",
+        "",
+    ]
+    assert lines[5] == "IPv4 peers"
+    assert lines[6].split("   ")[0] == "PEER ADDRESS"
+    assert lines[7].split("   ")[0] == "172.31.1.1"
+    assert lines[7].endswith("5 prefixes in, 4 used, 2 out; 1 refused: in a pool of this cluster")
+    assert lines[8].startswith("172.31.1.2:1790   global      Active")
+    assert lines[8].endswith("hold timer expired")
+    assert lines[10] == "IPv6 peers"
+    assert "node-to-node mesh   Established" in lines[12]
+
+
+def test_json(run: Run, tmp_path: Path) -> None:
+    with programs(tmp_path / "run"):
+        both = json.loads(run("node", "status", "-o", "json").stdout)
+    assert both["felix"] == FELIX
+    assert both["bgp"]["peers"][1]["info"] == "hold timer expired"
+
+
+def test_programs_that_do_not_run(run: Run) -> None:
+    result = run("node", "status")
+    assert result.exit_code == 1
+    assert "does manx-felix run?" in result.stderr
+    assert "does manx-bird-glue run?" in result.stderr
