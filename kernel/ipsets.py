@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import socket
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from api.net import V4, V6, Net, format_address
+from kernel.ipset_members import PROTOCOLS, encode_member, parse_members
 from kernel.netlink import (
     NETLINK_NETFILTER,
     NLA_F_NET_BYTEORDER,
@@ -24,7 +24,6 @@ from kernel.netlink import (
     Message,
     NetlinkSocket,
     attribute,
-    attribute_list,
     attribute_text,
     attributes,
     nested,
@@ -54,32 +53,23 @@ _DATA = 7
 _ADT = 8
 _LINENO = 9
 
-_IP = 1
-_CIDR = 3
-_PORT = 4
-_PROTO = 7
-_CADT_FLAGS = 8
 _HASHSIZE = 18
 _MAXELEM = 19
-_IPADDR = {V4: 1, V6: 2}
 
 _LIST_HEADER = 1 << 2
-_NOMATCH = 1 << 2
 _FAMILIES = {V4: 2, V6: 10}
 _VERSIONS = {2: V4, 10: V6}
 
-_PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp", 136: "udplite"}
-_PROTOCOL_NUMBERS = {name: number for number, name in _PROTOCOLS.items()}
 
 # An attribute holds at most 64 KiB
 _BULK_BYTES = 60_000
 _HASH_FULL = 4352
+_NO_SECOND_SET = 4101
 _ERRORS = {
     4097: "not a member that a set of this type and family can have",
     4098: "the kernel has no such set type",
     4099: "the kernel's limit of sets is reached",
     4100: "the set is in use by a rule",
-    4101: "a set with the second name exists",
     4102: "the sets have different types",
     4103: "the member exists already, or doesn't exist",
     4104: "invalid prefix length",
@@ -133,7 +123,7 @@ def net_members(net: Net) -> tuple[str, ...]:
 def port_member(net: Net, protocol: int, port: int) -> str:
     """The member of an address (or net), protocol number and port."""
     address = format_address(net.version, net.address) if net.is_host else str(net)
-    return f"{address},{_PROTOCOLS.get(protocol, protocol)}:{port}"
+    return f"{address},{PROTOCOLS.get(protocol, protocol)}:{port}"
 
 
 class IpSets:
@@ -178,7 +168,11 @@ class IpSets:
             answers = self._socket.dump(Message(_LIST, 0, _named(name)))
         except FileNotFoundError:
             return None
-        return frozenset(member for answer in answers for member in _parse_members(answer))
+        return frozenset(
+            member
+            for answer in answers
+            for member in parse_members(attributes(answer, 4).get(_ADT, b""))
+        )
 
     def create(self, ipset: IpSet, members: Iterable[str] = ()) -> None:
         """Make the set, with members. One that exists and is alike is no error.
@@ -186,8 +180,9 @@ class IpSets:
         Raises IpSetError, ValueError for text that is no member.
         """
         self._check(ipset.name)
-        self._do(ipset.name, self._create_message(ipset))
-        self.add(ipset.name, members)
+        wanted = tuple(members)
+        self._do(ipset.name, self._create_message(ipset, len(wanted)))
+        self.add(ipset.name, wanted)
 
     def add(self, name: str, members: Iterable[str]) -> None:
         """Add members; one that is there is no error. A full set grows.
@@ -236,9 +231,8 @@ class IpSets:
         roomy = replace(ipset, maxelem=max(ipset.maxelem, len(wanted)))
         spare = replace(roomy, name=self._spare_name(ipset.name))
         self.destroy(spare.name)  # left by a crash
-        self._do(ipset.name, self._create_message(spare))
         try:
-            self.add(spare.name, wanted)
+            self.create(spare, wanted)
             self._swap(spare, roomy)
         finally:
             self.destroy(spare.name)
@@ -251,10 +245,13 @@ class IpSets:
             raise _error(name, failures[0])
 
     def _swap(self, spare: IpSet, ipset: IpSet) -> None:
-        if self.members(ipset.name) is None:
+        swap = Message(_SWAP, 0, _named(spare.name) + attribute_text(_TYPENAME, ipset.name))
+        failures = self._socket.batch([swap])
+        if failures and failures[0].errno == _NO_SECOND_SET:
             self._do(ipset.name, self._create_message(ipset))
-        body = _named(spare.name) + attribute_text(_TYPENAME, ipset.name)
-        self._do(ipset.name, Message(_SWAP, 0, body))
+            self._do(ipset.name, swap)
+        elif failures:
+            raise _error(ipset.name, failures[0])
 
     def _repair(
         self, name: str, members: tuple[str, ...], command: int, failure: Failure
@@ -283,8 +280,10 @@ class IpSets:
             return error
         return None
 
-    def _create_message(self, ipset: IpSet) -> Message:
-        settings = {_HASHSIZE: 64, _MAXELEM: ipset.maxelem}
+    def _create_message(self, ipset: IpSet, size: int = 0) -> Message:
+        # A table that has to grow while it is filled waits for packets in flight each time.
+        buckets = max(64, 1 << (size // 2).bit_length())
+        settings = {_HASHSIZE: buckets, _MAXELEM: ipset.maxelem}
         body = _named(ipset.name) + attribute_text(_TYPENAME, ipset.kind)
         body += attribute(_REVISION, bytes((self._revision(ipset),)))
         body += attribute(_FAMILY, bytes((_FAMILIES[ipset.family],)))
@@ -352,7 +351,7 @@ def _bulk(
     entries: list[bytes] = []
     size = 0
     for member in members:
-        entry = _encode(member)
+        entry = encode_member(member)
         if size + len(entry) > _BULK_BYTES:
             yield tuple(part), Message(command, 0, head + nested(_ADT, *entries))
             part, entries, size = [], [], 0
@@ -361,39 +360,6 @@ def _bulk(
         size += len(entry)
     if part:
         yield tuple(part), Message(command, 0, head + nested(_ADT, *entries))
-
-
-def _encode(member: str) -> bytes:
-    """A member as an entry of a bulk message. Raises ValueError."""
-    try:
-        plain, _, option = member.partition(" ")
-        where, comma, service = plain.partition(",")
-        address, slash, length = where.partition("/")
-        version = V6 if ":" in address else V4
-        data = _address(version, address)
-        if slash:
-            data += attribute(_CIDR, bytes((int(length),)))
-        if comma:
-            protocol, _, port = service.partition(":")
-            data += attribute(_PORT | NLA_F_NET_BYTEORDER, struct.pack(">H", int(port)))
-            number = _PROTOCOL_NUMBERS[protocol] if protocol.isalpha() else int(protocol)
-            data += attribute(_PROTO, bytes((number,)))
-        if option:
-            if option != "nomatch":
-                raise ValueError(option)
-            data += attribute(_CADT_FLAGS | NLA_F_NET_BYTEORDER, struct.pack(">I", _NOMATCH))
-    except (ValueError, OSError, KeyError, struct.error) as error:
-        raise ValueError(
-            f"ipset member {member!r}: text such as 10.0.0.5, 10.0.0.0/26 or 10.0.0.5,tcp:80 "
-            "is needed"
-        ) from error
-    return nested(_DATA, data)
-
-
-def _address(version: int, address: str) -> bytes:
-    family = socket.AF_INET if version == V4 else socket.AF_INET6
-    packed = socket.inet_pton(family, address)
-    return nested(_IP, attribute(_IPADDR[version] | NLA_F_NET_BYTEORDER, packed))
 
 
 def _parse_header(answer: bytes) -> IpSet:
@@ -405,28 +371,3 @@ def _parse_header(answer: bytes) -> IpSet:
         family=_VERSIONS.get(found[_FAMILY][0], 0),
         maxelem=int.from_bytes(settings.get(_MAXELEM, b""), "big"),
     )
-
-
-def _parse_members(answer: bytes) -> Iterator[str]:
-    for _, entry in attribute_list(attributes(answer, 4).get(_ADT, b"")):
-        found = attributes(entry)
-        packed = found[_IP][4:]
-        member = _address_text(packed)
-        length = found[_CIDR][0] if _CIDR in found else 8 * len(packed)
-        if length != 8 * len(packed):
-            member += f"/{length}"
-        if _PORT in found:
-            number = found[_PROTO][0]
-            port = int.from_bytes(found[_PORT], "big")
-            member += f",{_PROTOCOLS.get(number, number)}:{port}"
-        if _CADT_FLAGS in found and int.from_bytes(found[_CADT_FLAGS], "big") & _NOMATCH:
-            member += " nomatch"
-        yield member
-
-
-def _address_text(packed: bytes) -> str:
-    if len(packed) == 4:
-        return socket.inet_ntop(socket.AF_INET, packed)
-    address = socket.inet_ntop(socket.AF_INET6, packed)
-    # "::1.2.3.4" is not how api.net writes it
-    return format_address(V6, int.from_bytes(packed, "big")) if "." in address else address

@@ -125,18 +125,21 @@ def nested(kind: int, *attributes: bytes) -> bytes:
     return attribute(kind | NLA_F_NESTED, b"".join(attributes))
 
 
-def attribute_list(data: bytes, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+def attribute_list(data: bytes, offset: int = 0) -> list[tuple[int, bytes]]:
     """The attributes in ``data`` from ``offset``, in order, as (type without flags, value).
 
     Raises ValueError where a length reaches outside of the data.
     """
+    found = []
     end = len(data)
+    unpack = _ATTRIBUTE.unpack_from
     while offset + 4 <= end:
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        length, kind = unpack(data, offset)
         if length < 4 or offset + length > end:
             raise ValueError(f"netlink attribute {kind} at byte {offset}: length {length} of {end}")
-        yield kind & _NLA_TYPE_MASK, data[offset + 4 : offset + length]
+        found.append((kind & _NLA_TYPE_MASK, data[offset + 4 : offset + length]))
         offset += (length + 3) & ~3
+    return found
 
 
 def attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:

@@ -75,8 +75,7 @@ _FAMILY = {V4: 2, V6: 10}
 _VERSION = {2: V4, 10: V6}
 
 
-@dataclass(frozen=True, slots=True)
-class Hop:
+class Hop(NamedTuple):
     """Where a route leads: an interface and, unless the destination is on it, a gateway.
 
     ``gateway`` is an address of the route's IP version. ``onlink``: the gateway is
@@ -117,14 +116,15 @@ class Route:
     table: int = TABLE_MAIN
 
     def __post_init__(self) -> None:
-        if self.net.version == V6:
+        net, hops = self.net, self.hops
+        if net.version == V6:
             object.__setattr__(self, "scope", SCOPE_GLOBAL)
             if self.metric == _V6_DEFAULT_METRIC:
                 object.__setattr__(self, "metric", 0)
         elif self.scope is None:
-            object.__setattr__(self, "scope", _default_scope(self.kind, self.hops))
-        if len(self.hops) > 1:
-            ordered = sorted(self.hops, key=lambda hop: (hop.ifindex, hop.gateway or 0))
+            object.__setattr__(self, "scope", _default_scope(self.kind, hops))
+        if len(hops) > 1:
+            ordered = sorted(hops, key=lambda hop: (hop.ifindex, hop.gateway or 0))
             object.__setattr__(self, "hops", tuple(ordered))
 
     @property
@@ -154,9 +154,12 @@ class Route:
 def _default_scope(kind: str, hops: tuple[Hop, ...]) -> int:
     if kind == "local":
         return SCOPE_HOST
-    if kind == "unicast" and all(hop.gateway is None for hop in hops):
-        return SCOPE_LINK
-    return SCOPE_GLOBAL
+    if kind != "unicast":
+        return SCOPE_GLOBAL
+    for hop in hops:
+        if hop.gateway is not None:
+            return SCOPE_GLOBAL
+    return SCOPE_LINK
 
 
 class Routes:

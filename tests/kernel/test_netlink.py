@@ -36,9 +36,9 @@ LOOPBACK = 1
 def test_attributes_come_back_as_they_went(pairs: list[tuple[int, bytes]]) -> None:
     data = b"".join(attribute(kind, value) for kind, value in pairs)
     assert len(data) % 4 == 0
-    assert list(attribute_list(data)) == pairs
+    assert attribute_list(data) == pairs
     assert attributes(b"head" + data, 4) == dict(pairs)
-    assert list(attribute_list(nested(5, data))) == [(5, data)]
+    assert attribute_list(nested(5, data)) == [(5, data)]
 
 
 @given(st.integers(0, 0xFFFFFFFF), st.text(st.characters(exclude_characters="\0"), max_size=20))
@@ -52,7 +52,7 @@ def test_numbers_and_text_come_back(number: int, word: str) -> None:
 @settings(max_examples=300, deadline=None)
 def test_malformed_attributes_are_an_error_or_inside_the_data(data: bytes) -> None:
     try:
-        found = list(attribute_list(data))
+        found = attribute_list(data)
     except ValueError:
         return
     assert sum(4 + len(value) for _, value in found) <= len(data)

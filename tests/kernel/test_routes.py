@@ -87,13 +87,13 @@ def example_routes(net: Net2, version: int) -> list[Route]:
         Route(prefix(version, 1, host), (Hop(net.devices[0]),)),
         Route(prefix(version, 2, host - 6), (one,)),
         Route(prefix(version, 3, host - 6), (one, two)),
-        Route(prefix(version, 4, host - 6), (three, two, replace(one, weight=7))),
+        Route(prefix(version, 4, host - 6), (three, two, one._replace(weight=7))),
         Route(prefix(version, 5, host - 6), kind="blackhole"),
         Route(prefix(version, 6, host - 6), kind="unreachable"),
         Route(prefix(version, 7, host - 6), kind="prohibit", metric=77),
         Route(prefix(version, 7, host - 6), (one,), metric=78),
         Route(prefix(version, 8, host - 6), (one,), source=source),
-        Route(prefix(version, 9, host - 6), (replace(one, onlink=True),)),
+        Route(prefix(version, 9, host - 6), (one._replace(onlink=True),)),
         Route(Net(version, 0, 0), (one,), metric=5),
     ]
 
