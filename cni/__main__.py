@@ -1,0 +1,88 @@
+"""``manx-cni``: the daemon, and installing the plugin on a node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cni.server import socket_path
+from datastore.environment import Environment, configure_logging
+
+_BIN_DIR = click.option(
+    "--bin-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="/opt/cni/bin",
+    show_default=True,
+    help="Where the runtime looks for plugins.",
+)
+_CONF_DIR = click.option(
+    "--conf-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="/etc/cni/net.d",
+    show_default=True,
+    help="Where the runtime looks for network configurations.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """The CNI plugin of Manx. Settings are MANX_… environment variables: see docs/cni.md."""
+
+
+@main.command()
+def daemon() -> None:
+    """Serve the plugin on this node, until SIGTERM."""
+    try:
+        environment = Environment.load()
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    configure_logging(environment, "manx-cni")
+    from cni.daemon import run
+
+    try:
+        run(environment)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@_BIN_DIR
+@_CONF_DIR
+@click.option("--mtu", type=click.IntRange(0, 65535), default=0, help="0: what the uplink carries.")
+@click.option(
+    "--chain",
+    multiple=True,
+    metavar="JSON",
+    help="The configuration of a plugin to run after this one; may be repeated.",
+)
+def install(bin_dir: Path, conf_dir: Path, mtu: int, chain: tuple[str, ...]) -> None:
+    """Put plugin and network configuration in place for the runtime."""
+    from cni import install as installer
+
+    try:
+        socket = socket_path(Environment.load())
+        for path in installer.install(bin_dir, conf_dir, socket, mtu=mtu, chain=chain):
+            click.echo(f"installed {path}")
+        for path in installer.preferred(conf_dir):
+            click.echo(f"warning: {path} comes first: a runtime may use it instead", err=True)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@_BIN_DIR
+@_CONF_DIR
+def uninstall(bin_dir: Path, conf_dir: Path) -> None:
+    """Take plugin and network configuration away again."""
+    from cni import install as installer
+
+    try:
+        for path in installer.uninstall(bin_dir, conf_dir):
+            click.echo(f"removed {path}")
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

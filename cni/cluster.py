@@ -1,0 +1,186 @@
+"""What the daemon reads from the datastore to wire a container, and what it records there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from api.kubernetes import Pod
+from api.net import V4, V6, Net
+from cni.attachment import Attachment
+from cni.errors import INVALID_CONFIGURATION, CniError
+from datastore.interface import (
+    JSON,
+    AlreadyExistsError,
+    ConflictError,
+    Datastore,
+    Entry,
+    Key,
+    NotFoundError,
+)
+from policy import labels
+from policy.convert import pod_labels, pod_ports, pod_profiles
+
+DEFAULT_PREFIX = "cali"
+_PREFIX = re.compile(r"[a-zA-Z0-9_.-]{1,4}")  # 11 hex digits follow, 15 is the kernel's limit
+
+# What a tunnel adds to each packet, bytes: outer IP, UDP, VXLAN and Ethernet headers.
+_VXLAN_BYTES = {V4: 50, V6: 70}
+_IPIP_BYTES = 20
+_ATTEMPTS = 20
+
+
+class Cluster:
+    """The datastore as the daemon of one node needs it. All methods may raise StoreError."""
+
+    def __init__(self, store: Datastore, node: str) -> None:
+        self.store = store
+        self.node = node
+        self._prefix = ""
+
+    def interface_prefix(self) -> str:
+        """How names of the node's ends begin: FelixConfiguration ``interfacePrefix``.
+
+        Read once: as for felix, a change needs a restart. Raises CniError.
+        """
+        if not self._prefix:
+            for name in (f"node.{self.node}", "default"):
+                spec = self._value(Key("FelixConfiguration", name)).get("spec") or {}
+                if text := spec.get("interfacePrefix"):
+                    prefix = text.split(",")[0]
+                    break
+            else:
+                name, prefix = "default", DEFAULT_PREFIX
+            if not _PREFIX.fullmatch(prefix):
+                raise CniError(
+                    INVALID_CONFIGURATION,
+                    f"FelixConfiguration {name}: spec.interfacePrefix: {prefix!r}: expected 1 to 4"
+                    " letters, digits, '_', '.', '-'",
+                )
+            self._prefix = prefix
+        return self._prefix
+
+    def node_labels(self) -> dict[str, str]:
+        """The labels of this node; none if it is not registered."""
+        return self._labels(Key("Node", self.node))
+
+    def namespace_labels(self, attachment: Attachment) -> dict[str, str] | None:
+        """The labels of the pod's namespace; None for a container that is in none."""
+        if not attachment.pod:
+            return None
+        return self._labels(Key("Namespace", attachment.namespace))
+
+    def pod(self, attachment: Attachment) -> Pod | None:
+        """The pod; None if there is no such object, as outside Kubernetes. Raises CniError."""
+        key = Key("Pod", attachment.pod, attachment.namespace)
+        value = self._value(key) if attachment.pod else {}
+        try:
+            return Pod.model_validate(value) if value else None
+        except ValidationError as error:
+            raise CniError(INVALID_CONFIGURATION, f"{key}: {error}") from error
+
+    def encapsulation_bytes(self) -> int:
+        """By how much packets grow in the tunnels that pools may use; 0 without tunnels."""
+        sizes = [0]
+        for entry in self.store.list("IPPool").entries:
+            spec = entry.value["spec"]
+            version = V6 if ":" in spec["cidr"] else V4
+            if spec.get("vxlanMode", "Never") != "Never":
+                sizes.append(_VXLAN_BYTES[version])
+            if spec.get("ipipMode", "Never") != "Never":
+                sizes.append(_IPIP_BYTES)
+        return max(sizes)
+
+    def endpoint(self, attachment: Attachment) -> Entry | None:
+        """The WorkloadEndpoint under the attachment's name, whichever container it is of."""
+        try:
+            return self.store.get(attachment.endpoint_key(self.node))
+        except NotFoundError:
+            return None
+
+    def record(self, attachment: Attachment, endpoint: JSON) -> None:
+        """Write the WorkloadEndpoint; that of a container before us gives way."""
+        key = attachment.endpoint_key(self.node)
+        for _ in range(_ATTEMPTS):
+            try:
+                self.store.create(key, endpoint)
+                return
+            except AlreadyExistsError:
+                pass
+            try:
+                found = self.store.get(key)
+                metadata = found.value.get("metadata", {}) | endpoint["metadata"]
+                self.store.update(key, endpoint | {"metadata": metadata}, found.revision)
+                return
+            except (NotFoundError, ConflictError):
+                continue
+        raise ConflictError(f"{key}: changed by others {_ATTEMPTS} times in a row", key)
+
+    def forget(self, attachment: Attachment) -> Entry | None:
+        """Delete its WorkloadEndpoint, and return it; never one of another container."""
+        for _ in range(_ATTEMPTS):
+            found = self.endpoint(attachment)
+            if found is None or not owns(attachment, found):
+                return None
+            try:
+                return self.store.delete(found.key, found.revision)
+            except (NotFoundError, ConflictError):
+                continue
+        key = attachment.endpoint_key(self.node)
+        raise ConflictError(f"{key}: changed by others {_ATTEMPTS} times in a row", key)
+
+    def _labels(self, key: Key) -> dict[str, str]:
+        metadata = self._value(key).get("metadata") or {}
+        return dict(metadata.get("labels") or {})
+
+    def _value(self, key: Key) -> JSON:
+        try:
+            return self.store.get(key).value
+        except NotFoundError:
+            return {}
+
+
+def owns(attachment: Attachment, endpoint: Entry) -> bool:
+    """Whether the WorkloadEndpoint is that of the attachment's container."""
+    spec = endpoint.value.get("spec") or {}
+    return spec.get("containerID") == attachment.endpoint_container_id
+
+
+def workload_endpoint(
+    attachment: Attachment,
+    pod: Pod | None,
+    *,
+    node: str,
+    host_interface: str,
+    addresses: Sequence[Net],
+) -> JSON:
+    """The WorkloadEndpoint of a wired container, as JSON."""
+    key = attachment.endpoint_key(node)
+    spec: dict[str, Any] = {
+        "orchestrator": attachment.orchestrator,
+        "node": node,
+        "containerID": attachment.endpoint_container_id,
+        "endpoint": attachment.endpoint,
+        "interfaceName": host_interface,
+        "mac": attachment.mac,
+        "ipNetworks": [str(net) for net in addresses],
+        "profiles": [f"kns.{key.namespace}"],
+    }
+    own = {labels.NAMESPACE: key.namespace, labels.ORCHESTRATOR: attachment.orchestrator}
+    if attachment.pod:
+        spec["pod"] = attachment.pod
+    if pod is not None:
+        own = pod_labels(pod)
+        spec["profiles"] = list(pod_profiles(pod))
+        spec["ports"] = [port.model_dump(mode="json") for port in pod_ports(pod)]
+        if account := pod.spec.service_account_name:
+            spec["serviceAccountName"] = account
+    return {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": "WorkloadEndpoint",
+        "metadata": {"name": key.name, "namespace": key.namespace, "labels": own},
+        "spec": spec,
+    }

@@ -1,0 +1,282 @@
+"""What the runtime asks for: environment and network configuration, validated.
+
+CNI spec 1.1.0, sections 1 to 3. Unknown configuration keys are left alone, as the spec
+demands; a known one of the wrong type or out of range is refused with code 7.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import orjson
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
+
+from api.errors import Problem
+from api.net import parse_interface
+from cni.attachment import CONTAINER_ID_LENGTH, NAME_LENGTH, Attachment
+from cni.errors import (
+    DECODING_FAILURE,
+    INCOMPATIBLE_VERSION,
+    CniError,
+    invalid_configuration,
+    invalid_environment,
+)
+
+COMMANDS = ("ADD", "DEL", "CHECK", "STATUS", "GC")  # VERSION is answered by the client
+WITH_ATTACHMENT = ("ADD", "DEL", "CHECK")
+VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+NEWEST = VERSIONS[-1]
+VALID_ATTACHMENTS = "cni.dev/valid-attachments"
+# The first version of the spec that knows the command.
+SINCE = {"CHECK": "0.4.0", "STATUS": "1.1.0", "GC": "1.1.0"}
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
+# The kernel would take eth%d for a pattern to number.
+_IFNAME = re.compile(r"[^/:%\s\0]{1,15}")
+_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _switch(value: object) -> object:
+    """Calico writes "true" and "false" where JSON has a word of its own."""
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+Switch = Annotated[bool, BeforeValidator(_switch)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class Ipam(_Model):
+    """``ipam``: which families and pools. The keys are Calico's."""
+
+    type: Literal["manx-ipam", "calico-ipam"] = "manx-ipam"
+    assign_ipv4: Switch = True
+    assign_ipv6: Switch = False
+    ipv4_pools: list[str] = Field(default_factory=list)
+    ipv6_pools: list[str] = Field(default_factory=list)
+
+    @property
+    def families(self) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """The IP versions to assign, each with the pools to take from (none named: any)."""
+        wanted = ((4, self.assign_ipv4, self.ipv4_pools), (6, self.assign_ipv6, self.ipv6_pools))
+        return tuple((version, tuple(pools)) for version, assign, pools in wanted if assign)
+
+
+class Dns(_Model):
+    """``dns``: passed on to the runtime in the result."""
+
+    nameservers: list[str] | None = None
+    domain: str | None = None
+    search: list[str] | None = None
+    options: list[str] | None = None
+
+
+class ValidAttachment(_Model):
+    """One element of ``cni.dev/valid-attachments``."""
+
+    container_id: str = Field(alias="containerID")
+    ifname: str
+
+
+class ResultInterface(_Model):
+    """One of a result's ``interfaces``. ``sandbox`` is empty for one of the node's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    mac: str | None = None
+    mtu: int | None = None
+    sandbox: str | None = None
+
+
+class ResultAddress(_Model):
+    """One of a result's ``ips``; ``interface`` counts from 0 in ``interfaces``."""
+
+    model_config = ConfigDict(extra="allow")
+
+    address: str
+    interface: int | None = None
+
+    @field_validator("address")
+    @classmethod
+    def _is_address(cls, text: str) -> str:
+        parse_interface(text)
+        return text
+
+
+class Result(_Model):
+    """A ``prevResult``: the result of the plugins that ran before, or of the whole ADD."""
+
+    model_config = ConfigDict(extra="allow")
+
+    interfaces: list[ResultInterface] | None = None
+    ips: list[ResultAddress] | None = None
+    routes: list[dict[str, Any]] | None = None
+    dns: dict[str, Any] | None = None
+
+
+class NetworkConfiguration(_Model):
+    """The plugin's configuration object as it arrives on stdin."""
+
+    cni_version: str = Field(alias="cniVersion")
+    name: Annotated[str, Field(max_length=NAME_LENGTH, pattern=f"^{_NAME.pattern}$")]
+    type: str
+    # 0: what the uplink carries. 68 is the least that IPv4 allows (RFC 791).
+    mtu: Annotated[int, Field(ge=0, le=65535)] = 0
+    ipam: Ipam = Ipam()
+    dns: Dns = Dns()
+    previous: Any = Field(default=None, alias="prevResult")  # a Result where it matters
+    valid_attachments: list[ValidAttachment] | None = Field(default=None, alias=VALID_ATTACHMENTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request that may be carried out. ``attachment`` is None for STATUS and GC.
+
+    ``previous`` is there for ADD and CHECK, where the runtime gave it: a DEL does not need it
+    and must not fail because of it.
+    ``netns`` is the path as the runtime wrote it: only for the result, since the namespace
+    itself comes as a descriptor.
+    """
+
+    command: str
+    configuration: NetworkConfiguration
+    attachment: Attachment | None
+    netns: str
+    previous: Result | None = None
+
+
+def find_version(configuration: bytes) -> str:
+    """The version to answer in: that of the configuration if we speak it, else the newest."""
+    try:
+        document = orjson.loads(configuration)
+    except orjson.JSONDecodeError:
+        return NEWEST
+    version = document.get("cniVersion") if isinstance(document, dict) else None
+    return version if version in VERSIONS else NEWEST
+
+
+def parse_call(environment: Mapping[str, str], configuration: bytes) -> Call:
+    """Validate a request. Raises CniError with code 1, 4, 6 or 7."""
+    command = environment.get("CNI_COMMAND", "")
+    if command not in COMMANDS:
+        raise invalid_environment("CNI_COMMAND", command, f"expected {', '.join(COMMANDS)}")
+    parsed = parse_configuration(configuration, command)
+    attachment = None
+    if command in WITH_ATTACHMENT:
+        attachment = _attachment(environment, parsed.name)
+    previous = None
+    if command in ("ADD", "CHECK") and parsed.previous is not None:
+        previous = _validate(Result, parsed.previous, "prevResult")
+    elif command == "CHECK":
+        raise invalid_configuration([Problem("prevResult", None, "required")])
+    netns = environment.get("CNI_NETNS", "")
+    return Call(command, parsed, attachment, netns, previous)
+
+
+def parse_configuration(data: bytes, command: str) -> NetworkConfiguration:
+    """Validate a network configuration. Raises CniError with code 1, 6 or 7."""
+    try:
+        document = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise CniError(
+            DECODING_FAILURE, f"network configuration on stdin: not JSON: {error}"
+        ) from None
+    if not isinstance(document, dict):
+        raise CniError(
+            DECODING_FAILURE,
+            f"stdin: {type(document).__name__}: expected a JSON object, the network configuration",
+        )
+    _check_version(document.get("cniVersion", "0.1.0"), command)
+    return _validate(NetworkConfiguration, document)
+
+
+def _check_version(version: object, command: str) -> None:
+    """The version must be one that we speak and that has the command. An absent one is 0.1.0."""
+    if not isinstance(version, str):
+        raise invalid_configuration([Problem("cniVersion", version, "expected text")])
+    if version not in VERSIONS:
+        raise CniError(
+            INCOMPATIBLE_VERSION,
+            f"cniVersion: {version!r}: expected one of {', '.join(VERSIONS)}",
+        )
+    since = SINCE.get(command, VERSIONS[0])
+    if VERSIONS.index(version) < VERSIONS.index(since):
+        raise CniError(
+            INCOMPATIBLE_VERSION, f"cniVersion: {version!r}: {command} exists since {since}"
+        )
+
+
+def _validate(model: type[M], document: object, path: str = "") -> M:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise invalid_configuration(list(_problems(error, path))) from None
+
+
+def _problems(error: ValidationError, start: str) -> Iterable[Problem]:
+    for detail in error.errors(include_url=False):
+        path = start
+        for step in detail["loc"]:
+            path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
+        if detail["type"] == "missing":
+            yield Problem(path, None, "required")
+            continue
+        expected = re.sub("^Input should be", "expected", detail["msg"])
+        yield Problem(path, detail["input"], re.sub(r"^\w+ should", "expected to", expected))
+
+
+def _attachment(environment: Mapping[str, str], network: str) -> Attachment:
+    container_id = environment.get("CNI_CONTAINERID", "")
+    if not _NAME.fullmatch(container_id) or len(container_id) > CONTAINER_ID_LENGTH:
+        raise invalid_environment(
+            "CNI_CONTAINERID",
+            container_id,
+            f"expected 1 to {CONTAINER_ID_LENGTH} letters, digits, '_', '.', '-', the first a"
+            " letter or digit",
+        )
+    ifname = environment.get("CNI_IFNAME", "")
+    if not _IFNAME.fullmatch(ifname) or ifname in (".", "..") or len(ifname.encode()) > 15:
+        raise invalid_environment(
+            "CNI_IFNAME",
+            ifname,
+            "expected an interface name: 1 to 15 bytes without '/', ':', '%' and white space,"
+            " not '.' or '..'",
+        )
+    namespace, pod = _pod(environment.get("CNI_ARGS", ""))
+    return Attachment(network, container_id, ifname, namespace, pod)
+
+
+def _pod(arguments: str) -> tuple[str, str]:
+    """Namespace and name of the pod in CNI_ARGS, ``KEY=VALUE;…``; empty if it names none."""
+    pairs: dict[str, str] = {}
+    for pair in filter(None, arguments.split(";")):
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise invalid_environment("CNI_ARGS", pair, "expected KEY=VALUE;KEY=VALUE;…")
+        pairs[key] = value
+    namespace, pod = pairs.get("K8S_POD_NAMESPACE", ""), pairs.get("K8S_POD_NAME", "")
+    if not pod and not namespace:
+        return "", ""
+    if not _LABEL.fullmatch(namespace) or len(namespace) > 63:
+        raise invalid_environment(
+            "CNI_ARGS", f"K8S_POD_NAMESPACE={namespace}", "expected the name of a namespace"
+        )
+    if not _SUBDOMAIN.fullmatch(pod) or len(pod) > 253:
+        raise invalid_environment("CNI_ARGS", f"K8S_POD_NAME={pod}", "expected the name of a pod")
+    return namespace, pod

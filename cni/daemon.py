@@ -1,0 +1,64 @@
+"""The daemon: datastore, node and server put together, until a signal ends it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import sys
+import threading
+import time
+
+from cni.node import Node
+from cni.plugin import Plugin
+from cni.repair import repair
+from cni.server import Server, socket_path
+from datastore.connect import connect
+from datastore.environment import Environment
+from datastore.interface import StoreError
+from reconcile.backoff import Backoff
+
+# A thread that computes gives way to one that has an answer from the kernel or the datastore
+# after this time, seconds; Python's default of 5 ms is five times a whole ADD.
+_SWITCH_INTERVAL = 0.0005
+
+_log = logging.getLogger(__name__)
+
+
+def run(environment: Environment) -> None:
+    """Serve until SIGTERM or SIGINT. Raises OSError, RuntimeError, ValueError at the start."""
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    store = connect(environment.datastore)
+    node = Node(store, environment.node)
+    server = Server(socket_path(environment), Plugin(node).handle)
+    node.start()
+    repairs = threading.Thread(target=_repair, args=(node, stop), name="cni-repair", daemon=True)
+    repairs.start()
+    gc.collect()
+    gc.freeze()  # what is loaded now stays for ever, so the collector need not look at it
+    server.start()
+    _log.info("node %s: serving on %s", environment.node, server.path)
+    stop.wait()
+    server.stop()
+    repairs.join()
+    node.stop()
+    store.close()
+    _log.info("stopped")
+
+
+def _repair(node: Node, stop: threading.Event) -> None:
+    """Repair what the daemon before left, as soon as the datastore can be reached."""
+    backoff: Backoff[None] = Backoff()
+    while not stop.is_set():
+        try:
+            repair(node)
+        except (StoreError, OSError) as error:
+            now = time.monotonic()
+            due = backoff.failed(None, now)
+            _log.warning("repair at the start, next in %.1f s: %s", due - now, error)
+            stop.wait(due - now)
+        else:
+            return

@@ -1,0 +1,161 @@
+"""Putting the plugin onto a node: the executable, then the configuration that makes it used.
+
+Each file appears whole or not at all, and one that is right already is not touched, since
+runtimes reload when their directories change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from cni.attachment import DEFAULT_NETWORK
+
+PLUGIN = "manx"
+CONFIGURATION = "10-manx.conflist"
+
+_CLIENT = Path(__file__).parent / "client"
+_FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra")
+_COMPILERS = ("cc", "gcc", "clang")
+_COMPILE_SECONDS = 60
+# Debian's has everything that the fallback imports built in, and starts in 6 ms.
+_PYTHON = Path("/usr/bin/python3")
+_SOCKET = Path("/run/manx/cni.sock")  # in fallback.py
+
+_log = logging.getLogger(__name__)
+
+
+def install(
+    bin_dir: Path, conf_dir: Path, socket: Path, *, mtu: int = 0, chain: Iterable[str] = ()
+) -> list[Path]:
+    """Install, or bring up to date; returns the two files.
+
+    ``socket``: where the daemon listens. ``mtu`` in bytes, 0: what the uplink carries.
+    ``chain``: configurations (JSON) of plugins to run after this one.
+    Raises ValueError for a wrong one, OSError.
+    """
+    configuration = configuration_list(mtu, chain)
+    for directory in (bin_dir, conf_dir):
+        directory.mkdir(parents=True, exist_ok=True)
+    plugin, conflist = bin_dir / PLUGIN, conf_dir / CONFIGURATION
+    # The executable first: from the moment the configuration is there it may be run.
+    _write(plugin, executable(socket), 0o755)
+    _write(conflist, configuration, 0o644)
+    return [plugin, conflist]
+
+
+def uninstall(bin_dir: Path, conf_dir: Path) -> list[Path]:
+    """Remove what ``install`` made; returns what was there. Raises OSError."""
+    removed = []
+    for path in (conf_dir / CONFIGURATION, bin_dir / PLUGIN):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            removed.append(path)
+    return removed
+
+
+def preferred(conf_dir: Path) -> list[Path]:
+    """Configurations of others that a runtime takes before ours: the first name wins."""
+    found = (path for path in conf_dir.iterdir() if path.suffix in (".conf", ".conflist", ".json"))
+    return sorted(path for path in found if path.name < CONFIGURATION)
+
+
+def configuration_list(mtu: int, chain: Iterable[str]) -> bytes:
+    """The network configuration list. Raises ValueError."""
+    plugin: dict[str, Any] = {"type": PLUGIN, "mtu": mtu, "ipam": {"type": "manx-ipam"}}
+    configuration = {
+        "name": DEFAULT_NETWORK,
+        # Runtimes that know nothing newer than 1.0.0 do not look at cniVersions.
+        "cniVersion": "1.0.0",
+        "cniVersions": ["0.4.0", "1.0.0", "1.1.0"],
+        "plugins": [plugin, *(_chained(text) for text in chain)],
+    }
+    return orjson.dumps(configuration, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def executable(socket: Path) -> bytes:
+    """The client: compiled where there is a C compiler, else the one in Python."""
+    for compiler in filter(None, map(shutil.which, _COMPILERS)):
+        try:
+            return compiled(compiler, socket)
+        except (OSError, subprocess.SubprocessError) as error:
+            output = getattr(error, "stderr", None) or error
+            _log.warning("%s can't compile the CNI client: %s", compiler, output)
+    return interpreted(socket)
+
+
+def interpreted(socket: Path) -> bytes:
+    """The client in Python, as a script."""
+    python = _PYTHON if _PYTHON.exists() else Path(sys.executable).resolve()
+    source = (_CLIENT / "fallback.py").read_text()
+    source = source.replace(f"SOCKET = {str(_SOCKET)!r}", f"SOCKET = {str(socket)!r}")
+    return f"#!{python} -IS\n{source}".encode()
+
+
+def compiled(compiler: str, socket: Path, flags: Sequence[str] = ()) -> bytes:
+    """The client as ``compiler`` makes it, from the cache if it did so before."""
+    source = _CLIENT / "manx.c"
+    command = [compiler, *_FLAGS, *flags, f'-DMANX_CNI_SOCKET="{socket}"', str(source), "-o"]
+    kind = "\0".join((platform.machine(), *command)).encode()
+    key = hashlib.sha256(source.read_bytes() + kind).hexdigest()
+    cached = _cache() / f"cni-client-{key[:32]}"
+    with contextlib.suppress(FileNotFoundError):
+        return cached.read_bytes()
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / PLUGIN
+        try:
+            _run([*command, str(output), "-static"])
+        except subprocess.CalledProcessError:  # no static libc on this machine
+            _run([*command, str(output)])
+        data = output.read_bytes()
+    cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _write(cached, data, 0o600)
+    return data
+
+
+def _chained(text: str) -> Any:
+    try:
+        plugin = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"chained plugin {text!r}: not JSON: {error}") from None
+    if not isinstance(plugin, dict) or not isinstance(plugin.get("type"), str):
+        raise ValueError(f"chained plugin {text!r}: expected an object with a type")
+    return plugin
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+
+
+def _cache() -> Path:
+    """The user's own cache directory: what lies there ends up being run as root."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "manx"
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    """Replace a file in one step, unless it is right already."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.read_bytes() == data and path.stat().st_mode & 0o7777 == mode:
+            return
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            os.fchmod(file.fileno(), mode)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink()
+        raise

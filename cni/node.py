@@ -1,0 +1,310 @@
+"""The node's attachments: make one, take one back, compare one with how it ought to be.
+
+To attach is to take an address, make the wire, write the WorkloadEndpoint, in this order; to
+detach is to undo that backwards. So an address goes back only when no endpoint and no
+interface has it any more, and what a crash leaves half-done can be found by the runtime's
+DEL, a repeated ADD and ``cni.repair``.
+
+What concerns one interface of the node happens one after the other, all else side by side.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from api.net import Net
+from cni import wiring
+from cni.attachment import Attachment
+from cni.cluster import Cluster, owns, workload_endpoint
+from cni.errors import invalid_environment
+from cni.locks import KeyedLocks
+from cni.reaper import Reaper
+from cni.wiring import Sockets, Wire
+from datastore.interface import Datastore
+from ipam.allocator import Allocator
+from ipam.errors import NoPoolError
+from ipam.pools import Pools, Request
+from kernel.links import Link
+from kernel.netlink import NetlinkSocket
+
+Addresses = tuple[Net, ...]
+Families = tuple[tuple[int, tuple[str, ...]], ...]  # IP version, names or CIDRs of pools
+
+_USE = "Workload"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an attachment shall have. ``mtu`` in bytes, 0: what the uplink carries.
+
+    ``families``: IP versions, each with the pools to take from (none named: any that fits).
+    """
+
+    families: Families
+    mtu: int = 0
+
+
+class Node:
+    """The attachments of one node. Its namespace is that of the thread that makes it.
+
+    All methods may raise StoreError and OSError.
+    """
+
+    def __init__(self, store: Datastore, name: str) -> None:
+        self.cluster = Cluster(store, name)
+        self._allocator = Allocator(store, name)
+        self._pools = Pools(store)
+        self.sockets = Sockets()
+        self._locks = KeyedLocks()
+        self._reaper = Reaper()
+
+    def start(self) -> None:
+        """Start what works in the background."""
+        self._reaper.start()
+
+    def stop(self) -> None:
+        """Stop it again. Nothing may be attached or detached any more."""
+        self._reaper.stop()
+        self.sockets.close()
+
+    def host_interface(self, attachment: Attachment) -> str:
+        """The name of the node's end. Raises CniError."""
+        return attachment.host_interface(self.cluster.interface_prefix())
+
+    def require_pools(self, families: Families) -> None:
+        """Every family must have a pool that pods of some namespace may use.
+
+        Raises NoPoolError.
+        """
+        for version, names in families:
+            request = Request(
+                node=self.cluster.node,
+                version=version,
+                use=_USE,
+                pools=names,
+                node_labels=self.cluster.node_labels,
+                namespace_labels=None,
+            )
+            try:
+                self._pools.usable(request)
+            except NoPoolError:
+                # Those for certain namespaces only are left out where no namespace is named.
+                if names or not any(
+                    pool.namespace_selector and pool.net.version == version
+                    for pool in self._pools.all()
+                ):
+                    raise
+
+    def attach(self, attachment: Attachment, netns_fd: int, wanted: Wanted) -> Wire:
+        """Wire a container; one that is wired already, all in order, stays as it is.
+
+        A failure leaves nothing behind. Raises CniError, IpamError.
+        """
+        name = self.host_interface(attachment)
+        with self._locks.hold(name), self.sockets.borrow() as host:
+            held = self._addresses(attachment)
+            try:
+                wire = held and self._complete(attachment, held, host, netns_fd, wanted)
+                return wire or self._attach(attachment, held, host, netns_fd, wanted)
+            except BaseException:
+                self._roll_back(attachment, name)
+                raise
+
+    def detach(self, attachment: Attachment, name: str = "") -> None:
+        """Take everything of an attachment back; what is gone already is no error.
+
+        ``name``: the node's interface, where it is known to be another than it would be now.
+        """
+        name = name or self.host_interface(attachment)
+        with self._locks.hold(name):
+            self._detach(attachment, name)
+
+    def faults(
+        self,
+        attachment: Attachment,
+        netns_fd: int,
+        expected: Collection[Net],
+        mac: str,
+        mtu: int,
+    ) -> list[str]:
+        """In which points it is not as it ought to be. Raises CniError.
+
+        ``expected``: the addresses its ADD returned. ``mtu`` in bytes, 0: any.
+        """
+        name = self.host_interface(attachment)
+        with self._locks.hold(name), self.sockets.borrow() as host:
+            addresses = self._addresses(attachment)
+            wire = Wire(name, attachment.ifname, mac, attachment.alias, addresses, mtu)
+            faults = self._endpoint_faults(attachment, addresses)
+            if not addresses:
+                faults.append(f"IPAM: handle {attachment.handle} holds no address")
+            faults += [f"prevResult: ips: no {net}" for net in addresses if net not in expected]
+            return faults + wiring.faults(host, netns_fd, wire)
+
+    def repair_interface(self, link: Link, attachment: Attachment | None) -> None:
+        """Finish or take back what a daemon that died left in group ``UNFINISHED``.
+
+        ``attachment`` is whose it is, None if it died before it said so.
+        """
+        with self._locks.hold(link.name), self.sockets.borrow() as host:
+            now = wiring.find(host, link.name)
+            if now is None or (now.index, now.group) != (link.index, wiring.UNFINISHED):
+                return
+            endpoint = self.cluster.endpoint(attachment) if attachment else None
+            if attachment and endpoint and owns(attachment, endpoint):
+                wiring.finish(host, link.index)
+                return
+            self._reaper.remove(link.index)
+            if attachment:
+                self._detach(attachment, link.name)
+
+    def repair_address(self, attachment: Attachment) -> None:
+        """Release the addresses of an attachment that has neither endpoint nor interface."""
+        name = self.host_interface(attachment)
+        with self._locks.hold(name), self.sockets.borrow() as host:
+            endpoint = self.cluster.endpoint(attachment)
+            link = wiring.find(host, name)
+            if endpoint and owns(attachment, endpoint):
+                return
+            if link and link.alias in ("", attachment.alias):
+                return
+            released = self._allocator.release(attachment.handle)
+            _log.info("%s: released %s: nothing uses it", attachment, ", ".join(map(str, released)))
+
+    def remove_interface(self, link: Link) -> None:
+        """Delete an interface of the node, whosever it is."""
+        with self._locks.hold(link.name):
+            self._reaper.remove(link.index)
+
+    def _complete(
+        self,
+        attachment: Attachment,
+        held: Addresses,
+        host: NetlinkSocket,
+        netns_fd: int,
+        wanted: Wanted,
+    ) -> Wire | None:
+        """The wire of an attachment that has all it shall have; None if anything is missing."""
+        if {net.version for net in held} != {version for version, _ in wanted.families}:
+            return None
+        if self._endpoint_faults(attachment, held):
+            return None
+        wire = self._wire(attachment, held, host, wanted)
+        link = wiring.find(host, wire.host_interface)
+        if link is None or wiring.faults(host, netns_fd, wire):
+            return None
+        wiring.finish(host, link.index)
+        return wire
+
+    def _attach(
+        self,
+        attachment: Attachment,
+        held: Addresses,
+        host: NetlinkSocket,
+        netns_fd: int,
+        wanted: Wanted,
+    ) -> Wire:
+        pod = self.cluster.pod(attachment)
+        addresses = self._assign(attachment, held, wanted)
+        wire = self._wire(attachment, addresses, host, wanted)
+        link = self._create(host, netns_fd, wire)
+        wiring.configure(host, netns_fd, wire, link)
+        endpoint = workload_endpoint(
+            attachment,
+            pod,
+            node=self.cluster.node,
+            host_interface=wire.host_interface,
+            addresses=addresses,
+        )
+        self.cluster.record(attachment, endpoint)
+        wiring.finish(host, link.index)
+        return wire
+
+    def _assign(self, attachment: Attachment, held: Addresses, wanted: Wanted) -> Addresses:
+        """The addresses it holds since an ADD that died, and new ones where it holds none."""
+        addresses = list(held)
+        namespace_labels = self.cluster.namespace_labels(attachment)
+        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f +0000 UTC")
+        for version, pools in wanted.families:
+            if all(net.version != version for net in held):
+                assignment = self._allocator.assign(
+                    attachment.handle,
+                    attachment.attributes(self.cluster.node, now),
+                    version=version,
+                    pools=pools,
+                    use=_USE,
+                    namespace_labels=namespace_labels,
+                )
+                addresses.append(assignment.address)
+        return tuple(sorted(addresses))
+
+    def _addresses(self, attachment: Attachment) -> Addresses:
+        return tuple(sorted(self._allocator.addresses(attachment.handle)))
+
+    def _wire(
+        self, attachment: Attachment, addresses: Addresses, host: NetlinkSocket, wanted: Wanted
+    ) -> Wire:
+        mtu = wanted.mtu
+        if not mtu:
+            mtu = wiring.uplink_mtu(host) - self.cluster.encapsulation_bytes()
+        name = self.host_interface(attachment)
+        return Wire(name, attachment.ifname, attachment.mac, attachment.alias, addresses, mtu)
+
+    def _create(self, host: NetlinkSocket, netns_fd: int, wire: Wire) -> Link:
+        """The pair; an interface of a container before us gives way."""
+        try:
+            try:
+                return wiring.create(host, netns_fd, wire)
+            except wiring.HostInterfaceExistsError as leftover:
+                _log.info("%s; it is of %r and gives way", leftover, leftover.link.alias)
+                self._reaper.remove(leftover.link.index)
+            return wiring.create(host, netns_fd, wire)
+        except wiring.ContainerInterfaceExistsError:
+            raise invalid_environment(
+                "CNI_IFNAME", wire.interface, "expected a name that is free in the container"
+            ) from None
+
+    def _detach(self, attachment: Attachment, name: str) -> None:
+        endpoint = self.cluster.forget(attachment)
+        if endpoint is not None:
+            name = endpoint.value["spec"].get("interfaceName", name)
+        self._remove_wire(attachment, name, recorded=endpoint is not None)
+        self._allocator.release(attachment.handle)
+
+    def _remove_wire(self, attachment: Attachment, name: str, *, recorded: bool) -> None:
+        """Delete the node's end if it is the attachment's, not that of a later container.
+
+        Without an alias it is if the endpoint said so (``recorded``), or if a daemon died
+        before it gave it one.
+        """
+        with self.sockets.borrow() as host:
+            link = wiring.find(host, name)
+        if link is None:
+            return
+        nameless = not link.alias and (recorded or link.group == wiring.UNFINISHED)
+        if nameless or link.alias == attachment.alias:
+            self._reaper.remove(link.index)
+
+    def _roll_back(self, attachment: Attachment, name: str) -> None:
+        """After a failed ADD. What can't be taken back now, the runtime's DEL will."""
+        try:
+            # first, because it can be done without the datastore
+            self._remove_wire(attachment, name, recorded=False)
+            self._detach(attachment, name)
+        except Exception as error:
+            _log.warning("%s: not taken back after a failed ADD: %s", attachment, error)
+
+    def _endpoint_faults(self, attachment: Attachment, addresses: Addresses) -> list[str]:
+        endpoint = self.cluster.endpoint(attachment)
+        if endpoint is None or not owns(attachment, endpoint):
+            return [f"datastore: no {attachment.endpoint_key(self.cluster.node)} of this container"]
+        recorded = endpoint.value["spec"].get("ipNetworks", [])
+        expected = [str(net) for net in addresses]
+        if recorded != expected:
+            return [f"datastore: {endpoint.key}: spec.ipNetworks: {recorded}: expected {expected}"]
+        return []

@@ -1,0 +1,159 @@
+"""The verbs of the CNI spec: from a request to the answer the runtime gets."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import orjson
+
+from api.errors import InvalidObjectError, Problem
+from api.net import parse_interface
+from cni.attachment import Attachment
+from cni.config import VALID_ATTACHMENTS, Call, find_version, parse_call
+from cni.errors import (
+    ADDRESSES,
+    INTERNAL,
+    NOT_AS_ADDED,
+    NOT_AVAILABLE,
+    TRY_AGAIN_LATER,
+    WIRING,
+    CniError,
+    invalid_configuration,
+    invalid_environment,
+)
+from cni.node import Node, Wanted
+from cni.protocol import Request
+from cni.repair import known_attachments
+from cni.result import result
+from datastore.interface import StoreError
+from ipam.errors import IpamError
+from kernel.netns import is_network_namespace, own_namespace, same_namespace
+
+_log = logging.getLogger(__name__)
+
+# Where the client says why it could not open CNI_NETNS.
+_NETNS_ERROR = "MANX_NETNS_ERROR"
+
+
+class Plugin:
+    """Answers requests about one node."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._own_namespace = own_namespace()
+
+    def handle(self, request: Request) -> tuple[int, bytes]:
+        """Exit code and output for the runtime. Whatever goes wrong becomes an error object."""
+        try:
+            answer = self._answer(request)
+        except Exception as error:
+            what = request.environment.get("CNI_COMMAND", "")
+            container = request.environment.get("CNI_CONTAINERID", "")
+            report = _explain(error)
+            _log.warning("%s %s: error %d: %s", what, container, report.code, report.msg)
+            version = find_version(request.configuration)
+            return 1, orjson.dumps(report.report(version), option=orjson.OPT_APPEND_NEWLINE)
+        if answer is None:
+            return 0, b""
+        return 0, orjson.dumps(answer, option=orjson.OPT_APPEND_NEWLINE)
+
+    def _answer(self, request: Request) -> dict[str, Any] | None:
+        call = parse_call(request.environment, request.configuration)
+        if call.attachment is None:
+            if call.command == "STATUS":
+                self._status(call)
+            else:
+                self._collect_garbage(call)
+            return None
+        if call.command == "DEL":
+            self._node.detach(call.attachment)
+            _log.info("DEL %s", call.attachment)
+            return None
+        self._require_namespace(request)
+        if call.command == "CHECK":
+            self._check(call, call.attachment, request.netns_fd)
+            return None
+        wanted = Wanted(call.configuration.ipam.families, call.configuration.mtu)
+        wire = self._node.attach(call.attachment, request.netns_fd, wanted)
+        _log.info("ADD %s: %s", call.attachment, ", ".join(map(str, wire.addresses)))
+        return result(call, wire)
+
+    def _require_namespace(self, request: Request) -> None:
+        """CNI_NETNS must be a network namespace, and not the node's. Raises CniError."""
+        path = request.environment.get("CNI_NETNS", "")
+        if request.netns_fd < 0:
+            why = request.environment.get(_NETNS_ERROR) or "required"
+            raise invalid_environment("CNI_NETNS", path, why)
+        if not is_network_namespace(request.netns_fd):
+            raise invalid_environment("CNI_NETNS", path, "expected a network namespace")
+        if same_namespace(request.netns_fd, self._own_namespace):
+            raise invalid_environment(
+                "CNI_NETNS", path, "expected a namespace other than the node's own"
+            )
+
+    def _check(self, call: Call, attachment: Attachment, netns_fd: int) -> None:
+        """The wire against ``prevResult``: what plugins after us changed there is right."""
+        assert call.previous is not None
+        interfaces = call.previous.interfaces or []
+        own = [
+            (index, interface)
+            for index, interface in enumerate(interfaces)
+            if interface.name == attachment.ifname and interface.sandbox
+        ]
+        if not own:
+            raise CniError(
+                NOT_AS_ADDED, f"prevResult: interfaces: no {attachment.ifname} with a sandbox"
+            )
+        index, interface = own[0]
+        addresses = {
+            parse_interface(address.address)[0]
+            for address in call.previous.ips or []
+            if address.interface == index
+        }
+        mac = interface.mac or attachment.mac
+        faults = self._node.faults(attachment, netns_fd, addresses, mac, interface.mtu or 0)
+        if faults:
+            raise CniError(NOT_AS_ADDED, "; ".join(faults))
+
+    def _status(self, call: Call) -> None:
+        """Whether an ADD could be served now. Raises CniError with code 50."""
+        try:
+            self._node.require_pools(call.configuration.ipam.families)
+        except (StoreError, IpamError) as error:
+            raise CniError(NOT_AVAILABLE, str(error)) from error
+
+    def _collect_garbage(self, call: Call) -> None:
+        """Detach all of this network that the runtime does not list. Raises CniError."""
+        listed = call.configuration.valid_attachments
+        if listed is None:
+            raise invalid_configuration([Problem(VALID_ATTACHMENTS, None, "required")])
+        valid = {(item.container_id, item.ifname) for item in listed}
+        errors = []
+        for found in known_attachments(self._node):
+            attachment = found.attachment
+            if attachment.network != call.configuration.name:
+                continue
+            if (attachment.container_id, attachment.ifname) in valid:
+                continue
+            try:
+                self._node.detach(attachment, found.interface)
+                _log.info("GC %s: detached", attachment)
+            except (StoreError, OSError) as error:
+                errors.append(f"{attachment}: {error}")
+        if errors:
+            raise CniError(TRY_AGAIN_LATER, f"{len(errors)} not collected", "; ".join(errors))
+
+
+def _explain(error: Exception) -> CniError:
+    """The CNI error for what went wrong; what nobody foresaw goes to the log in full."""
+    if isinstance(error, CniError):
+        return error
+    if isinstance(error, StoreError):
+        return CniError(TRY_AGAIN_LATER, f"datastore: {error}")
+    if isinstance(error, IpamError | InvalidObjectError):
+        return CniError(ADDRESSES, str(error))
+    if isinstance(error, OSError):
+        return CniError(WIRING, str(error))
+    _log.error("a fault of the daemon", exc_info=error)
+    return CniError(INTERNAL, f"{type(error).__name__}: {error}", "the daemon's log says more")

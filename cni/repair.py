@@ -1,0 +1,74 @@
+"""What a daemon that died, or a container that vanished without a DEL, left behind.
+
+Nothing is taken from a container that may be alive. An interface goes only when it bears our
+mark of an unfinished ADD, of which no runtime was told that it succeeded; an address only
+when its attachment has neither endpoint nor interface.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cni import wiring
+from cni.attachment import Attachment, from_alias, from_allocation
+from cni.node import Node
+from kernel.links import Link, Links
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """An attachment of which something exists. ``interface``: the node's end, if that does."""
+
+    attachment: Attachment
+    interface: str = ""
+
+
+def known_attachments(node: Node) -> list[Known]:
+    """All attachments of the node that hold an address or have an interface.
+
+    Raises StoreError, OSError.
+    """
+    holders = {attachment.alias: attachment for attachment in _holders(node)}
+    known = {alias: Known(attachment) for alias, attachment in holders.items()}
+    for link in _links(node):
+        attachment = from_alias(link.alias)
+        if attachment is not None:
+            known[link.alias] = Known(holders.get(link.alias, attachment), link.name)
+    return list(known.values())
+
+
+def repair(node: Node) -> None:
+    """Finish or take back all that is half-done. Safe while requests are served.
+
+    Raises StoreError, OSError; what was not reached is reached when it is called again.
+    """
+    holders = {attachment.alias: attachment for attachment in _holders(node)}
+    for link in _links(node):
+        if link.group == wiring.DELETING:
+            _log.info("interface %s: its deletion was cut off; deleting it", link.name)
+            node.remove_interface(link)
+        elif link.group == wiring.UNFINISHED:
+            _log.info("interface %s: its ADD was cut off", link.name)
+            node.repair_interface(link, holders.get(link.alias, from_alias(link.alias)))
+    for attachment in holders.values():
+        node.repair_address(attachment)
+
+
+def _links(node: Node) -> list[Link]:
+    with node.sockets.borrow() as host:
+        return list(Links(host).read().values())
+
+
+def _holders(node: Node) -> Iterator[Attachment]:
+    """Attachments of this node that hold addresses, in whatever block."""
+    for entry in node.cluster.store.list("IPAMBlock").entries:
+        for owner in entry.value["spec"]["attributes"]:
+            attributes = owner.get("secondary") or {}
+            if attributes.get("node") == node.cluster.node:
+                attachment = from_allocation(owner.get("handle_id") or "", attributes)
+                if attachment is not None:
+                    yield attachment

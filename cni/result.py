@@ -1,0 +1,60 @@
+"""The result of an ADD, in the words of each version of the spec (section 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from api.net import format_address
+from cni.config import Call
+from cni.wiring import DEFAULT_NETS, GATEWAYS, HOST_MAC, Wire
+from kernel.routes import SCOPE_LINK
+
+# Up to 0.4.0 an address says which IP version it is of; 1.1.0 brought MTU and scope.
+_WITH_IP_VERSION = ("0.3.0", "0.3.1", "0.4.0")
+_WITH_MTU_AND_SCOPE = ("1.1.0",)
+
+
+def result(call: Call, wire: Wire) -> dict[str, Any]:
+    """What was made. A plugin that ran before us comes first, as it said it (prevResult)."""
+    version = call.configuration.cni_version
+    previous = call.previous.model_dump(exclude_unset=True) if call.previous else {}
+    interfaces = previous.get("interfaces") or []
+    node_end: dict[str, Any] = {"name": wire.host_interface, "mac": HOST_MAC}
+    container_end: dict[str, Any] = {"name": wire.interface, "mac": wire.mac}
+    if version in _WITH_MTU_AND_SCOPE:
+        node_end["mtu"] = container_end["mtu"] = wire.mtu
+    container_end["sandbox"] = call.netns
+    return {
+        "cniVersion": version,
+        "interfaces": [*interfaces, node_end, container_end],
+        "ips": [*(previous.get("ips") or []), *_addresses(wire, version, len(interfaces) + 1)],
+        "routes": [*(previous.get("routes") or []), *_routes(wire, version)],
+        "dns": previous.get("dns") or call.configuration.dns.model_dump(exclude_none=True),
+    }
+
+
+def _addresses(wire: Wire, version: str, interface: int) -> list[dict[str, Any]]:
+    addresses = []
+    for net in wire.addresses:
+        gateway = GATEWAYS[net.version]
+        entry: dict[str, Any] = {
+            "interface": interface,
+            "address": str(net),
+            "gateway": format_address(gateway.version, gateway.address),
+        }
+        if version in _WITH_IP_VERSION:
+            entry["version"] = str(net.version)
+        addresses.append(entry)
+    return addresses
+
+
+def _routes(wire: Wire, version: str) -> list[dict[str, Any]]:
+    routes: list[dict[str, Any]] = []
+    for family in wire.versions:
+        gateway = GATEWAYS[family]
+        link: dict[str, Any] = {"dst": str(gateway)}
+        if version in _WITH_MTU_AND_SCOPE:
+            link["scope"] = SCOPE_LINK
+        address = format_address(gateway.version, gateway.address)
+        routes += [link, {"dst": str(DEFAULT_NETS[family]), "gw": address}]
+    return routes

@@ -1,0 +1,168 @@
+"""The daemon's socket: who may ask, and which thread answers.
+
+All workers wait in ``accept`` on one socket, so the kernel hands a request straight to the
+thread that serves it. A worker that finds none other waiting starts one more, and those too
+many end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from cni.protocol import ProtocolError, Request, answer, peer_uid, receive
+from datastore.environment import Environment
+
+MAX_WORKERS = 64  # most of them wait for the kernel to delete interfaces
+SPARE_WORKERS = 4
+_BACKLOG = 1024
+_STACK = 1 << 20  # bytes; the default of 8 MiB is address space for nothing
+
+_SOCKET = "cni.sock"
+
+# From a request to exit code and output for the client.
+Handler = Callable[[Request], tuple[int, bytes]]
+
+_log = logging.getLogger(__name__)
+
+
+def socket_path(environment: Environment) -> Path:
+    """Where the daemon listens."""
+    return environment.run_dir / _SOCKET
+
+
+class Server:
+    """Serves ``handler`` on the Unix socket ``path``, to root alone.
+
+    One server per path: a lock file beside it keeps a second one away. Raises
+    RuntimeError where one is running, OSError where the path can't be used.
+    """
+
+    def __init__(self, path: Path, handler: Handler) -> None:
+        self.path = path
+        self._handler = handler
+        self._lock = threading.Condition()
+        self._workers = 0
+        self._waiting = 0
+        self._closing = False
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._lock_fd = _take_lock(path.with_name(path.name + ".lock"))
+        try:
+            self._socket = _listen(path)
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    def start(self) -> None:
+        """Start serving; returns at once."""
+        threading.stack_size(_STACK)
+        with self._lock:
+            self._start_worker()
+
+    def stop(self) -> None:
+        """Take no more requests, finish those in hand, free the path."""
+        with self._lock:
+            self._closing = True
+        self.path.unlink(missing_ok=True)
+        self._socket.shutdown(socket.SHUT_RDWR)  # wakes all who wait in accept
+        with self._lock:
+            self._lock.wait_for(lambda: self._workers == 0)
+        self._socket.close()
+        os.close(self._lock_fd)
+
+    def _start_worker(self) -> None:
+        self._workers += 1
+        self._waiting += 1
+        threading.Thread(target=self._work, name="cni-worker", daemon=True).start()
+
+    def _work(self) -> None:
+        try:
+            while (connection := self._accept()) is not None:
+                with connection:
+                    try:
+                        self._serve(connection)
+                    except Exception:
+                        _log.exception("request failed; its client is left without an answer")
+                with self._lock:
+                    if self._closing or self._waiting >= SPARE_WORKERS:
+                        break
+                    self._waiting += 1
+        finally:
+            with self._lock:
+                self._workers -= 1
+                self._lock.notify_all()
+
+    def _accept(self) -> socket.socket | None:
+        """The next connection; None when the server stops."""
+        while True:
+            try:
+                connection = self._socket.accept()[0]
+            except OSError as error:
+                if self._closing:
+                    connection = None
+                elif error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                    _log.error("no descriptor for another connection: %s", error)
+                    threading.Event().wait(0.1)
+                    continue
+                elif error.errno == errno.ECONNABORTED:
+                    continue
+                else:
+                    raise
+            with self._lock:
+                self._waiting -= 1
+                if not self._waiting and self._workers < MAX_WORKERS and connection is not None:
+                    self._start_worker()
+            return connection
+
+    def _serve(self, connection: socket.socket) -> None:
+        uid = peer_uid(connection)
+        if uid != 0:
+            _log.warning("refused a request of user %d: only root may ask", uid)
+            return
+        try:
+            request = receive(connection)
+        except (ProtocolError, OSError) as error:
+            _log.warning("request dropped: %s", error)
+            return
+        try:
+            exit_code, output = self._handler(request)
+        finally:
+            request.close()
+        answer(connection, exit_code, output)
+
+
+def _take_lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RuntimeError(
+            f"{path}: locked: another daemon serves this socket; stop it first"
+        ) from None
+    return descriptor
+
+
+def _listen(path: Path) -> socket.socket:
+    """Listen on a fresh socket and move it into place, so that no moment is without one."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    temporary = path.with_name(path.name + ".new")
+    try:
+        temporary.unlink(missing_ok=True)
+        listener.bind(str(temporary))
+        temporary.chmod(0o600)
+        listener.listen(_BACKLOG)
+        temporary.replace(path)
+    except BaseException:
+        listener.close()
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    return listener

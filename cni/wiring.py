@@ -1,0 +1,253 @@
+"""The wire between a container and its node: a veth pair, addresses, routes, neighbours.
+
+What is made, for a pod 10.65.0.5 whose end is called eth0 (``ip`` says it in words):
+
+    node      link add cali… up address ee:ee:ee:ee:ee:ee type veth peer eth0 netns POD
+              sysctl net.ipv4.conf.cali….{rp_filter,forwarding,proxy_arp}=1
+              route add 10.65.0.5 dev cali… scope link proto 80
+              neighbour replace 10.65.0.5 lladdr MAC dev cali… nud permanent
+    pod       link set eth0 up; address add 10.65.0.5/32 dev eth0
+              route add 169.254.1.1 dev eth0 scope link; route add default via 169.254.1.1
+              neighbour replace 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee dev eth0 nud permanent
+
+With neighbours known at both ends the first packet waits for no ARP; proxy_arp answers a pod
+that flushed its own. rp_filter drops what a pod sends with another's address.
+
+A link that we made bears the attachment's alias. Until its endpoint is in the datastore it is
+in device group ``UNFINISHED``: a daemon that starts finds there what its predecessor left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from api.net import V4, V6, Net, parse_net
+from kernel.addresses import Address, Addresses, AddressKey, address_add
+from kernel.links import Link, Links, link_set, link_up, parse_link, set_inet_conf, veth
+from kernel.neighbours import Neighbour, Neighbours, neighbour_replace
+from kernel.netlink import Message, NetlinkSocket
+from kernel.routes import PROTO_FELIX, SCOPE_LINK, Hop, Route, Routes, route_add, route_replace
+
+HOST_MAC = "ee:ee:ee:ee:ee:ee"
+# What a container sends to: nobody has these addresses, the node's MAC address stands for them.
+GATEWAYS = {V4: parse_net("169.254.1.1"), V6: parse_net("fe80::ecee:eeff:feee:eeee")}
+DEFAULT_NETS = {V4: parse_net("0.0.0.0/0"), V6: parse_net("::/0")}
+
+UNFINISHED = 0x6D616E01  # device groups; "man" and a number
+DELETING = 0x6D616E02
+
+DEFAULT_MTU = 1500
+_PROTO_BOOT = 3  # as `ip route` writes it: nobody's in particular
+_HOST_CONF = {"rp_filter": 1, "forwarding": 1, "proxy_arp": 1}
+_ANYWHERE = parse_net("192.0.2.1")  # RFC 5737: no network has a route of its own to it
+
+Step = tuple[object, Message]  # what a message is about, for the error
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """A wire as it ought to be. ``addresses``: host Nets. ``mtu`` in bytes, 0: any."""
+
+    host_interface: str
+    interface: str
+    mac: str
+    alias: str
+    addresses: tuple[Net, ...]
+    mtu: int
+
+    @property
+    def versions(self) -> list[int]:
+        """The IP versions of its addresses."""
+        return sorted({net.version for net in self.addresses})
+
+
+class HostInterfaceExistsError(Exception):
+    """An interface of that name is on the node already: a leftover."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(f"interface {link.name} exists on the node")
+        self.link = link
+
+
+class ContainerInterfaceExistsError(Exception):
+    """The container has an interface of that name which is not ours."""
+
+
+class Sockets:
+    """Netlink sockets to the node's own namespace, kept open and lent to one thread each."""
+
+    def __init__(self) -> None:
+        self._idle: list[NetlinkSocket] = []
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[NetlinkSocket]:
+        """A socket for the block. One whose conversation broke is not lent again."""
+        try:
+            socket = self._idle.pop()
+        except IndexError:
+            socket = NetlinkSocket()
+        try:
+            yield socket
+        except BaseException:
+            socket.close()
+            raise
+        self._idle.append(socket)
+
+    def close(self) -> None:
+        """Close those that nobody has borrowed."""
+        while self._idle:
+            self._idle.pop().close()
+
+
+def create(host: NetlinkSocket, netns_fd: int, wire: Wire) -> Link:
+    """Make the pair, in group ``UNFINISHED``; returns the node's end.
+
+    Raises HostInterfaceExistsError, ContainerInterfaceExistsError, OSError.
+    """
+    pair = veth(
+        wire.host_interface,
+        wire.interface,
+        peer_netns_fd=netns_fd,
+        mtu=wire.mtu,
+        mac=HOST_MAC,
+        peer_mac=wire.mac,
+        group=UNFINISHED,
+    )
+    try:
+        return parse_link(host.request(pair))
+    except OSError as error:
+        if error.errno != errno.EEXIST:
+            raise OSError(error.errno, f"veth {wire.host_interface}: {error.strerror}") from error
+        leftover = find(host, wire.host_interface)
+        if leftover is not None:
+            raise HostInterfaceExistsError(leftover) from error
+        raise ContainerInterfaceExistsError(wire.interface) from error
+
+
+def configure(host: NetlinkSocket, netns_fd: int, wire: Wire, link: Link) -> None:
+    """Everything else, at both ends of the pair. Raises OSError."""
+    _do(host, _node_steps(wire, link.index))
+    with NetlinkSocket(netns_fd=netns_fd) as container:
+        _do(container, _container_steps(wire, link.peer_index))
+
+
+def finish(host: NetlinkSocket, index: int) -> None:
+    """Take the wire out of group ``UNFINISHED``: its endpoint is recorded."""
+    _do(host, [(f"interface #{index}", link_set(index, group=0))])
+
+
+def find(host: NetlinkSocket, name: str) -> Link | None:
+    """The node's interface of that name."""
+    try:
+        return Links(host).get(name)
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+
+
+def uplink_mtu(host: NetlinkSocket) -> int:
+    """The MTU of the interface that leads out of the node; 1500 when none does."""
+    route = Routes(host).lookup(_ANYWHERE)
+    if route is None or not route.hops:
+        return DEFAULT_MTU
+    return Links(host).get(route.hops[0].ifindex).mtu
+
+
+def faults(host: NetlinkSocket, netns_fd: int, wire: Wire) -> list[str]:
+    """In which points the wire is not as it ought to be, one sentence each."""
+    near = find(host, wire.host_interface)
+    if near is None:
+        return [f"node: interface {wire.host_interface} is missing"]
+    with NetlinkSocket(netns_fd=netns_fd) as container:
+        far = find(container, wire.interface)
+        if far is None or far.index != near.peer_index or near.index != far.peer_index:
+            return [
+                f"container: interface {wire.interface} is missing or not the other end of"
+                f" {wire.host_interface}"
+            ]
+        return [
+            *_link_faults("node", near, HOST_MAC, 0),
+            *_link_faults("container", far, wire.mac, wire.mtu),
+            *(fault for net in wire.addresses for fault in _node_faults(host, near, net, far.mac)),
+            *(fault for net in wire.addresses for fault in _address_faults(container, far, net)),
+            *(fault for version in wire.versions for fault in _exits(container, far, version)),
+        ]
+
+
+def _node_steps(wire: Wire, index: int) -> list[Step]:
+    name = wire.host_interface
+    steps: list[Step] = [
+        (f"sysctl net.ipv4.conf.{name}", set_inet_conf(index, _HOST_CONF)),
+        (f"interface {name}", link_set(index, alias=wire.alias)),
+    ]
+    for net in wire.addresses:
+        # Another wire to the same address, of a container that is gone, gives way.
+        route = Route(net, (Hop(index),), protocol=PROTO_FELIX, scope=SCOPE_LINK)
+        neighbour = Neighbour(index, net, wire.mac, _PROTO_BOOT)
+        steps += [(route, route_replace(route)), (neighbour, neighbour_replace(neighbour))]
+    return steps
+
+
+def _container_steps(wire: Wire, index: int) -> list[Step]:
+    steps: list[Step] = [(f"interface {wire.interface}", link_up(index))]
+    for net in wire.addresses:
+        address = Address(index, net, net.length)
+        steps.append((address, address_add(address)))
+    for version in wire.versions:
+        gateway = GATEWAYS[version]
+        neighbour = Neighbour(index, gateway, HOST_MAC, _PROTO_BOOT)
+        routes = _container_routes(version, index)
+        steps += [(route, route_add(route)) for route in routes]
+        steps.append((neighbour, neighbour_replace(neighbour)))
+    return steps
+
+
+def _container_routes(version: int, index: int) -> tuple[Route, Route]:
+    gateway = GATEWAYS[version]
+    return (
+        Route(gateway, (Hop(index),), protocol=_PROTO_BOOT),
+        Route(DEFAULT_NETS[version], (Hop(index, gateway.address),), protocol=_PROTO_BOOT),
+    )
+
+
+def _do(socket: NetlinkSocket, steps: Sequence[Step]) -> None:
+    failures = socket.batch([message for _, message in steps])
+    if failures:
+        raise failures[0].error(steps[failures[0].index][0])
+
+
+def _link_faults(where: str, link: Link, mac: str, mtu: int) -> Iterator[str]:
+    if not link.up:
+        yield f"{where}: interface {link.name} is down"
+    if link.mac != mac:
+        yield f"{where}: interface {link.name} has MAC address {link.mac}, not {mac}"
+    if mtu and link.mtu != mtu:
+        yield f"{where}: interface {link.name} has MTU {link.mtu}, not {mtu}"
+
+
+def _node_faults(host: NetlinkSocket, link: Link, net: Net, mac: str) -> Iterator[str]:
+    route = Routes(host).lookup(net)
+    if route is None or route.net != net or [hop.ifindex for hop in route.hops] != [link.index]:
+        yield f"node: no route to {net} through {link.name}"
+    known = Neighbours(host).read(version=net.version, ifindex=link.index, protocol=None)
+    if not any(entry.net == net and entry.mac == mac for entry in known.values()):
+        yield f"node: no neighbour entry for {net} at {mac} on {link.name}"
+
+
+def _address_faults(container: NetlinkSocket, link: Link, net: Net) -> Iterator[str]:
+    found = Addresses(container).read(version=net.version, ifindex=link.index)
+    if AddressKey(link.index, net, net.length) not in found:
+        yield f"container: interface {link.name} does not have address {net}"
+
+
+def _exits(container: NetlinkSocket, link: Link, version: int) -> Iterator[str]:
+    """The way out: a chained plugin may have added routes, so only ours are looked for."""
+    found = Routes(container).read(version=version)
+    for wanted in _container_routes(version, link.index):
+        route = found.get(wanted.key)
+        if route is None or route.hops != wanted.hops:
+            yield f"container: no route {wanted.net} on {link.name}"

@@ -1,0 +1,35 @@
+"""The clients, and one node that the tests of a module share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cni.rig import Rig, build_client, running
+
+
+@pytest.fixture(scope="session", params=["c", "python"])
+def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plugin's executable: each test runs with both."""
+    return build_client(request.param, tmp_path_factory.mktemp("client"))
+
+
+@pytest.fixture(scope="session")
+def c_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plugin's executable, for tests that are not about the client."""
+    return build_client("c", tmp_path_factory.mktemp("client"))
+
+
+@pytest.fixture(scope="module")
+def _node(c_client: Path) -> Iterator[Rig]:
+    with running(c_client) as rig:
+        yield rig
+
+
+@pytest.fixture
+def rig(_node: Rig) -> Iterator[Rig]:
+    """A node whose daemon serves; after each test nothing may be left on it."""
+    yield _node
+    _node.assert_empty()
