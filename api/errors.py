@@ -31,4 +31,9 @@ class InvalidObjectError(ValueError):
         self.kind = kind
         self.name = name
         self.problems = tuple(problems)
-        super().__init__(f"{kind} {name}: " + "; ".join(str(problem) for problem in self.problems))
+        super().__init__(f"{self.title}: " + "; ".join(str(problem) for problem in self.problems))
+
+    @property
+    def title(self) -> str:
+        """Kind and, where there is one, name: ``IPPool pods``."""
+        return f"{self.kind} {self.name}".rstrip()

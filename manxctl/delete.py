@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from api.kinds import KINDS, Kind
+from api.kinds import Kind
 from datastore.interface import ConflictError, Datastore, Key, NotFoundError
-from manxctl.documents import DEFAULT_NAMESPACE, IPAM_KINDS
+from manxctl.documents import DEFAULT_NAMESPACE, IPAM_KINDS, title
 from manxctl.options import file_options, kind_named, open_store, read_or_fail
 
 
@@ -45,7 +45,7 @@ def command(
             complaint = _delete(store, key, revision, skip_not_exists, force)
             if complaint:
                 failed = True
-                click.echo(f"Error: {_title(key)}: {complaint}", err=True)
+                click.echo(f"Error: {title(key)}: {complaint}", err=True)
     if failed:
         raise SystemExit(1)
 
@@ -69,11 +69,11 @@ def _delete(
     except NotFoundError:
         if not skip:
             return "does not exist"
-        click.echo(f"{_title(key)} does not exist")
+        click.echo(f"{title(key)} does not exist")
     except ConflictError:
         return f"metadata.resourceVersion: {revision!r}: it is another now; get the object again"
     else:
-        click.echo(f"{_title(key)} deleted")
+        click.echo(f"{title(key)} deleted")
     return None
 
 
@@ -104,7 +104,3 @@ def _objection(store: Datastore, key: Key) -> str | None:
         if (entry.value.get("spec") or {}).get("tier") == key.name
     ]
     return f"still has policies: {', '.join(inside)}" if inside else None
-
-
-def _title(key: Key) -> str:
-    return f"{KINDS[key.kind].kind} {key.namespace}/{key.name}".replace(" /", " ")

@@ -43,12 +43,17 @@ class Document:
 
     def complain(self, problem: Problem | str) -> str:
         """A complaint about this object."""
-        return f"{self.place}: {self.kind.kind} {self.title}: {problem}"
+        return f"{self.place}: {self.title}: {problem}"
 
     @property
     def title(self) -> str:
-        """``namespace/name``, or the name alone."""
-        return f"{self.key.namespace}/{self.key.name}".removeprefix("/")
+        """What the object is called."""
+        return title(self.key)
+
+
+def title(key: Key) -> str:
+    """An object as people call it: ``NetworkPolicy shop/web``, ``IPPool pods``."""
+    return f"{KINDS[key.kind].kind} {key.namespace}/{key.name}".replace(" /", " ")
 
 
 def read(sources: Sequence[str], namespace: str | None, *, recursive: bool) -> list[Document]:
@@ -67,8 +72,7 @@ def read(sources: Sequence[str], namespace: str | None, *, recursive: bool) -> l
                         found.append(_document(where, item, namespace or DEFAULT_NAMESPACE))
                     except InvalidObjectError as error:
                         complaints += [
-                            f"{where}: {error.kind} {error.name}: {problem}"
-                            for problem in error.problems
+                            f"{where}: {error.title}: {problem}" for problem in error.problems
                         ]
         except SyntaxProblemError as error:
             complaints.append(f"{source}: {error}")
@@ -94,9 +98,13 @@ def check(found: Sequence[Document]) -> list[Resource]:
     complaints = []
     for document in found:
         try:
-            resources.append(parse(document.value, selector=parse_selector))
+            resource = parse(document.value, selector=parse_selector)
         except InvalidObjectError as error:
             complaints += [document.complain(problem) for problem in error.problems]
+        else:
+            resources.append(resource)
+            if (resource.namespace, resource.name) != (document.key.namespace, document.key.name):
+                complaints.append(document.complain("metadata, name: expected in lower case"))
         complaints += [document.complain(problem) for problem in _not_by_hand(document)]
     if complaints:
         raise DocumentsError(complaints)

@@ -10,7 +10,7 @@ from api.kinds import Kind
 from datastore.interface import JSON, Datastore, Entry, Key, NotFoundError
 from manxctl import table
 from manxctl.columns import columns
-from manxctl.documents import DEFAULT_NAMESPACE
+from manxctl.documents import DEFAULT_NAMESPACE, title
 from manxctl.options import kind_named, open_store
 
 OUTPUTS = ("table", "wide", "yaml", "json", "name")
@@ -51,7 +51,7 @@ def command(
         elif not missing or values:
             _dump(_list(kind, values, revision), output)
     for key in missing:
-        click.echo(f"Error: {key}: does not exist", err=True)
+        click.echo(f"Error: {title(key)}: does not exist", err=True)
     if missing:
         raise SystemExit(1)
 

@@ -18,4 +18,4 @@ def command(filenames: tuple[str, ...], recursive: bool, namespace: str | None) 
     """
     found = read_or_fail(filenames, namespace, recursive)
     check(found)
-    click.echo(f"{len(found)} resources are valid")
+    click.echo(f"{len(found)} {'resource' if len(found) == 1 else 'resources'}, all valid")

@@ -52,7 +52,7 @@ def write_all(
     if complaints:
         raise DocumentsError(complaints)
     for document, resource in zip(found, resources, strict=True):
-        report(f"{document.kind.kind} {document.title} {write(store, document, resource)}")
+        report(f"{document.title} {write(store, document, resource)}")
 
 
 def find(store: Datastore, document: Document) -> Entry | None:
@@ -127,7 +127,7 @@ def _new(resource: Resource) -> JSON:
 def _merged(resource: Resource, stored: Entry) -> JSON:
     """The document, with what belongs to the stored object: its identity, and its status."""
     value = _bare(dump(resource))
-    old: dict[str, Any] = stored.value.get("metadata", {})
+    old: dict[str, Any] = stored.value.get("metadata") or {}
     for field in ("uid", "creationTimestamp"):
         value["metadata"].pop(field, None)
         if field in old:
@@ -140,5 +140,5 @@ def _merged(resource: Resource, stored: Entry) -> JSON:
 def _bare(value: JSON) -> JSON:
     """Without what the store, or another API server, added to metadata."""
     dropped = ("resourceVersion", "managedFields", "selfLink")
-    metadata = {k: v for k, v in value.get("metadata", {}).items() if k not in dropped}
+    metadata = {k: v for k, v in (value.get("metadata") or {}).items() if k not in dropped}
     return value | {"metadata": metadata}

@@ -100,7 +100,7 @@ def test_directories(run: Run, store: SqliteDatastore, tmp_path: Path) -> None:
     assert run("apply", "-f", folder).output == "IPPool pods created\n"
     result = run("apply", "-R", "-f", folder)
     assert result.output == "NetworkPolicy default/web created\nIPPool pods unchanged\n"
-    assert run("validate", "-f", folder / "more").output == "1 resources are valid\n"
+    assert run("validate", "-f", folder / "more").output == "1 resource, all valid\n"
 
 
 @pytest.mark.parametrize("kind", ["List", "IPPoolList"])
@@ -199,7 +199,7 @@ def test_replace_drops_what_the_document_does_not_have(run: Run, store: SqliteDa
 
 
 def test_a_broken_stored_object_can_be_mended(run: Run, store: SqliteDatastore) -> None:
-    store.create(PODS, {"kind": "IPPool", "spec": {"cidr": "nonsense"}})
+    store.create(PODS, {"kind": "IPPool", "metadata": None, "spec": {"cidr": "nonsense"}})
     assert run("apply", "-f", "-", stdin=POOL).output == "IPPool pods configured\n"
 
 
@@ -271,10 +271,12 @@ def test_converted_policies_are_not_written(run: Run) -> None:
     [
         ("", "no resource in -"),
         ("a: [", "standard input: line 2, column 1: "),
-        ("just text", "standard input, document 1: object : 'just text': a mapping with a kind"),
+        ("just text", "standard input, document 1: object: 'just text': a mapping with a kind"),
         ("kind: Pol\n", "kind: 'Pol': a kind Manx knows"),
         (POOL + "---" + POOL, "document 2: IPPool pods: stands in standard input, document 1, too"),
         (POOL.replace("{name: pods}", "{}"), "metadata.name: '': required"),
+        (POOL.replace("metadata", "Metadata"), "metadata, name: expected in lower case"),
+        (POOL.replace("name:", "Name:"), "metadata, name: expected in lower case"),
     ],
 )
 def test_refused_input(run: Run, stdin: str, message: str) -> None:

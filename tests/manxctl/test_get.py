@@ -109,7 +109,7 @@ def test_what_is_missing(run: Run, store: SqliteDatastore) -> None:
     put(store, "IPPool", "pods", {"cidr": "10.0.0.0/16"})
     result = run("get", "pools", "absent", "pods")
     assert result.exit_code == 1
-    assert result.stderr == "Error: IPPool(absent): does not exist\n"
+    assert result.stderr == "Error: IPPool absent: does not exist\n"
     assert "10.0.0.0/16" in result.stdout
     result = run("get", "ippolls")
     assert result.exit_code == 2
