@@ -139,7 +139,7 @@ IgnoredInterface = Annotated[
     ),
 ]
 Mac = Annotated[str, _check(_is_mac, "a MAC address such as ee:ee:ee:ee:ee:ee")]
-Ip = Annotated[str, _check(ipaddress.ip_address, "an IP address")]
+Ip = Annotated[str, _check(lambda text: "/" not in text and parse_net(text), "an IP address")]
 IPv4 = Annotated[str, _check(lambda text: _version(text, 4), "an IPv4 address")]
 IPv6 = Annotated[str, _check(lambda text: _version(text, 6), "an IPv6 address")]
 Cidr = Annotated[

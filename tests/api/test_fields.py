@@ -101,6 +101,8 @@ def test_no_as_numbers(value: object) -> None:
         (fields.Mac, "ee:ee:ee:ee:ee:ee", "ee:ee:ee:ee:ee"),
         (fields.IPv4, "10.0.0.1", "10.0.0.01"),
         (fields.IPv6, "fd00::1", "fe80::1%eth0"),
+        (fields.Ip, "fd00::1", "fe80::1%eth0"),
+        (fields.Ip, "10.0.0.1", "10.0.0.1/32"),
         (fields.Cidr, "10.0.0.0/8", "10.0.0.0/255.0.0.0"),
         (fields.Cidr, "fd00::/64", "10.0.0.1"),
         (fields.NetText, "10.0.0.1", "10.0.0.1/24"),

@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
+from api.kinds import KINDS
 from datastore.interface import Key
 from datastore.sqlite import SqliteDatastore
 from manxctl.documents import read
+from manxctl.main import main
 from manxctl.writing import update
 from tests.manxctl.conftest import Run
+from tests.manxctl.test_syntax import JSON_VALUES
 
 POOL = """
 apiVersion: projectcalico.org/v3
@@ -284,6 +290,26 @@ def test_refused_input(run: Run, stdin: str, message: str) -> None:
         result = run(verb, "-f", "-", stdin=stdin)
         assert result.exit_code == 1
         assert message in result.stderr
+
+
+OBJECTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "apiVersion": st.sampled_from(["projectcalico.org/v3", "v1", ""]) | JSON_VALUES,
+        "kind": st.sampled_from([*(kind.kind for kind in KINDS.values()), "List"]) | JSON_VALUES,
+        "metadata": st.just({"name": "x"}) | JSON_VALUES,
+        "spec": JSON_VALUES,
+        "items": JSON_VALUES,
+    },
+)
+
+
+@given(OBJECTS | JSON_VALUES)
+def test_arbitrary_objects(obj: object) -> None:
+    result = CliRunner().invoke(main, ["validate", "-f", "-"], input=json.dumps(obj))
+    assert result.exit_code in (0, 1)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert result.stdout or result.stderr.startswith("Error: ")
 
 
 def test_unreadable_files(run: Run, tmp_path: Path) -> None:
