@@ -1,0 +1,54 @@
+"""``manx-bird-glue [run]``: the BGP agent. ``manx-bird-glue leave``: take the node out of BGP.
+
+SIGTERM ends the agent and leaves ExaBGP and the routes in place, for the next one to take over;
+only ``leave`` withdraws them. Settings are environment variables: MANX_NODENAME,
+MANX_DATASTORE, MANX_RUN_DIR, MANX_LOG_LEVEL, and MANX_ROUTER_ID (an IPv4 address, or ``hash``;
+by default the node's IPv4 address).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+from bird_glue.agent import Agent, AlreadyRunningError
+from bird_glue.status import StatusError, leave
+from datastore.connect import connect
+from datastore.environment import Environment, configure_logging
+
+_log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command of the program; exits with 1 when it fails, 2 when it isn't one."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        environment = Environment.load()
+        if words in ([], ["run"]):
+            _run(environment)
+        elif words == ["leave"]:
+            leave(environment.run_dir)
+        else:
+            print(__doc__, file=sys.stderr)
+            sys.exit(0 if words in (["-h"], ["--help"]) else 2)
+    except (ValueError, OSError, AlreadyRunningError, StatusError) as error:
+        sys.exit(f"manx-bird-glue: {error}")
+
+
+def _run(environment: Environment) -> None:
+    configure_logging(environment, "manx-bird-glue")
+    agent = Agent(
+        environment.node,
+        environment.run_dir,
+        connect(environment.datastore),
+        router_id=os.environ.get("MANX_ROUTER_ID", ""),
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    agent.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What peers have told: their routes, and what becomes of these when a session ends.
+
+Graceful restart (RFC 4724), as the helper of a peer that restarts, and for what was learned
+before our own end of the sessions restarted: routes are kept as stale until they are told
+again, the peer marks the end of its routes, or time is up. Pure: times are arguments,
+seconds of any one clock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from api.net import Net
+from bird_glue.decision import Path, Session
+from bird_glue.messages import GracefulRestart, Opened, Updated
+
+# How long a peer that is up again may take to tell all its routes, and how long one is
+# waited for that doesn't mark the end of them (without graceful restart there is no mark).
+END_OF_RIB_SECONDS = 120.0
+UNMARKED_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class PeerState:
+    """A peer and what it told. ``ended``: IP versions all of whose routes are here."""
+
+    session: Session
+    nets: set[Net] = field(default_factory=set)
+    stale: set[Net] = field(default_factory=set)
+    deadline: float | None = None  # when stale routes go
+    ours: bool = False  # they are stale because our end was gone
+    router_id: int = 0
+    graceful: GracefulRestart | None = None
+    up: bool = False
+    ended: set[int] = field(default_factory=set)
+    settles: float | None = None  # when a peer that marks no end counts as complete
+
+    def complete(self, now: float) -> bool:
+        """Whether it is up and has told all it has."""
+        if self.settles is not None:
+            return self.up and now >= self.settles
+        return self.up and bool(self.ended)
+
+
+class AdjRibIn:
+    """Routes by prefix and peer. Peers are known by their address.
+
+    ``changed`` collects the prefixes whose paths changed; whoever reads it empties it.
+    """
+
+    def __init__(self) -> None:
+        self.peers: dict[Net, PeerState] = {}
+        self.routes: dict[Net, dict[Net, Path]] = {}
+        self.next_hops: Counter[Net] = Counter()  # how many paths have it
+        self.changed: set[Net] = set()
+
+    def set_peers(self, sessions: Mapping[Net, Session]) -> None:
+        """Who is a peer. Routes of those who no longer are, are gone."""
+        for address in [address for address in self.peers if address not in sessions]:
+            self._forget(address, tuple(self.peers[address].nets))
+            del self.peers[address]
+        for address, session in sessions.items():
+            known = self.peers.get(address)
+            if known is None:
+                self.peers[address] = PeerState(session)
+            elif known.session != session:
+                known.session = session
+                self.changed |= known.nets
+
+    def opened(self, event: Opened) -> None:
+        """The peer's OPEN came."""
+        if peer := self.peers.get(event.peer):
+            peer.graceful = event.graceful_restart
+            if peer.router_id != event.router_id:
+                peer.router_id = event.router_id
+                self.changed |= peer.nets
+
+    def up(self, address: Net, now: float) -> None:
+        """The session is established; what was kept of the last one awaits confirmation.
+
+        Routes of a family go at once if the peer has not kept forwarding them.
+        """
+        if not (peer := self.peers.get(address)):
+            return
+        graceful = peer.graceful
+        marks_end = bool(graceful and graceful.families)
+        peer.up = True
+        peer.ended.clear()
+        peer.settles = None if marks_end else now + UNMARKED_SECONDS
+        if peer.stale and not peer.ours:
+            kept = graceful.forwarding if graceful else frozenset()
+            self._forget(address, [net for net in peer.stale if net.version not in kept])
+        if peer.stale:
+            peer.deadline = now + (END_OF_RIB_SECONDS if marks_end else UNMARKED_SECONDS)
+
+    def down(self, address: Net, now: float, *, graceful: bool) -> None:
+        """The peer's session is over, or an attempt.
+
+        ``graceful``: it ended without a NOTIFICATION; then routes are kept for as long as the
+        peer's capability asks.
+        """
+        peer = self.peers.get(address)
+        if peer is None or not peer.up:
+            return  # a failed attempt: what is stale stays until its time is up
+        kept: frozenset[int] = frozenset()
+        if graceful and peer.graceful:
+            kept = peer.graceful.families
+        self._forget(address, [net for net in peer.nets if net.version not in kept])
+        seconds = peer.graceful.seconds if peer.graceful else 0
+        self._grow_stale(peer, now + seconds, ours=False)
+
+    def restarted(self, now: float) -> None:
+        """Our end of all sessions is gone and will come back: keep what was told."""
+        for peer in self.peers.values():
+            if peer.up:
+                self._grow_stale(peer, now + END_OF_RIB_SECONDS, ours=True)
+
+    def _grow_stale(self, peer: PeerState, deadline: float, *, ours: bool) -> None:
+        peer.up = False
+        peer.settles = None
+        peer.ended.clear()
+        peer.stale = set(peer.nets)
+        peer.ours = ours
+        peer.deadline = deadline if peer.stale else None
+
+    def updated(self, event: Updated) -> None:
+        """An UPDATE came."""
+        address = event.peer
+        if not (peer := self.peers.get(address)):
+            return
+        self._forget(address, event.withdrawn)
+        for net, next_hop in event.announced:
+            paths = self.routes.setdefault(net, {})
+            self.next_hops[next_hop] += 1
+            if net in peer.nets:
+                self._release(paths[address].next_hop)
+            paths[address] = Path(address, next_hop, event.attributes)
+            peer.nets.add(net)
+            peer.stale.discard(net)
+            self.changed.add(net)
+
+    def end_of_rib(self, address: Net, version: int) -> None:
+        """The peer has told all its routes of an IP version: what is still stale is gone."""
+        if peer := self.peers.get(address):
+            peer.ended.add(version)
+            self._forget(address, [net for net in peer.stale if net.version == version])
+            if not peer.stale:
+                peer.deadline = None
+
+    def expire(self, now: float) -> None:
+        """Forget what was stale for too long."""
+        for address, peer in self.peers.items():
+            if peer.deadline is not None and peer.deadline <= now:
+                self._forget(address, tuple(peer.stale))
+                peer.deadline = None
+
+    def next_deadline(self) -> float | None:
+        """When ``expire`` has something to do; None if never."""
+        deadlines = (peer.deadline for peer in self.peers.values())
+        return min((time for time in deadlines if time is not None), default=None)
+
+    def complete(self, now: float) -> bool:
+        """Whether every peer is up and has told all it has."""
+        return all(peer.complete(now) for peer in self.peers.values())
+
+    def _forget(self, address: Net, nets: Iterable[Net]) -> None:
+        peer = self.peers[address]
+        for net in nets:
+            if net not in peer.nets:
+                continue
+            peer.nets.discard(net)
+            peer.stale.discard(net)
+            paths = self.routes[net]
+            self._release(paths.pop(address).next_hop)
+            if not paths:
+                del self.routes[net]
+            self.changed.add(net)
+
+    def _release(self, next_hop: Net) -> None:
+        self.next_hops[next_hop] -= 1
+        if not self.next_hops[next_hop]:
+            del self.next_hops[next_hop]

@@ -1,0 +1,184 @@
+"""The agent: threads that put things on one queue, and the loop that takes them off.
+
+The datastore's follower, the relay's channel, the kernel watch and the status socket only put;
+everything else happens in the loop. The agent may end at any moment: ExaBGP and the kernel go
+on, and the next one takes over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import queue
+import time
+from io import TextIOWrapper
+from pathlib import Path
+
+from bird_glue.channel import FromRelay
+from bird_glue.core import Core
+from bird_glue.fib import Fib
+from bird_glue.resources import KINDS
+from bird_glue.speaker import Speaker
+from bird_glue.status import Request, StatusServer, status_answer
+from bird_glue.watch import KernelChanged, KernelReader, KernelWatch, source_of
+from datastore.follower import Follower, InSync, Update
+from datastore.interface import Datastore
+from kernel.netlink import NetlinkSocket
+
+_log = logging.getLogger(__name__)
+
+_RESYNC_SECONDS = 60.0
+_READ_PAUSE = 0.2  # between two looks at the kernel
+_LEAVE_SECONDS = 5.0
+
+
+class AlreadyRunningError(Exception):
+    """Another agent uses the same directory."""
+
+
+class Stop:
+    """Put on the queue: end, and leave everything as it is."""
+
+
+Item = Update | InSync | FromRelay | KernelChanged | Request | Stop
+
+
+class Agent:
+    """BGP of one node. ``run`` returns after ``stop``, or after a request to leave."""
+
+    def __init__(self, node: str, run_dir: Path, store: Datastore, *, router_id: str = "") -> None:
+        """``router_id``: an IPv4 address, ``hash``, or empty (see ``local_settings``).
+
+        Raises AlreadyRunningError, OSError.
+        """
+        run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._lock = _lock(run_dir / "bgp.lock")
+        self._queue: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._netlink = NetlinkSocket()
+        self._kernel = KernelReader(self._netlink)
+        self._fib = Fib(self._netlink)
+        self._speaker = Speaker(run_dir, self._queue.put)
+        self._core = Core(
+            node,
+            router_id,
+            self._speaker,
+            self._fib,
+            silent=self._kernel.silent,
+            source_of=source_of,
+        )
+        self._watch = KernelWatch(self._queue.put)
+        self._follower = Follower(store, KINDS, self._queue.put)
+        self._status = StatusServer(run_dir, self._queue.put)
+        self._stopping = False
+        self._leaving: list[Request] = []
+        self._leave_until: float | None = None
+        self._read_due = 0.0
+
+    def stop(self) -> None:
+        """End the loop; ExaBGP and the routes stay. From any thread, or a signal handler."""
+        self._queue.put(Stop())
+
+    def run(self) -> None:
+        """Work until told to stop. Raises OSError where ExaBGP can't be taken over."""
+        now = time.monotonic()
+        self._speaker.adopt(now)
+        self._watch.start()
+        self._follower.start()
+        self._status.start()
+        try:
+            while not self._stopping:
+                self._turn()
+        finally:
+            self._refuse_requests()
+            self._status.stop()
+            self._follower.stop()
+            self._watch.stop()
+            self._speaker.close()
+            self._netlink.close()
+            self._lock.close()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        if now >= self._read_due:
+            self._read_kernel(now)
+        self._core.reconcile(now)
+        self._go_on_leaving(now)
+        due = min(self._core.next_due(now) or self._read_due, self._read_due)
+        for item in self._take(max(0.0, due - time.monotonic())):
+            self._handle(item, time.monotonic())
+
+    def _take(self, seconds: float) -> list[Item]:
+        """All that is on the queue; waits for the first."""
+        try:
+            items = [self._queue.get(timeout=seconds)]
+        except queue.Empty:
+            return []
+        while True:
+            try:
+                items.append(self._queue.get_nowait())
+            except queue.Empty:
+                return items
+
+    def _handle(self, item: Item, now: float) -> None:
+        match item:
+            case FromRelay():
+                for event in self._speaker.handle(item, now):
+                    self._core.session(event, now)
+            case Update():
+                self._core.update(item)
+            case InSync():
+                self._core.in_sync()
+            case KernelChanged():
+                self._read_due = min(self._read_due, now + _READ_PAUSE)
+            case Request(command="status"):
+                item.answer(status_answer(self._core.status()))
+            case Request(command="leave"):
+                self._leave(item, now)
+            case Stop():
+                self._stopping = True
+
+    def _refuse_requests(self) -> None:
+        """Nobody should wait for an answer that won't come."""
+        for item in self._take(0.0):
+            if isinstance(item, Request):
+                item.answer({"error": "manx-bird-glue is ending"})
+
+    def _read_kernel(self, now: float) -> None:
+        """See what the kernel has: after a change, and every minute in case one was missed."""
+        self._watch.rearm()
+        try:
+            self._core.set_topology(self._kernel.topology())
+            self._fib.read()
+        except OSError as error:
+            _log.warning("can't read the kernel's routes, trying again: %s", error)
+            self._read_due = now + 1.0
+            return
+        self._read_due = now + _RESYNC_SECONDS
+
+    def _leave(self, request: Request, now: float) -> None:
+        if self._leave_until is None:
+            _log.info("leaving: withdrawing all routes")
+            self._speaker.leave()
+            self._leave_until = now + _LEAVE_SECONDS
+        self._leaving.append(request)
+
+    def _go_on_leaving(self, now: float) -> None:
+        if self._leave_until is None or not (self._speaker.left or now >= self._leave_until):
+            return
+        left = self._speaker.left
+        self._speaker.stop()
+        self._fib.clear()
+        answer = {"left": True} if left else {"error": "not all peers could be told"}
+        for request in self._leaving:
+            request.answer(answer)
+        self._stopping = True
+
+
+def _lock(path: Path) -> TextIOWrapper:
+    lock = path.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise AlreadyRunningError(f"{path}: another manx-bird-glue is running") from None
+    return lock

@@ -1,0 +1,171 @@
+"""What established peers have been told, and the commands that bring them to what they should.
+
+ExaBGP remembers what it was told about a peer, and tells it again when a session comes back
+or the peer asks; but a peer it is newly configured with knows nothing. So with each session
+that comes up everything is told (what ExaBGP knows already costs nothing), what it should not
+know is withdrawn, and then the end is marked, so that a peer which kept our routes over a
+restart forgets only what is not among them.
+
+Only established peers are ever told anything: routes that wait for a peer make ExaBGP lose a
+request to load its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from api.net import V4, Net, format_address
+from bird_glue.dialogue import Dialogue, Result
+from bird_glue.messages import Down, EndOfRib, Hello, SessionEvent, Up, Updated
+
+_PER_LINE = 20
+_RETRY_SECONDS = 2.0
+
+
+@dataclass(slots=True)
+class Told:
+    """What one peer was told. None: with attributes that are not remembered.
+
+    ``on_wire``: prefixes that were sent to the peer and not withdrawn.
+    """
+
+    announced: dict[Net, str | None] = field(default_factory=dict)
+    on_wire: set[Net] = field(default_factory=set)
+    up: bool = False
+    pending: int = 0  # commands about it that are under way
+    retry: float = 0.0
+    end_asked: float | None = None
+    end_sent: bool = False
+
+
+class Announcer:
+    """Tells peers. ``want`` says what; ``step`` finds out what is missing."""
+
+    def __init__(self) -> None:
+        self._told: dict[Net, Told] = {}
+        self._wanted: Mapping[Net, Mapping[Net, str]] | None = None
+        self._mark_end = False
+
+    def want(self, wanted: Mapping[Net, Mapping[Net, str]], *, mark_end: bool) -> None:
+        """Per peer the prefixes and their attributes; peers that are not in it: nothing."""
+        self._wanted = wanted
+        self._mark_end = mark_end
+
+    def forget(self) -> None:
+        """ExaBGP is gone."""
+        self._told.clear()
+
+    def hello(self, hello: Hello) -> None:
+        """ExaBGP was found running, and had been told this."""
+        for peer, nets in hello.announced.items():
+            self._told[peer] = Told(dict.fromkeys(nets), set(nets))
+
+    def note(self, event: SessionEvent) -> None:
+        """Something happened to a session."""
+        told = self._told.setdefault(event.peer, Told())
+        match event:
+            case Up():
+                told.up = True
+                told.announced = dict.fromkeys(told.announced)
+                told.end_asked, told.end_sent = None, False
+            case Down(removed=removed):
+                told.up = False
+                told.on_wire.clear()
+                if removed:
+                    del self._told[event.peer]
+            case Updated(sent=True, withdrawn=withdrawn, announced=announced):
+                told.on_wire.difference_update(withdrawn)
+                told.on_wire.update(net for net, _ in announced)
+            case EndOfRib(sent=True):
+                told.end_sent = True
+
+    def sent(self, peer: Net) -> int:
+        """How many prefixes a peer was sent."""
+        told = self._told.get(peer)
+        return len(told.on_wire) if told and told.up else 0
+
+    def knowing(self) -> set[Net]:
+        """The peers that were sent something."""
+        return {peer for peer, told in self._told.items() if told.up and told.on_wire}
+
+    def step(self, dialogue: Dialogue, now: float) -> None:
+        """Ask ExaBGP for what is missing."""
+        if self._wanted is None:
+            return
+        for peer, told in self._told.items():
+            if told.up and not told.pending and told.retry <= now:
+                self._tell(dialogue, peer, told, self._wanted.get(peer), now)
+
+    def next_due(self) -> float | None:
+        """When ``step`` has something to do though nothing happens."""
+        due = [told.retry for told in self._told.values() if told.up and told.retry]
+        due += [
+            told.end_asked + _RETRY_SECONDS
+            for told in self._told.values()
+            if told.up and told.end_asked is not None and not told.end_sent
+        ]
+        return min(due, default=None)
+
+    def _tell(
+        self,
+        dialogue: Dialogue,
+        peer: Net,
+        told: Told,
+        wanted: Mapping[Net, str] | None,
+        now: float,
+    ) -> None:
+        told.retry = 0.0
+        address = format_address(*peer[:2])
+        for attributes, nets in _missing(wanted or {}, told.announced):
+            prefixes = " ".join(map(str, nets))
+            line = f"neighbor {address} announce attributes {attributes} nlri {prefixes}"
+            self._ask(dialogue, told, line, nets, attributes)
+        for nets in _batches([net for net in told.announced if net not in (wanted or {})]):
+            prefixes = " ".join(map(str, nets))
+            line = f"neighbor {address} withdraw attributes next-hop self nlri {prefixes}"
+            self._ask(dialogue, told, line, nets, None)
+        if wanted is None or not self._mark_end or told.end_sent:
+            return
+        if told.end_asked is None or now >= told.end_asked + _RETRY_SECONDS:
+            told.end_asked = now
+            family = "ipv4 unicast" if peer.version == V4 else "ipv6 unicast"
+            dialogue.ask(f"neighbor {address} announce eor {family}")
+
+    def _ask(
+        self,
+        dialogue: Dialogue,
+        told: Told,
+        line: str,
+        nets: Collection[Net],
+        attributes: str | None,
+    ) -> None:
+        """``attributes`` None: the line withdraws."""
+
+        def finish(result: Result) -> None:
+            told.pending -= 1
+            if not result.done:
+                told.retry = result.time + _RETRY_SECONDS
+            elif attributes is not None:
+                told.announced.update(dict.fromkeys(nets, attributes))
+            else:
+                for net in nets:
+                    told.announced.pop(net, None)
+
+        told.pending += 1
+        dialogue.ask(line, finish)
+
+
+def _missing(
+    wanted: Mapping[Net, str], announced: Mapping[Net, str | None]
+) -> list[tuple[str, list[Net]]]:
+    """(attributes, prefixes that share them) to announce, in portions."""
+    groups: dict[str, list[Net]] = {}
+    for net, attributes in wanted.items():
+        if announced.get(net) != attributes:
+            groups.setdefault(attributes, []).append(net)
+    return [(attributes, part) for attributes, nets in groups.items() for part in _batches(nets)]
+
+
+def _batches(nets: list[Net]) -> list[list[Net]]:
+    return [nets[start : start + _PER_LINE] for start in range(0, len(nets), _PER_LINE)]

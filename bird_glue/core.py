@@ -1,0 +1,306 @@
+"""All of BGP on this node but the waiting: resources and events in; sessions, routes,
+announcements out.
+
+What is done depends on the state, never on the order in which it came about. ``reconcile``
+works out what changed and brings the speaker and the kernel towards it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from api.errors import Problem
+from api.net import V4, Net, format_address
+from bird_glue.adj_rib_in import AdjRibIn
+from bird_glue.advertise import Speaking, own_announcements, reflected_announcement
+from bird_glue.decision import Guard, Session
+from bird_glue.fib import Fib
+from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated
+from bird_glue.nexthops import Topology
+from bird_glue.peers import desired_peers
+from bird_glue.pools import Pools
+from bird_glue.resources import Resources
+from bird_glue.rib import Rib
+from bird_glue.sessions import Sessions, listen, plan_sessions
+from bird_glue.settings import Local, ObjectProblem, local_settings
+from bird_glue.speaker import Restarted, Speaker, SpeakerEvent
+from bird_glue.status import BgpStatus, PeerStatus
+from bird_glue.tracker import Tracker
+from datastore.follower import Update
+
+_log = logging.getLogger(__name__)
+
+HOLD_SECONDS = 120.0  # how long routes of an earlier run are kept for peers that don't come
+
+
+class Core:
+    """``silent``: whether an address on a link was asked for and didn't answer.
+
+    ``source_of``: the address the kernel would speak from to another.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        router_id: str,
+        speaker: Speaker,
+        fib: Fib,
+        *,
+        silent: Callable[[Net], bool],
+        source_of: Callable[[Net], Net | None],
+    ) -> None:
+        self._node = node
+        self._router_id = router_id
+        self._speaker = speaker
+        self._fib = fib
+        self._silent = silent
+        self._source_of = source_of
+        self._resources = Resources(node)
+        self._routes = AdjRibIn()
+        self._rib = Rib(self._routes)
+        self._tracker = Tracker(self._diagnose)
+        self._topology = Topology()
+        self._local: Local | None = None
+        self._sessions = Sessions()
+        self._blocks: tuple[Net, ...] = ()
+        self._pools = Pools()
+        self._problems: list[ObjectProblem] = []
+        self._in_sync = False
+        self._configure_due = False
+        self._advertise_due = False
+        self._hold_until: float | None = None
+
+    def update(self, update: Update) -> None:
+        """A resource changed."""
+        if self._resources.update(update):
+            self._configure_due = True
+
+    def in_sync(self) -> None:
+        """All resources are known."""
+        self._in_sync = True
+        self._configure_due = True
+
+    def set_topology(self, topology: Topology) -> None:
+        """The kernel's routes or addresses are these."""
+        if not topology.same(self._topology):
+            self._topology = topology
+            self._rib.set_topology(topology)
+            self._configure_due = True
+
+    def session(self, event: SpeakerEvent, now: float) -> None:
+        """Something happened to a session."""
+        if isinstance(event, Restarted):
+            self._routes.restarted(now)
+            self._tracker.lost_all(time.time())
+            return
+        self._tracker.note(event)
+        match event:
+            case Opened():
+                self._routes.opened(event)
+            case Up(peer=peer):
+                self._routes.up(peer, now)
+            case Down(peer=peer):
+                graceful = not event.notified and not event.removed
+                self._routes.down(peer, now, graceful=graceful)
+            case Updated(sent=False):
+                self._routes.updated(event)
+            case EndOfRib(sent=False, peer=peer, version=version):
+                self._routes.end_of_rib(peer, version)
+
+    def reconcile(self, now: float) -> None:
+        """Bring the speaker and the kernel to what should be."""
+        if not self._in_sync:
+            return
+        if self._configure_due:
+            self._configure_due = False
+            self._configure(now)
+        if self._local is None:
+            return
+        self._routes.expire(now)
+        changes = self._rib.flush()
+        self._fib.learned(changes)
+        self._let_go(now)
+        self._fib.apply(now)
+        if changes and self._local.node.cluster_id is not None:
+            self._advertise_due = True
+        if self._advertise_due:
+            self._advertise_due = False
+            self._advertise(self._local)
+        for event in self._speaker.step(now):
+            self.session(event, now)
+
+    def next_due(self, now: float) -> float | None:
+        """When to call ``reconcile`` though nothing happens."""
+        if self._local is None:
+            return None
+        due = [self._speaker.next_due(now), self._routes.next_deadline(), self._fib.next_retry()]
+        if self._fib.holding:
+            due.append(self._hold_until)
+            due += [p.settles for p in self._routes.peers.values() if p.settles and p.settles > now]
+        return min((time for time in due if time is not None), default=None)
+
+    def _let_go(self, now: float) -> None:
+        """Routes of an earlier run go when all peers have told theirs, or time is up."""
+        if not self._fib.holding or self._hold_until is None:
+            return
+        if self._routes.complete(now) or now >= self._hold_until:
+            self._fib.release()
+            self._advertise_due = True
+
+    def _configure(self, now: float) -> None:
+        """Resources or addresses changed: work out the sessions and all that is said."""
+        cluster = self._resources.cluster()
+        local = local_settings(cluster, self._node, self._router_id)
+        self._problems = []
+        if local is None or not self._resources.usable:
+            if local is None:
+                problem = Problem("metadata.name", self._node, "a Node object with this name")
+                self._problems.append(ObjectProblem("Node", self._node, problem))
+            return  # what is in force stays
+        if self._hold_until is None:
+            self._hold_until = now + HOLD_SECONDS
+        peers, problems = desired_peers(cluster, local)
+        hosts = self._topology.hosts
+        self._sessions = plan_sessions(peers, local, hosts, self._source_of)
+        self._problems = problems + self._sessions.problems
+        self._local = local
+        self._blocks = self._resources.blocks()
+        self._pools = self._resources.pools(local.program_unencapsulated)
+        self._routes.set_peers(
+            {
+                address: Session(
+                    neighbor.external,
+                    frozenset((local.asn, neighbor.local_as)),
+                    max(0, self._sessions.peers[address].allowed_own_as),
+                )
+                for address, neighbor in self._sessions.neighbors.items()
+            }
+        )
+        self._rib.set_guard(
+            Guard(
+                local.router_id,
+                local.node.cluster_id,
+                self._blocks,
+                hosts,
+                self._topology.subnets,
+            )
+        )
+        self._fib.configure(
+            pools=self._pools,
+            metrics=local.priorities,
+            blocks=self._blocks,
+            selected=self._rib.selected,
+        )
+        self._speaker.configure(listen(local, hosts), self._sessions.neighbors)
+        self._tracker.set_neighbors(self._sessions.neighbors, time.time())
+        self._advertise_due = True
+
+    def _advertise(self, local: Local) -> None:
+        wanted: dict[Net, dict[Net, str]] = {}
+        for address in self._sessions.neighbors:
+            speaking = self._speaking(address, local)
+            told = own_announcements(self._blocks, self._pools, address.version, speaking)
+            if local.node.cluster_id is not None:
+                told |= self._reflected(address, speaking, local, local.node.cluster_id)
+            wanted[address] = told
+        # a reflector that forgot everything must hear its peers before it says "that is all"
+        complete = local.node.cluster_id is None or not self._fib.holding
+        self._speaker.advertise(wanted, mark_end=complete)
+
+    def _speaking(self, address: Net, local: Local) -> Speaking:
+        neighbor, peer = self._sessions.neighbors[address], self._sessions.peers[address]
+        return Speaking(
+            asn=neighbor.local_as,
+            external=neighbor.external,
+            priority=local.priorities[address.version],
+            cluster_id=peer.cluster_id,
+            next_hop_self=peer.next_hop_self,
+            next_hop_keep=peer.next_hop_keep,
+        )
+
+    def _reflected(
+        self, address: Net, speaking: Speaking, local: Local, cluster_id: int
+    ) -> dict[Net, str]:
+        """What a route reflector tells a peer of what it learned."""
+        told: dict[Net, str] = {}
+        learned = {peer: self._speaking(peer, local) for peer in self._sessions.neighbors}
+        for net, selection in self._rib.selected.items():
+            path = selection.best
+            if net.version != address.version or path.peer == address:
+                continue
+            if not self._pools.exports_learned(net):
+                continue
+            attributes = reflected_announcement(
+                path,
+                learned[path.peer],
+                speaking,
+                own_cluster_id=cluster_id,
+                router_id=self._routes.peers[path.peer].router_id,
+            )
+            if attributes is not None:
+                told[net] = attributes
+        return told
+
+    def _diagnose(self, peer: Net) -> str:
+        """Why a connection to a peer can't be made, if the kernel knows."""
+        address = format_address(*peer[:2])
+        resolution = self._topology.resolve(peer)
+        if resolution is None:
+            return f"no route to {address}"
+        gateways = {hop.gateway for hop in resolution.hops if hop.gateway is not None}
+        for gateway in gateways:
+            if self._silent(Net(peer.version, gateway, peer.length)):
+                return f"no answer from {format_address(peer.version, gateway)} on its link"
+        return ""
+
+    def status(self) -> BgpStatus:
+        """What there is to tell."""
+        local = self._local
+        problems = [str(problem) for problem in self._resources.problems + self._problems]
+        problems += [
+            f"{' '.join(self._sessions.peers[address].owner)}: session with "
+            f"{format_address(*address[:2])}: ExaBGP refuses it: {why}"
+            for address, why in self._speaker.rejected.items()
+            if address in self._sessions.peers
+        ]
+        problems += [f"route not programmed: {text}" for text in self._fib.errors.values()]
+        used: Counter[Net] = Counter()
+        installed: Counter[Net] = Counter()
+        for net, selection in self._rib.selected.items():
+            is_installed = self._fib.installed(net)
+            for path in selection.paths:
+                used[path.peer] += 1
+                installed[path.peer] += is_installed
+        return BgpStatus(
+            node=self._node,
+            asn=local.asn if local else 0,
+            router_id=format_address(V4, local.router_id) if local else "",
+            in_sync=self._in_sync,
+            holding=self._fib.holding,
+            exabgp=self._speaker.pid,
+            blocks=[str(block) for block in self._blocks],
+            peers=[self._peer_status(a, used[a], installed[a]) for a in self._sessions.peers],
+            problems=problems,
+        )
+
+    def _peer_status(self, address: Net, used: int, installed: int) -> PeerStatus:
+        neighbor, peer = self._sessions.neighbors[address], self._sessions.peers[address]
+        tracked = self._tracker.get(address)
+        refused = Counter(self._rib.refusals(address).values())
+        return PeerStatus(
+            address=format_address(*address[:2]),
+            port=neighbor.port,
+            type=peer.type.value,
+            asn=neighbor.remote_as,
+            state=tracked.state,
+            since=tracked.since,
+            info=tracked.info,
+            received=len(self._routes.peers[address].nets),
+            used=used,
+            installed=installed,
+            announced=self._speaker.sent(address),
+            refused=dict(refused),
+        )

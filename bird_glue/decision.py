@@ -1,0 +1,117 @@
+"""Which of several paths to a prefix is best, and which are refused.
+
+The order of RFC 4271 9.1, with every comparison total, so that the result doesn't depend on
+the order of arrival:
+
+1. the highest local preference (100 where the path has none, as all of eBGP);
+2. the shortest AS path (a set counts as one);
+3. the lowest origin (IGP, EGP, INCOMPLETE);
+4. the lowest MED (0 where it has none; compared whatever the neighbouring AS);
+5. eBGP before iBGP;
+6. a next hop on a connected subnet before one behind a gateway;
+   -- paths equal up to here are used together (ECMP) --
+7. the lowest originator or router id;
+8. the shortest cluster list;
+9. the lowest peer address.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from api.net import Net, parse_net
+from bird_glue.messages import Attributes
+
+DEFAULT_LOCAL_PREFERENCE = 100
+
+_MARTIANS = tuple(
+    parse_net(text)
+    for text in (
+        "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4",
+        "::1/128", "fe80::/10", "ff00::/8",
+    )
+)  # fmt: skip
+
+
+class Path(NamedTuple):
+    """A way to a prefix, as a peer told it."""
+
+    peer: Net
+    next_hop: Net
+    attributes: Attributes
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """How paths of a peer are looked at.
+
+    ``external``: over eBGP. ``own_asns``: the AS numbers this node goes by; ``allowed``: how
+    often they may be in an AS path all the same.
+    """
+
+    external: bool
+    own_asns: frozenset[int]
+    allowed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What of this node a peer may never announce, and how loops are recognised."""
+
+    router_id: int = 0
+    cluster_id: int | None = None
+    blocks: tuple[Net, ...] = ()
+    hosts: frozenset[Net] = frozenset()
+    subnets: frozenset[Net] = frozenset()
+
+
+def cost(path: Path, *, external: bool, direct: bool) -> tuple[int, ...]:
+    """Steps 1 to 6, lowest first. Paths of equal cost share the traffic."""
+    attributes = path.attributes
+    preference = attributes.local_preference
+    return (
+        -(DEFAULT_LOCAL_PREFERENCE if preference is None else preference),
+        attributes.path_length,
+        attributes.origin,
+        attributes.med or 0,
+        0 if external else 1,
+        0 if direct else 1,
+    )
+
+
+def tie_break(path: Path, router_id: int) -> tuple[int, int, Net]:
+    """Steps 7 to 9, lowest first; ``router_id`` is the peer's."""
+    attributes = path.attributes
+    identity = router_id if attributes.originator is None else attributes.originator
+    return identity, len(attributes.clusters), path.peer
+
+
+def refusal(net: Net, path: Path, session: Session, guard: Guard) -> str:
+    """Why a path is not used, in words; empty if it may be."""
+    attributes = path.attributes
+    own = session.own_asns
+    seen = sum(asn in own for segment in attributes.as_path for asn in segment.asns)
+    if seen > session.allowed:
+        return "our own AS is in its AS path"
+    if guard.router_id and attributes.originator == guard.router_id:
+        return "this node is its originator"
+    if guard.cluster_id is not None and guard.cluster_id in attributes.clusters:
+        return "our own cluster is in its cluster list"
+    if path.next_hop in guard.hosts:
+        return "its next hop is an address of this node"
+    return _forbidden(net, path.next_hop, guard)
+
+
+def _forbidden(net: Net, next_hop: Net, guard: Guard) -> str:
+    if any(block.contains(net) for block in guard.blocks):
+        return "it is inside a block of this node"
+    if net in guard.subnets:
+        return "it is a subnet this node is on"
+    if net in guard.hosts:
+        return "it is an address of this node"
+    if net == next_hop:
+        return "it is its own next hop"
+    if any(martian.contains(net) for martian in _MARTIANS):
+        return "it is not an address that is routed"
+    return ""

@@ -1,0 +1,175 @@
+"""What of it goes to the kernel: learned routes and blackholes of own blocks, protocol 179.
+
+``ip route show proto 179`` is ours; nothing else is ever touched. Learned routes have a
+metric (1024 unless BGPConfiguration says otherwise), so that a connected, static or pod
+route to the same prefix always wins over them.
+
+After a start, and until all peers have told their routes, what an earlier run left in the
+kernel is kept (``holding``): a route is replaced only by one that knows more ways, and none is
+deleted. So neither our restart nor ExaBGP's moves a packet.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from api.net import V4, V6, Net
+from bird_glue.pools import Pools
+from bird_glue.rib import Selection
+from kernel.netlink import NetlinkSocket
+from kernel.routes import PROTO_BGP, Hop, Route, RouteKey, Routes
+from reconcile.backoff import Backoff
+from reconcile.plan import Plan
+
+_log = logging.getLogger(__name__)
+
+_RETRY_FIRST = 0.5
+_RETRY_LONGEST = 30.0
+
+
+def plan_routes(
+    wanted: Mapping[RouteKey, Route],
+    actual: Mapping[RouteKey, Route],
+    keys: Iterable[RouteKey],
+    *,
+    holding: bool = False,
+) -> Plan[RouteKey, Route]:
+    """The steps for ``keys``. ``holding`` keeps what is there and knows at least as many ways."""
+    plan: Plan[RouteKey, Route] = Plan()
+    for key in keys:
+        new, old = wanted.get(key), actual.get(key)
+        if new is not None and old is None:
+            plan.create[key] = new
+        elif new is not None and old is not None and new != old:
+            if not (holding and new.kind == old.kind and set(new.hops) < set(old.hops)):
+                plan.update[key] = new
+        elif new is None and old is not None and not holding:
+            plan.delete[key] = old
+    return plan
+
+
+def learned_route(net: Net, hops: tuple[Hop, ...], metric: int) -> Route:
+    """``ip route add NET proto 179 metric METRIC nexthop …``."""
+    return Route(net, hops, protocol=PROTO_BGP, metric=metric)
+
+
+def blackhole(block: Net, metric: int) -> Route:
+    """``ip route add blackhole BLOCK proto 179 metric METRIC``: no default route for free ones."""
+    return Route(block, kind="blackhole", protocol=PROTO_BGP, metric=metric)
+
+
+class Fib:
+    """The kernel's routes of protocol 179, and what they should be."""
+
+    def __init__(self, netlink: NetlinkSocket) -> None:
+        self._routes = Routes(netlink)
+        self._wanted: dict[Net, Route] = {}
+        self._static: dict[Net, Route] = {}
+        self._actual: dict[RouteKey, Route] = {}
+        self._dirty: set[RouteKey] = set()
+        self._backoff: Backoff[RouteKey] = Backoff(_RETRY_FIRST, _RETRY_LONGEST)
+        self._errors: dict[RouteKey, str] = {}
+        self._metrics: Mapping[int, int] = {V4: 0, V6: 0}
+        self._pools = Pools()
+        self.holding = True
+
+    @property
+    def errors(self) -> Mapping[RouteKey, str]:
+        """What the kernel refused, and why."""
+        return self._errors
+
+    def installed(self, net: Net) -> bool:
+        """Whether the kernel has the learned route to a prefix as it should be."""
+        route = self._wanted.get(net)
+        return route is not None and self._actual.get(route.key) == route
+
+    def configure(
+        self,
+        *,
+        pools: Pools,
+        metrics: Mapping[int, int],
+        blocks: Iterable[Net],
+        selected: Mapping[Net, Selection],
+    ) -> None:
+        """Settings changed: everything is worked out anew. ``blocks``: those of this node."""
+        self._pools = pools
+        self._metrics = metrics
+        self._mark(self._static.values())
+        self._static = {
+            block: blackhole(block, metrics[block.version]) for block in blocks if not block.is_host
+        }
+        self._mark(self._static.values())
+        self._mark(self._wanted.values())
+        self._wanted.clear()
+        self.learned(selected)
+
+    def learned(self, changes: Mapping[Net, Selection | None]) -> None:
+        """Prefixes whose selection changed."""
+        for net, selection in changes.items():
+            old = self._wanted.pop(net, None)
+            if old is not None:
+                self._dirty.add(old.key)
+            if selection is not None and self._pools.programs(net):
+                route = learned_route(net, selection.hops, self._metrics[net.version])
+                self._wanted[net] = route
+                self._dirty.add(route.key)
+
+    def release(self) -> None:
+        """Stop holding on to what an earlier run left."""
+        if self.holding:
+            self.holding = False
+            self._dirty.update(self._actual)
+
+    def read(self) -> None:
+        """See what the kernel has. Raises OSError."""
+        self._actual = {}
+        for version in (V4, V6):
+            self._actual |= self._routes.read(version=version, protocol=PROTO_BGP)
+        self._dirty.update(self._actual)
+        self._mark(self._wanted.values())
+        self._mark(self._static.values())
+
+    def apply(self, now: float) -> None:
+        """Bring the kernel to what it should be. What it refuses is tried again later."""
+        keys = self._dirty | set(self._backoff.due(now))
+        self._dirty = set()
+        if not keys:
+            return
+        wanted = {route.key: route for route in self._wanted.values() if route.key in keys}
+        wanted |= {route.key: route for route in self._static.values() if route.key in keys}
+        plan = plan_routes(wanted, self._actual, keys, holding=self.holding)
+        failed = self._routes.apply(plan) if plan else {}
+        for key in keys:
+            if key not in failed:
+                self._backoff.succeeded(key)
+                self._errors.pop(key, None)
+        self._remember(plan, failed)
+        for key, error in failed.items():
+            self._backoff.failed(key, now)
+            if self._errors.get(key) != str(error):
+                _log.warning("route not programmed: %s", error)
+            self._errors[key] = str(error)
+
+    def clear(self) -> None:
+        """Remove all that is ours."""
+        self._wanted.clear()
+        self._static.clear()
+        self.holding = False
+        self.read()
+        self.apply(0.0)
+
+    def next_retry(self) -> float | None:
+        """When ``apply`` has something to try again."""
+        return self._backoff.next_due()
+
+    def _remember(self, plan: Plan[RouteKey, Route], failed: Mapping[RouteKey, OSError]) -> None:
+        for key, route in (plan.create | plan.update).items():
+            if key not in failed:
+                self._actual[key] = route
+        for key in plan.delete:
+            if key not in failed:
+                self._actual.pop(key, None)
+
+    def _mark(self, routes: Iterable[Route]) -> None:
+        self._dirty.update(route.key for route in routes)

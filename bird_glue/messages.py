@@ -1,0 +1,396 @@
+"""What ExaBGP and the relay tell, line by line, as compact events.
+
+ExaBGP's JSON has its own ways, each handled here once: acknowledgements are bare lines
+between the events; the flags of the graceful-restart capability are labelled the wrong way
+round; an IPv6 prefix whose next hop has a global and a link-local address is told twice. A
+line that is not understood becomes ``Malformed``; nothing that a peer sends raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import orjson
+
+from api.net import BITS, V4, V6, Net, host_net
+
+Json = dict[str, Any]
+
+_FAMILIES = {"ipv4 unicast": V4, "ipv6 unicast": V6}
+_ORIGINS = {"igp": 0, "egp": 1, "incomplete": 2}
+_ADDRESS_FAMILIES = {V4: socket.AF_INET, V6: socket.AF_INET6}
+_LINK_LOCAL = 0xFE80 << 112
+_LINK_LOCAL_MASK = 0xFFC0 << 112
+_SHOWN = 200  # characters of a malformed line that are kept
+
+
+class Segment(NamedTuple):
+    """A piece of an AS path (RFC 4271 4.3): ``kind`` is as-sequence, as-set or as-confed-…."""
+
+    kind: str
+    asns: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """Path attributes of a route. Router and cluster ids are IPv4 addresses as ints.
+
+    ``communities`` holds each as ExaBGP's command line takes it: ``65001:7``.
+    """
+
+    origin: int = 2  # 0 IGP, 1 EGP, 2 INCOMPLETE
+    as_path: tuple[Segment, ...] = ()
+    med: int | None = None
+    local_preference: int | None = None
+    communities: tuple[str, ...] = ()
+    large_communities: tuple[str, ...] = ()
+    extended_communities: tuple[str, ...] = ()
+    originator: int | None = None
+    clusters: tuple[int, ...] = ()
+
+    @property
+    def path_length(self) -> int:
+        """Length of the AS path: a set counts as one, a confederation as nothing."""
+        length = 0
+        for segment in self.as_path:
+            if segment.kind == "as-sequence":
+                length += len(segment.asns)
+            elif segment.kind == "as-set":
+                length += 1
+        return length
+
+
+class Announced(NamedTuple):
+    """A prefix and the address (a /32 or /128) its traffic is to be sent to."""
+
+    net: Net
+    next_hop: Net
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A TCP connection was tried. ExaBGP says this of a refused one too, then ``Down``."""
+
+    peer: Net
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """The session is established."""
+
+    peer: Net
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    """The session or the attempt is over; ``reason`` is ExaBGP's text."""
+
+    peer: Net
+    time: float
+    reason: str
+
+    @property
+    def notified(self) -> bool:
+        """Whether a NOTIFICATION ended it: then routes don't outlive it (RFC 4724 4.2)."""
+        return self.reason.startswith("notification ")
+
+    @property
+    def removed(self) -> bool:
+        """Whether it ended because the peer is no longer configured here."""
+        return "[removed]" in self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class GracefulRestart:
+    """The peer's capability (RFC 4724 3): seconds to wait for it, families it can keep."""
+
+    seconds: int
+    restarted: bool  # R: the peer has just restarted
+    families: frozenset[int]  # IP versions whose stale routes may be kept
+    forwarding: frozenset[int]  # F: of these the peer has kept its forwarding state
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The peer's OPEN message. ``asn`` is the four-byte one where the peer has it."""
+
+    peer: Net
+    asn: int
+    hold_time: int
+    router_id: int
+    graceful_restart: GracefulRestart | None
+
+
+@dataclass(frozen=True, slots=True)
+class Notified:
+    """A NOTIFICATION went out (``sent``) or came in. ``text`` is what it carried as text."""
+
+    peer: Net
+    time: float
+    sent: bool
+    code: int
+    subcode: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """An UPDATE. Withdrawals come before announcements (RFC 4271 3.1)."""
+
+    peer: Net
+    sent: bool
+    withdrawn: tuple[Net, ...]
+    announced: tuple[Announced, ...]
+    attributes: Attributes
+
+
+@dataclass(frozen=True, slots=True)
+class EndOfRib:
+    """The peer has sent all its routes of an IP version (RFC 4724 2)."""
+
+    peer: Net
+    sent: bool
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """ExaBGP's last word on a command."""
+
+    done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A line of a command's output."""
+
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First word of the relay: whose child it is, and what ExaBGP was told before.
+
+    ``unanswered``: commands of an earlier client whose answers are yet to come.
+    ``announced``: per peer the prefixes that were announced and not withdrawn.
+    """
+
+    pid: int
+    unanswered: int
+    announced: Mapping[Net, frozenset[Net]]
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The relay has told all that is; from here on it tells what happens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """A line that could not be understood, and why."""
+
+    line: str
+    why: str
+
+
+SessionEvent = Connected | Up | Down | Opened | Notified | Updated | EndOfRib
+Event = SessionEvent | Answer | Text | Hello | Live | Malformed
+
+
+def parse(line: bytes) -> Event | None:
+    """The event of one line without its newline; None for what nobody needs."""
+    if not line.startswith(b"{"):
+        return _bare(line)
+    try:
+        document = orjson.loads(line)
+        if "relay" in document:
+            return _from_relay(document)
+        kind = document["type"]
+        parser = _PARSERS.get(kind)
+        if parser is None or "neighbor" not in document:
+            return None
+        neighbor = document["neighbor"]
+        peer = parse_host(neighbor["address"]["peer"])
+        return parser(peer, float(document["time"]), neighbor)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+        shown = line[:_SHOWN].decode("utf-8", "replace")
+        return Malformed(shown, f"{type(error).__name__}: {error}")
+
+
+def _bare(line: bytes) -> Event | None:
+    if line in (b"done", b"error"):
+        return Answer(line == b"done")
+    text = line.decode("utf-8", "replace").strip()
+    return Text(text) if text else None
+
+
+def _from_relay(document: Json) -> Event:
+    if document["relay"] == "live":
+        return Live()
+    announced = {
+        parse_host(peer): frozenset(parse_prefix(net) for net in nets)
+        for peer, nets in document["announced"].items()
+    }
+    return Hello(int(document["pid"]), int(document["unanswered"]), announced)
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_host(text: str) -> Net:
+    """An address as a /32 or /128. Raises ValueError or OSError."""
+    return parse_prefix(text)
+
+
+def parse_prefix(text: str) -> Net:
+    """``10.0.0.0/26`` or an address; bits behind the length are cut off, as RFC 4271 says.
+
+    Raises ValueError or OSError.
+    """
+    address, slash, length = text.partition("/")
+    version = V6 if ":" in address else V4
+    value = int.from_bytes(socket.inet_pton(_ADDRESS_FAMILIES[version], address), "big")
+    if not slash:
+        return host_net(version, value)
+    bits = int(length)
+    if not 0 <= bits <= BITS[version]:
+        raise ValueError(f"prefix {text!r}: length outside of 0 to {BITS[version]}")
+    shift = BITS[version] - bits
+    return Net(version, value >> shift << shift, bits)
+
+
+def _state(peer: Net, time: float, neighbor: Json) -> Event | None:
+    match neighbor["state"]:
+        case "up":
+            return Up(peer, time)
+        case "connected":
+            return Connected(peer, time)
+        case "down":
+            return Down(peer, time, str(neighbor.get("reason", "")))
+    return None
+
+
+def _open(peer: Net, time: float, neighbor: Json) -> Event | None:
+    if neighbor["direction"] != "receive":
+        return None
+    message = neighbor["open"]
+    capabilities = message["capabilities"]
+    four_byte = capabilities.get("65", {}).get("asn4")
+    return Opened(
+        peer,
+        int(message["asn"] if four_byte is None else four_byte),
+        int(message["hold_time"]),
+        parse_prefix(message["router_id"]).address,
+        _graceful_restart(capabilities.get("64")),
+    )
+
+
+def _graceful_restart(capability: Json | None) -> GracefulRestart | None:
+    if capability is None:
+        return None
+    families = {}
+    for name, flags in capability["address-family-flags"].items():
+        version = _FAMILIES.get(name.replace("/", " "))
+        if version is not None:
+            families[version] = flags
+    return GracefulRestart(
+        int(capability["time"]),
+        "forwarding" in capability["restart-flags"],
+        frozenset(families),
+        frozenset(version for version, flags in families.items() if "restart" in flags),
+    )
+
+
+def _notification(peer: Net, time: float, neighbor: Json) -> Event | None:
+    notification = neighbor["notification"]
+    return Notified(
+        peer,
+        time,
+        neighbor["direction"] == "send",
+        int(notification["code"]),
+        int(notification["subcode"]),
+        "".join(c for c in str(notification["message"]) if c.isprintable()).strip(),
+    )
+
+
+def _update(peer: Net, time: float, neighbor: Json) -> Event | None:
+    sent = neighbor["direction"] == "send"
+    message = neighbor["message"]
+    if "eor" in message:
+        eor = message["eor"]
+        version = _FAMILIES.get(f"{eor['afi']} {eor['safi']}")
+        return None if version is None else EndOfRib(peer, sent, version)
+    update = message["update"]
+    withdrawn: list[Net] = []
+    for family, entries in update.get("withdraw", {}).items():
+        if family in _FAMILIES:
+            withdrawn.extend(_nlri(entry, family) for entry in entries)
+    announced: dict[Net, Net] = {}
+    for family, by_next_hop in update.get("announce", {}).items():
+        if family in _FAMILIES:
+            for text, entries in by_next_hop.items():
+                next_hop = parse_host(text)
+                for entry in entries:
+                    net = _nlri(entry, family)
+                    if net not in announced or is_link_local(announced[net]):
+                        announced[net] = next_hop
+    return Updated(
+        peer,
+        sent,
+        tuple(withdrawn),
+        tuple(Announced(net, next_hop) for net, next_hop in announced.items()),
+        _attributes(update.get("attribute", {})),
+    )
+
+
+def is_link_local(host: Net) -> bool:
+    """Whether an address is in fe80::/10."""
+    return host.version == V6 and host.address & _LINK_LOCAL_MASK == _LINK_LOCAL
+
+
+def _nlri(entry: Json | str, family: str) -> Net:
+    net = parse_prefix(entry if isinstance(entry, str) else entry["nlri"])
+    if net.version != _FAMILIES[family]:
+        raise ValueError(f"prefix {net} in family {family}")
+    return net
+
+
+def _attributes(attribute: Json) -> Attributes:
+    as_path = attribute.get("as-path", {})
+    originator = attribute.get("originator-id")
+    return Attributes(
+        origin=_ORIGINS[attribute.get("origin", "incomplete")],
+        as_path=tuple(
+            Segment(segment["element"], tuple(map(int, segment["value"])))
+            for _, segment in sorted(as_path.items(), key=lambda item: int(item[0]))
+        ),
+        med=_number(attribute.get("med")),
+        local_preference=_number(attribute.get("local-preference")),
+        communities=_communities(attribute.get("community", ())),
+        large_communities=_communities(attribute.get("large-community", ())),
+        extended_communities=tuple(
+            f"0x{int(entry['value']):016x}" for entry in attribute.get("extended-community", ())
+        ),
+        originator=None if originator is None else parse_prefix(originator).address,
+        clusters=tuple(parse_prefix(text).address for text in attribute.get("cluster-list", ())),
+    )
+
+
+def _number(value: object) -> int | None:
+    return None if value is None else int(str(value))
+
+
+def _communities(entries: Any) -> tuple[str, ...]:
+    return tuple(":".join(str(int(part)) for part in entry) for entry in entries)
+
+
+_PARSERS: Mapping[str, Callable[[Net, float, Json], Event | None]] = {
+    "state": _state,
+    "open": _open,
+    "notification": _notification,
+    "update": _update,
+}

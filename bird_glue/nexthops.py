@@ -1,0 +1,123 @@
+"""How an address is reached: what the kernel's own routes say of a BGP next hop.
+
+``Topology`` is a picture of the kernel without what Manx itself put there: connected
+subnets, static and default routes. A next hop on a connected subnet is used as it is; one
+behind a gateway resolves to that gateway, as BIRD's ``gateway recursive`` does; and one
+that only a BGP route leads to, to the next hops of that route, one level deep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from api.net import BITS, V4, V6, Net
+from bird_glue.messages import is_link_local
+from kernel.routes import PROTO_BGP, PROTO_FELIX, Hop, Route
+
+V = TypeVar("V")
+
+
+class PrefixTable(Generic[V]):
+    """Values by prefix, with longest-prefix match."""
+
+    def __init__(self) -> None:
+        self._lengths: dict[int, dict[int, dict[int, V]]] = {V4: {}, V6: {}}
+        self._order: dict[int, tuple[int, ...]] = {V4: (), V6: ()}
+
+    def __setitem__(self, net: Net, value: V) -> None:
+        by_length = self._lengths[net.version]
+        if net.length not in by_length:
+            by_length[net.length] = {}
+            self._order[net.version] = tuple(sorted(by_length, reverse=True))
+        by_length[net.length][net.address] = value
+
+    def get(self, net: Net) -> V | None:
+        """The value of exactly this prefix."""
+        return self._lengths[net.version].get(net.length, {}).get(net.address)
+
+    def pop(self, net: Net) -> V | None:
+        """Remove exactly this prefix; returns its value."""
+        return self._lengths[net.version].get(net.length, {}).pop(net.address, None)
+
+    def match(self, host: Net) -> tuple[Net, V] | None:
+        """The longest prefix that contains the address, and its value."""
+        version, address, _ = host
+        bits = BITS[version]
+        by_length = self._lengths[version]
+        for length in self._order[version]:
+            start = address >> (bits - length) << (bits - length)
+            values = by_length[length]
+            if start in values:
+                return Net(version, start, length), values[start]
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """Where traffic for a next hop goes. ``via``: the prefix that says so.
+
+    ``direct``: the next hop is on a connected subnet.
+    """
+
+    hops: tuple[Hop, ...]
+    direct: bool
+    via: Net
+
+
+class Topology:
+    """The kernel's routes and addresses, less the routes of Manx.
+
+    ``running``: the interfaces that have a carrier; without it all count.
+    """
+
+    def __init__(
+        self,
+        routes: Iterable[Route] = (),
+        hosts: Iterable[Net] = (),
+        running: frozenset[int] | None = None,
+    ) -> None:
+        self.hosts = frozenset(hosts)
+        self._table: PrefixTable[Route] = PrefixTable()
+        facts = []
+        # of equal prefixes the lowest metric counts, and comes last
+        for route in sorted(routes, key=lambda route: -route.metric):
+            if route.protocol in (PROTO_BGP, PROTO_FELIX):
+                continue
+            hops = tuple(hop for hop in route.hops if running is None or hop.ifindex in running)
+            if hops or not route.hops:
+                self._table[route.net] = replace(route, hops=hops)
+                facts.append((route.net, route.kind, hops))
+        self._facts = frozenset(facts)
+
+    def same(self, other: Topology) -> bool:
+        """Whether both mean the same."""
+        return self.hosts == other.hosts and self._facts == other._facts
+
+    @property
+    def subnets(self) -> frozenset[Net]:
+        """The connected subnets."""
+        return frozenset(
+            net for net, kind, hops in self._facts if kind == "unicast" and _connected(hops)
+        )
+
+    def resolve(self, host: Net) -> Resolution | None:
+        """Where an address is; None if nowhere, or here.
+
+        ``ip route get``, ignoring what BGP and felix have put there.
+        """
+        if host in self.hosts or is_link_local(host):
+            return None
+        found = self._table.match(host)
+        if found is None or found[1].kind != "unicast":
+            return None
+        via, route = found
+        if _connected(route.hops):
+            hops = tuple(Hop(hop.ifindex, host.address) for hop in route.hops)
+            return Resolution(hops, True, via)
+        return Resolution(route.hops, False, via)
+
+
+def _connected(hops: tuple[Hop, ...]) -> bool:
+    return bool(hops) and all(hop.gateway is None for hop in hops)

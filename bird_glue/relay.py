@@ -1,0 +1,298 @@
+"""The child that ExaBGP talks to: keeps what it said, for whoever connects to a socket.
+
+ExaBGP writes events to its child's stdin and stops, all sessions with it, when nobody reads
+them; it also ends the sessions of a child that dies. So the child is this small program,
+which does nothing but read and remember, and the agent, which may be restarted at any time,
+connects to it::
+
+    exabgp ──stdin/stdout── relay ──Unix socket── agent
+
+Towards the agent it speaks lines: first ``{"relay": "hello", …}``, then all that holds at
+this moment as ExaBGP would have told it (per peer its OPEN, its last error and state, its
+routes, the end-of-RIB markers), then ``{"relay": "live"}``, then every line of ExaBGP as it
+comes. What the agent writes goes to ExaBGP unchanged, whole lines only. One client at a
+time: a new one replaces the old. A client that doesn't read is dropped; what it missed it
+gets when it connects again.
+
+It is run as ``python -I -S relay.py SOCKET`` and needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import json
+import os
+import select
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MAX_BACKLOG = 64 << 20  # bytes a client may leave unread
+_CHUNK = 1 << 16
+_PIPE = 1 << 20
+_NLRI_PER_LINE = 500
+
+Json = dict[str, Any]
+
+
+class Peer:
+    """What holds of one peer: its last words, and its routes by (family, prefix)."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, bytes] = {}  # the last line of a type
+        self.routes: dict[tuple[str, str], tuple[str, list[str]]] = {}  # attributes, next hops
+        self.ends: dict[str, bytes] = {}  # end-of-RIB by family
+
+    def forget_routes(self) -> None:
+        """A session began or ended."""
+        self.routes.clear()
+        self.ends.clear()
+
+
+class Memory:
+    """What ExaBGP has said and been told, reduced to what holds now."""
+
+    def __init__(self) -> None:
+        self.peers: dict[str, Peer] = {}
+        self.announced: dict[str, set[str]] = {}
+        self.commands: collections.deque[list[str]] = collections.deque()
+
+    def command(self, line: bytes) -> None:
+        """The agent's command; it counts once ExaBGP has answered ``done``."""
+        self.commands.append(line.decode("ascii", "replace").split())
+
+    def said(self, line: bytes) -> None:
+        """A line of ExaBGP. One that can't be understood is not remembered."""
+        if line in (b"done", b"error"):
+            words = self.commands.popleft() if self.commands else []
+            if line == b"done":
+                self._commanded(words)
+        elif line.startswith(b"{"):
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                self._event(line)
+
+    def _commanded(self, words: list[str]) -> None:
+        # neighbor PEER announce|withdraw attributes … nlri PREFIX …
+        if len(words) < 4 or words[0] != "neighbor" or "nlri" not in words:
+            return
+        nets = words[words.index("nlri") + 1 :]
+        known = self.announced.setdefault(words[1], set())
+        if words[2] == "announce":
+            known.update(nets)
+        elif words[2] == "withdraw":
+            known.difference_update(nets)
+
+    def _event(self, line: bytes) -> None:
+        document = json.loads(line)
+        neighbor = document["neighbor"]
+        peer = self.peers.setdefault(neighbor["address"]["peer"], Peer())
+        kind = document["type"]
+        if kind == "state":
+            self._state(peer, neighbor, line)
+        elif kind == "notification" or (kind == "open" and neighbor["direction"] == "receive"):
+            peer.lines[kind] = line
+        elif kind == "update" and neighbor["direction"] == "receive":
+            _update(peer, neighbor["message"], line)
+
+    def _state(self, peer: Peer, neighbor: Json, line: bytes) -> None:
+        state = neighbor["state"]
+        peer.lines["state"] = line
+        if state == "up":
+            peer.forget_routes()
+            peer.lines.pop("notification", None)
+        elif state == "connected":
+            peer.lines.pop("open", None)
+        elif state == "down":
+            peer.forget_routes()
+            if "[removed]" in neighbor["reason"]:
+                self.announced.pop(neighbor["address"]["peer"], None)
+
+    def snapshot(self) -> Iterator[bytes]:
+        """All that holds, as lines."""
+        yield _json(
+            {
+                "relay": "hello",
+                "pid": os.getppid(),
+                "unanswered": len(self.commands),
+                "announced": {peer: sorted(nets) for peer, nets in self.announced.items() if nets},
+            }
+        )
+        for address, peer in self.peers.items():
+            for kind in ("open", "notification", "state"):
+                if kind in peer.lines:
+                    yield peer.lines[kind]
+            yield from _routes(address, peer)
+            yield from peer.ends.values()
+        yield _json({"relay": "live"})
+
+
+def _update(peer: Peer, message: Json, line: bytes) -> None:
+    if "eor" in message:
+        peer.ends[f"{message['eor']['afi']} {message['eor']['safi']}"] = line
+        return
+    update = message["update"]
+    attributes = json.dumps(update.get("attribute", {}))
+    for family, entries in update.get("withdraw", {}).items():
+        for entry in entries:
+            peer.routes.pop((family, entry["nlri"]), None)
+    announced: dict[tuple[str, str], tuple[str, list[str]]] = {}
+    for family, by_next_hop in update.get("announce", {}).items():
+        for next_hop, entries in by_next_hop.items():
+            for entry in entries:
+                route = announced.setdefault((family, entry["nlri"]), (attributes, []))
+                route[1].append(next_hop)
+    peer.routes.update(announced)
+
+
+def _routes(address: str, peer: Peer) -> Iterator[bytes]:
+    """The peer's routes as UPDATE events: those with equal attributes together."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for (family, net), (attributes, next_hops) in peer.routes.items():
+        for next_hop in next_hops:
+            groups.setdefault((family, attributes, next_hop), []).append(net)
+    for (family, attributes, next_hop), nets in groups.items():
+        for start in range(0, len(nets), _NLRI_PER_LINE):
+            entries = [{"nlri": net} for net in nets[start : start + _NLRI_PER_LINE]]
+            update = {
+                "attribute": json.loads(attributes),
+                "announce": {family: {next_hop: entries}},
+            }
+            neighbor = {
+                "address": {"peer": address},
+                "direction": "receive",
+                "message": {"update": update},
+            }
+            yield _json({"type": "update", "time": 0, "neighbor": neighbor})
+
+
+def _json(document: Json) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+class Relay:
+    """The loop: three streams, none of which may make another one wait."""
+
+    def __init__(self, path: str) -> None:
+        self._memory = Memory()
+        self._from_exabgp = b""
+        self._to_exabgp = bytearray()
+        self._from_client = b""
+        self._to_client = bytearray()
+        self._allowed = 0  # bytes the client may leave unread
+        self._client: socket.socket | None = None
+        Path(path).unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        os.umask(0o177)
+        self._listener.bind(path)
+        self._listener.listen(8)
+        self._listener.setblocking(False)
+        with contextlib.suppress(OSError):  # a courtesy the kernel may refuse
+            fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, _PIPE)
+        os.set_blocking(0, False)
+        os.set_blocking(1, False)
+
+    def run(self) -> None:
+        """Until ExaBGP is gone."""
+        while True:
+            ready = self._wait()
+            if 0 in ready and not self._read_exabgp():
+                return
+            if self._listener.fileno() in ready:
+                self._accept()
+            if self._client is not None and self._client.fileno() in ready:
+                self._read_client()
+            self._write_client()
+            self._write_exabgp()
+
+    def _wait(self) -> set[int]:
+        poll = select.poll()
+        poll.register(0, select.POLLIN)
+        poll.register(self._listener, select.POLLIN)
+        if self._to_exabgp:
+            poll.register(1, select.POLLOUT)
+        if self._client is not None:
+            wanted = select.POLLIN | (select.POLLOUT if self._to_client else 0)
+            poll.register(self._client, wanted)
+        return {fd for fd, _ in poll.poll()}
+
+    def _read_exabgp(self) -> bool:
+        try:
+            data = os.read(0, _PIPE)
+        except BlockingIOError:
+            return True
+        *lines, self._from_exabgp = (self._from_exabgp + data).split(b"\n")
+        for line in lines:
+            line = line.strip()
+            self._memory.said(line)
+            if self._client is not None and line:
+                self._to_client += line + b"\n"
+        return bool(data)
+
+    def _accept(self) -> None:
+        try:
+            client, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        self._drop_client()
+        client.setblocking(False)
+        self._client = client
+        for line in self._memory.snapshot():
+            self._to_client += line + b"\n"
+        self._allowed = MAX_BACKLOG + len(self._to_client)
+
+    def _drop_client(self) -> None:
+        if self._client is not None:
+            self._client.close()
+        self._client = None
+        self._from_client = b""
+        self._to_client.clear()
+
+    def _read_client(self) -> None:
+        assert self._client is not None
+        try:
+            data = self._client.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop_client()
+            return
+        *lines, self._from_client = (self._from_client + data).split(b"\n")
+        for line in lines:
+            if line and line.isascii():  # ExaBGP gives up a child that writes anything else
+                self._memory.command(line)
+                self._to_exabgp += line + b"\n"
+
+    def _write_client(self) -> None:
+        if self._client is None or not self._to_client:
+            return
+        try:
+            sent = self._client.send(self._to_client[:_PIPE])
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._drop_client()
+            return
+        del self._to_client[:sent]
+        if len(self._to_client) > self._allowed:
+            self._drop_client()
+
+    def _write_exabgp(self) -> None:
+        while self._to_exabgp:
+            try:
+                sent = os.write(1, self._to_exabgp[:_CHUNK])
+            except BlockingIOError:
+                return
+            except BrokenPipeError:  # stdin is at its end too, or will be
+                self._to_exabgp.clear()
+                return
+            del self._to_exabgp[:sent]
+
+
+if __name__ == "__main__":
+    Relay(sys.argv[1]).run()

@@ -1,0 +1,95 @@
+"""The resources that decide about BGP on this node, as they are in the datastore."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TypeVar
+
+from api.bgp import BGPConfiguration, BGPPeer
+from api.errors import InvalidObjectError
+from api.ipam import BlockAffinity
+from api.ippool import IPPool
+from api.metadata import Resource
+from api.net import Net
+from api.node import Node
+from api.registry import parse_as
+from bird_glue.pools import Pools, pool_policy
+from bird_glue.settings import Cluster, ObjectProblem
+from datastore.follower import Update
+from datastore.interface import JSON, Key
+
+_log = logging.getLogger(__name__)
+
+KINDS = ("Node", "BGPConfiguration", "BGPPeer", "IPPool", "BlockAffinity")
+_CONFIRMED = ("confirmed", "")  # "" is an old spelling
+
+R = TypeVar("R", bound=Resource)
+
+
+class Resources:
+    """Parsed objects. One that is not valid keeps its last valid version, if it had one."""
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._objects: dict[Key, Resource] = {}
+        self._problems: dict[Key, list[ObjectProblem]] = {}
+
+    @property
+    def problems(self) -> list[ObjectProblem]:
+        """What is wrong with objects that are not valid."""
+        return [problem for found in self._problems.values() for problem in found]
+
+    @property
+    def usable(self) -> bool:
+        """Whether the cluster's BGPConfiguration is known; never guess an AS number."""
+        default = Key("BGPConfiguration", "default")
+        return default not in self._problems or default in self._objects
+
+    def update(self, update: Update) -> bool:
+        """Take in a change; returns whether it matters."""
+        key, value = update.key, update.value
+        if key.kind == "BlockAffinity" and value is not None and not self._is_own(value):
+            value = None
+        if value is None:
+            self._problems.pop(key, None)
+            return self._objects.pop(key, None) is not None
+        try:
+            parsed = parse_as(key.kind, value)
+        except InvalidObjectError as error:
+            _log.error("%s; what it was before stands", error)
+            problems = [ObjectProblem(key.kind, key.name, problem) for problem in error.problems]
+            self._problems[key] = problems
+            return True
+        self._problems.pop(key, None)
+        self._objects[key] = parsed
+        return True
+
+    def _is_own(self, value: JSON) -> bool:
+        spec = value.get("spec")
+        return isinstance(spec, Mapping) and spec.get("node") == self._node
+
+    def _of(self, model: type[R]) -> dict[str, R]:
+        found = self._objects.values()
+        return {obj.name: obj for obj in found if isinstance(obj, model)}
+
+    def cluster(self) -> Cluster:
+        """Nodes, peers and configurations by name."""
+        return Cluster(self._of(Node), self._of(BGPPeer), self._of(BGPConfiguration))
+
+    def pools(self, program_unencapsulated: bool) -> Pools:
+        """What the IP pools say."""
+        found = sorted(self._of(IPPool).items())
+        return Pools(pool_policy(pool.spec, program_unencapsulated) for _, pool in found)
+
+    def blocks(self) -> tuple[Net, ...]:
+        """The confirmed blocks of this node, sorted."""
+        return tuple(
+            sorted(
+                affinity.spec.net
+                for affinity in self._of(BlockAffinity).values()
+                if affinity.spec.state in _CONFIRMED
+                and affinity.spec.type != "virtual"
+                and not affinity.spec.deleted
+            )
+        )

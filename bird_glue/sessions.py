@@ -1,0 +1,149 @@
+"""From the peers that are wanted to the sessions that can be run, and what is in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from api.errors import Problem
+from api.net import V4, V6, Net, format_address
+from bird_glue.config import (
+    DEFAULT_HOLD_SECONDS,
+    DEFAULT_PORT,
+    DEFAULT_RESTART_SECONDS,
+    MAX_HOLD_SECONDS,
+    MAX_RESTART_SECONDS,
+    MIN_HOLD_SECONDS,
+    Listen,
+    Neighbor,
+)
+from bird_glue.peers import Peer, PeerType, greater
+from bird_glue.settings import Local, ObjectProblem
+
+# which of several sessions with one address is made
+_PRECEDENCE = {PeerType.GLOBAL: 0, PeerType.NODE: 1, PeerType.MESH: 2}
+_KEEPALIVES = 3  # in a hold time (RFC 4271 10)
+_ANY = {V4: "0.0.0.0", V6: "::"}
+
+
+@dataclass(slots=True)
+class Sessions:
+    """What to run, keyed by the peer's address, and why the rest is not run."""
+
+    neighbors: dict[Net, Neighbor] = field(default_factory=dict)
+    peers: dict[Net, Peer] = field(default_factory=dict)
+    problems: list[ObjectProblem] = field(default_factory=list)
+
+    def refuse(self, peer: Peer, where: str, value: object, expected: str) -> None:
+        """Note why there is no session with the peer."""
+        self.problems.append(ObjectProblem(*peer.owner, Problem(where, value, expected)))
+
+
+def plan_sessions(
+    peers: Iterable[Peer],
+    local: Local,
+    hosts: frozenset[Net],
+    source_of: Callable[[Net], Net | None],
+) -> Sessions:
+    """The sessions. ``hosts``: addresses this machine has; ``source_of``: the one that the
+    kernel would speak from.
+    """
+    sessions = Sessions()
+    for peer in sorted(peers, key=lambda peer: (peer.address, _PRECEDENCE[peer.type])):
+        if peer.address in sessions.peers:
+            _note_second(sessions, peer)
+        elif _offered(sessions, peer):
+            source = peer.source or source_of(peer.address)
+            if source is None:
+                text = format_address(*peer.address[:2])
+                sessions.refuse(peer, "spec.peerIP", text, "an address there is a route to")
+            elif source not in hosts:
+                _note_source(sessions, local, source)
+            else:
+                sessions.peers[peer.address] = peer
+                sessions.neighbors[peer.address] = _neighbor(peer, local, source)
+    return sessions
+
+
+def listen(local: Local, hosts: frozenset[Net]) -> Listen:
+    """Where to accept connections: everywhere, or (bindMode NodeIP) at the node's addresses."""
+    versions = sorted(local.node.hosts)
+    if local.bind_node_address:
+        own = [local.node.hosts[version] for version in versions]
+        addresses = [format_address(*host[:2]) for host in own if host in hosts]
+    else:
+        addresses = [_ANY[version] for version in versions]
+    return Listen(tuple(addresses), local.port or DEFAULT_PORT)
+
+
+def _neighbor(peer: Peer, local: Local, source: Net) -> Neighbor:
+    hold = DEFAULT_HOLD_SECONDS
+    if peer.keepalive_seconds is not None:
+        hold = max(MIN_HOLD_SECONDS, min(MAX_HOLD_SECONDS, _KEEPALIVES * peer.keepalive_seconds))
+    restart = DEFAULT_RESTART_SECONDS
+    if peer.restart_seconds is not None:
+        restart = max(1, min(MAX_RESTART_SECONDS, peer.restart_seconds))
+    own = local.node.hosts.get(peer.address.version, source)
+    return Neighbor(
+        address=peer.address,
+        local=source,
+        remote_as=peer.remote_as,
+        local_as=peer.local_as or local.asn,
+        router_id=local.router_id,
+        port=peer.port or DEFAULT_PORT,
+        # between two nodes one end calls and the other waits, whoever asked for the session
+        passive=peer.passive or (peer.is_node and greater(peer.address, own)),
+        hold_seconds=hold,
+        restart_seconds=restart,
+        ttl_security=peer.ttl_security,
+    )
+
+
+def _offered(sessions: Sessions, peer: Peer) -> bool:
+    """Whether all that the session needs is offered. If not, none is made: it would not do
+    what its author relies on.
+    """
+    if peer.password:
+        mesh = peer.type is PeerType.MESH
+        where = "spec.nodeMeshPassword" if mesh else "spec.password"
+        expected = "absent: passwords from Secrets are not offered yet, so no session is made"
+        if mesh:
+            problem = ObjectProblem("BGPConfiguration", "default", Problem(where, "set", expected))
+            if problem not in sessions.problems:
+                sessions.problems.append(problem)
+        else:
+            sessions.refuse(peer, where, "set", expected)
+        return False
+    if peer.reachable_by:
+        text = format_address(*peer.reachable_by[:2])
+        expected = "absent: not offered yet, so no session is made"
+        sessions.refuse(peer, "spec.reachableBy", text, expected)
+        return False
+    if peer.filters:
+        expected = "absent: BGPFilter is not offered yet, so no session is made"
+        sessions.refuse(peer, "spec.filters", list(peer.filters), expected)
+        return False
+    return True
+
+
+def _note_second(sessions: Sessions, peer: Peer) -> None:
+    """A second session with one address. Over the mesh's, what a BGPPeer says wins silently."""
+    first = sessions.peers[peer.address]
+    if peer.type is not PeerType.MESH:
+        text = format_address(*peer.address[:2])
+        owner = " ".join(first.owner)
+        sessions.refuse(
+            peer, "spec.peerIP", text, f"another address: {owner} has a session with it"
+        )
+
+
+def _note_source(sessions: Sessions, local: Local, source: Net) -> None:
+    field_name = "ipv4Address" if source.version == V4 else "ipv6Address"
+    problem = Problem(
+        f"spec.bgp.{field_name}",
+        format_address(*source[:2]),
+        "an address of an interface of this machine",
+    )
+    found = ObjectProblem("Node", local.node.name, problem)
+    if found not in sessions.problems:
+        sessions.problems.append(found)

@@ -1,0 +1,138 @@
+"""What BGP is on this node whoever its peers are: addresses, AS number, router id, priorities."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from api.bgp import DEFAULT_AS_NUMBER, BGPConfiguration, BGPConfigurationSpec, BGPPeer
+from api.errors import Problem
+from api.net import V4, V6, Net, parse_interface, parse_net
+from api.node import Node
+
+DEFAULT_PRIORITY = 1024  # metric of learned routes, as in Calico
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectProblem:
+    """What is wrong with an object, from this node's point of view."""
+
+    kind: str
+    name: str
+    problem: Problem
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}: {self.problem}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The resources, by name, that decide about sessions."""
+
+    nodes: Mapping[str, Node]
+    peers: Mapping[str, BGPPeer]
+    configurations: Mapping[str, BGPConfiguration]
+
+    @property
+    def default(self) -> BGPConfigurationSpec:
+        """The cluster's BGPConfiguration, ``default``; Calico's defaults where it is absent."""
+        found = self.configurations.get("default")
+        return found.spec if found else BGPConfigurationSpec()
+
+    @property
+    def asn(self) -> int:
+        """AS number of the nodes that have none of their own."""
+        return self.default.as_number or DEFAULT_AS_NUMBER
+
+    def listen_port(self, node: str) -> int | None:
+        """Where the node listens, if anything says so."""
+        own = self.configurations.get(f"node.{node}")
+        return (own.spec.listen_port if own else None) or self.default.listen_port
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterNode:
+    """What BGP has to know of a node. ``hosts`` and ``subnets`` are keyed by IP version."""
+
+    name: str
+    labels: Mapping[str, str]
+    hosts: Mapping[int, Net]
+    subnets: Mapping[int, Net]
+    asn: int
+    cluster_id: int | None  # of a route reflector
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """This node's settings."""
+
+    node: ClusterNode
+    router_id: int
+    port: int | None
+    bind_node_address: bool
+    priorities: Mapping[int, int]  # metric of learned routes, by IP version
+    program_unencapsulated: bool  # whether learned routes of such pools are ours to program
+
+    @property
+    def asn(self) -> int:
+        """The AS number of this node."""
+        return self.node.asn
+
+
+def cluster_node(node: Node, cluster: Cluster) -> ClusterNode:
+    """What matters here of a Node."""
+    bgp = node.spec.bgp
+    hosts: dict[int, Net] = {}
+    subnets: dict[int, Net] = {}
+    for text in (bgp.ipv4_address, bgp.ipv6_address) if bgp else ():
+        if text:
+            host, subnet = parse_interface(text)
+            hosts[host.version], subnets[host.version] = host, subnet
+    cluster_id = bgp.route_reflector_cluster_id if bgp else None
+    return ClusterNode(
+        node.name,
+        node.metadata.labels,
+        hosts,
+        subnets,
+        (bgp.as_number if bgp else None) or cluster.asn,
+        parse_net(cluster_id).address if cluster_id else None,
+    )
+
+
+def local_settings(cluster: Cluster, name: str, router_id: str = "") -> Local | None:
+    """This node's settings; None while its Node object is missing.
+
+    ``router_id``: an IPv4 address, ``hash`` (of the name), or empty for the node's IPv4
+    address, and the hash where it has none. Raises ValueError.
+    """
+    if name not in cluster.nodes:
+        return None
+    node = cluster_node(cluster.nodes[name], cluster)
+    spec = cluster.default
+    if router_id and router_id != "hash":
+        number = parse_net(router_id).address
+    elif V4 in node.hosts and not router_id:
+        number = node.hosts[V4].address
+    else:
+        number = hashed_router_id(name)
+    return Local(
+        node=node,
+        router_id=number,
+        port=cluster.listen_port(name),
+        bind_node_address=spec.bind_mode == "NodeIP",
+        priorities={
+            V4: spec.ipv4_normal_route_priority or DEFAULT_PRIORITY,
+            V6: spec.ipv6_normal_route_priority or DEFAULT_PRIORITY,
+        },
+        program_unencapsulated=spec.program_cluster_routes
+        in (None, "Enabled", "EnabledNoEncapOnly"),
+    )
+
+
+def hashed_router_id(name: str) -> int:
+    """A router id from a name, outside of 224.0.0.0 and above, equal to Calico's."""
+    digest = bytearray(hashlib.sha256(name.encode()).digest()[:4])
+    if digest[0] > 223:
+        digest[0] -= 32
+    return int.from_bytes(digest, "big")

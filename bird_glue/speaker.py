@@ -1,0 +1,241 @@
+"""ExaBGP as a speaker that is told what should be: sessions and announcements.
+
+``configure`` and ``advertise`` say what is wanted; ``step`` does what is due to get there, and
+is called whenever something happened or ``next_due`` has come. What ExaBGP does by itself it
+goes on doing while nobody looks after it: an agent that starts adopts the one that runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from api.net import Net
+from bird_glue.announcer import Announcer
+from bird_glue.channel import Channel, FromRelay
+from bird_glue.config import Listen, Neighbor, environment, listening
+from bird_glue.configfile import ConfigurationFile, NotLoadedError
+from bird_glue.dialogue import Dialogue
+from bird_glue.messages import Answer, Hello, Live, Malformed, SessionEvent, Text
+from bird_glue.process import ExaBgp
+from reconcile.backoff import Backoff
+
+_log = logging.getLogger(__name__)
+
+_RELAY_SECONDS = 15.0  # for ExaBGP to start its child
+_POLL_SECONDS = 0.05
+_HEALTHY_SECONDS = 30.0  # an ExaBGP that ran for so long starts the back-off anew
+_DRAIN_SECONDS = 3.0
+_STOP_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """ExaBGP has ended, and with it all sessions; it will be started again."""
+
+
+SpeakerEvent = SessionEvent | Restarted
+
+
+class Speaker:
+    """One ExaBGP, its files in ``run_dir``. ``sink`` gets FromRelay, meant for ``handle``."""
+
+    def __init__(self, run_dir: Path, sink: Callable[[FromRelay], object]) -> None:
+        self._run_dir = run_dir
+        self._sink = sink
+        self._socket = run_dir / "exabgp.sock"
+        self._file = ConfigurationFile(run_dir, self._socket)
+        self._announcer = Announcer()
+        self._listen: Listen | None = None
+        self._process: ExaBgp | None = None
+        self._started = 0.0
+        self._backoff: Backoff[str] = Backoff(0.1, 10.0)
+        self._channel: Channel | None = None
+        self._dialogue: Dialogue | None = None
+        self._live = False
+        self._drain_until: float | None = None
+        self._leaving = False
+
+    @property
+    def rejected(self) -> Mapping[Net, str]:
+        """Sessions that ExaBGP refuses to be configured with, and what it says."""
+        return self._file.rejected
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of ExaBGP."""
+        return self._process.pid if self._process else None
+
+    @property
+    def left(self) -> bool:
+        """After ``leave``: whether no peer has anything of ours any more."""
+        return not self._announcer.knowing()
+
+    def sent(self, peer: Net) -> int:
+        """How many prefixes a peer was sent and has not had withdrawn."""
+        return self._announcer.sent(peer)
+
+    def adopt(self, now: float) -> None:
+        """Find the ExaBGP that an earlier agent started. Raises OSError."""
+        self._process = ExaBgp.find(self._run_dir)
+        self._started = now
+        self._file.found()
+        if self._process:
+            _log.info("found ExaBGP running, process %d", self._process.pid)
+
+    def configure(self, listen: Listen, neighbors: Mapping[Net, Neighbor]) -> None:
+        """What sessions there should be."""
+        self._listen = listen
+        self._file.want(neighbors)
+
+    def advertise(self, wanted: Mapping[Net, Mapping[Net, str]], *, mark_end: bool) -> None:
+        """What each peer should be told: prefix to attributes, as ExaBGP spells them.
+
+        ``mark_end``: whether that is all, so that peers may forget what isn't in it.
+        """
+        if not self._leaving:
+            self._announcer.want(wanted, mark_end=mark_end)
+
+    def leave(self) -> None:
+        """Take back all that was announced; see ``left``."""
+        self._leaving = True
+        self._announcer.want({}, mark_end=False)
+
+    def handle(self, message: FromRelay, now: float) -> list[SpeakerEvent]:
+        """Take in what came; returns what it says about sessions."""
+        if message.channel is not self._channel:
+            return []
+        found: list[SpeakerEvent] = []
+        for event in message.events:
+            match event:
+                case Hello():
+                    self._dialogue = Dialogue(message.channel, event.unanswered, now)
+                    self._announcer.hello(event)
+                case Live():
+                    self._live = True
+                case Answer() | Text():
+                    if self._dialogue:
+                        self._dialogue.heard(event, now)
+                case Malformed():
+                    pass
+                case _:
+                    self._announcer.note(event)
+                    found.append(event)
+        if message.closed:
+            # without its child ExaBGP is deaf: start both again
+            found += self._end("its relay is gone", now)
+        return found
+
+    def step(self, now: float) -> list[SpeakerEvent]:
+        """Do what is due. Returns what became of sessions by it."""
+        found = self._supervise(now)
+        if not (self._live and self._dialogue):
+            return found
+        try:
+            self._announcer.step(self._dialogue, now)
+            self._file.step(self._dialogue, now)
+            if not self._leaving and self._file.stale(now) and self._drained(now):
+                self._file.load(self._dialogue, now)
+            self._dialogue.pump(now)
+        except (OSError, NotLoadedError) as error:
+            found += self._end(str(error), now)
+        return found
+
+    def next_due(self, now: float) -> float | None:
+        """When to call ``step`` though nothing happens; None: no need."""
+        if self._process is None:
+            return self._backoff.next_due()
+        if not self._live or self._dialogue is None or self._drain_until is not None:
+            return now + _POLL_SECONDS
+        due = (self._dialogue.next_due(), self._announcer.next_due(), self._file.next_due())
+        return min(time for time in due if time is not None)
+
+    def stop(self) -> None:
+        """End ExaBGP. Peers that know graceful restart keep what was not withdrawn."""
+        if self._process:
+            self._process.stop(_STOP_SECONDS)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of ExaBGP, which goes on."""
+        self._hang_up()
+        if self._process:
+            self._process.close()
+            self._process = None
+
+    def _supervise(self, now: float) -> list[SpeakerEvent]:
+        if self._listen is None or self._leaving:
+            return []
+        if self._process is None:
+            if self._file.neighbors and (self._backoff.next_due() or 0.0) <= now:
+                self._start(self._listen, now)
+            return []
+        if self._process.ended():
+            return self._end("it has ended", now)
+        if listening(self._process.variables()) != self._listen:
+            return self._end("it is to listen elsewhere", now)
+        if self._dialogue and self._dialogue.stuck(now):
+            return self._end("it does not answer", now)
+        if self._channel is None:
+            return self._connect(now)
+        return []
+
+    def _start(self, listen: Listen, now: float) -> None:
+        try:
+            self._file.write()
+            variables = environment(listen, self._run_dir / "exabgp.log")
+            self._process = ExaBgp.start(self._run_dir, self._file.path, variables)
+        except OSError as error:
+            self._backoff.failed("start", now)
+            _log.error("can't start ExaBGP: %s", error)
+            return
+        self._started = now
+        _log.info("started ExaBGP, process %d", self._process.pid)
+
+    def _end(self, why: str, now: float) -> list[SpeakerEvent]:
+        """ExaBGP is gone, or no good any more: see that it is gone, and forget it."""
+        if self._process is None:
+            return []
+        _log.warning("ExaBGP, process %d: %s; starting it again", self._process.pid, why)
+        if now - self._started > _HEALTHY_SECONDS:
+            self._backoff.succeeded("start")
+        else:
+            self._backoff.failed("start", now)
+        self._process.signal(signal.SIGKILL)
+        self.stop()
+        return [Restarted()]
+
+    def _connect(self, now: float) -> list[SpeakerEvent]:
+        try:
+            self._channel = Channel(self._socket, self._sink)
+        except OSError as error:
+            if now - self._started > _RELAY_SECONDS:
+                return self._end(f"its relay doesn't listen: {error}", now)
+            return []
+        self._channel.start()
+        return []
+
+    def _hang_up(self) -> None:
+        if self._channel:
+            self._channel.close()
+        self._channel = self._dialogue = None
+        self._live = False
+        self._drain_until = None
+        self._announcer.forget()
+        self._file.found()
+
+    def _drained(self, now: float) -> bool:
+        """Whether peers that are to go have had everything withdrawn, or time is up.
+
+        Else they would keep our routes for as long as we asked them to wait for us.
+        """
+        going = self._announcer.knowing() - self._file.neighbors.keys()
+        if not going or (self._drain_until is not None and now > self._drain_until):
+            self._drain_until = None
+            return True
+        if self._drain_until is None:
+            self._drain_until = now + _DRAIN_SECONDS
+        return False

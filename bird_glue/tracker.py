@@ -1,0 +1,132 @@
+"""What became of each session, in words for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from api.net import Net, format_address
+from bird_glue.config import Neighbor
+from bird_glue.messages import Connected, Down, Notified, Opened, SessionEvent, Up
+from bird_glue.words import notification
+
+ESTABLISHED = "Established"
+_COLLISION = "closing outgoing connection as we have another incoming"
+_CEASE = 6
+_CEASE_COLLISION = 7
+_HOLD_TIMER = (4, 0)
+_WRONG_AS = (2, 2)
+
+
+@dataclass(slots=True)
+class Tracked:
+    """A session: its state as in RFC 4271 8, since when (seconds of the epoch), last error."""
+
+    state: str = "Active"
+    since: float = 0.0
+    info: str = ""
+    opened: Opened | None = None
+    notified: Notified | None = None
+
+
+class Tracker:
+    """``diagnose`` is asked why a connection could not be made; empty if it doesn't know."""
+
+    def __init__(self, diagnose: Callable[[Net], str]) -> None:
+        self._diagnose = diagnose
+        self._neighbors: Mapping[Net, Neighbor] = {}
+        self._sessions: dict[Net, Tracked] = {}
+
+    def set_neighbors(self, neighbors: Mapping[Net, Neighbor], now: float) -> None:
+        """Whose sessions to track. ``now``: seconds of the epoch."""
+        self._sessions = {
+            address: self._sessions[address]
+            if address in self._sessions and neighbor == self._neighbors.get(address)
+            else Tracked(since=now)
+            for address, neighbor in neighbors.items()
+        }
+        self._neighbors = neighbors
+
+    def get(self, peer: Net) -> Tracked:
+        """What is known of a peer's session."""
+        found = self._sessions[peer]
+        if found.state == ESTABLISHED or found.info:
+            return found
+        neighbor = self._neighbors[peer]
+        if neighbor.passive:
+            info = "waiting for the peer to call"
+        else:
+            address = format_address(*peer[:2])
+            info = self._diagnose(peer) or f"calling {address} port {neighbor.port}: no answer yet"
+        return Tracked(found.state, found.since, info)
+
+    def note(self, event: SessionEvent) -> None:
+        """Something happened."""
+        session = self._sessions.get(event.peer)
+        if session is None:
+            return
+        match event:
+            case Connected():
+                if session.state != ESTABLISHED:
+                    session.opened = session.notified = None
+            case Opened():
+                session.opened = event
+            case Notified():
+                session.notified = event
+            case Up(time=time):
+                session.state, session.since, session.info = ESTABLISHED, time, ""
+                session.notified = None
+            case Down():
+                self._down(session, event)
+
+    def lost_all(self, now: float) -> None:
+        """ExaBGP has ended. ``now``: seconds of the epoch."""
+        for session in self._sessions.values():
+            if session.state == ESTABLISHED:
+                session.state, session.since = "Active", now
+                session.info = "ExaBGP has ended and is being started again"
+
+    def _down(self, session: Tracked, event: Down) -> None:
+        if event.reason.startswith(_COLLISION):
+            return
+        info = self._why(session, event)
+        if session.state == ESTABLISHED:
+            session.state, session.since = "Active", event.time
+        session.info = info or session.info
+        session.opened = None
+
+    def _why(self, session: Tracked, event: Down) -> str:
+        if session.notified is not None:
+            return self._notification(session, session.notified)
+        if event.removed:
+            return "its settings changed"
+        if session.state == ESTABLISHED:
+            return "connection lost"
+        if session.opened is not None:
+            return "the peer closed the connection after OPEN"
+        if event.reason != "closing connection":
+            return event.reason
+        address = format_address(*event.peer[:2])
+        neighbor = self._neighbors[event.peer]
+        return self._diagnose(event.peer) or (
+            f"connection to {address} port {neighbor.port} refused, or closed at once: "
+            "it doesn't speak BGP there, or doesn't know us as a peer"
+        )
+
+    def _notification(self, session: Tracked, notified: Notified) -> str:
+        neighbor = self._neighbors[notified.peer]
+        code = notified.code, notified.subcode
+        if code == (_CEASE, _CEASE_COLLISION):
+            return ""
+        if code == _WRONG_AS and notified.sent and session.opened:
+            return (
+                f"wrong AS number: the peer is AS {session.opened.asn}, "
+                f"AS {neighbor.remote_as} is configured"
+            )
+        if code == _WRONG_AS and not notified.sent:
+            return f"the peer refuses us: wrong AS number, we are AS {neighbor.local_as}"
+        words = notification(*code)
+        if code == _HOLD_TIMER and notified.sent:
+            return f"{words}: nothing heard from the peer for {neighbor.hold_seconds} s or less"
+        detail = f" ({notified.text})" if notified.text else ""
+        return f"{'sent' if notified.sent else 'the peer says'}: {words}{detail}"

@@ -1,0 +1,307 @@
+"""Real agents, ExaBGP, BIRD and FRR in namespaces of their own, and packets between them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bird_glue.process import ExaBgp
+from bird_glue.status import BgpStatus, PeerStatus, StatusError, query
+from datastore.connect import connect as connect_store
+from datastore.interface import Key
+from kernel.netns import Namespace, inside
+from tests.support.netns import eventually, fresh_namespace, run
+
+_ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+
+
+class Process:
+    """A program in a namespace, killed by its process id at the end."""
+
+    def __init__(
+        self, namespace: Namespace, *command: str, log: Path, env: dict[str, str] | None = None
+    ) -> None:
+        with inside(namespace.fd), log.open("ab") as out:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=_ENVIRONMENT | (env or {}),
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def end(self, number: int = signal.SIGKILL) -> int:
+        self._process.send_signal(number)
+        return self._process.wait(20)
+
+    def wait(self) -> int:
+        return self._process.wait(20)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._process.poll() is None:
+            self.end()
+
+
+class Store:
+    """The datastore of a test; objects are written as users write them."""
+
+    def __init__(self, path: Path) -> None:
+        self.url = f"sqlite://{path}"
+        self._store = connect_store(self.url)
+
+    def put(self, kind: str, name: str, **spec: Any) -> None:
+        value = {
+            "apiVersion": "projectcalico.org/v3",
+            "kind": kind,
+            "metadata": {"name": name, "labels": spec.pop("labels", {})},
+            "spec": spec,
+        }
+        self.put_raw(kind, name, value)
+
+    def put_raw(self, kind: str, name: str, value: dict[str, Any]) -> None:
+        key = Key(kind, name)
+        if any(entry.key == key for entry in self._store.list(kind).entries):
+            self._store.update(key, value)
+        else:
+            self._store.create(key, value)
+
+    def delete(self, kind: str, name: str) -> None:
+        self._store.delete(Key(kind, name))
+
+    def node(self, name: str, address: str, **bgp: Any) -> None:
+        labels = bgp.pop("labels", {})
+        self.put("Node", name, labels=labels, bgp={"ipv4Address": address, **bgp})
+
+    def block(self, node: str, cidr: str, state: str = "confirmed") -> None:
+        name = f"{node}-{cidr.replace('.', '-').replace('/', '-')}"
+        self.put("BlockAffinity", name, state=state, node=node, type="host", cidr=cidr)
+
+    def drop_block(self, node: str, cidr: str) -> None:
+        self.delete("BlockAffinity", f"{node}-{cidr.replace('.', '-').replace('/', '-')}")
+
+    def close(self) -> None:
+        self._store.close()
+
+
+@dataclass
+class Station:
+    """A machine: its namespace and its directory."""
+
+    name: str
+    namespace: Namespace
+    directory: Path
+
+    def run(self, *command: str) -> str:
+        return run(self.namespace, *command).stdout
+
+    def routes(self, selector: str = "proto 179", family: str = "-4") -> list[str]:
+        """``ip route show``, one route a line, without flags and padding."""
+        output = self.run("ip", family, "-o", "route", "show", *selector.split())
+        lines = (re.sub(r"\\\s*|\s+", " ", line).strip() for line in output.splitlines())
+        return [line for line in lines if line]
+
+    def route_to(self, net: str) -> str:
+        """The routes of protocol 179 to exactly this prefix, as text; empty if none."""
+        return " | ".join(self.routes(f"exact {net} proto 179"))
+
+    def set_forwarding(self) -> None:
+        with inside(self.namespace.fd):
+            Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+            Path("/proc/sys/net/ipv4/fib_multipath_hash_policy").write_text("1")
+
+
+class Node(Station):
+    """A machine with the agent."""
+
+    store: Store
+    agent: Process
+
+    def start(self, **env: str) -> None:
+        self.agent = Process(
+            self.namespace,
+            sys.executable,
+            "-m",
+            "bird_glue",
+            log=self.directory / "agent.log",
+            env={
+                "MANX_NODENAME": self.name,
+                "MANX_DATASTORE": self.store.url,
+                "MANX_RUN_DIR": str(self.run_dir),
+                **env,
+            },
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        return self.directory / "run"
+
+    def status(self) -> BgpStatus | None:
+        try:
+            return query(self.run_dir)
+        except StatusError:
+            return None
+
+    def peer(self, address: str) -> PeerStatus | None:
+        status = self.status()
+        found = status.peers if status else []
+        return next((peer for peer in found if peer.address == address), None)
+
+    def established(self, *addresses: str) -> bool:
+        return all(
+            (peer := self.peer(address)) is not None and peer.state == "Established"
+            for address in addresses
+        )
+
+    def exabgp(self) -> int:
+        """The process id of ExaBGP; 0 while there is none."""
+        found = ExaBgp.find(self.run_dir)
+        if found is None:
+            return 0
+        found.close()
+        return found.pid
+
+    def end(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self.agent.__exit__()
+        found = ExaBgp.find(self.run_dir)
+        if found is not None:
+            found.signal(signal.SIGKILL)
+            found.stop(5)
+            found.close()
+
+    def logs(self) -> str:
+        names = ("agent.log", "run/exabgp.log", "run/exabgp.out", "run/exabgp.conf")
+        found = (self.directory / name for name in names)
+        return "\n".join(f"--- {p}\n{p.read_text()[-4000:]}" for p in found if p.exists())
+
+
+class Bird(Station):
+    """A machine with BIRD 2."""
+
+    daemon: Process
+
+    def start(self, configuration: str) -> None:
+        self.configure(configuration, reload=False)
+        # relative: a Unix socket's path may have 107 characters
+        self.daemon = Process(
+            self.namespace,
+            "bird",
+            "-f",
+            "-c",
+            str(self.directory / "bird.conf"),
+            "-s",
+            str(self.directory / "b"),
+            log=self.directory / "bird.log",
+        )
+        eventually((self.directory / "b").exists)
+
+    def configure(self, configuration: str, *, reload: bool = True) -> None:
+        (self.directory / "bird.conf").write_text(configuration)
+        if reload:
+            self.birdc("configure")
+
+    def birdc(self, *words: str) -> str:
+        return self.run("birdc", "-s", str(self.directory / "b"), *words)
+
+    def knows(self, net: str) -> bool:
+        """Whether BIRD has a route to exactly this prefix."""
+        output = self.birdc("show", "route", "for", net, "all")
+        return any(line.startswith(f"{net} ") for line in output.splitlines())
+
+    def blocks(self) -> set[str]:
+        """The prefixes learned by BGP."""
+        output = self.birdc("show", "route", "where", "source", "=", "RTS_BGP")
+        return set(re.findall(r"^([0-9a-f.:]+/\d+)\s", output, re.MULTILINE))
+
+    def since(self, protocol: str) -> str:
+        """When the state of a protocol last changed."""
+        return self.birdc("show", "protocols", protocol).splitlines()[-1].split()[4]
+
+    def end(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self.daemon.__exit__()
+
+
+BIRD_COMMON = """
+log stderr all;
+router id {router_id};
+protocol device {{ scan time 1; }}
+protocol direct {{ ipv4; ipv6; }}
+protocol kernel {{ merge paths on; ipv4 {{ export where source != RTS_DEVICE; import none; }}; }}
+protocol kernel {{ ipv6 {{ export where source != RTS_DEVICE; import none; }}; }}
+"""
+
+BIRD_SESSION = """
+protocol bgp {name} {{
+  local {local} as {asn}; neighbor {peer} as {peer_asn};
+  graceful restart on; hold time 30;
+  connect delay time 0; connect retry time 1; error wait time 1, 2;
+  ipv4 {{ import all; export {export}; next hop self; }};
+}}
+"""
+
+
+class World:
+    """Everything a test makes, and its end."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stack = contextlib.ExitStack()
+        self.store = Store(directory / "store.db")
+        self._stack.callback(self.store.close)
+        self.nodes: list[Node] = []
+
+    def _station(self, kind: type[Station], name: str) -> Station:
+        directory = self._directory / name
+        directory.mkdir()
+        station = kind(name, self._stack.enter_context(fresh_namespace()), directory)
+        station.set_forwarding()
+        return station
+
+    def node(self, name: str) -> Node:
+        node = self._station(Node, name)
+        assert isinstance(node, Node)
+        node.store = self.store
+        self._stack.callback(node.end)
+        self.nodes.append(node)
+        return node
+
+    def bird(self, name: str) -> Bird:
+        bird = self._station(Bird, name)
+        assert isinstance(bird, Bird)
+        self._stack.callback(bird.end)
+        return bird
+
+    def host(self, name: str) -> Station:
+        return self._station(Station, name)
+
+    def end(self) -> None:
+        self._stack.close()
+
+
+@contextlib.contextmanager
+def world(directory: Path) -> Iterator[World]:
+    made = World(directory)
+    try:
+        yield made
+    except BaseException:
+        for node in made.nodes:
+            print(f"=== {node.name}: {node.status()}\n{node.logs()}")
+        raise
+    finally:
+        made.end()
