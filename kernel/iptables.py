@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernel.netns import in_namespace
-from kernel.restore import Restore, RestoreError, find_program
+from kernel.restore import Restore, RestoreError, find_program, has_program
 
 CHAIN_NAME_LIMIT = 28  # characters
 _COMMANDS = {4: "iptables", 6: "ip6tables"}
+BACKENDS = ("nft", "legacy")
 _TABLES = ("filter", "nat", "raw", "mangle", "security")
 _SAVE_SECONDS = 60
 _ATTEMPTS = 3
@@ -114,19 +115,20 @@ class IptablesError(Exception):
 def detect_backend(netns_fd: int | None = None) -> str:
     """``nft`` or ``legacy``: what already holds more rules in the namespace.
 
-    Where neither holds more, what the plain ``iptables`` command is.
+    Where neither holds more, what the plain ``iptables`` command is; where only one is
+    installed, that one. Raises FileNotFoundError, IptablesError.
     """
-    rules = {
-        "nft": sum(_count_rules(f"{command}-nft-save", netns_fd) for command in _COMMANDS.values()),
-        "legacy": sum(
-            _count_rules(f"{command}-legacy-save", netns_fd)
-            for command, tables in (("iptables", "ip"), ("ip6tables", "ip6"))
-            # asking legacy iptables would make the tables it is asked for
-            if _legacy_tables(tables, netns_fd)
-        ),
-    }
-    if rules["nft"] != rules["legacy"]:
-        return max(rules, key=rules.__getitem__)
+    installed = [name for name in BACKENDS if has_program(f"iptables-{name}-restore")]
+    if len(installed) == 1:
+        return installed[0]
+    nft = sum(_count_rules(f"{command}-nft-save", netns_fd) for command in _COMMANDS.values())
+    legacy = sum(
+        _count_rules(f"{command}-legacy-save", netns_fd)
+        for command in _COMMANDS.values()
+        if _has_legacy_tables(command, netns_fd)
+    )
+    if nft != legacy:
+        return "nft" if nft > legacy else "legacy"
     return "legacy" if "legacy" in _run([find_program("iptables"), "--version"], None) else "nft"
 
 
@@ -135,12 +137,14 @@ def _count_rules(program: str, netns_fd: int | None) -> int:
     return sum(line.startswith("-A") for line in output.splitlines())
 
 
-def _legacy_tables(kind: str, netns_fd: int | None) -> str:
+def _has_legacy_tables(command: str, netns_fd: int | None) -> bool:
+    """Whether there are any: merely asking legacy iptables for one would make it."""
+    kind = command.removesuffix("tables")
     with in_namespace(netns_fd):
         try:
-            return Path(f"/proc/thread-self/net/{kind}_tables_names").read_text().strip()
+            return bool(Path(f"/proc/thread-self/net/{kind}_tables_names").read_text())
         except FileNotFoundError:
-            return ""  # the kernel module is not loaded
+            return False  # the kernel module is not loaded
 
 
 def _run(command: Sequence[str], netns_fd: int | None) -> str:
@@ -183,7 +187,7 @@ class IptablesTable:
     ) -> None:
         if family not in _COMMANDS or table not in _TABLES:
             raise ValueError(f"iptables family {family}, table {table!r}: 4 or 6, {_TABLES}")
-        if backend not in ("nft", "legacy", "auto"):
+        if backend not in (*BACKENDS, "auto"):
             raise ValueError(f"iptables backend {backend!r}: nft, legacy or auto")
         self.family = family
         self.table = table

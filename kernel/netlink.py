@@ -117,7 +117,7 @@ def attribute_u32(kind: int, value: int) -> bytes:
 
 def attribute_text(kind: int, text: str) -> bytes:
     """An attribute that holds text, with the NUL the kernel wants."""
-    return attribute(kind, text.encode() + b"\0")
+    return attribute(kind, text.encode(errors="surrogateescape") + b"\0")
 
 
 def nested(kind: int, *attributes: bytes) -> bytes:

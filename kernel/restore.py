@@ -37,12 +37,21 @@ class RestoreError(Exception):
         self.line = line
 
 
+def has_program(name: str) -> bool:
+    """Whether an iptables program is installed."""
+    return _which(name) is not None
+
+
 def find_program(name: str) -> str:
     """The path of an iptables program. Raises FileNotFoundError."""
-    path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{_SBIN}")
+    path = _which(name)
     if path is None:
         raise FileNotFoundError(f"{name}: not found; install the package iptables")
     return path
+
+
+def _which(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{_SBIN}")
 
 
 class Restore:

@@ -1,5 +1,6 @@
 """Both backends, both families: adoption, atomicity, others' rules, errors, packets."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -295,6 +296,32 @@ os.kill(os.getpid(), signal.SIGKILL)
     eventually(lambda: not Path(f"/proc/{pid}/exe").exists())
 
 
+def test_the_lock_of_legacy_iptables_is_waited_for(
+    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "xtables.lock"
+    monkeypatch.setenv("XTABLES_LOCKFILE", str(lock))
+    with (
+        lock.open("w") as held,
+        IptablesTable(4, "filter", "legacy", netns_fd=namespace.fd) as table,
+    ):
+        fcntl.flock(held, fcntl.LOCK_EX)
+        update = TableUpdate(replace={"cali-a": ("-j DROP",)})
+        writer = threading.Thread(target=table.apply, args=(update,))
+        writer.start()
+        wanted = f":{lock.stat().st_ino} "
+        eventually(lambda: "-> FLOCK" in lock_waiters(wanted))
+        assert writer.is_alive()
+        fcntl.flock(held, fcntl.LOCK_UN)
+        writer.join(10)
+        assert "cali-a" in table.read().chains
+
+
+def lock_waiters(inode: str) -> str:
+    """The lines of /proc/locks about a file; an arrow marks who waits."""
+    return "".join(line for line in Path("/proc/locks").read_text().splitlines() if inode in line)
+
+
 def test_writers_do_not_disturb_each_other(world: World) -> None:
     """Two agents' tables and a stranger write at once: everything arrives."""
     world.stranger("-N KUBE-SERVICES")
@@ -380,6 +407,19 @@ def test_no_packet_sees_half_an_update(namespace: Namespace, backend: str) -> No
                 table.apply(TableUpdate(versions[turns % 2]))
             assert "300 received, 0% packet loss" in flood.communicate()[0]
             assert turns > 10
+
+
+def test_auto_takes_the_only_backend_there_is(
+    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernel.restore._SBIN", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="iptables-nft-save: not found; install"):
+        IptablesTable(4, "filter", "nft")
+    for name in ("iptables-legacy-save", "iptables-legacy-restore"):
+        (tmp_path / name).symlink_to("/usr/sbin/xtables-legacy-multi")
+    with IptablesTable(4, "filter", "auto", netns_fd=namespace.fd) as table:
+        assert table.backend == "legacy"
 
 
 def test_auto_takes_the_backend_in_use(namespace: Namespace) -> None:
