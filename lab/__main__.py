@@ -237,6 +237,14 @@ def _members_table(found: JSON) -> Table:
     return table
 
 
+def _program_state(program: JSON) -> str:
+    name, restarts = program["name"], program["restarts"]
+    again = f" (restarts: {restarts})" if restarts else ""
+    if program["pid"] is None:
+        return f"[red]{name} {program['last_exit'] or 'not running'}[/]{again}"
+    return f"{name}{again}" if program["ready"] else f"[yellow]{name} not ready[/]{again}"
+
+
 def _pods_table(found: JSON) -> Table:
     table = Table(box=None)
     for column in ("POD", "NODE", "ADDRESSES"):

@@ -10,20 +10,39 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from bird_glue.status import StatusError
+from bird_glue.status import query as bgp_status
+from felix.status import query as felix_status
 from lab.errors import LabError
 from lab.fabric import OtherPlugin
 from lab.routers import Program
 from lab.runtime import BIN_DIR, CONF_DIR
+from lab.supervisor import listens
 from lab.world import Member
 
 RUN_DIR = "/run/manx"
+CNI, FELIX, BIRD_GLUE = "manx-cni", "manx-felix", "manx-bird-glue"
+_STATUS_SECONDS = 2.0
 
 # ``manx-felix`` and the others, by the interpreter the lab itself runs on.
 PROGRAMS = (
-    Program("manx-cni", (sys.executable, "-m", "cni", "daemon"), f"{RUN_DIR}/cni.sock"),
-    Program("manx-felix", (sys.executable, "-m", "felix"), f"{RUN_DIR}/felix.sock"),
-    Program("manx-bird-glue", (sys.executable, "-m", "bird_glue"), f"{RUN_DIR}/bgp.sock"),
+    Program(CNI, (sys.executable, "-m", "cni", "daemon"), f"{RUN_DIR}/cni.sock"),
+    Program(FELIX, (sys.executable, "-m", "felix"), f"{RUN_DIR}/felix.sock"),
+    Program(BIRD_GLUE, (sys.executable, "-m", "bird_glue"), f"{RUN_DIR}/bgp.sock"),
 )
+
+
+def is_ready(program: Program, member: Member) -> bool:
+    """Whether a program that runs in a member serves; Manx's agents say themselves."""
+    run_dir = member.seen_by_keeper(RUN_DIR)
+    try:
+        if program.name == FELIX:
+            return bool(felix_status(run_dir, timeout=_STATUS_SECONDS)["ready"])
+        if program.name == BIRD_GLUE:
+            return bgp_status(run_dir).in_sync
+    except (OSError, ValueError, StatusError):
+        return False
+    return listens(member.seen_by_keeper(program.socket))
 
 
 def environment(member: Member) -> dict[str, str]:

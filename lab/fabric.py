@@ -189,6 +189,7 @@ class Pod(Labelled):
     node: Name
     namespace: Label = "default"
     service_account_name: PodName = "default"
+    annotations: dict[str, str] = Field(default_factory=dict)
     ports: list[ContainerPort] = Field(default_factory=list)
 
     @property

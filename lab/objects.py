@@ -62,6 +62,7 @@ def create_pod(store: Datastore, pod: Pod) -> str:
             "namespace": pod.namespace,
             "uid": uid,
             "labels": dict(pod.labels),
+            "annotations": dict(pod.annotations),
         },
         "spec": {
             "nodeName": pod.node,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import select
 import selectors
 import socket
@@ -88,7 +89,7 @@ def first_reply(station: Station, address: str, deadline: float) -> float:
 
     Raises LabError when there is none until ``deadline``.
     """
-    identifier = os.getpid() & 0xFFFF
+    identifier = secrets.randbelow(0x10000)
     with icmp_socket(station.net) as sock:
         poller = select.poll()
         poller.register(sock, select.POLLIN)
@@ -178,6 +179,7 @@ class Probe:
         """Try all pairs (by default ``pairs()``) at once, over TCP and ICMP.
 
         Returns as soon as everything is answered, at the latest after ``timeout`` seconds.
+        At most 65536 pairs.
         """
         return _Round(self, list(self.pairs() if pairs is None else pairs)).run(timeout)
 
@@ -194,7 +196,10 @@ class _Round:
 
     def __init__(self, probe: Probe, pairs: list[Pair]) -> None:
         self._probe = probe
-        self._pairs = pairs
+        self._pairs = pairs  # a pair's place in it is its ICMP sequence number
+        # A new one each time, or connection tracking takes the ping for part of an earlier,
+        # allowed exchange.
+        self._identifier = secrets.randbelow(0x10000)
         self._poll = select.epoll()
         self._calls: dict[int, tuple[Pair, socket.socket]] = {}
         self._pings: dict[int, socket.socket] = {}  # by descriptor
@@ -252,18 +257,15 @@ class _Round:
             if pair not in self._echoed:
                 target = self._probe.stations[pair[1]]
                 with contextlib.suppress(OSError):  # unreachable: there will be no answer
-                    # every pair has a number of its own, over both fields
-                    packet = icmp_echo(0x4D00 | number >> 16, number & 0xFFFF)
+                    packet = icmp_echo(self._identifier, number)
                     self._ping_of[pair[0]].sendto(packet, (target.address, 0))
 
     def _hear_ping(self, sock: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
-                identifier, sequence = echo_reply(sock.recv(1500))
-                number = (identifier & 0xFF) << 16 | sequence
-                if identifier >> 8 == 0x4D and number < len(self._pairs):
+                identifier, number = echo_reply(sock.recv(1500))
+                if identifier == self._identifier and number < len(self._pairs):
                     pair = self._pairs[number]
-                    # two rounds may run at once: the answer must be for this source
                     if self._ping_of[pair[0]] is sock:
                         self._echoed.add(pair)
 

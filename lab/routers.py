@@ -22,12 +22,11 @@ HOLD, KEEPALIVE = 30, 10
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program the lab runs. ``ready``: the Unix socket it listens on once it is up."""
+    """A program the lab runs. ``socket``: the Unix socket it listens on once it is up."""
 
     name: str
     argv: tuple[str, ...]
-    ready: str | None = None
-    env: tuple[tuple[str, str], ...] = ()
+    socket: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from datastore.connect import connect
@@ -97,9 +98,12 @@ class RunningLab:
                 self._supervise(node, program)
 
     def _supervise(self, member: Member, program: routers.Program) -> None:
-        ready = member.seen_by_keeper(program.ready) if program.ready else None
         supervised = Supervised(
-            program, member.namespaces, self._env[member.name], member.log(program.name), ready
+            program,
+            member.namespaces,
+            self._env[member.name],
+            member.log(program.name),
+            partial(agents.is_ready, program, member),
         )
         self._programs[member.name].append(supervised)
         supervised.start()
@@ -181,7 +185,10 @@ class RunningLab:
                     "name": name,
                     "role": member.role,
                     "addresses": self._addresses(name),
-                    "programs": [asdict(each.status()) for each in self._programs[name]],
+                    "programs": [
+                        {**asdict(each.status()), "ready": each.is_ready()}
+                        for each in self._programs[name]
+                    ],
                 }
                 for name, member in self._members.items()
             ],

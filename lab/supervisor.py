@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,13 +45,13 @@ class Supervised:
         member: Namespaces,
         env: Mapping[str, str],
         log: Path,
-        ready: Path | None,
+        ready: Callable[[], bool],
     ) -> None:
-        """``log`` and ``ready`` (the socket it listens on): paths as the keeper sees them."""
+        """``log``: a path as the keeper sees it. ``ready``: whether it serves, once it runs."""
         self.program = program
         self.log = log
         self._member = member
-        self._env = {**env, **dict(program.env)}
+        self._env = dict(env)
         self._ready = ready
         self._process: subprocess.Popen[bytes] | None = None
         self._restarts = 0
@@ -78,10 +78,8 @@ class Supervised:
         )
 
     def is_ready(self) -> bool:
-        """Whether it runs and listens on its socket (runs, where it has none)."""
-        if self.status().pid is None:
-            return False
-        return self._ready is None or listens(self._ready)
+        """Whether it runs and serves."""
+        return self.status().pid is not None and self._ready()
 
     def signal(self, number: int) -> bool:
         """Send a signal; False when it is not running."""

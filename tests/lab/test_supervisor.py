@@ -13,7 +13,7 @@ import pytest
 
 from lab.namespaces import Namespaces
 from lab.routers import Program
-from lab.supervisor import LOG_LIMIT, Supervised, tail
+from lab.supervisor import LOG_LIMIT, Supervised, listens, tail
 
 
 @pytest.fixture
@@ -31,12 +31,14 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def sh(script: str, **fields: object) -> Program:
-    return Program("sh", ("/bin/sh", "-c", script), **fields)  # type: ignore[arg-type]
+def sh(script: str, socket: str = "") -> Program:
+    return Program("sh", ("/bin/sh", "-c", script), socket)
 
 
 def supervise(here: Namespaces, program: Program, tmp_path: Path) -> Supervised:
-    ready = Path(program.ready) if program.ready else None
+    def ready() -> bool:
+        return listens(Path(program.socket))
+
     return Supervised(program, here, {"PATH": os.environ["PATH"]}, tmp_path / "log", ready)
 
 
@@ -70,7 +72,7 @@ def test_one_that_keeps_failing_waits_longer_and_says_why(here: Namespaces, tmp_
 
 
 def test_one_that_is_not_there_is_reported(here: Namespaces, tmp_path: Path) -> None:
-    supervised = supervise(here, Program("none", ("/nowhere/none",)), tmp_path)
+    supervised = supervise(here, Program("none", ("/nowhere/none",), ""), tmp_path)
     supervised.start()
     until(lambda: supervised.status().restarts >= 1)
     assert "No such file" in str(supervised.status().last_exit)
@@ -87,7 +89,7 @@ def test_one_that_ignores_sigterm_is_killed(here: Namespaces, tmp_path: Path) ->
 
 def test_ready_means_listening(here: Namespaces, tmp_path: Path) -> None:
     path = tmp_path / "socket"
-    supervised = supervise(here, sh("exec sleep 60", ready=str(path)), tmp_path)
+    supervised = supervise(here, sh("exec sleep 60", str(path)), tmp_path)
     supervised.start()
     until(lambda: supervised.status().pid)
     assert not supervised.is_ready()
