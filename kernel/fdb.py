@@ -22,6 +22,7 @@ from kernel.netlink import (
     attributes,
     mac_bytes,
 )
+from kernel.table import apply_plan
 from reconcile.plan import Plan
 
 _AF_BRIDGE = 7
@@ -75,18 +76,14 @@ class Fdb:
 
         An entry to delete that is gone is no error.
         """
-        writes = [*plan.create.values(), *plan.update.values()]
-        removals = list(plan.delete.values())
-        messages = [fdb_replace(entry) for entry in writes]
-        messages += [fdb_delete(entry) for entry in removals]
-        entries = writes + removals
-        errors: dict[FdbKey, OSError] = {}
-        for failure in self._socket.batch(messages):
-            if failure.index >= len(writes) and failure.errno == errno.ENOENT:
-                continue
-            entry = entries[failure.index]
-            errors[entry.key] = failure.error(entry)
-        return errors
+        return apply_plan(
+            self._socket,
+            plan,
+            create=fdb_replace,
+            update=fdb_replace,
+            delete=fdb_delete,
+            gone=errno.ENOENT,
+        )
 
 
 def fdb_replace(entry: FdbEntry) -> Message:

@@ -22,6 +22,7 @@ from kernel.netlink import (
     mac_bytes,
 )
 from kernel.routes import PROTO_FELIX
+from kernel.table import apply_plan
 from reconcile.plan import Plan
 
 RTM_NEWNEIGH = 28
@@ -104,18 +105,14 @@ class Neighbours:
 
         An entry to delete that is gone is no error.
         """
-        writes = [*plan.create.values(), *plan.update.values()]
-        removals = list(plan.delete.values())
-        messages = [neighbour_replace(entry) for entry in writes]
-        messages += [neighbour_delete(entry) for entry in removals]
-        entries = writes + removals
-        errors: dict[NeighbourKey, OSError] = {}
-        for failure in self._socket.batch(messages):
-            if failure.index >= len(writes) and failure.errno == errno.ENOENT:
-                continue
-            entry = entries[failure.index]
-            errors[entry.key] = failure.error(entry)
-        return errors
+        return apply_plan(
+            self._socket,
+            plan,
+            create=neighbour_replace,
+            update=neighbour_replace,
+            delete=neighbour_delete,
+            gone=errno.ENOENT,
+        )
 
 
 def neighbour_replace(entry: Neighbour) -> Message:

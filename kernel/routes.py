@@ -25,6 +25,7 @@ from kernel.netlink import (
     attributes,
     u32,
 )
+from kernel.table import apply_plan
 from reconcile.plan import Plan
 
 RTM_NEWROUTE = 24
@@ -204,19 +205,14 @@ class Routes:
         Creates and updates come before deletes, so that a destination which moves to
         another key stays reachable. A route to delete that is gone is no error.
         """
-        steps = [
-            *((route, route_add(route)) for route in plan.create.values()),
-            *((route, route_replace(route)) for route in plan.update.values()),
-            *((route, route_delete(route)) for route in plan.delete.values()),
-        ]
-        first_delete = len(plan.create) + len(plan.update)
-        errors: dict[RouteKey, OSError] = {}
-        for failure in self._socket.batch([message for _, message in steps]):
-            if failure.index >= first_delete and failure.errno == errno.ESRCH:
-                continue
-            route = steps[failure.index][0]
-            errors[route.key] = failure.error(route)
-        return errors
+        return apply_plan(
+            self._socket,
+            plan,
+            create=route_add,
+            update=route_replace,
+            delete=route_delete,
+            gone=errno.ESRCH,
+        )
 
 
 def route_add(route: Route) -> Message:
