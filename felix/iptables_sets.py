@@ -21,6 +21,9 @@ from reconcile.backoff import Backoff
 
 _TYPES = {SetKind.NET: "hash:net", SetKind.NAMED_PORT: "hash:ip,port"}
 
+_PATIENCE = 2.0  # seconds between attempts, from which on a set that stays in use is a problem
+_BUSY = 4100  # IPSET_ERR_BUSY: a rule refers to the set
+
 _log = logging.getLogger(__name__)
 
 
@@ -129,12 +132,14 @@ class IptablesSets:
         except OSError as error:
             self._failed(name, error, now)
             return 0
-        if self.errors.pop(name, None) is not None:
-            self._backoff.succeeded(name)
+        self._backoff.succeeded(name)
+        self.errors.pop(name, None)
         return changes
 
-    def _failed(self, name: str, error: Exception, now: float) -> None:
-        self._backoff.failed(name, now)
+    def _failed(self, name: str, error: OSError, now: float) -> None:
+        again = self._backoff.failed(name, now)
+        if error.errno == _BUSY and name not in self._wanted and again - now < _PATIENCE:
+            return  # the kernel lets go of a deleted rule only some milliseconds later
         if str(self.errors.get(name)) != str(error):
             _log.warning("%s; will be tried again", error)
         self.errors[name] = error

@@ -55,13 +55,13 @@ class Network:
     def read(self) -> None:
         """See what is there: interfaces, and everything of ours."""
         self._links = Links(self._socket).read()
-        self._routes.found(self._read_routes())
-        self._settings.found(_read_settings(self._settings.desired))
         self._tunnel.read(self._links)
         self._find_uplink()
         for interface in self._pods_of:
             self._want_interface(interface)
         self._want_routes((*self._pods, *self._remotes))
+        self._routes.found(self._read_routes())
+        self._settings.found(_read_settings(self._settings.desired))
 
     def want_forwarding(self, versions: Iterable[int]) -> None:
         """Forward packets of these IP versions (``sysctl net.ipv4.ip_forward=1``)."""

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,55 @@ class Listener:
     def __exit__(self, *exc: object) -> None:
         self.tcp.close()
         self.udp.close()
+
+
+class Flow:
+    """One-way UDP packets, numbered, sent as fast as the machine allows.
+
+    As nobody answers, connection tracking never calls them established: each is judged by
+    the policy as it is at that moment.
+    """
+
+    def __init__(self, source: Namespace, target: Namespace, address: str, port: int) -> None:
+        with inside(source.fd):
+            self._out = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with inside(target.fd):
+            self._in = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._in.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 26)
+        self._in.bind((address, port))
+        self._in.setblocking(False)
+        self._to = (address, port)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._send)
+        self.sent = 0
+
+    def __enter__(self) -> Flow:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._out.close()
+        self._in.close()
+
+    def _send(self) -> None:
+        while not self._stop.wait(0.0002):
+            self._out.sendto(b"%d" % self.sent, self._to)
+            self.sent += 1
+
+    def finish(self) -> set[int]:
+        """Stop sending; the numbers that arrived."""
+        self._stop.set()
+        self._thread.join()
+        arrived = set()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                arrived.add(int(self._in.recv(100)))
+        return arrived
+
+
+_SO_RCVBUFFORCE = 33
 
 
 class Node:
