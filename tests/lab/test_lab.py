@@ -24,8 +24,6 @@ from lab.flow import Flow, arrivals
 from lab.probe import Probe, first_reply
 from tests.lab.fabrics import JSON, lab_name, small
 
-pytestmark = pytest.mark.xdist_group("lab")  # one running lab serves most of these
-
 
 def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
     deadline = time.monotonic() + seconds
