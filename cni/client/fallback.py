@@ -104,7 +104,8 @@ def ask(path: bytes, request: bytes, descriptor: int) -> "tuple[bytes, int]":
             number = descriptor.to_bytes(4, sys.byteorder)
             rights.append((_socket.SOL_SOCKET, _socket.SCM_RIGHTS, number))
         sent = connection.sendmsg([request], rights, _socket.MSG_NOSIGNAL)
-        connection.sendall(request[sent:], _socket.MSG_NOSIGNAL)
+        if sent < len(request):
+            connection.sendall(request[sent:], _socket.MSG_NOSIGNAL)
         header = receive(connection, HEADER)
         size = int.from_bytes(header[8:12], "big")
         if header[:4] != b"MNX1" or size > LIMIT:

@@ -32,4 +32,7 @@ def _node(c_client: Path) -> Iterator[Rig]:
 def rig(_node: Rig) -> Iterator[Rig]:
     """A node whose daemon serves; after each test nothing may be left on it."""
     yield _node
-    _node.assert_empty()
+    try:
+        _node.assert_empty()
+    finally:
+        _node.collect_all()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cni import install
+from cni.config import VALID_ATTACHMENTS
 from datastore.connect import connect
 from datastore.interface import JSON, Datastore, Key
 from kernel.links import Links, link_up
@@ -70,6 +71,7 @@ class Container:
 
     @property
     def netns(self) -> str:
+        """The path a runtime would give."""
         return f"/proc/{os.getpid()}/fd/{self.namespace.fd}"
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +142,7 @@ class Rig:
 
     def create(self, kind: str, name: str, namespace: str = "", **fields: Any) -> None:
         version = "v1" if kind in ("Pod", "Namespace") else "projectcalico.org/v3"
-        metadata = {"name": name, **({"namespace": namespace} if namespace else {})}
+        metadata: dict[str, Any] = {"name": name, **({"namespace": namespace} if namespace else {})}
         metadata |= fields.pop("metadata", {})
         value = {"apiVersion": version, "kind": kind, "metadata": metadata, **fields}
         self.store.create(Key(kind, name, namespace), value)
@@ -202,12 +204,21 @@ class Rig:
         return self.call("ADD", container, configuration(**keys)).ok()
 
     def delete(self, container: Container, **variables: str) -> None:
-        assert self.call("DEL", container, **variables).ok() is None
+        assert self.call("DEL", container, None, **variables).ok() is None
+
+    def collect_all(self) -> None:
+        """Detach everything that a failed test left."""
+        self.call("GC", conf=configuration() | {VALID_ATTACHMENTS: []})
 
     def links(self) -> set[str]:
         """The interfaces of the node that are ours."""
         with NetlinkSocket(netns_fd=self.namespace.fd) as netlink:
             return {name for name in Links(netlink).read() if name.startswith("cali")}
+
+    def link(self, container: Container) -> int:
+        """The index of the node's end of a container's wire."""
+        with NetlinkSocket(netns_fd=container.namespace.fd) as netlink:
+            return Links(netlink).get(container.ifname).peer_index
 
     def endpoints(self) -> dict[str, JSON]:
         """The WorkloadEndpoints, by name."""
@@ -233,12 +244,14 @@ class Rig:
         assert self.store.list("IPAMHandle").entries == []
 
 
-def build_client(kind: str, directory: Path) -> Path:
-    """The plugin's executable, ``c`` or ``python``, with its warnings as errors."""
+def build_client(kind: str, directory: Path, *flags: str) -> Path:
+    """The plugin's executable, ``c`` or ``python``; warnings of the compiler are errors."""
     path = directory / f"manx-{kind}"
     nowhere = Path("/run/manx/nobody-listens-here.sock")
-    flags = ("-Werror",)
-    data = install.compiled("cc", nowhere, flags) if kind == "c" else install.interpreted(nowhere)
+    if kind == "c":
+        data = install.compiled("cc", nowhere, ("-Werror", *flags))
+    else:
+        data = install.interpreted(nowhere)
     path.write_bytes(data)
     path.chmod(0o755)
     return path

@@ -2,16 +2,355 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
-from tests.cni.rig import Rig
+import pytest
+
+from api.endpoint import WorkloadEndpoint
+from api.names import interface_name
+from api.registry import parse
+from cni.config import VALID_ATTACHMENTS
+from datastore.interface import Key
+from kernel.netns import Namespace
+from tests.cni.rig import NODE, Container, Rig, configuration, sysctl
+from tests.support.netns import connect, fresh_namespace, run
+
+VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]
+
+
+def address(result: Any) -> str:
+    """The first address of a result, without its length."""
+    text: str = result["ips"][0]["address"]
+    return text.split("/")[0]
 
 
 def test_two_pods_talk(rig: Rig, client: Path) -> None:
     rig.client = client
     one, two = rig.container(), rig.container()
     first, second = rig.add(one), rig.add(two)
-    address = second["ips"][0]["address"].removesuffix("/32")
-    assert one.pings(address), rig.log()
+    assert one.pings(address(second))
+    assert two.pings(address(first))
+    rig.delete(one)
+    assert not two.pings(address(first))
+    rig.delete(two)
+
+
+def test_node_and_pod_talk(rig: Rig) -> None:
+    pod = rig.container()
+    result = rig.add(pod)
+    with fresh_namespace() as outside:
+        connect(rig.namespace, "up0", outside, "eth0", ["192.0.2.1/24", "192.0.2.2/24"])
+        run(rig.namespace, "ping", "-c1", "-W2", address(result))
+        assert pod.pings("192.0.2.1")
+        # the way back leads through the node: a pod is reached by its own address
+        run(outside, "ip", "route", "add", "10.65.0.0/24", "via", "192.0.2.1")
+        sysctl(rig.namespace, {"net/ipv4/conf/up0/forwarding": "1"})
+        assert pod.pings("192.0.2.2")
+        run(outside, "ping", "-c1", "-W2", address(result))
+    rig.delete(pod)
+
+
+def test_a_pod_cannot_use_anothers_address(rig: Rig) -> None:
+    one, two = rig.container(), rig.container()
+    rig.add(one)
+    target = address(rig.add(two))
+    one.run("ip", "address", "add", "10.65.0.250/32", "dev", "lo")
+    assert one.run("ping", "-c1", "-W2", target).returncode == 0
+    assert one.run("ping", "-c1", "-W1", "-I", "10.65.0.250", target).returncode == 1
     rig.delete(one)
     rig.delete(two)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_result(rig: Rig, version: str) -> None:
+    pod = rig.container("web")
+    result = rig.add(pod, version=version, mtu=1400, dns={"nameservers": ["10.0.0.10"]})
+    [name] = rig.links()
+    node_end, pod_end = result["interfaces"]
+    expected = {"name": name, "mac": "ee:ee:ee:ee:ee:ee"}
+    assert node_end == expected | ({"mtu": 1400} if version == "1.1.0" else {})
+    assert pod_end["name"] == "eth0"
+    assert pod_end["sandbox"] == pod.netns
+    shown = json.loads(pod.run("ip", "-j", "address", "show", "dev", "eth0").stdout)[0]
+    assert pod_end["mac"] == shown["address"]
+    assert shown["mtu"] == 1400
+    [net] = shown["addr_info"][:1]
+    ip = {"interface": 1, "address": f"{net['local']}/32", "gateway": "169.254.1.1"}
+    assert result["ips"] == [ip | ({"version": "4"} if version < "1.0.0" else {})]
+    assert [route["dst"] for route in result["routes"]] == ["169.254.1.1/32", "0.0.0.0/0"]
+    assert result["dns"] == {"nameservers": ["10.0.0.10"]}
+    assert result["cniVersion"] == version
+    rig.delete(pod)
+
+
+def test_an_add_may_be_repeated(rig: Rig) -> None:
+    pod = rig.container()
+    first = rig.add(pod)
+    link = rig.link(pod)
+    assert rig.add(pod) == first
+    assert rig.link(pod) == link
+    rig.delete(pod)
+
+
+def test_a_broken_wire_is_made_anew(rig: Rig) -> None:
+    pod, other = rig.container(), rig.container()
+    first = rig.add(pod)
+    pod.run("ip", "link", "set", "eth0", "down")
+    assert rig.add(pod) == first
+    rig.add(other)
+    assert other.pings(address(first))
+    rig.delete(pod)
+    rig.delete(other)
+
+
+def test_the_pods_endpoint(rig: Rig) -> None:
+    ports = [{"name": "http", "containerPort": 80}, {"containerPort": 81}]
+    rig.create(
+        "Pod",
+        "web-0",
+        "red",
+        metadata={"labels": {"app": "web"}},
+        spec={"serviceAccountName": "builder", "containers": [{"name": "c", "ports": ports}]},
+    )
+    pod = rig.container("web-0")
+    result = rig.add(pod)
+    [(name, value)] = rig.endpoints().items()
+    endpoint = parse(value)
+    assert isinstance(endpoint, WorkloadEndpoint)
+    assert name == endpoint.name == "node--1-k8s-web--0-eth0"
+    assert endpoint.namespace == "red"
+    assert endpoint.metadata.labels == {
+        "app": "web",
+        "projectcalico.org/namespace": "red",
+        "projectcalico.org/orchestrator": "k8s",
+        "projectcalico.org/serviceaccount": "builder",
+    }
+    spec = endpoint.spec
+    assert (spec.node, spec.pod, spec.endpoint) == (NODE, "web-0", "eth0")
+    assert spec.container_id == pod.id
+    assert (
+        spec.interface_name
+        == result["interfaces"][0]["name"]
+        == interface_name("cali", "red", "web-0")
+    )
+    assert spec.mac == result["interfaces"][1]["mac"]
+    assert spec.ip_networks == [f"{address(result)}/32"]
+    assert spec.profiles == ["kns.red", "ksa.red.builder"]
+    assert [(port.name, port.protocol, port.port) for port in spec.ports] == [("http", "TCP", 80)]
+    rig.delete(pod)
+    rig.store.delete(Key("Pod", "web-0", "red"))
+
+
+def test_a_container_outside_kubernetes(rig: Rig) -> None:
+    one, two = rig.container(pod=False), rig.container(pod=False)
+    one.id, two.id = "Some_Container.1", "Some_Container.2"
+    rig.add(one)
+    assert one.pings(address(rig.add(two)))
+    for value in rig.endpoints().values():
+        parse(value)
+    for entry in rig.store.list("IPAMHandle").entries:
+        parse(entry.value)
+    rig.delete(one)
+    rig.delete(two)
+
+
+def test_a_second_interface(rig: Rig) -> None:
+    pod = rig.container()
+    rig.add(pod)
+    again = Container(pod.namespace, pod.id, pod.arguments, ifname="net1")
+    # its routes would clash with those of eth0, which is what the runtime is told
+    answer = rig.call("ADD", again)
+    assert answer.error == 101
+    assert pod.links() == {"eth0"}
+    rig.delete(again)
+    assert len(rig.links()) == len(rig.endpoints()) == len(rig.held()) == 1
+    rig.delete(pod)
+
+
+def test_del_may_be_repeated(rig: Rig, client: Path) -> None:
+    rig.client = client
+    pod = rig.container()
+    rig.delete(pod)
+    rig.add(pod)
+    rig.delete(pod)
+    rig.delete(pod)
+    assert pod.links() == set()
+
+
+def test_del_without_namespace(rig: Rig, client: Path) -> None:
+    rig.client = client
+    for netns in ("", "/no/such/namespace"):
+        pod = rig.container()
+        rig.add(pod)
+        rig.delete(pod, CNI_NETNS=netns)
+
+
+def test_del_after_the_namespace_is_gone(rig: Rig) -> None:
+    pod = rig.container()
+    rig.add(pod)
+    gone = Container(Namespace.create(), pod.id, pod.arguments)
+    pod.namespace.close()
+    rig.delete(gone, CNI_NETNS="/no/such/namespace")
+
+
+def test_del_of_the_sandbox_before(rig: Rig) -> None:
+    """TRICKY-SEMANTICS 29: only its own address goes."""
+    old = rig.container("web")
+    rig.add(old)
+    new, other = rig.container("web"), rig.container()
+    result = rig.add(new)
+    assert len(rig.held()) == 2
+    rig.delete(old)
+    [endpoint] = rig.endpoints().values()
+    assert endpoint["spec"]["containerID"] == new.id
+    assert list(rig.held()) == [f"k8s-pod-network.{new.id}"]
+    rig.add(other)
+    assert other.pings(address(result))
+    rig.delete(new)
+    rig.delete(other)
+
+
+def test_prev_result_is_passed_on(rig: Rig) -> None:
+    pod = rig.container()
+    previous: dict[str, Any] = {
+        "cniVersion": "1.0.0",
+        "interfaces": [{"name": "net0", "mac": "02:00:00:00:00:01", "sandbox": "x", "own": 1}],
+        "ips": [{"address": "192.0.2.1/24", "interface": 0}],
+        "routes": [{"dst": "198.51.100.0/24"}],
+        "dns": {"domain": "example"},
+    }
+    result = rig.add(pod, version="1.0.0", prevResult=previous)
+    assert result["interfaces"][0] == previous["interfaces"][0]
+    assert [ip["interface"] for ip in result["ips"]] == [0, 2]
+    assert result["routes"][0] == previous["routes"][0]
+    assert result["dns"] == previous["dns"]
+    rig.delete(pod)
+
+
+CHANGES: dict[str, list[str]] = {
+    "link down": ["ip", "link", "set", "eth0", "down"],
+    "no address": ["ip", "address", "flush", "dev", "eth0"],
+    "no default route": ["ip", "route", "del", "default"],
+    "no link route": ["ip", "route", "flush", "table", "main"],
+    "other MAC": ["ip", "link", "set", "eth0", "address", "02:00:00:00:00:09"],
+    "other name": ["ip", "link", "set", "eth0", "name", "eth1"],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_check_finds(rig: Rig, change: str) -> None:
+    pod = rig.container()
+    conf = configuration(prevResult=rig.add(pod))
+    assert rig.call("CHECK", pod, conf).ok() is None
+    assert pod.run(*CHANGES[change]).returncode == 0
+    answer = rig.call("CHECK", pod, conf)
+    assert answer.error == 102
+    assert "eth0" in answer.json["msg"]
+    rig.delete(pod)
+
+
+def test_check_accepts_what_a_later_plugin_changed(rig: Rig) -> None:
+    pod = rig.container()
+    result = rig.add(pod)
+    pod.run("ip", "link", "set", "eth0", "mtu", "1300")
+    pod.run("ip", "route", "add", "192.0.2.0/24", "dev", "eth0")
+    result["interfaces"][1]["mtu"] = 1300
+    assert rig.call("CHECK", pod, configuration(prevResult=result)).ok() is None
+    rig.delete(pod)
+
+
+def test_check_compares_with_the_datastore(rig: Rig) -> None:
+    pod = rig.container()
+    result = rig.add(pod)
+    [(name, value)] = rig.endpoints().items()
+    wrong = json.loads(json.dumps(result))
+    wrong["ips"][0]["address"] = "10.65.0.99/32"
+    assert "prevResult" in rig.call("CHECK", pod, configuration(prevResult=wrong)).json["msg"]
+    rig.store.delete(Key("WorkloadEndpoint", name, "red"))
+    assert name in rig.call("CHECK", pod, configuration(prevResult=result)).json["msg"]
+    rig.store.create(Key("WorkloadEndpoint", name, "red"), value)
+    rig.delete(pod)
+
+
+def test_gc(rig: Rig) -> None:
+    pods = [rig.container() for _ in range(3)]
+    lost = rig.container(pod=False)
+    results = [rig.add(pod) for pod in (*pods, lost)]
+    valid = [{"containerID": pods[1].id, "ifname": "eth0"}]
+    assert rig.call("GC", conf=configuration() | {VALID_ATTACHMENTS: valid}).ok() is None
+    assert list(rig.held()) == [f"k8s-pod-network.{pods[1].id}"]
+    assert rig.links() == {results[1]["interfaces"][0]["name"]}
+    assert len(rig.endpoints()) == 1
+    # without the list nothing may be taken for stale
+    assert rig.call("GC").error == 7
+    # another network's containers are none of its business
+    other = configuration() | {VALID_ATTACHMENTS: [], "name": "other"}
+    assert rig.call("GC", conf=other).ok() is None
+    assert len(rig.links()) == 1
+    rig.delete(pods[1])
+
+
+def test_status(rig: Rig) -> None:
+    assert rig.call("STATUS").ok() is None
+    assert rig.call("STATUS", conf=configuration(ipam={"assign_ipv6": True})).error == 50
+    named = configuration(ipam={"ipv4_pools": ["other"]})
+    answer = rig.call("STATUS", conf=named)
+    assert answer.error == 50
+    assert "other" in answer.json["msg"]
+    pool = rig.store.delete(Key("IPPool", "pods"))
+    assert rig.call("STATUS").error == 50
+    rig.store.create(pool.key, pool.value)
+
+
+def test_mtu_is_that_of_the_uplink_less_the_tunnel(rig: Rig) -> None:
+    with fresh_namespace() as outside:
+        link, _ = connect(rig.namespace, "up0", outside, "eth0", ["192.0.2.1/24", "192.0.2.2/24"])
+        run(rig.namespace, "ip", "link", "set", link.name, "mtu", "9000")
+        run(rig.namespace, "ip", "route", "add", "default", "via", "192.0.2.2")
+        pod = rig.container()
+        assert rig.add(pod)["interfaces"][1]["mtu"] == 9000
+        rig.delete(pod)
+        rig.create("IPPool", "tunnel", spec={"cidr": "10.66.0.0/24", "vxlanMode": "CrossSubnet"})
+        assert rig.add(pod)["interfaces"][1]["mtu"] == 8950
+        rig.delete(pod)
+        rig.store.delete(Key("IPPool", "tunnel"))
+
+
+def test_two_families(rig: Rig) -> None:
+    rig.create("IPPool", "six", spec={"cidr": "fd00:65::/64"})
+    sysctl(rig.namespace, {"net/ipv6/conf/all/forwarding": "1"})
+    one, two = rig.container(), rig.container()
+    ipam = {"type": "calico-ipam", "assign_ipv4": "true", "assign_ipv6": "true"}
+    rig.add(one, ipam=ipam)
+    result = rig.add(two, ipam=ipam)
+    assert [ip["address"].split("/")[1] for ip in result["ips"]] == ["32", "128"]
+    assert all(one.pings(ip["address"].split("/")[0]) for ip in result["ips"])
+    conf = configuration(ipam=ipam, prevResult=result)
+    assert rig.call("CHECK", two, conf).ok() is None
+    rig.delete(one)
+    rig.delete(two)
+    rig.store.delete(Key("IPPool", "six"))
+
+
+def test_many_at_once(rig: Rig) -> None:
+    pods = [rig.container() for _ in range(30)]
+    adding = [rig.begin("ADD", pod) for pod in pods]
+    results = [rig.end(process).ok() for process in adding]
+    assert len({address(result) for result in results}) == 30
+    assert len(rig.links()) == len(rig.endpoints()) == len(rig.held()) == 30
+    assert pods[0].pings(address(results[29]))
+    deleting = [rig.begin("DEL", pod) for pod in pods]
+    for process in deleting:
+        rig.end(process).ok()
+
+
+def test_add_and_del_of_one_pod_at_once(rig: Rig) -> None:
+    """A runtime should not, but a kubelet that restarts may. Each step is whole."""
+    pods = [rig.container("same") for _ in range(4)]
+    processes = [rig.begin(verb, pod) for _ in range(2) for pod in pods for verb in ("ADD", "DEL")]
+    for process in processes:
+        rig.end(process).ok()
+    for pod in pods:
+        rig.delete(pod)
