@@ -106,6 +106,9 @@ class Network:
             # The kernel took its routes away, whatever became of the interface since.
             self._forget(event)
         link = self._now(event.name)
+        for name, other in list(self._links.items()):
+            if other.index == event.index and name != event.name:
+                del self._links[name]  # it was renamed
         if link == self._links.get(event.name):
             return
         if link is None:
@@ -131,8 +134,8 @@ class Network:
     def problems(self) -> Iterator[tuple[str, str]]:
         """(object, what is wrong) of everything that is not as it should be."""
         for table in self._retried():
-            for key, error in table.errors.items():
-                yield str(key), str(error)
+            for error in table.errors.values():
+                yield "network", str(error)
         if self._lost():
             yield "Node", f"the address {self._host} is on no interface: no way to other nodes"
 
@@ -246,13 +249,18 @@ class Network:
         }
 
     def _apply_routes(self, plan: Plan[RouteKey, Route]) -> Mapping[RouteKey, Exception]:
+        """A route that turns out to be just as wanted, as the CNI plugin makes them, is fine."""
         errors = Routes(self._socket).apply(plan)
-        if not errors:
-            return errors
-        # Perhaps somebody (the CNI plugin, say) has made just the route that was wanted.
-        actual = self._read_routes()
-        desired = {**plan.create, **plan.update}
-        return {key: e for key, e in errors.items() if actual.get(key) != desired.get(key)}
+        return {
+            key: error
+            for key, error in errors.items()
+            if key not in plan.create or not self._is_there(plan.create[key])
+        }
+
+    def _is_there(self, route: Route) -> bool:
+        if route.net.is_host:
+            return Routes(self._socket).lookup(route.net) == route
+        return self._read_routes().get(route.key) == route
 
 
 def _reverse_path(interface: str) -> Path:

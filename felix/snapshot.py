@@ -25,6 +25,7 @@ from api.policy import GlobalNetworkPolicy, NetworkPolicy, Tier
 from api.registry import dump, parse_as
 from datastore.interface import JSON, Key
 from felix.closed import closed_policy
+from felix.names import is_interface
 from felix.overlay import Encapsulation, Host, Pool, tunnel_mac
 from policy import convert, labels
 from policy.engine import Profile
@@ -216,8 +217,9 @@ def _plain_workload(key: Key, value: JSON) -> Workload:
     if unknown:
         raise ValueError(unknown)
     nets = tuple(parse_net(text) for text in spec.get("ipNetworks") or ())
-    if not all(net.is_host for net in nets):
-        raise ValueError(nets)
+    interface = _text(spec["interfaceName"])
+    if not all(net.is_host for net in nets) or not (interface == "*" or is_interface(interface)):
+        raise ValueError(nets, interface)
     own = {_text(name): _text(label) for name, label in (metadata.get("labels") or {}).items()}
     # Where an endpoint comes from is not for it to choose.
     own[labels.NAMESPACE] = key.namespace
@@ -227,7 +229,7 @@ def _plain_workload(key: Key, value: JSON) -> Workload:
         node=_text(spec.get("node")),
         orchestrator=_text(spec.get("orchestrator")),
         pod=_text(spec.get("pod")),
-        interface=_text(spec["interfaceName"]),
+        interface=interface,
         nets=nets,
         labels=tuple(sorted(own.items())),
         profiles=tuple(_text(name) for name in spec.get("profiles") or ()),

@@ -16,19 +16,8 @@ from datastore.interface import Key
 from felix.overlay import Encapsulation, Host, Overlay, Peer, Pool, Remote, tunnel_mac
 from ipam.allocator import Allocator
 from kernel.netns import Namespace
-from tests.felix.world import (
-    V3,
-    Listener,
-    Node,
-    Pod,
-    cluster,
-    eventually,
-    fresh_namespace,
-    is_dropped,
-    reaches,
-    run,
-)
-from tests.support.netns import connect
+from tests.felix.world import V3, Listener, Node, Pod, cluster, is_dropped, reaches
+from tests.support.netns import connect, eventually, fresh_namespace, run
 
 
 def host(address: str, tunnel: str | None) -> Host:

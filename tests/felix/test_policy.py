@@ -16,15 +16,14 @@ from tests.felix.world import (
     Node,
     Pod,
     cluster,
-    fresh_namespace,
     global_policy,
     is_dropped,
     policy,
     put_namespace,
     reaches,
-    run,
 )
 from tests.support.netns import connect as connect_namespaces
+from tests.support.netns import fresh_namespace, run
 
 pytestmark = pytest.mark.xdist_group("felix-policy")
 

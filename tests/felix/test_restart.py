@@ -21,13 +21,12 @@ from tests.felix.world import (
     Node,
     Pod,
     cluster,
-    eventually,
     is_dropped,
     policy,
     put_namespace,
     reaches,
-    run,
 )
+from tests.support.netns import eventually, run
 
 pytestmark = pytest.mark.xdist_group("felix-restart")
 

@@ -30,7 +30,7 @@ from kernel.netlink import NetlinkSocket
 from kernel.netns import Namespace, inside
 from kernel.routes import Hop, Route, route_add
 from tests.support.netns import connect as connect_namespaces
-from tests.support.netns import eventually, fresh_namespace, run
+from tests.support.netns import eventually, run
 
 ROOT = Path(__file__).parents[2]
 V3 = "projectcalico.org/v3"
@@ -264,8 +264,9 @@ class Node:
         return query(self.run_dir)
 
     def errors(self) -> dict[str, str]:
-        """What the agent complains about, by object."""
-        return {error["object"]: error["message"] for error in self.status()["errors"]}
+        """What the agent complains about, by object; fences apart."""
+        errors = {error["object"]: error["message"] for error in self.status()["errors"]}
+        return {what: message for what, message in errors.items() if "fence-" not in what}
 
     def put(self, obj: dict[str, Any]) -> Key:
         """Write an object."""
@@ -294,7 +295,7 @@ class Node:
         self._fences += 1
         key = Key("Tier", f"fence-{self.name}-{self._fences}")
         self.put_raw(key, {"spec": "fence"})
-        eventually(lambda: str(key) in self.errors(), 20)
+        eventually(lambda: any(e["object"] == str(key) for e in self.status()["errors"]), 20)
         self.delete(key)
 
     def pod(
@@ -387,28 +388,3 @@ def connect_uplinks(one: Node, other: Node) -> None:
     """Two nodes on one wire, with the addresses they were given."""
     assert one.address and other.address
     connect_namespaces(one.netns, "eth0", other.netns, "eth0", [one.address, other.address])
-
-
-def iptables_state(node: Node) -> str:
-    """All rules with their counters: any write to a table would show."""
-    return "".join(
-        run(node.netns, command, "-c").stdout for command in ("iptables-save", "ip6tables-save")
-    )
-
-
-__all__ = [
-    "Listener",
-    "Node",
-    "Pod",
-    "cluster",
-    "connect_uplinks",
-    "eventually",
-    "fresh_namespace",
-    "global_policy",
-    "is_dropped",
-    "iptables_state",
-    "policy",
-    "put_namespace",
-    "reaches",
-    "run",
-]
