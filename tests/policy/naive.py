@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from api.fields import parse_port, protocol_number
@@ -22,11 +23,13 @@ from api.policy import (
     Rule,
     Tier,
 )
-from policy import labels
+from policy import labels, selector
 from policy.engine import Profile
 from policy.evaluate import Flow
 from policy.model import Endpoint, EndpointId, PolicyId
-from policy.selector import parse
+
+parse = cache(selector.parse)
+network = cache(parse_net)
 
 Policy = NetworkPolicy | GlobalNetworkPolicy
 
@@ -214,7 +217,7 @@ def is_icmp(fields: ICMPFields, flow: Flow) -> bool:
 
 
 def in_any(address: Net, nets: Iterable[str]) -> bool:
-    return any(parse_net(net).contains(address) for net in nets)
+    return any(network(net).contains(address) for net in nets)
 
 
 def has_port(

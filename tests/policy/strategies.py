@@ -20,7 +20,7 @@ ADDRESSES = tuple(map(parse_net, ("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.1.1"
 OUTSIDE = tuple(map(parse_net, ("192.0.2.1", "2001:db8::1")))
 SELECTORS = ("", "app == 'web'", "app != 'web'", "has(app)", "app in {'db'} || tier == 'x'")
 PORTS: tuple[int | str, ...] = (80, "8000:8010", "http")
-TIERS = ("default", "default", "kube-admin", "first", "second", "nowhere")
+TIERS = (*["default"] * 4, "kube-admin", "first", "second", "nowhere")
 PROFILES = ("kns.red", "kns.blue", "ksa.red.robot", "ksa.blue.other")
 ENDPOINTS = (
     *(EndpointId("WorkloadEndpoint", space, name) for space in NAMESPACES for name in "abc"),
@@ -41,30 +41,30 @@ class Change:
     value: Any
 
 
+CONDITIONS: dict[str, tuple[Any, ...]] = {
+    "selector": SELECTORS[1:],
+    "notSelector": SELECTORS[1:],
+    "namespaceSelector": ("all()", "global()", "team == 'red'", "team != 'red'"),
+    "serviceAccounts": (
+        {"names": ["robot"]},
+        {"selector": "role == 'x'"},
+        {"names": ["robot", "other"], "selector": "role != 'y'"},
+    ),
+    "nets": (["10.0.0.0/30"], ["10.0.0.1/32", "192.0.2.0/24"]),
+    "notNets": (["10.0.0.2/32"],),
+    "ports": ([80], ["http"], ["http"], ["8000:8010", "http"]),
+    "notPorts": tuple([port] for port in PORTS),
+}
+
+
 def some_entity(chance: random.Random, protocol: str | None) -> dict[str, Any]:
     """One side of a rule; most of its conditions are absent."""
-    pick = chance.choice
-    entity: dict[str, Any] = {
-        "selector": pick(("", "", *SELECTORS)),
-        "notSelector": pick(("", "", "", "", *SELECTORS)),
-        "namespaceSelector": pick(
-            ("", "", "", "", "all()", "global()", "team == 'red'", "team != 'red'")
-        ),
-        "serviceAccounts": pick(
-            (
-                *[None] * 6,
-                {"names": ["robot"]},
-                {"selector": "role == 'x'"},
-                {"names": ["robot", "other"], "selector": "role != 'y'"},
-            )
-        ),
-        "nets": pick(([], [], [], ["10.0.0.0/30"], ["10.0.0.1/32", "192.0.2.0/24"])),
-        "notNets": pick(([], [], [], [], ["10.0.0.2/32"])),
+    return {
+        field: chance.choice(values)
+        for field, values in CONDITIONS.items()
+        if chance.random() < (0.4 if field == "ports" else 0.2)
+        and (protocol in ("TCP", "UDP") or not field.lower().endswith("ports"))
     }
-    if protocol in ("TCP", "UDP"):
-        entity["ports"] = chance.sample(PORTS, pick((0, 0, 1, 2)))
-        entity["notPorts"] = chance.sample(PORTS, pick((0, 0, 0, 1)))
-    return entity
 
 
 def some_rule(chance: random.Random) -> Rule:
@@ -81,10 +81,8 @@ def some_rule(chance: random.Random) -> Rule:
         rule |= {"icmp": pick(fields), "notICMP": pick(fields)}
     elif protocol is None:
         rule["notProtocol"] = pick((None, None, "TCP"))
-        nets = [net for side in ("source", "destination") for net in rule[side]["nets"]]
-        rule["ipVersion"] = pick((None, None, 4)) if nets else pick((None, None, 6))
-        if rule["ipVersion"] == 6:
-            rule["source"]["notNets"] = rule["destination"]["notNets"] = []
+        sides = rule["source"].keys() | rule["destination"].keys()
+        rule["ipVersion"] = pick((None, None, 4 if sides & {"nets", "notNets"} else 6))
     return Rule.model_validate(rule)
 
 
@@ -119,11 +117,11 @@ def endpoints(draw: st.DrawFn, id: EndpointId) -> Endpoint:
 
 @st.composite
 def policies(draw: st.DrawFn, id: PolicyId) -> NetworkPolicy | GlobalNetworkPolicy:
-    directions = st.lists(pick(*RULES), max_size=3)
+    directions = st.lists(pick(*RULES), min_size=1, max_size=3)
     spec: dict[str, Any] = {
         "tier": draw(pick(*TIERS)),
         "order": draw(pick(None, None, 1.0, 2.0)),
-        "selector": draw(pick("", *SELECTORS)),
+        "selector": draw(pick("", "", "", *SELECTORS)),
         "serviceAccountSelector": draw(pick("", "", "", "role == 'x'")),
         "ingress": draw(directions),
         "egress": draw(directions),
@@ -134,6 +132,9 @@ def policies(draw: st.DrawFn, id: PolicyId) -> NetworkPolicy | GlobalNetworkPoli
         metadata["namespace"] = id.namespace
     else:
         spec["namespaceSelector"] = draw(pick("", "", "all()", "team == 'red'", "team != 'red'"))
+    for direction in ("ingress", "egress"):
+        if not draw(st.integers(0, 3)):
+            spec[direction] = []
     parsed = parse_as(id.kind, {"metadata": metadata, "spec": spec})
     assert isinstance(parsed, NetworkPolicy | GlobalNetworkPolicy)
     return parsed

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from api.net import Net
 from policy.engine import Engine
 from policy.evaluate import Flow, evaluate
-from policy.model import Action
+from policy.model import Action, EndpointId
 from tests.policy import strategies
 from tests.policy.naive import State
 from tests.policy.test_engine import apply
@@ -27,23 +27,26 @@ PACKETS: tuple[dict[str, Any], ...] = (
 
 
 @settings(max_examples=120, deadline=None)
-@given(strategies.worlds(), st.randoms(use_true_random=True))
-def test_agrees_with_a_naive_reading_of_the_objects(
-    world: list[strategies.Change], chance: random.Random
-) -> None:
+@given(strategies.worlds())
+def test_agrees_with_a_naive_reading_of_the_objects(world: list[strategies.Change]) -> None:
     engine, state = Engine(), State()
     for change in world:
         apply(engine, change)
         state.put(change.table, change.key, change.value)
     engine.flush()
-    addresses = (*strategies.ADDRESSES, *strategies.OUTSIDE)
+    for id, own, other, packet in probes(state):
+        for flow in (
+            Flow(own, other, src_endpoint=id, **packet),
+            Flow(other, own, dst_endpoint=id, **packet),
+        ):
+            verdict = evaluate(engine, flow)
+            assert (verdict.action is Action.ALLOW) is state.allows(flow), (flow, verdict)
+
+
+def probes(state: State) -> Iterator[tuple[EndpointId, Net, Net, dict[str, Any]]]:
+    """Each local endpoint's address with every other address and every packet."""
     for id, endpoint in state.endpoint.items():
-        for own in endpoint.nets:
-            other = chance.choice([net for net in addresses if net.version == own.version])
-            packet = chance.choice(PACKETS)
-            for flow in (
-                Flow(own, other, src_endpoint=id, **packet),
-                Flow(other, own, dst_endpoint=id, **packet),
-            ):
-                verdict = evaluate(engine, flow)
-                assert (verdict.action is Action.ALLOW) is state.allows(flow), (flow, verdict)
+        for own in endpoint.nets[:1] if endpoint.local else ():
+            for other in (*strategies.ADDRESSES, *strategies.OUTSIDE):
+                for packet in PACKETS if own.version == other.version else ():
+                    yield id, own, other, packet

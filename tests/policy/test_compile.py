@@ -1,0 +1,202 @@
+"""Rules as users write them → neutral rules."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+
+from api.net import parse_net
+from api.policy import NetworkPolicy, Rule
+from policy.compile import Compilation, compile_policy, compile_rules, named_port_set
+from policy.evaluate import Flow, is_match
+from policy.model import Action, Match, PolicyId, PortRange
+from policy.selector import parse
+from tests.policy.world import global_policy, policy, policy_id
+
+ID = PolicyId("NetworkPolicy", "ns", "p")
+
+
+def compiled(*rules: dict[str, Any], **spec: Any) -> Compilation:
+    written = policy({"ingress": list(rules), **spec})
+    return compile_policy(policy_id(written), written)
+
+
+def match(**rule: Any) -> Match:
+    """The conditions of a rule of which one becomes one."""
+    result = compiled({"action": "Allow", **rule})
+    assert not result.rules.problems
+    assert result.rules.policy.ingress is not None
+    (only,) = result.rules.policy.ingress
+    return only.match
+
+
+def set_id(selector: str) -> str:
+    return parse(f"projectcalico.org/namespace == 'ns' && ({selector})").id
+
+
+def test_every_field() -> None:
+    ports = {"ports": [80, "8000:8010"], "notPorts": [81]}
+    nets = {"nets": ["10.0.0.0/8"], "notNets": ["10.1.0.0/16"]}
+    selectors = {"selector": "has(a)", "notSelector": "has(b)"}
+    side = {**ports, **nets, **selectors}
+    result = match(ipVersion=4, protocol="TCP", notProtocol="UDP", source=side, destination=side)
+    positive, negative = (set_id("has(a)"),), (parse("has(b)").id,)
+    net, not_net = (parse_net("10.0.0.0/8"),), (parse_net("10.1.0.0/16"),)
+    port, not_port = (PortRange(80, 80), PortRange(8000, 8010)), (PortRange(81, 81),)
+    assert result == Match(
+        version=4,
+        protocol=6,
+        not_protocol=17,
+        src_nets=net,
+        not_src_nets=not_net,
+        dst_nets=net,
+        not_dst_nets=not_net,
+        src_sets=positive,
+        not_src_sets=negative,
+        dst_sets=positive,
+        not_dst_sets=negative,
+        src_ports=port,
+        not_src_ports=not_port,
+        dst_ports=port,
+        not_dst_ports=not_port,
+    )
+
+
+@pytest.mark.parametrize(
+    ("protocol", "number"),
+    [("TCP", 6), ("UDP", 17), ("SCTP", 132), ("UDPLite", 136), (47, 47)],
+)
+def test_protocols(protocol: str | int, number: int) -> None:
+    assert match(protocol=protocol) == Match(protocol=number)
+    assert match(notProtocol=protocol) == Match(not_protocol=number)
+
+
+def test_icmp_belongs_to_its_ip_version() -> None:
+    assert match(protocol="ICMP") == Match(version=4, protocol=1)
+    assert match(protocol="ICMPv6") == Match(version=6, protocol=58)
+
+
+TYPES_AND_CODES = (None, {"type": 8}, {"type": 8, "code": 0}, {"type": 3}, {"type": 3, "code": 1})
+
+
+@pytest.mark.parametrize(("icmp", "not_icmp"), list(product(TYPES_AND_CODES, repeat=2)))
+def test_icmp_conditions_together(
+    icmp: dict[str, int] | None, not_icmp: dict[str, int] | None
+) -> None:
+    result = compiled(
+        {"action": "Log", "protocol": "ICMP", "icmp": icmp, "notICMP": not_icmp}
+    ).rules.policy
+    address = parse_net("10.0.0.1")
+    for number, code in product((0, 3, 8), (0, 1)):
+        flow = Flow(address, address, 1, icmp_type=number, icmp_code=code)
+        values = {"type": number, "code": code}
+        expected = (icmp is None or icmp.items() <= values.items()) and not (
+            not_icmp is not None and not_icmp.items() <= values.items()
+        )
+        matching = [rule for rule in result.ingress or () if is_match(rule.match, flow, {})]
+        assert len(matching) == int(expected), "and never twice: a Log would log twice"
+
+
+def test_a_named_port_alone_needs_only_its_own_set() -> None:
+    result = match(protocol="TCP", source={"selector": "has(a)", "ports": ["http"]})
+    selector = parse("projectcalico.org/namespace == 'ns' && (has(a))")
+    assert result.src_named_ports == (named_port_set(selector, "http", 6).id,)
+    assert result.src_sets == ()
+
+
+def test_a_named_port_beside_numbers_needs_both_sets() -> None:
+    result = match(protocol="TCP", source={"selector": "has(a)", "ports": ["http", 80]})
+    selector = parse("projectcalico.org/namespace == 'ns' && (has(a))")
+    assert result.src_named_ports == (named_port_set(selector, "http", 6).id,)
+    assert result.src_sets == (selector.id,)
+    assert result.src_ports == (PortRange(80, 80),)
+
+
+def test_named_ports_without_a_protocol_are_of_any() -> None:
+    result = match(source={"ports": ["http"]})
+    assert result.src_named_ports == (named_port_set(parse("all()"), "http", 0).id,)
+
+
+def test_a_global_policy_for_forwarded_traffic_looks_for_named_ports_everywhere() -> None:
+    rule = {"action": "Allow", "protocol": "TCP", "destination": {"ports": ["http"]}}
+    for forward, scope in ((True, "all()"), (False, "has(a)")):
+        written = global_policy(
+            {"selector": "has(a)", "applyOnForward": forward, "ingress": [rule]}
+        )
+        (spec,) = compile_policy(policy_id(written), written).rules.sets
+        assert spec.id == named_port_set(parse(scope), "http", 6).id
+
+
+def test_rules_keep_the_index_their_author_knows() -> None:
+    rules = (
+        {"action": "Allow", "source": {"selector": "="}},
+        {"action": "Deny", "protocol": "ICMP", "notICMP": {"type": 8, "code": 0}},
+        {"action": "Allow"},
+    )
+    ingress = compiled(*rules).rules.policy.ingress or ()
+    assert [(rule.action, rule.index) for rule in ingress] == [
+        (Action.DENY, 1),
+        (Action.DENY, 1),
+        (Action.ALLOW, 2),
+    ]
+
+
+def test_sets_of_rules_that_are_left_out_are_not_needed() -> None:
+    broken = {"source": {"selector": "has(a)", "notSelector": "="}}
+    assert not compiled({"action": "Allow", **broken}).rules.sets
+    never = {"icmp": {"type": 8}, "notICMP": {"type": 8}, "source": {"selector": "has(a)"}}
+    assert not compiled({"action": "Allow", "protocol": "ICMP", **never}).rules.sets
+    unused = {"egress": [{"action": "Allow", "destination": {"selector": "has(a)"}}]}
+    assert not compiled(types=["Ingress"], **unused).rules.sets
+
+
+@pytest.mark.parametrize(
+    ("side", "problem"),
+    [
+        ({"nets": ["10.0.0.0/8", "10.0.0/8"]}, "nets"),
+        ({"notNets": ["10.0.0/8"]}, "notNets"),
+        ({"ports": [80, "1:2:3"]}, "ports"),
+        ({"selector": "has(a)", "notSelector": "="}, "notSelector"),
+        ({"selector": "=", "namespaceSelector": "has(a)"}, "selector"),
+    ],
+)
+def test_what_remains_of_a_broken_denial_matches_more(side: dict[str, Any], problem: str) -> None:
+    """Built without validation, as converted objects are."""
+    fields = {"notNets": "not_nets", "notSelector": "not_selector"}
+    fields |= {"namespaceSelector": "namespace_selector"}
+    for action in ("Deny", "Pass"):
+        rule = Rule.model_validate({"action": action, "protocol": "TCP"})
+        for field, value in side.items():
+            setattr(rule.source, fields.get(field, field), value)
+        result = compile_rules(ID, [rule], [])
+        assert [p.field for p in result.problems] == [f"spec.ingress[0].source.{problem}"]
+        (only,) = result.policy.ingress or ()
+        assert only.action is Action.DENY
+        kept = (parse("has(a)").id,) if problem == "notSelector" else ()
+        assert only.match == Match(protocol=6, src_sets=kept)
+
+
+def test_ports_without_a_protocol_that_has_them() -> None:
+    rule = Rule.model_validate({"action": "Deny"})
+    rule.destination.ports = [80, "http"]
+    result = compile_rules(ID, [rule], [])
+    assert [str(p) for p in result.problems] == [
+        "spec.ingress[0].destination.ports: 80: a rule with protocol TCP, UDP or SCTP"
+    ]
+    (only,) = result.policy.ingress or ()
+    assert only.match == Match()
+
+
+def test_directions_follow_types() -> None:
+    rules = [{"action": "Allow"}]
+    for types, ingress, egress in (
+        (["Ingress"], True, False),
+        (["Egress"], False, True),
+        (["Ingress", "Egress"], True, True),
+    ):
+        written = policy({"types": types, "ingress": rules, "egress": rules})
+        assert isinstance(written, NetworkPolicy)
+        result = compile_policy(ID, written).rules.policy
+        assert (result.ingress is not None, result.egress is not None) == (ingress, egress)
