@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+from api.errors import InvalidObjectError
 from cni.node import Node
 from cni.plugin import Plugin
 from cni.repair import repair
@@ -55,7 +56,7 @@ def _repair(node: Node, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             repair(node)
-        except (StoreError, OSError) as error:
+        except (StoreError, InvalidObjectError, OSError) as error:
             now = time.monotonic()
             due = backoff.failed(None, now)
             _log.warning("repair at the start, next in %.1f s: %s", due - now, error)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from cni import wiring
 from cni.attachment import Attachment, from_alias, from_allocation
 from cni.node import Node
+from ipam.orphans import delete_orphans
 from kernel.links import Link, Links
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def repair(node: Node) -> None:
             node.repair_interface(link, holders.get(link.alias, from_alias(link.alias)))
     for attachment in holders.values():
         node.repair_address(attachment)
+    for handle in delete_orphans(node.cluster.store, node.cluster.node):
+        _log.info("IPAM handle %s: deleted: its assignment was cut off", handle)
 
 
 def _links(node: Node) -> list[Link]:

@@ -144,6 +144,10 @@ class Records:
         entry = self._get(_handle_key(id_))
         return None if entry is None else _handle(entry)
 
+    def handles(self) -> Iterator[Stored[Handle]]:
+        """All handles."""
+        return map(_handle, self._list("IPAMHandle", ""))
+
     def create_handle(self, handle: Handle) -> None:
         """Store a new handle. Raises AlreadyExistsError."""
         key = _handle_key(handle.id)
