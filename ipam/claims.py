@@ -66,15 +66,16 @@ def release(records: Records, node: str, net: Net, *, only_empty: bool = False) 
     """
     for _ in range(ATTEMPTS):
         try:
-            if only_empty and _in_use(records.block(net), node):
-                return False
             affinity = records.affinity(node, net)
+            if only_empty and _in_use(records.block(net), node):
+                if affinity is None or affinity.thing.state != CONFIRMED:
+                    claim(records, node, net)
+                return False
             if affinity is not None:
                 affinity = records.write_affinity(affinity, PENDING_DELETION)
             block = records.block(net)
-            if only_empty and _in_use(block, node):  # since we looked
-                claim(records, node, net)
-                return False
+            if only_empty and _in_use(block, node):
+                continue  # since we looked
             if block is not None and block.thing.affinity == owner(node):
                 _disown(records, block)
             if affinity is not None:

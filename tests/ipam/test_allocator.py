@@ -1,0 +1,457 @@
+"""What an Allocator gives, from where, and what it says when it can't."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from api.net import Net, parse_net
+from api.registry import parse_as
+from datastore.interface import JSON, ConflictError, Entry, Key, UnavailableError
+from datastore.sqlite import SqliteDatastore
+from ipam import claims
+from ipam.allocator import (
+    AddressInUseError,
+    AddressUnusableError,
+    Allocator,
+    BlockLimitError,
+    ContentionError,
+    IpamError,
+    NoPoolError,
+    PoolExhaustedError,
+)
+from ipam.records import Records, owner
+from tests.ipam.world import (
+    Interposed,
+    add_pool,
+    affinities,
+    allocated,
+    blocks,
+    check_consistency,
+    configure,
+    handles,
+    overtaken_at,
+)
+
+HANDLE = "k8s-pod-network.0123abc"
+POD = {"pod": "web", "namespace": "default", "node": "n1"}
+
+
+@pytest.fixture
+def small(store: SqliteDatastore) -> SqliteDatastore:
+    """A store with one pool of four blocks of four addresses."""
+    add_pool(store, "small", "10.0.0.0/28", 30)
+    return store
+
+
+def fill(store: SqliteDatastore, node: str, count: int, **options: object) -> list[Net]:
+    allocator = Allocator(store, node)
+    return [
+        allocator.assign(f"{node}-{number}", POD, **options).address  # type: ignore[arg-type]
+        for number in range(count)
+    ]
+
+
+# --- assign ---
+
+
+def test_first_address_of_a_node(store: SqliteDatastore) -> None:
+    add_pool(store, "pool", "10.244.0.0/16", 26)
+    found = Allocator(store, "n1").assign(HANDLE, POD)
+    assert found.pool == "pool"
+    assert found.block.length == 26
+    assert found.address == Net(4, found.block.address, 32)
+    assert allocated(store) == {found.address: HANDLE}
+    assert blocks(store)[found.block].attributes == [{"handle_id": HANDLE, "secondary": POD}]
+    handle = store.get(Key("IPAMHandle", HANDLE)).value
+    parse_as("IPAMHandle", handle)
+    assert handle["spec"] == {
+        "handleID": HANDLE,
+        "block": {str(found.block): 1},
+        "deleted": False,
+    }
+
+
+def test_own_block_is_used_up_before_another_is_claimed(small: SqliteDatastore) -> None:
+    given = fill(small, "n1", 5)
+    assert len(set(given)) == 5
+    assert len(blocks(small)) == 2
+    assert len(affinities(small)) == 2
+    assert given[:4] == sorted(given[:4])
+
+
+def test_an_address_that_was_released_rests_longest(small: SqliteDatastore) -> None:
+    allocator = Allocator(small, "n1")
+    first, *_ = fill(small, "n1", 2)
+    allocator.release("n1-0")
+    later = [allocator.assign(f"later-{number}", {}).address for number in range(3)]
+    assert later[-1] == first
+
+
+def test_nodes_have_blocks_of_their_own(store: SqliteDatastore) -> None:
+    add_pool(store, "pool", "10.0.0.0/24", 28)
+    for node in ("n1", "n2", "n3"):
+        fill(store, node, 3)
+    assert sorted(affinity.node for affinity in affinities(store)) == ["n1", "n2", "n3"]
+    assert {block.affinity for block in blocks(store).values()} == {
+        owner("n1"),
+        owner("n2"),
+        owner("n3"),
+    }
+
+
+def test_both_families_for_one_handle(store: SqliteDatastore) -> None:
+    add_pool(store, "four", "10.0.0.0/24", 26)
+    add_pool(store, "six", "fd00:10::/64", 122)
+    allocator = Allocator(store, "n1")
+    four = allocator.assign(HANDLE, POD)
+    six = allocator.assign(HANDLE, POD, version=6)
+    assert (four.address.version, six.address.version) == (4, 6)
+    assert six.address.is_host
+    assert set(allocator.addresses(HANDLE)) == {four.address, six.address}
+    assert set(allocator.release(HANDLE)) == {four.address, six.address}
+
+
+def test_tunnel_addresses_come_from_pools_that_allow_them(store: SqliteDatastore) -> None:
+    add_pool(store, "pods", "10.0.0.0/24", 26, allowedUses=["Workload"])
+    add_pool(store, "tunnels", "10.1.0.0/24", 32, allowedUses=["Tunnel"])
+    allocator = Allocator(store, "n1")
+    tunnel = allocator.assign("vxlan-tunnel-addr-n1", {"type": "vxlanTunnelAddress"}, use="Tunnel")
+    assert (tunnel.pool, tunnel.block.length) == ("tunnels", 32)
+    assert allocator.assign(HANDLE, POD).pool == "pods"
+
+
+def test_labels_come_from_the_node_object_unless_given(store: SqliteDatastore) -> None:
+    add_pool(store, "r1", "10.1.0.0/24", 26, nodeSelector="rack == 'r1'")
+    add_pool(store, "r2", "10.2.0.0/24", 26, nodeSelector="rack == 'r2'")
+    allocator = Allocator(store, "n1")
+    with pytest.raises(NoPoolError, match="selects other nodes"):
+        allocator.assign(HANDLE, POD)
+    store.create(Key("Node", "n1"), {"metadata": {"name": "n1", "labels": {"rack": "r2"}}})
+    assert allocator.assign(HANDLE, POD).pool == "r2"
+    assert allocator.assign(HANDLE, POD, labels={"rack": "r1"}).pool == "r1"
+    assert allocator.assign(HANDLE, POD, pools=["r1"]).pool == "r1"
+
+
+def test_own_blocks_in_pools_that_do_not_fit_are_left_alone(store: SqliteDatastore) -> None:
+    add_pool(store, "a", "10.0.0.0/24", 26)
+    allocator = Allocator(store, "n1")
+    allocator.assign("one", POD)
+    add_pool(store, "b", "10.1.0.0/24", 26)
+    pool = store.get(Key("IPPool", "a"))
+    pool.value["spec"]["disabled"] = True
+    store.update(pool.key, pool.value)
+    assert allocator.assign("two", POD).pool == "b"
+
+
+def test_pools_are_used_one_after_the_other(small: SqliteDatastore) -> None:
+    add_pool(small, "tail", "10.1.0.0/28", 30)
+    given = fill(small, "n1", 32)
+    assert len(set(given)) == 32
+    small_net = parse_net("10.0.0.0/28")
+    assert [small_net.contains(address) for address in given] == [True] * 16 + [False] * 16
+
+
+def test_block_left_half_claimed_is_finished_first(small: SqliteDatastore) -> None:
+    net = parse_net("10.0.0.8/30")
+    Records(small).create_affinity("n1", net, "pending")
+    assert Allocator(small, "n1").assign(HANDLE, POD).block == net
+    assert [affinity.state for affinity in affinities(small)] == ["confirmed"]
+
+
+def test_a_claim_that_is_another_s_in_truth_is_dropped(small: SqliteDatastore) -> None:
+    net = parse_net("10.0.0.8/30")
+    claims.claim(Records(small), "n2", net)
+    Records(small).create_affinity("n1", net, "confirmed")
+    assert Allocator(small, "n1").assign(HANDLE, POD).block != net
+    assert {(a.node, a.net) for a in affinities(small)} >= {("n2", net)}
+    assert ("n1", net) not in {(a.node, a.net) for a in affinities(small)}
+
+
+# --- when there is no free block ---
+
+
+def test_borrowing_from_others(small: SqliteDatastore) -> None:
+    for node in ("n2", "n3", "n4", "n5"):
+        fill(small, node, 1)
+    given = fill(small, "n1", 12)
+    assert len(set(given)) == 12
+    assert {affinity.node for affinity in affinities(small)} == {"n2", "n3", "n4", "n5"}
+    with pytest.raises(
+        PoolExhaustedError, match=r"node n1: pool small \(10\.0\.0\.0/28\) has no free address: .*"
+    ):
+        Allocator(small, "n1").assign(HANDLE, POD)
+    assert HANDLE not in handles(small)
+
+
+def test_no_borrowing_with_strict_affinity(small: SqliteDatastore) -> None:
+    configure(small, strictAffinity=True)
+    for node in ("n2", "n3", "n4", "n5"):
+        fill(small, node, 1)
+    with pytest.raises(PoolExhaustedError, match=r"strictAffinity.*create another IPPool"):
+        Allocator(small, "n1").assign(HANDLE, POD)
+    assert HANDLE not in handles(small)
+    assert "n1" not in {affinity.node for affinity in affinities(small)}
+
+
+def test_empty_block_of_another_is_taken_over_after_a_minute(small: SqliteDatastore) -> None:
+    configure(small, strictAffinity=True)
+    for node in ("n2", "n3", "n4", "n5"):
+        fill(small, node, 1)
+    Allocator(small, "n3").release("n3-0")
+    with pytest.raises(PoolExhaustedError):
+        Allocator(small, "n1").assign(HANDLE, POD)
+    [entry] = [
+        entry
+        for entry in small.list("IPAMBlock").entries
+        if entry.value["spec"]["affinity"] == "host:n3"
+    ]
+    then = datetime.now(UTC) - timedelta(seconds=61)
+    entry.value["spec"]["affinityClaimTime"] = then.strftime("%Y-%m-%dT%H:%M:%SZ")
+    small.update(entry.key, entry.value)
+    found = Allocator(small, "n1").assign(HANDLE, POD)
+    assert str(found.block) == entry.value["spec"]["cidr"]
+    assert {affinity.node for affinity in affinities(small)} == {"n1", "n2", "n4", "n5"}
+    check_consistency(small)
+
+
+def test_limit_of_blocks_is_an_error_not_a_reason_to_borrow(small: SqliteDatastore) -> None:
+    configure(small, strictAffinity=True, maxBlocksPerHost=2)
+    fill(small, "n2", 1)
+    fill(small, "n1", 8)
+    with pytest.raises(BlockLimitError, match=r"2 blocks.*no more than 2; raise maxBlocksPerHost"):
+        Allocator(small, "n1").assign(HANDLE, POD)
+    assert HANDLE not in handles(small)
+
+
+def test_limit_of_blocks_unless_set(store: SqliteDatastore) -> None:
+    add_pool(store, "pool", "10.0.0.0/24", 31)
+    fill(store, "n1", 40)
+    with pytest.raises(BlockLimitError, match="no more than 20"):
+        Allocator(store, "n1").assign(HANDLE, POD)
+
+
+def test_blocks_only_as_given_beforehand(small: SqliteDatastore) -> None:
+    configure(small, autoAllocateBlocks=False)
+    with pytest.raises(PoolExhaustedError, match="autoAllocateBlocks is false"):
+        Allocator(small, "n1").assign(HANDLE, POD)
+    claims.claim(Records(small), "n1", parse_net("10.0.0.8/30"))
+    assert Allocator(small, "n1").assign(HANDLE, POD).block == parse_net("10.0.0.8/30")
+
+
+def test_pool_made_again_with_another_block_size(store: SqliteDatastore) -> None:
+    """Blocks of the old size are used on; no new one ever lies over them."""
+    add_pool(store, "pool", "10.0.0.0/26", 28)
+    before = fill(store, "old", 1) + fill(store, "n1", 1)
+    store.delete(Key("IPPool", "pool"))
+    add_pool(store, "pool", "10.0.0.0/26", 29)
+    after = fill(store, "n2", 20) + fill(store, "n1", 15, version=4)[1:]
+    assert len({*before, *after}) == len(before) + len(after)
+    check_consistency(store)
+
+
+# --- release and addresses ---
+
+
+def test_release_is_idempotent_and_complete(small: SqliteDatastore) -> None:
+    allocator = Allocator(small, "n1")
+    assert allocator.addresses(HANDLE) == []
+    assert allocator.release(HANDLE) == []
+    given = {allocator.assign(HANDLE, POD).address for _ in range(6)}  # in two blocks
+    assert set(allocator.addresses(HANDLE)) == given
+    assert sorted(handles(small)[HANDLE].counts.values()) == [2, 4]
+    assert set(Allocator(small, "n2").release(HANDLE)) == given
+    assert allocator.release(HANDLE) == []
+    assert allocator.addresses(HANDLE) == []
+    assert handles(small) == {}
+    assert len(blocks(small)) == 2, "blocks stay with their node"
+
+
+def test_release_leaves_others_alone(small: SqliteDatastore) -> None:
+    allocator = Allocator(small, "n1")
+    mine = allocator.assign("mine", POD).address
+    other = allocator.assign("other", POD).address
+    assert allocator.release("mine") == [mine]
+    assert allocated(small) == {other: "other"}
+
+
+def test_block_without_owner_goes_with_its_last_address(small: SqliteDatastore) -> None:
+    allocator = Allocator(small, "n1")
+    found = allocator.assign(HANDLE, POD)
+    claims.release(Records(small), "n1", found.block)
+    assert allocator.release(HANDLE) == [found.address]
+    assert blocks(small) == {}
+
+
+def test_handle_of_which_a_block_is_gone(small: SqliteDatastore) -> None:
+    allocator = Allocator(small, "n1")
+    found = allocator.assign(HANDLE, POD)
+    small.delete(Key("BlockAffinity", f"n1-{small.list('IPAMBlock').entries[0].key.name}"))
+    small.delete(small.list("IPAMBlock").entries[0].key)
+    assert allocator.addresses(HANDLE) == []
+    assert allocator.release(HANDLE) == []
+    assert handles(small) == {}
+    assert allocator.assign(HANDLE, POD).address == found.address
+
+
+def test_handles_that_differ_in_case_are_kept_apart(small: SqliteDatastore) -> None:
+    """They would be one object, which is named in lower case."""
+    allocator = Allocator(small, "n1")
+    found = allocator.assign("net.ABC", POD)
+    small.get(Key("IPAMHandle", "net.abc"))
+    assert allocator.addresses("net.ABC") == [found.address]
+    assert allocator.addresses("net.abc") == []
+    assert allocator.release("net.abc") == []
+    with pytest.raises(IpamError, match=r"differs only in case from net\.ABC"):
+        allocator.assign("net.abc", POD)
+    assert allocated(small) == {found.address: "net.ABC"}
+
+
+def test_release_overtakes_an_assign_for_the_same_handle(small: SqliteDatastore) -> None:
+    """Nothing may be held that a later release would not find."""
+    Allocator(small, "n1").assign("first", POD)
+    for write in range(3):
+        overtaken = overtaken_at(small, write, lambda: Allocator(small, "n1").release(HANDLE))
+        found = Allocator(overtaken, "n1").assign(HANDLE, POD)
+        assert Allocator(small, "n1").addresses(HANDLE) == [found.address]
+        assert Allocator(small, "n1").release(HANDLE) == [found.address]
+
+
+# --- this very address ---
+
+
+def test_specific_address_claims_its_block(small: SqliteDatastore) -> None:
+    allocator = Allocator(small, "n1")
+    wanted = parse_net("10.0.0.6")
+    found = allocator.assign_specific(wanted, HANDLE, POD)
+    assert (found.address, found.block, found.pool) == (wanted, parse_net("10.0.0.4/30"), "small")
+    assert allocated(small) == {wanted: HANDLE}
+    assert blocks(small)[found.block].affinity == "host:n1"
+    assert allocator.addresses(HANDLE) == [wanted]
+
+
+def test_specific_address_of_another_node_s_block(small: SqliteDatastore) -> None:
+    claims.claim(Records(small), "n2", parse_net("10.0.0.4/30"))
+    wanted = parse_net("10.0.0.6")
+    assert Allocator(small, "n1").assign_specific(wanted, HANDLE, POD).address == wanted
+    configure(small, strictAffinity=True)
+    with pytest.raises(AddressUnusableError, match=r"belongs to host:n2.*strictAffinity"):
+        Allocator(small, "n1").assign_specific(parse_net("10.0.0.5"), HANDLE, POD)
+
+
+def test_specific_address_in_use(small: SqliteDatastore) -> None:
+    wanted = parse_net("10.0.0.6")
+    Allocator(small, "n1").assign_specific(wanted, HANDLE, POD)
+    with pytest.raises(AddressInUseError, match=rf"10\.0\.0\.6: is held by {HANDLE}.*web"):
+        Allocator(small, "n1").assign_specific(wanted, "other", POD)
+    assert "other" not in handles(small)
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"), [("10.9.0.1", "lies in no IPPool"), ("10.1.0.1", "off .* is disabled")]
+)
+def test_specific_address_without_a_pool(small: SqliteDatastore, address: str, reason: str) -> None:
+    add_pool(small, "off", "10.1.0.0/24", 26, disabled=True)
+    with pytest.raises(AddressUnusableError, match=rf"{address}: .*{reason}"):
+        Allocator(small, "n1").assign_specific(parse_net(address), HANDLE, POD)
+
+
+@pytest.mark.parametrize("write", range(5))
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_specific_address_whose_block_is_claimed_meanwhile(
+    small: SqliteDatastore, write: int, node: str
+) -> None:
+    net = parse_net("10.0.0.4/30")
+    overtaken = overtaken_at(small, write, lambda: claims.claim(Records(small), node, net))
+    wanted = parse_net("10.0.0.6")
+    assert Allocator(overtaken, "n1").assign_specific(wanted, HANDLE, POD).address == wanted
+    assert allocated(small) == {wanted: HANDLE}
+    assert handles(small)[HANDLE].counts == {net: 1}
+    check_consistency(small)
+
+
+def test_specific_address_in_a_block_of_an_older_size(store: SqliteDatastore) -> None:
+    add_pool(store, "pool", "10.0.0.0/24", 28)
+    Allocator(store, "n1").assign_specific(parse_net("10.0.0.17"), "old", POD)
+    store.delete(Key("IPPool", "pool"))
+    add_pool(store, "pool", "10.0.0.0/24", 26)
+    found = Allocator(store, "n1").assign_specific(parse_net("10.0.0.18"), HANDLE, POD)
+    assert found.block == parse_net("10.0.0.16/28")
+    with pytest.raises(AddressUnusableError, match=r"smaller ones.*10\.0\.0\.16/28.*blockSize"):
+        Allocator(store, "n1").assign_specific(parse_net("10.0.0.40"), HANDLE, POD)
+
+
+# --- others at work, and errors ---
+
+
+def test_threads_of_a_node_get_different_addresses(store: SqliteDatastore) -> None:
+    add_pool(store, "pool", "10.0.0.0/24", 28)
+    allocator = Allocator(store, "n1")
+    given: list[Net] = []
+
+    def work(number: int) -> None:
+        for i in range(5):
+            handle = f"{number}-{i}"
+            address = allocator.assign(handle, POD).address
+            if i % 2:
+                assert allocator.release(handle) == [address]
+            else:
+                given.append(address)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(given) == 24
+    assert set(given) == set(allocated(store))
+
+
+def test_endless_interference_is_told(small: SqliteDatastore) -> None:
+    Allocator(small, "n1").assign("first", POD)
+
+    class Restless(Interposed):
+        def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
+            if key.kind == "IPAMBlock":
+                raise ConflictError("changed by somebody", key)
+            return super().update(key, value, revision)
+
+    with pytest.raises(ContentionError, match=r"block 10\.0\.0\..*100 times.*try again"):
+        Allocator(Restless(small), "n1").assign(HANDLE, POD)
+    assert HANDLE not in handles(small)
+
+
+def test_store_that_fails_leaves_what_release_repairs(small: SqliteDatastore) -> None:
+    Allocator(small, "n1").assign("first", POD)
+
+    class Failing(Interposed):
+        """The answer to the write of a block is lost; the write itself is done."""
+
+        def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
+            entry = super().update(key, value, revision)
+            if key.kind == "IPAMBlock":
+                raise UnavailableError("connection lost")
+            return entry
+
+    with pytest.raises(UnavailableError):
+        Allocator(Failing(small), "n1").assign(HANDLE, POD)
+    assert len(Allocator(small, "n1").addresses(HANDLE)) == 1
+    assert len(Allocator(small, "n1").release(HANDLE)) == 1
+    assert list(handles(small)) == ["first"]
+
+
+def test_cost_of_an_address_does_not_grow_with_the_cluster(store: SqliteDatastore) -> None:
+    add_pool(store, "pool", "10.0.0.0/16", 26)
+    costs = []
+    for nodes in (1, 40, 80):
+        for number in range(nodes):
+            Allocator(store, f"other-{number}").assign(f"{nodes}-{number}", POD)
+        counting = Interposed(store)
+        allocator = Allocator(counting, "n1")
+        allocator.assign(f"{HANDLE}-{nodes}", POD)  # claims, or not
+        counting.reads = counting.writes = 0
+        allocator.assign(f"{HANDLE}-{nodes}-b", POD)
+        costs.append((counting.reads, counting.writes))
+    assert costs == [(4, 2)] * 3  # pools, affinities, block, handle; handle, block

@@ -1,0 +1,167 @@
+"""Stores with pools in them, and a store whose user dies or is overtaken between two writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from api.net import Net, parse_net
+from datastore.interface import JSON, Datastore, Entry, Key, Listing, Watch
+from ipam.block import Block
+from ipam.records import CONFIRMED, Affinity, Handle, Records, owner
+
+
+def add_pool(store: Datastore, name: str, cidr: str, block_size: int, **spec: Any) -> None:
+    """Create an IPPool; ``spec`` in JSON names."""
+    store.create(
+        Key("IPPool", name),
+        {
+            "apiVersion": "projectcalico.org/v3",
+            "kind": "IPPool",
+            "metadata": {"name": name},
+            "spec": {"cidr": cidr, "blockSize": block_size, **spec},
+        },
+    )
+
+
+def configure(store: Datastore, **spec: Any) -> None:
+    """Create the IPAMConfiguration; ``spec`` in JSON names."""
+    store.create(
+        Key("IPAMConfiguration", "default"),
+        {
+            "apiVersion": "projectcalico.org/v3",
+            "kind": "IPAMConfiguration",
+            "metadata": {"name": "default"},
+            "spec": spec,
+        },
+    )
+
+
+class Died(BaseException):
+    """The program was killed here. No ``except`` of the program may stop it."""
+
+
+class Interposed:
+    """A client of a store, at each of whose writes something can happen.
+
+    ``before`` and ``after`` are called around every write with the number of writes before it.
+    ``reads`` counts calls that read.
+    """
+
+    def __init__(
+        self,
+        store: Datastore,
+        *,
+        before: Callable[[int], object] = lambda number: None,
+        after: Callable[[int], object] = lambda number: None,
+    ) -> None:
+        self._store = store
+        self._before = before
+        self._after = after
+        self.writes = 0
+        self.reads = 0
+
+    def get(self, key: Key) -> Entry:
+        self.reads += 1
+        return self._store.get(key)
+
+    def list(self, kind: str, namespace: str | None = None, prefix: str = "") -> Listing:
+        self.reads += 1
+        return self._store.list(kind, namespace, prefix)
+
+    def create(self, key: Key, value: JSON) -> Entry:
+        return self._write(lambda: self._store.create(key, value))
+
+    def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
+        return self._write(lambda: self._store.update(key, value, revision))
+
+    def delete(self, key: Key, revision: str | None = None) -> Entry:
+        return self._write(lambda: self._store.delete(key, revision))
+
+    def watch(self, kinds: Iterable[str], revision: str | Mapping[str, str]) -> Watch:
+        return self._store.watch(kinds, revision)
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _write(self, write: Callable[[], Entry]) -> Entry:
+        number = self.writes
+        self._before(number)
+        entry = write()
+        self.writes += 1
+        self._after(number)
+        return entry
+
+
+def dies_after(store: Datastore, writes: int) -> Interposed:
+    """Lets that many writes through; the user dies right after the last of them."""
+
+    def before(number: int) -> None:
+        if number >= writes:
+            raise Died
+
+    def after(number: int) -> None:
+        if number + 1 >= writes:
+            raise Died
+
+    return Interposed(store, before=before, after=after)
+
+
+def overtaken_at(store: Datastore, write: int, action: Callable[[], object]) -> Interposed:
+    """Somebody else does ``action`` just before the write of that number."""
+
+    def before(number: int) -> None:
+        if number == write and not done:
+            done.append(number)
+            action()
+
+    done: list[int] = []
+    return Interposed(store, before=before)
+
+
+def blocks(store: Datastore) -> dict[Net, Block]:
+    return {stored.thing.net: stored.thing for stored in Records(store).blocks()}
+
+
+def handles(store: Datastore) -> dict[str, Handle]:
+    entries = store.list("IPAMHandle").entries
+    found = [Records(store).handle(entry.value["spec"]["handleID"]) for entry in entries]
+    return {stored.thing.id: stored.thing for stored in found if stored}
+
+
+def affinities(store: Datastore) -> list[Affinity]:
+    return [
+        Affinity(spec["node"], parse_net(spec["cidr"]), spec["state"])
+        for spec in (entry.value["spec"] for entry in store.list("BlockAffinity").entries)
+    ]
+
+
+def allocated(store: Datastore) -> dict[Net, str]:
+    """Every address in use, and the handle that has it."""
+    return {
+        block.address(ordinal): block.attributes[index]["handle_id"]
+        for block in blocks(store).values()
+        for ordinal, index in enumerate(block.allocations)
+        if index is not None
+    }
+
+
+def check_consistency(store: Datastore) -> None:
+    """What holds at every moment, also between any two writes of anybody."""
+    by_net = blocks(store)
+    nets = sorted(by_net)
+    for one, other in pairwise(nets):
+        assert not one.overlaps(other)
+    claims = affinities(store)
+    for claim in claims:
+        if claim.state == CONFIRMED:
+            assert by_net[claim.net].affinity == owner(claim.node), claim
+    claimed = {(claim.net, owner(claim.node)) for claim in claims}
+    for net, block in by_net.items():
+        assert block.affinity is None or (net, block.affinity) in claimed
+    counted = handles(store)
+    for net, block in by_net.items():
+        for attribute in block.attributes:
+            handle = attribute["handle_id"]
+            assert counted[handle].counts[net] >= len(block.held_by(handle))
