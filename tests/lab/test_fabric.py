@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from api.errors import InvalidObjectError
 from lab.fabric import Fabric
-from lab.fabricfile import FabricFileError, load, parse
+from lab.fabricfile import FabricFileError, load, parse, read_documents
 from lab.routers import setup
 from lab.wiring import wiring
 from tests.lab.fabrics import JSON, SMALL, small
@@ -190,6 +190,8 @@ def test_resources_come_from_files_too(tmp_path: Path) -> None:
         ("a: 1\na: 2\n", "given twice"),
         ("1: 2\n", "expected text"),
         ("a: [", "not YAML"),
+        ("a: &b {c: *b}\n", "aliases are not supported"),
+        ("a: &b [1]\nc: *b\n", "aliases are not supported"),
         ("- 1\n---\n- 2\n", "2 YAML documents"),
         ("", "0 YAML documents"),
         ("a: !!python/object:os.system {}\n", "not YAML"),
@@ -201,6 +203,14 @@ def test_bad_yaml_is_told_where(tmp_path: Path, text: str, message: str) -> None
     path.write_text(text)
     with pytest.raises(FabricFileError, match=message):
         load(path)
+
+
+def test_text_that_older_yaml_takes_for_numbers_or_dates_stays_text(tmp_path: Path) -> None:
+    path = tmp_path / "any.yaml"
+    path.write_text("[80:90, on, no, 2026-01-01, 0x10, 010, 1.5, -3, true, null, ~, '']")
+    assert read_documents(path) == [
+        ["80:90", "on", "no", "2026-01-01", 16, "010", 1.5, -3, True, None, None, ""]
+    ]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
