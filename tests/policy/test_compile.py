@@ -6,14 +6,17 @@ from itertools import product
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic.alias_generators import to_snake
 
 from api.net import parse_net
 from api.policy import NetworkPolicy, Rule
 from policy.compile import Compilation, compile_policy, compile_rules, named_port_set
 from policy.evaluate import Flow, is_match
 from policy.model import Action, Match, PolicyId, PortRange
-from policy.selector import parse
-from tests.policy.world import global_policy, policy, policy_id
+from policy.selector import MAX_DEPTH, SelectorError, parse
+from tests.policy.world import World, endpoint, global_policy, policy, policy_id
 
 ID = PolicyId("NetworkPolicy", "ns", "p")
 
@@ -164,12 +167,10 @@ def test_sets_of_rules_that_are_left_out_are_not_needed() -> None:
 )
 def test_what_remains_of_a_broken_denial_matches_more(side: dict[str, Any], problem: str) -> None:
     """Built without validation, as converted objects are."""
-    fields = {"notNets": "not_nets", "notSelector": "not_selector"}
-    fields |= {"namespaceSelector": "namespace_selector"}
     for action in ("Deny", "Pass"):
         rule = Rule.model_validate({"action": action, "protocol": "TCP"})
         for field, value in side.items():
-            setattr(rule.source, fields.get(field, field), value)
+            setattr(rule.source, to_snake(field), value)
         result = compile_rules(ID, [rule], [])
         assert [p.field for p in result.problems] == [f"spec.ingress[0].source.{problem}"]
         (only,) = result.policy.ingress or ()
@@ -200,3 +201,35 @@ def test_directions_follow_types() -> None:
         assert isinstance(written, NetworkPolicy)
         result = compile_policy(ID, written).rules.policy
         assert (result.ingress is not None, result.egress is not None) == (ingress, egress)
+
+
+@given(st.text(max_size=30), st.sampled_from(["selector", "notSelector", "namespaceSelector"]))
+def test_any_text_as_a_selector_is_compiled_or_a_problem(text: str, field: str) -> None:
+    rule = Rule.model_validate({"action": "Allow"})
+    setattr(rule.source, to_snake(field), text)
+    written = policy({})
+    written.spec.ingress = [rule]
+    result = compile_policy(ID, written).rules
+    try:
+        parse(text)
+    except SelectorError:
+        assert [problem.field for problem in result.problems] == [f"spec.ingress[0].source.{field}"]
+        assert result.policy.ingress == ()
+    else:
+        assert not result.problems
+        assert len(result.policy.ingress or ()) == 1
+
+
+def test_selectors_nested_as_deep_as_they_may() -> None:
+    deepest = "!(has(x) || " * MAX_DEPTH + "has(y)" + ")" * MAX_DEPTH
+    fields = {"selector": deepest, "notSelector": deepest, "namespaceSelector": deepest}
+    rule = Rule.model_validate({"action": "Allow"})
+    for field, text in fields.items():
+        setattr(rule.source, to_snake(field), text)
+    written = global_policy({})
+    written.spec.selector = written.spec.namespace_selector = deepest
+    written.spec.ingress = [rule]
+    world = World()
+    world.add(endpoint("a", "10.0.0.1"), written)
+    world.flush()
+    assert not world.engine.problems

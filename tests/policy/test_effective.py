@@ -60,6 +60,12 @@ def test_recorded_policies() -> None:
             assert selector.matches(content["endpoints"][name]) is expected, (row, name)
 
 
+def test_recorded_prefixes() -> None:
+    for row in vectors.load("selectors")["prefix_visitor"]:
+        selector = of_rule({"serviceAccounts": {"selector": row["input"]}}, "")
+        assert str(selector) == row["output"].replace(row["prefix"], "pcsa.")
+
+
 def test_service_account_names_join_the_selector() -> None:
     rule = {
         "serviceAccounts": {"names": ["b", "a"], "selector": "role == 'x'"},
