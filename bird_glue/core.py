@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from api.errors import Problem
-from api.net import V4, Net, format_address
+from api.net import V4, Net, format_address, host_net
 from bird_glue.adj_rib_in import AdjRibIn
 from bird_glue.advertise import Speaking, own_announcements, reflected_announcement
 from bird_glue.decision import Guard, Session
@@ -247,13 +247,12 @@ class Core:
     def _diagnose(self, peer: Net) -> str:
         """Why a connection to a peer can't be made, if the kernel knows."""
         address = format_address(*peer[:2])
-        resolution = self._topology.resolve(peer)
-        if resolution is None:
+        if self._source_of(peer) is None:
             return f"no route to {address}"
-        gateways = {hop.gateway for hop in resolution.hops if hop.gateway is not None}
-        for gateway in gateways:
-            if self._silent(Net(peer.version, gateway, peer.length)):
-                return f"no answer from {format_address(peer.version, gateway)} on its link"
+        resolution = self._topology.resolve(peer)
+        for hop in resolution.hops if resolution else ():
+            if hop.gateway is not None and self._silent(host_net(peer.version, hop.gateway)):
+                return f"no answer from {format_address(peer.version, hop.gateway)} on its link"
         return ""
 
     def status(self) -> BgpStatus:

@@ -57,9 +57,9 @@ class Resources:
         try:
             parsed = parse_as(key.kind, value)
         except InvalidObjectError as error:
-            _log.error("%s; what it was before stands", error)
             problems = [ObjectProblem(key.kind, key.name, problem) for problem in error.problems]
             self._problems[key] = problems
+            _log.error("%s; what it was before stands", "; ".join(map(str, problems)))
             return True
         self._problems.pop(key, None)
         self._objects[key] = parsed

@@ -215,14 +215,14 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=200))
 def test_no_bytes_are_fatal(data: bytes) -> None:
     parse(data)
     parse(b"{" + data)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(GOOD), st.data())
 def test_no_changed_event_is_fatal(good: bytes, data: st.DataObject) -> None:
     """Any one place in a good event replaced by anything."""

@@ -18,7 +18,7 @@ from bird_glue.status import BgpStatus, PeerStatus, StatusError, query
 from datastore.connect import connect as connect_store
 from datastore.interface import Key
 from kernel.netns import Namespace, inside
-from tests.support.netns import eventually, fresh_namespace, run
+from tests.support.netns import connect, eventually, fresh_namespace, run
 
 _ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
 
@@ -55,6 +55,36 @@ class Process:
     def __exit__(self, *exc: object) -> None:
         if self._process.poll() is None:
             self.end()
+
+
+class Ping:
+    """Echo requests, 200 a second, and how many were not answered. Leave the block first."""
+
+    def __init__(self, source: Station, target: str) -> None:
+        self._log = source.directory / f"ping-{target}.log"
+        self._log.unlink(missing_ok=True)
+        self._process = Process(
+            source.namespace, "ping", "-n", "-q", "-i", "0.005", target, log=self._log
+        )
+
+    def __enter__(self) -> Ping:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.end(signal.SIGINT)
+
+    @property
+    def report(self) -> tuple[int, int]:
+        """(sent, received); the last packet may still have been under way."""
+        found = re.search(r"(\d+) packets transmitted, (\d+) received", self._log.read_text())
+        assert found, self._log.read_text()
+        return int(found[1]), int(found[2])
+
+    @property
+    def lost(self) -> int:
+        sent, received = self.report
+        assert sent > 50
+        return max(0, sent - received - 1)
 
 
 class Store:
@@ -118,6 +148,11 @@ class Station:
     def route_to(self, net: str) -> str:
         """The routes of protocol 179 to exactly this prefix, as text; empty if none."""
         return " | ".join(self.routes(f"exact {net} proto 179"))
+
+    def reaches(self, target: str) -> bool:
+        """Whether a single echo request is answered."""
+        command = ("ping", "-n", "-c", "1", "-W", "1", target)
+        return run(self.namespace, *command, check=False).returncode == 0
 
     def set_forwarding(self) -> None:
         with inside(self.namespace.fd):
@@ -195,9 +230,9 @@ class Bird(Station):
 
     daemon: Process
 
-    def start(self, configuration: str) -> None:
+    def start(self, configuration: str, *options: str) -> None:
+        (self.directory / "b").unlink(missing_ok=True)
         self.configure(configuration, reload=False)
-        # relative: a Unix socket's path may have 107 characters
         self.daemon = Process(
             self.namespace,
             "bird",
@@ -206,6 +241,7 @@ class Bird(Station):
             str(self.directory / "bird.conf"),
             "-s",
             str(self.directory / "b"),
+            *options,
             log=self.directory / "bird.log",
         )
         eventually((self.directory / "b").exists)
@@ -241,9 +277,11 @@ BIRD_COMMON = """
 log stderr all;
 router id {router_id};
 protocol device {{ scan time 1; }}
-protocol direct {{ ipv4; ipv6; }}
-protocol kernel {{ merge paths on; ipv4 {{ export where source != RTS_DEVICE; import none; }}; }}
-protocol kernel {{ ipv6 {{ export where source != RTS_DEVICE; import none; }}; }}
+protocol direct {{ ipv4; }}
+protocol kernel {{
+  merge paths on; graceful restart on; persist;
+  ipv4 {{ export where source != RTS_DEVICE; import none; }};
+}}
 """
 
 BIRD_SESSION = """
@@ -289,6 +327,17 @@ class World:
 
     def host(self, name: str) -> Station:
         return self._station(Station, name)
+
+    def pod(self, node: Node, name: str, address: str) -> Station:
+        """A namespace behind a routed veth of the node, as the CNI plugin makes it."""
+        pod = self.host(name)
+        connect(node.namespace, f"cali{name}", pod.namespace, "eth0")
+        node.run("ip", "address", "add", "169.254.1.1/32", "dev", f"cali{name}")
+        node.run("ip", "route", "add", f"{address}/32", "dev", f"cali{name}", "proto", "80")
+        pod.run("ip", "address", "add", f"{address}/32", "dev", "eth0")
+        pod.run("ip", "route", "add", "169.254.1.1", "dev", "eth0", "scope", "link")
+        pod.run("ip", "route", "add", "default", "via", "169.254.1.1")
+        return pod
 
     def end(self) -> None:
         self._stack.close()

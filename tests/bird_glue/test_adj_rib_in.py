@@ -1,0 +1,129 @@
+"""What is kept of a peer's routes when its session, or ours, ends (RFC 4724)."""
+
+from __future__ import annotations
+
+from api.net import V4, Net, parse_net
+from bird_glue.adj_rib_in import END_OF_RIB_SECONDS, UNMARKED_SECONDS, AdjRibIn
+from bird_glue.decision import Session
+from bird_glue.messages import Announced, Attributes, GracefulRestart, Opened, Updated
+
+PEER = parse_net("10.0.0.1")
+ONE, TWO = parse_net("10.50.0.0/24"), parse_net("10.51.0.0/24")
+BOTH = frozenset((V4,))
+NONE: frozenset[int] = frozenset()
+
+
+def tell(routes: AdjRibIn, *nets: Net) -> None:
+    announced = tuple(Announced(net, PEER) for net in nets)
+    routes.updated(Updated(PEER, False, (), announced, Attributes()))
+
+
+def come_up(routes: AdjRibIn, now: float, graceful: GracefulRestart | None, *nets: Net) -> None:
+    routes.opened(Opened(PEER, 65001, 90, 1, graceful))
+    routes.up(PEER, now)
+    tell(routes, *nets)
+
+
+def established(graceful: GracefulRestart | None) -> AdjRibIn:
+    routes = AdjRibIn()
+    routes.set_peers({PEER: Session(True, frozenset((64512,)))})
+    come_up(routes, 0, graceful, ONE, TWO)
+    if graceful:
+        routes.end_of_rib(PEER, V4)
+    return routes
+
+
+KEEPING = GracefulRestart(30, False, BOTH, BOTH)
+
+
+def held(routes: AdjRibIn) -> set[Net]:
+    return set(routes.routes)
+
+
+def test_routes_outlive_a_peer_that_restarts_gracefully_until_it_has_told_all() -> None:
+    routes = established(KEEPING)
+    routes.down(PEER, 10, graceful=True)
+    assert held(routes) == {ONE, TWO}
+    come_up(routes, 15, KEEPING, ONE)
+    assert held(routes) == {ONE, TWO}
+    routes.end_of_rib(PEER, V4)
+    assert held(routes) == {ONE}
+    assert routes.next_deadline() is None
+
+
+def test_routes_go_when_the_peer_does_not_come_back_in_time() -> None:
+    routes = established(KEEPING)
+    routes.down(PEER, 10, graceful=True)
+    assert routes.next_deadline() == 40
+    routes.expire(39.9)
+    assert held(routes) == {ONE, TWO}
+    routes.down(PEER, 39.95, graceful=True)  # an attempt that failed changes nothing
+    routes.expire(40)
+    assert held(routes) == set()
+
+
+def test_routes_go_when_the_peer_has_not_kept_forwarding() -> None:
+    routes = established(KEEPING)
+    routes.down(PEER, 10, graceful=True)
+    routes.opened(Opened(PEER, 65001, 90, 1, GracefulRestart(30, True, BOTH, NONE)))
+    routes.up(PEER, 11)
+    assert held(routes) == set()
+
+
+def test_routes_go_with_a_notification_or_without_the_capability() -> None:
+    routes = established(KEEPING)
+    routes.down(PEER, 10, graceful=False)
+    assert held(routes) == set()
+    routes = established(None)
+    routes.down(PEER, 10, graceful=True)
+    assert held(routes) == set()
+    routes = established(GracefulRestart(30, False, NONE, NONE))  # a mere helper
+    routes.down(PEER, 10, graceful=True)
+    assert held(routes) == set()
+
+
+def test_routes_outlive_a_restart_of_our_own_whatever_the_peer_can() -> None:
+    for graceful, wait in ((KEEPING, END_OF_RIB_SECONDS), (None, UNMARKED_SECONDS)):
+        routes = established(graceful)
+        routes.restarted(10)
+        assert held(routes) == {ONE, TWO}
+        come_up(routes, 11, graceful, TWO)
+        assert held(routes) == {ONE, TWO}
+        routes.expire(11 + wait - 0.1)
+        assert held(routes) == {ONE, TWO}
+        routes.expire(11 + wait)
+        assert held(routes) == {TWO}
+
+
+def test_routes_go_when_our_own_restart_finds_the_peer_gone() -> None:
+    routes = established(KEEPING)
+    routes.restarted(10)
+    routes.expire(10 + END_OF_RIB_SECONDS)
+    assert held(routes) == set()
+
+
+def test_complete_means_that_all_peers_have_told_all() -> None:
+    routes = established(KEEPING)
+    assert routes.complete(0)
+    routes.restarted(10)
+    assert not routes.complete(10)
+    come_up(routes, 11, KEEPING)
+    assert not routes.complete(100)
+    routes.end_of_rib(PEER, V4)
+    assert routes.complete(11)
+    unmarked = established(None)
+    assert not unmarked.complete(UNMARKED_SECONDS - 0.1)
+    assert unmarked.complete(UNMARKED_SECONDS)
+
+
+def test_a_peer_that_is_no_longer_wanted_takes_its_routes_along() -> None:
+    routes = established(KEEPING)
+    routes.changed.clear()
+    routes.set_peers({})
+    assert held(routes) == set()
+    assert routes.changed == {ONE, TWO}
+    assert not routes.next_hops
+    tell(routes, ONE)  # a late event of it is nobody's
+    routes.up(PEER, 1)
+    routes.end_of_rib(PEER, V4)
+    assert held(routes) == set()

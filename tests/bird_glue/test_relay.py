@@ -1,0 +1,260 @@
+"""The relay as ExaBGP runs it: a real process, its stdin and stdout pipes, its socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.net import Net, parse_net
+from bird_glue import relay
+from bird_glue.messages import Down, EndOfRib, Event, Hello, Live, Notified, Up, Updated, parse
+from tests.support.netns import eventually
+
+PEER, OTHER = "10.0.0.2", "10.0.0.3"
+
+
+def event(kind: str, peer: str = PEER, **neighbor: Any) -> dict[str, Any]:
+    return {"type": kind, "time": 5.0, "neighbor": {"address": {"peer": peer}, **neighbor}}
+
+
+def state(name: str, peer: str = PEER, **more: Any) -> dict[str, Any]:
+    return event("state", peer, state=name, **more)
+
+
+def update(peer: str = PEER, **parts: Any) -> dict[str, Any]:
+    return event("update", peer, direction="receive", message={"update": parts})
+
+
+def announce(*nets: str, med: int = 0, hop: str = PEER) -> dict[str, Any]:
+    entries = [{"nlri": net} for net in nets]
+    return update(
+        attribute={"origin": "igp", "med": med}, announce={"ipv4 unicast": {hop: entries}}
+    )
+
+
+def withdraw(*nets: str) -> dict[str, Any]:
+    return update(withdraw={"ipv4 unicast": [{"nlri": net} for net in nets]})
+
+
+EOR = event("update", direction="receive", message={"eor": {"afi": "ipv4", "safi": "unicast"}})
+
+
+class Running:
+    """A relay with this test as its ExaBGP."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", relay.__file__, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        eventually(path.exists)
+
+    def say(self, *lines: dict[str, Any] | str) -> None:
+        assert self.process.stdin
+        for line in lines:
+            text = line if isinstance(line, str) else json.dumps(line)
+            self.process.stdin.write(text.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().decode().strip()
+
+    def end(self) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.close()
+        self.process.stdout.close()
+        try:
+            assert self.process.wait(10) == 0  # it ends when ExaBGP does
+        finally:
+            self.process.kill()
+
+
+class Client:
+    """A client of the relay."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(10)
+        # bound and listening are two steps
+        eventually(lambda: self.socket.connect_ex(str(path)) == 0)
+        self.reader = self.socket.makefile("rb")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.reader.close()
+        self.socket.close()
+
+    def next(self) -> Event | None:
+        return parse(self.reader.readline().strip())
+
+    def snapshot(self) -> list[Event]:
+        found: list[Event] = []
+        while not isinstance(made := self.next(), Live):
+            assert made is not None
+            found.append(made)
+        return found
+
+    def send(self, text: str) -> None:
+        self.socket.sendall(text.encode())
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    made = Running(tmp_path / "s")
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+@contextmanager
+def settled(running: Running, *lines: dict[str, Any] | str) -> Iterator[Client]:
+    """A client that connects after the relay has taken in the lines."""
+    with Client(running.path) as before:
+        before.snapshot()
+        running.say(*lines, "marker")
+        while getattr(before.next(), "line", None) != "marker":
+            pass
+    with Client(running.path) as client:
+        yield client
+
+
+def held(events: list[Event]) -> dict[Net, int | None]:
+    """Prefix → MED, of all updates in order."""
+    found: dict[Net, int | None] = {}
+    for made in events:
+        if isinstance(made, Updated):
+            for net in made.withdrawn:
+                found.pop(net, None)
+            found.update({net: made.attributes.med for net, _ in made.announced})
+    return found
+
+
+def test_snapshot_is_what_holds_now(running: Running) -> None:
+    lines = (
+        state("up"),
+        announce("10.1.0.0/24", "10.2.0.0/24", med=1),
+        announce("10.2.0.0/24", med=2),
+        announce("10.3.0.0/24", med=1),
+        withdraw("10.1.0.0/24"),
+        EOR,
+        state("up", OTHER),
+        event(
+            "notification", OTHER, direction="receive",
+            notification={"code": 6, "subcode": 2, "message": ""},
+        ),
+        state("down", OTHER, reason="notification received (6,2)"),
+    )  # fmt: skip
+    with settled(running, *lines) as client:
+        events = client.snapshot()
+    assert isinstance(events[0], Hello)
+    assert events[0].pid == os.getpid()
+    assert held(events) == {parse_net("10.2.0.0/24"): 2, parse_net("10.3.0.0/24"): 1}
+    kinds = [type(made) for made in events[1:]]
+    assert kinds == [Up, Updated, Updated, EndOfRib, Notified, Down]
+
+
+def test_routes_are_forgotten_with_their_session(running: Running) -> None:
+    lost = state("down", reason="closing connection")
+    with settled(running, state("up"), announce("10.1.0.0/24"), EOR, lost, state("up")) as client:
+        events = client.snapshot()
+    assert [type(made) for made in events] == [Hello, Up]
+
+
+def test_all_next_hops_of_a_prefix_are_kept(running: Running) -> None:
+    both = update(
+        attribute={},
+        announce={
+            "ipv6 unicast": {
+                "2001:db8::1": [{"nlri": "2001:db8:1::/64"}],
+                "fe80::1": [{"nlri": "2001:db8:1::/64"}],
+            }
+        },
+    )
+    with settled(running, state("up"), both) as client:
+        hops = {
+            str(hop) for m in client.snapshot() if isinstance(m, Updated) for _, hop in m.announced
+        }
+    assert hops == {"2001:db8::1/128", "fe80::1/128"}
+
+
+def test_commands_and_what_was_announced(running: Running) -> None:
+    with Client(running.path) as client:
+        client.snapshot()
+        client.send(
+            f"neighbor {PEER} announce attributes next-hop self nlri 10.8.0.0/26 10.8.1.0/26\n"
+            f"neighbor {PEER} withdraw attributes next-hop self nlri 10.8.1.0/26\n"
+            f"neighbor {OTHER} announce attributes next-hop self nlri 10.8.0.0/26\n"
+            "\n"
+            "show neighbor summary\nnot a whole li"
+        )
+        commands = [running.hear() for _ in range(4)]
+        assert [command.split()[0] for command in commands] == ["neighbor"] * 3 + ["show"]
+        running.say("done", "done", "error")  # the third failed, the fourth is unanswered
+        for _ in range(3):
+            client.next()
+    with Client(running.path) as client:
+        hello = client.snapshot()[0]
+        assert isinstance(hello, Hello)
+        assert hello.unanswered == 1
+        assert hello.announced == {parse_net(PEER): {parse_net("10.8.0.0/26")}}
+        client.send("version\n")
+        assert running.hear() == "version"  # and nothing of the half line
+
+
+def test_a_new_client_replaces_the_old(running: Running) -> None:
+    with Client(running.path) as old, Client(running.path) as new:
+        new.snapshot()
+        old.snapshot()
+        assert old.reader.readline() == b""
+        running.say(state("up"))
+        assert isinstance(new.next(), Up)
+
+
+def test_a_client_that_does_not_read_delays_nobody(running: Running) -> None:
+    """ExaBGP would stop, and all sessions with it, if it could not write."""
+    with Client(running.path):
+        running.say(state("up"))
+        for start in range(0, 20000, 500):  # far more than socket buffers hold
+            running.say(
+                announce(*(f"10.{n // 256}.{n % 256}.0/24" for n in range(start, start + 500)))
+            )
+    with Client(running.path) as client:
+        assert len(held(client.snapshot())) == 20000
+
+
+@pytest.mark.parametrize(
+    "junk", ["{", "{}", '{"type": 5}', "\x00", '{"type": "update", "neighbor": 1}']
+)
+def test_junk_is_passed_on_and_not_remembered(running: Running, junk: str) -> None:
+    with settled(running, junk, state("up")) as client:
+        assert [type(made) for made in client.snapshot()] == [Hello, Up]
+
+
+def test_a_peer_taken_out_of_the_configuration_knows_nothing_any_more(running: Running) -> None:
+    with Client(running.path) as client:
+        client.snapshot()
+        client.send(f"neighbor {PEER} announce attributes next-hop self nlri 10.8.0.0/26\n")
+        running.hear()
+        running.say("done", state("down", reason="stop, message [removed]"))
+        client.next()
+        client.next()
+    with Client(running.path) as client:
+        hello = client.snapshot()[0]
+        assert isinstance(hello, Hello)
+        assert hello.announced == {}

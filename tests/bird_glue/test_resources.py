@@ -1,0 +1,80 @@
+"""What the node makes of objects in the datastore, right and wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from api.net import parse_net
+from bird_glue.resources import Resources
+from datastore.follower import Update
+from datastore.interface import Key
+
+
+def put(resources: Resources, kind: str, name: str, spec: Any) -> bool:
+    value = {"apiVersion": "projectcalico.org/v3", "kind": kind, "metadata": {"name": name}}
+    return resources.update(Update(Key(kind, name), {**value, "spec": spec}))
+
+
+def affinity(resources: Resources, cidr: str, node: str = "n1", **spec: Any) -> bool:
+    name = f"{node}-{cidr.replace('.', '-').replace('/', '-')}"
+    spec = {"state": "confirmed", "node": node, "cidr": cidr, **spec}
+    return put(resources, "BlockAffinity", name, spec)
+
+
+def test_own_confirmed_blocks() -> None:
+    resources = Resources("n1")
+    affinity(resources, "10.0.1.0/26")
+    affinity(resources, "10.0.0.0/26", state="")
+    affinity(resources, "10.0.2.0/26", state="pending")
+    affinity(resources, "10.0.3.0/26", state="pendingDeletion")
+    affinity(resources, "10.0.4.0/26", type="virtual")
+    affinity(resources, "10.0.5.0/26", deleted=True)
+    assert not affinity(resources, "10.0.6.0/26", node="n2")
+    assert resources.blocks() == (parse_net("10.0.0.0/26"), parse_net("10.0.1.0/26"))
+    assert affinity(resources, "10.0.1.0/26", node="n1", state="pendingDeletion")
+    assert resources.blocks() == (parse_net("10.0.0.0/26"),)
+
+
+def test_a_block_that_changes_hands_is_no_longer_ours() -> None:
+    resources = Resources("n1")
+    affinity(resources, "10.0.0.0/26")
+    spec = {"state": "confirmed", "node": "n2", "cidr": "10.0.0.0/26"}
+    assert put(resources, "BlockAffinity", "n1-10-0-0-0-26", spec)
+    assert resources.blocks() == ()
+
+
+def test_an_invalid_object_is_named_and_what_it_was_stands() -> None:
+    resources = Resources("n1")
+    put(resources, "BGPPeer", "tor", {"peerIP": "192.0.2.1", "asNumber": 65001})
+    put(resources, "BGPPeer", "tor", {"peerIP": "192.0.2.300", "asNumber": 65001})
+    assert resources.cluster().peers["tor"].spec.peer_ip == "192.0.2.1"
+    (problem,) = resources.problems
+    assert str(problem).startswith("BGPPeer tor: spec.peerIP: '192.0.2.300': ")
+    resources.update(Update(Key("BGPPeer", "tor"), None))
+    assert resources.problems == []
+    assert resources.cluster().peers == {}
+
+
+def test_no_sessions_before_the_clusters_settings_are_known() -> None:
+    """Absent means Calico's defaults, but an AS number is never guessed."""
+    resources = Resources("n1")
+    found = [resources.usable]
+    for asn in ("many", 65000, "many"):
+        put(resources, "BGPConfiguration", "default", {"asNumber": asn})
+        found.append(resources.usable)
+    assert found == [True, False, True, True]
+    assert resources.cluster().asn == 65000
+
+
+def test_pools() -> None:
+    resources = Resources("n1")
+    put(resources, "IPPool", "a", {"cidr": "10.1.0.0/16", "disabled": True})
+    put(resources, "IPPool", "b", {"cidr": "10.2.0.0/16", "disableBGPExport": True})
+    put(resources, "IPPool", "c", {"cidr": "10.3.0.0/16", "vxlanMode": "CrossSubnet"})
+    pools = resources.pools(program_unencapsulated=True)
+    inside = [parse_net(f"10.{n}.0.0/26") for n in (1, 2, 3, 4)]
+    assert [pools.exports_own(net) for net in inside] == [True, False, True, True]
+    assert [pools.exports_learned(net) for net in inside] == [True, False, True, False]
+    assert [pools.programs(net) for net in inside] == [True, True, False, True]
+    left_to_felix = resources.pools(program_unencapsulated=False)
+    assert [left_to_felix.programs(net) for net in inside] == [False, False, False, True]

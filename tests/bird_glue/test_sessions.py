@@ -1,0 +1,142 @@
+"""From wanted peers to sessions, and what is in the way; the file ExaBGP gets of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from api.net import Net, format_address, parse_net
+from bird_glue.config import Listen, Neighbor, environment, listening, render
+from bird_glue.configfile import ConfigurationFile
+from bird_glue.peers import Peer, PeerType
+from bird_glue.sessions import Sessions, listen, plan_sessions
+from bird_glue.settings import ClusterNode, Local
+
+OWN, TOR, NODE = (parse_net(t) for t in ("10.0.0.5", "10.0.0.1", "10.0.0.6"))
+OWN6, TOR6 = parse_net("2001:db8::5"), parse_net("2001:db8::1")
+LOCAL = Local(
+    ClusterNode("n1", {}, {4: OWN, 6: OWN6}, {}, 64512, None), OWN.address, None, False, {}, True
+)
+HOSTS = frozenset({OWN, OWN6})
+BASE = Peer(TOR, PeerType.GLOBAL, 65001, ("BGPPeer", "tor"), source=OWN)
+MESH = Peer(NODE, PeerType.MESH, 64512, ("Node", "n2"), source=OWN, is_node=True)
+
+
+def plan(*peers: Peer, hosts: frozenset[Net] = HOSTS, source: Net | None = None) -> Sessions:
+    return plan_sessions(peers, LOCAL, hosts, lambda address: source)
+
+
+def problems(sessions: Sessions) -> list[tuple[str, str, str]]:
+    return [(p.kind, p.name, p.problem.field) for p in sessions.problems]
+
+
+def test_defaults() -> None:
+    neighbor = plan(BASE).neighbors[TOR]
+    assert neighbor == Neighbor(TOR, OWN, 65001, 64512, OWN.address)
+    assert neighbor.external
+    assert (neighbor.port, neighbor.hold_seconds, neighbor.restart_seconds) == (179, 90, 120)
+    assert listen(LOCAL, HOSTS) == Listen(("0.0.0.0", "::"), 179)
+    at_node = replace(LOCAL, bind_node_address=True, port=1790)
+    assert listen(at_node, HOSTS) == Listen(("10.0.0.5", "2001:db8::5"), 1790)
+
+
+def test_settings_of_a_peer() -> None:
+    peer = replace(
+        BASE, port=1790, keepalive_seconds=5, restart_seconds=9999, local_as=65099, ttl_security=2
+    )
+    neighbor = plan(peer).neighbors[TOR]
+    assert (neighbor.port, neighbor.hold_seconds, neighbor.restart_seconds) == (1790, 15, 4095)
+    assert (neighbor.local_as, neighbor.ttl_security) == (65099, 2)
+
+
+def test_between_two_nodes_one_calls_and_one_waits_whoever_asked_for_it() -> None:
+    by_selector = replace(MESH, type=PeerType.NODE, owner=("BGPPeer", "p"))
+    assert plan(by_selector).neighbors[NODE].passive
+    assert (
+        not plan(replace(by_selector, address=parse_net("10.0.0.4"))).neighbors.popitem()[1].passive
+    )
+    assert not plan(BASE).neighbors[TOR].passive
+
+
+def test_one_session_with_an_address_and_a_bgppeer_before_the_mesh() -> None:
+    explicit = replace(MESH, type=PeerType.NODE, owner=("BGPPeer", "p"), port=1790)
+    found = plan(MESH, explicit)
+    assert found.neighbors[NODE].port == 1790
+    assert found.problems == []
+    other_port = replace(BASE, port=1790, owner=("BGPPeer", "tor2"))
+    found = plan(BASE, other_port)
+    assert list(found.neighbors) == [TOR]
+    assert problems(found) == [("BGPPeer", "tor2", "spec.peerIP")]
+
+
+def test_what_is_not_offered_makes_no_session_rather_than_another_one() -> None:
+    for change, field in (
+        ({"password": True}, "spec.password"),
+        ({"filters": ("f",)}, "spec.filters"),
+        ({"reachable_by": TOR}, "spec.reachableBy"),
+    ):
+        found = plan(replace(BASE, **change), MESH)
+        assert list(found.neighbors) == [NODE]
+        assert problems(found) == [("BGPPeer", "tor", field)]
+    found = plan(replace(MESH, password=True), BASE)
+    assert list(found.neighbors) == [TOR]
+    assert problems(found) == [("BGPConfiguration", "default", "spec.nodeMeshPassword")]
+
+
+def test_the_source_address_must_be_here() -> None:
+    found = plan(BASE, MESH, hosts=frozenset())
+    assert not found.neighbors
+    assert problems(found) == [("Node", "n1", "spec.bgp.ipv4Address")]
+    anywhere = replace(BASE, source=None)
+    assert plan(anywhere, source=OWN).neighbors[TOR].local == OWN
+    found = plan(anywhere)
+    assert problems(found) == [("BGPPeer", "tor", "spec.peerIP")]
+
+
+ALL = [
+    Neighbor(TOR, OWN, 65001, 64512, OWN.address, port=1790, ttl_security=1),
+    Neighbor(NODE, OWN, 4200000000, 64512, OWN.address, passive=True, restart_seconds=4095),
+    Neighbor(TOR6, OWN6, 64512, 64512, OWN.address, hold_seconds=3),
+]
+
+
+def test_exabgp_accepts_what_is_rendered(tmp_path: Path) -> None:
+    text, mark = render(ALL, tmp_path / "s")
+    assert text.count(mark) == len(ALL)
+    path = tmp_path / "exabgp.conf"
+    path.write_text(text)
+    result = subprocess.run(
+        [sys.executable, "-m", "exabgp", "validate", "-n", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for neighbor in ALL:
+        assert f"neighbor  {format_address(*neighbor.address[:2])}" in result.stderr + result.stdout
+
+
+def test_mark_tells_files_apart() -> None:
+    marks = {render(ALL[:count], Path("/s"))[1] for count in range(len(ALL) + 1)}
+    assert len(marks) == len(ALL) + 1
+
+
+def test_environment_can_be_read_back() -> None:
+    wanted = Listen(("0.0.0.0", "::"), 1790)
+    assert listening(environment(wanted, Path("/l"))) == wanted
+    assert listening({}) is None
+
+
+def test_a_session_exabgp_refuses_takes_no_other_down(tmp_path: Path) -> None:
+    """Nothing that is rendered is refused, so this one is made wrong behind the types' back."""
+    wrong = replace(ALL[1], hold_seconds=1)
+    file = ConfigurationFile(tmp_path, tmp_path / "s")
+    file.want({neighbor.address: neighbor for neighbor in (ALL[0], wrong)})
+    file.write()
+    assert list(file.rejected) == [NODE]
+    assert "hold" in file.rejected[NODE]
+    text = file.path.read_text()
+    assert "neighbor 10.0.0.1 " in text
+    assert "neighbor 10.0.0.6 " not in text
