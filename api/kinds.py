@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 CALICO = "projectcalico.org/v3"
 CORE = "v1"
 NETWORKING = "networking.k8s.io/v1"
+DISCOVERY = "discovery.k8s.io/v1"
+CLUSTER_POLICY = "policy.networking.k8s.io/v1alpha2"
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of resource. ``id`` is unique where ``kind`` is not (two NetworkPolicies)."""
+    """A kind of resource. ``id`` is unique where ``kind`` is not (two NetworkPolicies).
+
+    ``plural`` is what people write, and unique too; ``resource`` is the plural in the API's URLs.
+    """
 
     id: str
     api_version: str
@@ -30,6 +35,17 @@ class Kind:
     short_names: tuple[str, ...]
     namespaced: bool
     module: str
+    resource: str
+
+    @property
+    def group(self) -> str:
+        """The API group; empty for Kubernetes' core."""
+        return self.api_version.rpartition("/")[0]
+
+    @property
+    def version(self) -> str:
+        """The API version without its group: ``v3``."""
+        return self.api_version.rpartition("/")[2]
 
     @property
     def model(self) -> type[Resource]:
@@ -46,9 +62,12 @@ def _kind(
     namespaced: bool = False,
     api_version: str = CALICO,
     kind: str | None = None,
+    resource: str | None = None,
 ) -> Kind:
     module = f"{__package__}.{module}"
-    return Kind(id_, api_version, kind or id_, plural, short_names, namespaced, module)
+    return Kind(
+        id_, api_version, kind or id_, plural, short_names, namespaced, module, resource or plural
+    )
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -56,12 +75,24 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         kind.id: kind
         for kind in (
             _kind("ippool", "IPPool", "ippools", "ipp", "ipps", "pool", "pools"),
+            _kind(
+                "ipreservation", "IPReservation", "ipreservations", "reservation", "reservations"
+            ),
             _kind("bgp", "BGPConfiguration", "bgpconfigurations", "bgpconfig", "bgpconfigs"),
             _kind("bgp", "BGPPeer", "bgppeers", "bgpp", "bgpps", "bp", "bps"),
+            _kind("bgpfilter", "BGPFilter", "bgpfilters", "bgpf", "bgpfs", "bf", "bfs"),
             _kind("node", "Node", "nodes", "no", "nos"),
+            _kind(
+                "nodestatus",
+                "CalicoNodeStatus",
+                "caliconodestatuses",
+                *("nodestatus", "nodestatuses"),
+            ),
             _kind(
                 "endpoint", "WorkloadEndpoint", "workloadendpoints", "wep", "weps", namespaced=True
             ),
+            _kind("hostendpoint", "HostEndpoint", "hostendpoints", "hep", "heps"),
+            _kind("profile", "Profile", "profiles", "pro", "pros"),
             _kind(
                 "policy",
                 "NetworkPolicy",
@@ -72,7 +103,41 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             _kind("policy", "GlobalNetworkPolicy", "globalnetworkpolicies", "gnp", "gnps", "cgnp"),
             _kind("policy", "Tier", "tiers"),
             _kind(
+                "staged",
+                "StagedNetworkPolicy",
+                "stagednetworkpolicies",
+                *("snp", "scnp", "stagedpolicy", "stagedpolicies", "spol", "spols"),
+                namespaced=True,
+            ),
+            _kind(
+                "staged",
+                "StagedGlobalNetworkPolicy",
+                "stagedglobalnetworkpolicies",
+                *("sgnp", "sgnps"),
+            ),
+            _kind(
+                "staged",
+                "StagedKubernetesNetworkPolicy",
+                "stagedkubernetesnetworkpolicies",
+                *("sknp", "stagedkubernetespolicy", "stagedkubernetespolicies", "skpol", "skpols"),
+                namespaced=True,
+            ),
+            _kind("networkset", "NetworkSet", "networksets", "netset", "netsets", namespaced=True),
+            _kind("networkset", "GlobalNetworkSet", "globalnetworksets", "gns", "gnetsets"),
+            _kind(
                 "felix", "FelixConfiguration", "felixconfigurations", "felixconfig", "felixconfigs"
+            ),
+            _kind(
+                "controllers",
+                "KubeControllersConfiguration",
+                "kubecontrollersconfigurations",
+                *("kubecontrollersconfig", "kubecontrollersconfigs", "kcc", "kccs"),
+            ),
+            _kind(
+                "clusterinformation",
+                "ClusterInformation",
+                "clusterinformations",
+                *("clusterinfo", "clusterinfos"),
             ),
             _kind("ipam", "IPAMBlock", "ipamblocks", "block", "blocks"),
             _kind("ipam", "BlockAffinity", "blockaffinities", "affinity", "affinities"),
@@ -82,12 +147,45 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             _kind("kubernetes", "Pod", "pods", "po", namespaced=True, api_version=CORE),
             _kind(
                 "kubernetes",
+                "KubernetesNode",
+                "kubernetesnodes",
+                "knode",
+                "knodes",
+                api_version=CORE,
+                kind="Node",
+                resource="nodes",
+            ),
+            _kind(
+                "kubernetes",
+                "ServiceAccount",
+                "serviceaccounts",
+                "sa",
+                namespaced=True,
+                api_version=CORE,
+            ),
+            _kind("services", "Service", "services", "svc", namespaced=True, api_version=CORE),
+            _kind(
+                "services",
+                "EndpointSlice",
+                "endpointslices",
+                namespaced=True,
+                api_version=DISCOVERY,
+            ),
+            _kind(
+                "kubernetes",
                 "KubernetesNetworkPolicy",
                 "kubernetesnetworkpolicies",
                 *("knp", "netpol"),
                 namespaced=True,
                 api_version=NETWORKING,
                 kind="NetworkPolicy",
+                resource="networkpolicies",
+            ),
+            _kind(
+                "clusternetworkpolicy",
+                "ClusterNetworkPolicy",
+                "clusternetworkpolicies",
+                api_version=CLUSTER_POLICY,
             ),
         )
     }

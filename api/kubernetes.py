@@ -1,8 +1,8 @@
 """The Kubernetes kinds Manx reads, with only the fields it reads.
 
-Fields of Namespace and Pod that Manx does not know are ignored. Those of a NetworkPolicy
-are refused: a condition that is not understood would otherwise be a condition less, and the
-policy would allow more than its author wrote.
+Fields that Manx does not know are ignored. Those of a NetworkPolicy are refused: a condition
+that is not understood would otherwise be a condition less, and the policy would allow more than
+its author wrote.
 """
 
 from collections.abc import Iterator
@@ -35,6 +35,58 @@ class Namespace(Resource):
     api_version: Literal["v1"] = "v1"
     kind: Literal["Namespace"] = "Namespace"
     metadata: KubernetesMeta
+
+
+class ServiceAccount(Resource):
+    """A service account: its labels, and those of its pods' endpoints by way of its profile."""
+
+    model_config = ConfigDict(extra="ignore")
+    namespaced: ClassVar[bool] = True
+
+    api_version: Literal["v1"] = "v1"
+    kind: Literal["ServiceAccount"] = "ServiceAccount"
+    metadata: KubernetesMeta
+
+
+class KubernetesNodeAddress(KubernetesModel):
+    """An address of a node: InternalIP, ExternalIP, Hostname, …"""
+
+    type: str
+    address: str
+
+
+class KubernetesNodeSpec(KubernetesModel):
+    """spec of a node. ``pod_cidrs``: ranges that the cluster's controller gave it."""
+
+    pod_cidr: str | None = Field(default=None, alias="podCIDR")
+    pod_cidrs: list[str] = Field(default_factory=list, alias="podCIDRs")
+    unschedulable: bool = False
+
+
+class NodeCondition(KubernetesModel):
+    """One statement about a node: ``Ready``, ``NetworkUnavailable``, …"""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+
+
+class KubernetesNodeStatus(KubernetesModel):
+    """status of a node."""
+
+    addresses: list[KubernetesNodeAddress] = Field(default_factory=list)
+    conditions: list[NodeCondition] = Field(default_factory=list)
+
+
+class KubernetesNode(Resource):
+    """A node as Kubernetes sees it; Calico keeps a node's BGP settings in its annotations."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    api_version: Literal["v1"] = "v1"
+    kind: Literal["Node"] = "Node"
+    metadata: KubernetesMeta
+    spec: KubernetesNodeSpec = Field(default_factory=KubernetesNodeSpec)
+    status: KubernetesNodeStatus = Field(default_factory=KubernetesNodeStatus)
 
 
 class ContainerPort(KubernetesModel):

@@ -168,17 +168,22 @@ class ObjectMeta(Checked):
 
     def faults(self) -> Iterator[Fault]:
         """Labels and annotations that Kubernetes would refuse."""
-        for key, value in self.labels.items():
-            if not is_qualified_name(key):
-                yield Fault(("labels", key), key, f"a label key: {QUALIFIED_NAME}")
-            if not is_label_value(value):
-                yield Fault(
-                    ("labels", key),
-                    value,
-                    "a label value: at most 63 letters, digits, '-', '_', '.', "
-                    "the first and last a letter or digit",
-                )
+        yield from label_faults(self.labels, ("labels",))
         yield from annotation_faults(self.annotations, ("annotations",))
+
+
+def label_faults(labels: dict[str, str], where: tuple[str | int, ...]) -> Iterator[Fault]:
+    """Labels that Kubernetes would refuse; ``where`` is where they stand."""
+    for key, value in labels.items():
+        if not is_qualified_name(key):
+            yield Fault((*where, key), key, f"a label key: {QUALIFIED_NAME}")
+        if not is_label_value(value):
+            yield Fault(
+                (*where, key),
+                value,
+                "a label value: at most 63 letters, digits, '-', '_', '.', "
+                "the first and last a letter or digit",
+            )
 
 
 def annotation_faults(annotations: dict[str, str], where: tuple[str | int, ...]) -> Iterator[Fault]:

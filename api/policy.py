@@ -15,7 +15,6 @@ from api.fields import (
     Protocol,
     Selector,
     is_label,
-    is_subdomain,
     parse_port,
     protocol_number,
 )
@@ -295,6 +294,17 @@ class GlobalNetworkPolicySpec(NetworkPolicySpec):
                     )
 
 
+def is_policy_name(name: str) -> bool:
+    """Whether a policy of a namespace can be called so."""
+    right = _POLICY_NAME.fullmatch(name) or _CONVERTED_NAME.fullmatch(name)
+    return len(name) <= 253 and right is not None
+
+
+def is_global_policy_name(name: str) -> bool:
+    """Whether a policy of all namespaces can be called so."""
+    return len(name) <= 253 and _POLICY_NAME.fullmatch(name) is not None
+
+
 class NetworkPolicy(CalicoResource):
     """A policy for the endpoints of one namespace."""
 
@@ -305,10 +315,7 @@ class NetworkPolicy(CalicoResource):
 
     def name_expected(self) -> str | None:
         """A label, tier.label, or the name of a converted Kubernetes policy."""
-        name = self.name
-        if len(name) <= 253 and (_POLICY_NAME.fullmatch(name) or _CONVERTED_NAME.fullmatch(name)):
-            return None
-        return POLICY_NAME
+        return None if is_policy_name(self.name) else POLICY_NAME
 
 
 class GlobalNetworkPolicy(CalicoResource):
@@ -319,8 +326,7 @@ class GlobalNetworkPolicy(CalicoResource):
 
     def name_expected(self) -> str | None:
         """A label or tier.label."""
-        right = is_subdomain(self.name) and _POLICY_NAME.fullmatch(self.name)
-        return None if right else POLICY_NAME
+        return None if is_global_policy_name(self.name) else POLICY_NAME
 
 
 BUILT_IN_TIERS: dict[str, tuple[float, Literal["Deny", "Pass"]]] = {

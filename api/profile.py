@@ -1,0 +1,32 @@
+"""Profile: rules and labels of the endpoints that name it.
+
+With Kubernetes, every Namespace is a profile ``kns.<name>`` and every ServiceAccount a profile
+``ksa.<namespace>.<name>``.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from api.metadata import CalicoResource, Checked, Fault, label_faults
+from api.policy import Rule
+
+
+class ProfileSpec(Checked):
+    """spec of a Profile. An endpoint's own labels win over ``labels_to_apply``."""
+
+    ingress: list[Rule] = Field(default_factory=list, max_length=1024)
+    egress: list[Rule] = Field(default_factory=list, max_length=1024)
+    labels_to_apply: dict[str, str] = Field(default_factory=dict)
+
+    def faults(self) -> Iterator[Fault]:
+        """Labels that no object can have."""
+        yield from label_faults(self.labels_to_apply, ("labelsToApply",))
+
+
+class Profile(CalicoResource):
+    """What holds for endpoints that no policy selects, and labels they share."""
+
+    kind: Literal["Profile"] = "Profile"
+    spec: ProfileSpec = Field(default_factory=ProfileSpec)
