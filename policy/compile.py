@@ -40,7 +40,7 @@ _NOTHING = Selector(Not(Everything("all")))
 class SetSpec:
     """What a set holds: addresses of matching endpoints, or those of one of their named ports.
 
-    ``protocol`` 0 is any. The id is Calico's.
+    ``protocol`` 0 is any. The id is made as Calico makes it.
     """
 
     id: str
@@ -236,12 +236,11 @@ class _Compiler:
         # its own): the set stays small, and beside named ports alone the selector's own set is
         # not needed.
         selected = positive or own
-        needs_selector = positive is not None and (bool(ports) or not names)
         return _Side(
             nets=self._nets(entity.nets, f"{where}.nets"),
             not_nets=self._nets(entity.not_nets, f"{where}.notNets"),
-            sets=self._sets([positive] if positive is not None and needs_selector else []),
-            not_sets=self._sets([negative] if negative is not None else []),
+            sets=self._set(positive if ports or not names else None),
+            not_sets=self._set(negative),
             ports=ports,
             not_ports=not_ports,
             named_ports=self._named(names, protocol, selected),
@@ -296,10 +295,11 @@ class _Compiler:
             return (), ()
         return tuple(ranges), tuple(names)
 
-    def _sets(self, selectors: Iterable[Selector]) -> tuple[str, ...]:
-        specs = [SetSpec(selector.id, selector) for selector in selectors]
-        self.sets += specs
-        return tuple(spec.id for spec in specs)
+    def _set(self, selector: Selector | None) -> tuple[str, ...]:
+        if selector is None:
+            return ()
+        self.sets.append(SetSpec(selector.id, selector))
+        return (selector.id,)
 
     def _named(
         self, names: Iterable[str], protocol: int | None, selector: Selector

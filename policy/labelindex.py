@@ -235,8 +235,10 @@ class LabelIndex(Generic[K]):
                 return None
 
     def _best(self, choices: Iterable[frozenset[Anchor] | None]) -> frozenset[Anchor] | None:
-        """The choice with the fewest items now; of equals the last, as what is written first
-        (orchestrator, namespace) tends to be what most items share."""
+        """The choice with the fewest items now, and of equals the last.
+
+        What is written first (orchestrator, namespace) tends to be what most items share.
+        """
         best: frozenset[Anchor] | None = None
         fewest = 0
         for choice in choices:

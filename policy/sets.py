@@ -60,10 +60,6 @@ class Sets(Mapping[str, frozenset[Member]]):
     def __contains__(self, set_id: object) -> bool:
         return set_id in self._specs
 
-    def kind(self, set_id: str) -> SetKind:
-        """What a set's members are. Raises KeyError."""
-        return self._specs[set_id].kind
-
     def retain(self, spec: SetSpec) -> None:
         """One user more."""
         self._users[spec] = self._users.get(spec, 0) + 1
@@ -107,7 +103,8 @@ class Sets(Mapping[str, frozenset[Member]]):
                 del self._users[spec]
             if used and not exists:
                 self._create(spec)
-                deltas[spec.id] = SetDelta(spec.kind, self[spec.id], frozenset(), True, False)
+                members = frozenset(self._all_members(spec))
+                deltas[spec.id] = SetDelta(spec.kind, members, frozenset(), True, False)
             elif exists and not used:
                 self._delete(spec)
                 deltas[spec.id] = SetDelta(spec.kind, frozenset(), frozenset(), False, True)
@@ -115,7 +112,7 @@ class Sets(Mapping[str, frozenset[Member]]):
             if changes and set_id not in deltas:
                 added = frozenset(member for member, present in changes.items() if present)
                 removed = frozenset(member for member, present in changes.items() if not present)
-                deltas[set_id] = SetDelta(self.kind(set_id), added, removed, False, False)
+                deltas[set_id] = SetDelta(self._specs[set_id].kind, added, removed, False, False)
         self._touched.clear()
         self._changes.clear()
         return deltas

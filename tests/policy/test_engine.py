@@ -76,7 +76,7 @@ def follow(table: dict[Any, Any], changes: dict[Any, Any]) -> None:
             table[key] = value
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     strategies.worlds(),
     st.lists(strategies.changes() | st.just("flush"), max_size=20),
