@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bird_glue.process import ExaBgp
@@ -142,7 +145,7 @@ class Station:
     def routes(self, selector: str = "proto 179", family: str = "-4") -> list[str]:
         """``ip route show``, one route a line, without flags and padding."""
         output = self.run("ip", family, "-o", "route", "show", *selector.split())
-        lines = (re.sub(r"\\\s*|\s+", " ", line).strip() for line in output.splitlines())
+        lines = (" ".join(line.replace("\\", " ").split()) for line in output.splitlines())
         return [line for line in lines if line]
 
     def route_to(self, net: str) -> str:
@@ -273,6 +276,38 @@ class Bird(Station):
             self.daemon.__exit__()
 
 
+class Frr(Station):
+    """A machine with FRR: zebra and bgpd, which run as the user frr."""
+
+    daemons: tuple[Process, ...] = ()
+    files: Path
+
+    def start(self, bgp: str) -> None:
+        (self.files / "bgpd.conf").write_text(bgp)
+        (self.files / "zebra.conf").write_text("ip forwarding\n")
+        options = ("-z", str(self.files / "z"), "--vty_socket", str(self.files))
+        for name, ready in (("zebra", "z"), ("bgpd", "bgpd.vty")):
+            daemon = Process(
+                self.namespace, f"/usr/lib/frr/{name}", "-A", "127.0.0.1", "-P", "0",
+                "-f", str(self.files / f"{name}.conf"), "-i", str(self.files / f"{name}.pid"),
+                *options, log=self.directory / f"{name}.log",
+            )  # fmt: skip
+            self.daemons += (daemon,)
+            eventually((self.files / ready).exists)
+
+    def vtysh(self, command: str) -> str:
+        return self.run("vtysh", "--vty_socket", str(self.files), "-c", command)
+
+    def blocks(self) -> set[str]:
+        """The prefixes of its BGP table."""
+        table = json.loads(self.vtysh("show bgp ipv4 unicast json"))
+        return set(table.get("routes", {}))
+
+    def end(self) -> None:
+        for daemon in self.daemons:
+            daemon.__exit__()
+
+
 BIRD_COMMON = """
 log stderr all;
 router id {router_id};
@@ -324,6 +359,25 @@ class World:
         assert isinstance(bird, Bird)
         self._stack.callback(bird.end)
         return bird
+
+    def frr(self, name: str) -> Frr:
+        frr = self._station(Frr, name)
+        assert isinstance(frr, Frr)
+        # pytest's directories are for root alone
+        frr.files = Path(self._stack.enter_context(TemporaryDirectory(prefix="manx-frr-")))
+        shutil.chown(frr.files, "frr", "frr")
+        self._stack.callback(frr.end)
+        return frr
+
+    def switch(self, name: str, *members: tuple[Station, str]) -> Station:
+        """A bridge, and the ``eth0`` of each member on it with an address."""
+        switch = self.host(name)
+        switch.run("ip", "link", "add", "br0", "type", "bridge")
+        switch.run("ip", "link", "set", "br0", "up")
+        for station, address in members:
+            connect(station.namespace, "eth0", switch.namespace, station.name, [address])
+            switch.run("ip", "link", "set", "dev", station.name, "master", "br0")
+        return switch
 
     def host(self, name: str) -> Station:
         return self._station(Station, name)

@@ -1,0 +1,147 @@
+"""Several nodes: the mesh, racks with BIRD and FRR, a reflecting router. Packets are the proof."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from tests.bird_glue.world import BIRD_COMMON, BIRD_SESSION, Ping, world
+from tests.support.netns import connect, eventually
+
+
+def test_mesh_of_three_nodes(tmp_path: Path) -> None:
+    """Everybody hears everybody, one helps the other over a restart, one goes for good."""
+    with world(tmp_path) as made:
+        nodes = [made.node(f"n{n}") for n in (1, 2, 3)]
+        hosts = [f"172.31.1.{n}" for n in (9, 10, 11)]  # as text, .9 is the greatest
+        made.switch("rack", *((n, f"{h}/24") for n, h in zip(nodes, hosts, strict=True)))
+        pods = [made.pod(node, f"p{n}", f"10.1.{n}.5") for n, node in enumerate(nodes)]
+        for n, (node, host) in enumerate(zip(nodes, hosts, strict=True)):
+            made.store.node(node.name, f"{host}/24")
+            made.store.block(node.name, f"10.1.{n}.0/26")
+        made.store.put("IPPool", "plain", cidr="10.1.0.0/16")
+        for node in nodes:
+            node.start()
+        for n, node in enumerate(nodes):
+            others = [m for m in range(3) if m != n]
+            expected = {f"10.1.{m}.0/26 via {hosts[m]} dev eth0 metric 1024" for m in others}
+            expected.add(f"blackhole 10.1.{n}.0/26 metric 1024")
+            eventually(lambda node=node, expected=expected: set(node.routes()) == expected, 20)  # type: ignore[misc]
+        assert all(pods[a].reaches(f"10.1.{b}.5") for a in range(3) for b in range(3))
+        # each node hears one block from each other one: nobody tells on what it heard
+        peers = [node.peer(host) for node in nodes for host in hosts]
+        assert {peer.received for peer in peers if peer} == {1}
+        assert {peer.type for peer in peers if peer} == {"node-to-node mesh"}
+
+        with Ping(pods[0], "10.1.1.5") as ping:
+            os.kill(nodes[1].exabgp(), signal.SIGKILL)
+            eventually(lambda: not nodes[0].established(hosts[1]))
+            eventually(lambda: nodes[0].established(hosts[1]) and nodes[1].established(hosts[0]))
+        assert ping.lost == 0
+
+        made.store.delete("Node", "n3")
+        made.store.drop_block("n3", "10.1.2.0/26")
+        eventually(lambda: all(not node.route_to("10.1.2.0/26") for node in nodes[:2]))
+        assert pods[0].reaches("10.1.1.5")
+
+
+FRR_BGP = """
+router bgp 65002
+ bgp router-id 172.31.2.1
+ no bgp ebgp-requires-policy
+ neighbor 172.31.2.11 remote-as 64512
+ address-family ipv4 unicast
+  network 192.0.2.0/24
+  network 172.31.2.0/24
+ exit-address-family
+"""
+
+
+def test_two_uplinks_share_the_traffic_and_one_may_fail(tmp_path: Path) -> None:
+    """A node between BIRD and FRR: two ways out, and no way through."""
+    with world(tmp_path) as made:
+        node, bird, frr, outside = made.node("n1"), made.bird("a"), made.frr("b"), made.host("out")
+        connect(node.namespace, "eth0", bird.namespace, "n1", ["172.31.1.11/24", "172.31.1.1/24"])
+        connect(node.namespace, "eth1", frr.namespace, "n1", ["172.31.2.11/24", "172.31.2.1/24"])
+        made.switch(
+            "spine", (bird, "192.0.2.1/24"), (frr, "192.0.2.2/24"), (outside, "192.0.2.9/24")
+        )
+        outside.run("ip", "route", "add", "10.1.0.0/16", "via", "192.0.2.2")
+        pod = made.pod(node, "pod", "10.1.0.5")
+        store = made.store
+        store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
+        store.put("IPPool", "plain", cidr="10.1.0.0/16")
+        store.put("BGPPeer", "a", node="n1", peerIP="172.31.1.1", asNumber=65001)
+        store.put(
+            "BGPPeer", "b", node="n1", peerIP="172.31.2.1", asNumber=65002, sourceAddress="None"
+        )
+        store.node("n1", "172.31.1.11/24")
+        store.block("n1", "10.1.0.0/26")
+        bird.start(
+            BIRD_COMMON.format(router_id="172.31.1.1")
+            + BIRD_SESSION.format(
+                name="n1", local="172.31.1.1", asn=65001, peer="172.31.1.11", peer_asn=64512,
+                export="all",
+            )
+        )  # fmt: skip
+        frr.start(FRR_BGP)
+        node.start()
+        both = (
+            "192.0.2.0/24 metric 1024 nexthop via 172.31.1.1 dev eth0 weight 1 "
+            "nexthop via 172.31.2.1 dev eth1 weight 1"
+        )
+        eventually(lambda: node.route_to("192.0.2.0/24") == both, 20)
+        assert outside.reaches("10.1.0.5")
+        assert pod.reaches("192.0.2.9")
+        # FRR's subnet is not told to BIRD, nor BIRD's to FRR
+        assert bird.blocks() == {"10.1.0.0/26"}
+        assert frr.blocks() == {"10.1.0.0/26", "172.31.2.0/24", "192.0.2.0/24"}
+
+        with Ping(outside, "10.1.0.5") as ping:  # through FRR
+            os.kill(node.exabgp(), signal.SIGKILL)
+            eventually(lambda: not node.established("172.31.2.1"))
+            eventually(lambda: node.established("172.31.1.1", "172.31.2.1"))
+        assert ping.lost == 0
+        assert node.route_to("192.0.2.0/24") == both
+
+        bird.run("ip", "link", "set", "n1", "down")  # the cable: no hold timer is waited for
+        one = "192.0.2.0/24 via 172.31.2.1 dev eth1 metric 1024"
+        eventually(lambda: node.route_to("192.0.2.0/24") == one)
+        assert pod.reaches("192.0.2.9")
+
+
+def test_router_that_reflects_another_racks_routes(tmp_path: Path) -> None:
+    """iBGP, next hops unchanged: the other rack's are reached by what the router tells too."""
+    with world(tmp_path) as made:
+        one, two, tor = made.node("n1"), made.node("n2"), made.bird("tor")
+        connect(one.namespace, "eth0", tor.namespace, "n1", ["172.31.1.11/24", "172.31.1.1/24"])
+        connect(two.namespace, "eth0", tor.namespace, "n2", ["172.31.2.11/24", "172.31.2.1/24"])
+        pods = made.pod(one, "p1", "10.1.1.5"), made.pod(two, "p2", "10.1.2.5")
+        store = made.store
+        store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
+        store.put("IPPool", "plain", cidr="10.1.0.0/16")
+        configuration = BIRD_COMMON.format(router_id="172.31.1.1")
+        for n, node in ((1, one), (2, two)):
+            store.node(node.name, f"172.31.{n}.11/24", labels={"rack": f"r{n}"})
+            store.block(node.name, f"10.1.{n}.0/26")
+            store.put(
+                "BGPPeer", f"rack{n}", nodeSelector=f"rack == 'r{n}'",
+                peerIP=f"172.31.{n}.1", asNumber=64512,
+            )  # fmt: skip
+            session = BIRD_SESSION.format(
+                name=node.name, local=f"172.31.{n}.1", asn=64512, peer=f"172.31.{n}.11",
+                peer_asn=64512, export="all",
+            )  # fmt: skip
+            configuration += session.replace("next hop self;", "").replace(
+                "ipv4 {", "rr client; ipv4 {"
+            )
+        tor.start(configuration)
+        one.start()
+        two.start()
+        eventually(lambda: one.route_to("10.1.2.0/26") != "", 20)
+        eventually(lambda: two.route_to("10.1.1.0/26") != "", 20)
+        assert one.route_to("10.1.2.0/26") == "10.1.2.0/26 via 172.31.1.1 dev eth0 metric 1024"
+        assert "BGP.next_hop: 172.31.2.11" in tor.birdc("show", "route", "10.1.2.0/26", "all")
+        assert pods[0].reaches("10.1.2.5")
+        assert pods[1].reaches("10.1.1.5")
