@@ -9,17 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import orjson
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from api.errors import Problem
 from api.net import parse_interface
@@ -54,6 +57,13 @@ def _switch(value: object) -> object:
     return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
 
+def _mtu(value: int) -> int:
+    """0 stands for what the uplink carries; 68 is the least of IPv4 (RFC 791)."""
+    if value and not 68 <= value <= 65535:
+        raise PydanticCustomError("mtu", "expected 0, or 68 to 65535")
+    return value
+
+
 Switch = Annotated[bool, BeforeValidator(_switch)]
 
 
@@ -69,6 +79,12 @@ class Ipam(_Model):
     assign_ipv6: Switch = False
     ipv4_pools: list[str] = Field(default_factory=list)
     ipv6_pools: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _some_family(self) -> Self:
+        if not self.families:
+            raise PydanticCustomError("family", "expected assign_ipv4, assign_ipv6 or both")
+        return self
 
     @property
     def families(self) -> tuple[tuple[int, tuple[str, ...]], ...]:
@@ -136,8 +152,7 @@ class NetworkConfiguration(_Model):
     cni_version: str = Field(alias="cniVersion")
     name: Annotated[str, Field(max_length=NAME_LENGTH, pattern=f"^{_NAME.pattern}$")]
     type: str
-    # 0: what the uplink carries. 68 is the least that IPv4 allows (RFC 791).
-    mtu: Annotated[int, Field(ge=0, le=65535)] = 0
+    mtu: Annotated[int, AfterValidator(_mtu)] = 0
     ipam: Ipam = Ipam()
     dns: Dns = Dns()
     previous: Any = Field(default=None, alias="prevResult")  # a Result where it matters

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ _COMPILE_SECONDS = 60
 # Debian's has everything that the fallback imports built in, and starts in 6 ms.
 _PYTHON = Path("/usr/bin/python3")
 _SOCKET = Path("/run/manx/cni.sock")  # in fallback.py
+_SOCKET_PATH = re.compile(r"/[a-zA-Z0-9_./-]{1,106}")
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +48,11 @@ def install(
     ``chain``: configurations (JSON) of plugins to run after this one.
     Raises ValueError for a wrong one, OSError.
     """
+    if not _SOCKET_PATH.fullmatch(str(socket)):
+        raise ValueError(
+            f"socket {str(socket)!r}: expected an absolute path of at most 107 letters, digits,"
+            " '_', '.', '-', '/', since it becomes part of the executable"
+        )
     configuration = configuration_list(mtu, chain)
     for directory in (bin_dir, conf_dir):
         directory.mkdir(parents=True, exist_ok=True)
@@ -100,7 +107,7 @@ def interpreted(socket: Path) -> bytes:
     """The client in Python, as a script."""
     python = _PYTHON if _PYTHON.exists() else Path(sys.executable).resolve()
     source = (_CLIENT / "fallback.py").read_text()
-    source = source.replace(f"SOCKET = {str(_SOCKET)!r}", f"SOCKET = {str(socket)!r}")
+    source = source.replace(f'SOCKET = "{_SOCKET}"', f'SOCKET = "{socket}"')
     return f"#!{python} -IS\n{source}".encode()
 
 

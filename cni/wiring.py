@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ UNFINISHED = 0x6D616E01  # device groups; "man" and a number
 DELETING = 0x6D616E02
 
 DEFAULT_MTU = 1500
+_CARRIER_SECONDS = 5
 _PROTO_BOOT = 3  # as `ip route` writes it: nobody's in particular
 _HOST_CONF = {"rp_filter": 1, "forwarding": 1, "proxy_arp": 1}
 _ANYWHERE = parse_net("192.0.2.1")  # RFC 5737: no network has a route of its own to it
@@ -135,8 +137,18 @@ def configure(host: NetlinkSocket, netns_fd: int, wire: Wire, link: Link) -> Non
 
 
 def finish(host: NetlinkSocket, index: int) -> None:
-    """Take the wire out of group ``UNFINISHED``: its endpoint is recorded."""
+    """Take the wire out of group ``UNFINISHED``, its endpoint being recorded. Raises OSError.
+
+    Waits until the node's end can send. It was up before it had a carrier, so the kernel
+    drops its packets until a worker of its own has noticed the change, unless somebody asks
+    for the link's state (``ip link show``): since Linux 6.9 that does the worker's job.
+    """
     _do(host, [(f"interface #{index}", link_set(index, group=0))])
+    deadline = time.monotonic() + _CARRIER_SECONDS
+    while not Links(host).get(index).running:
+        if time.monotonic() > deadline:
+            raise OSError(errno.ETIMEDOUT, f"interface #{index}: no carrier")
+        time.sleep(0.001)
 
 
 def find(host: NetlinkSocket, name: str) -> Link | None:

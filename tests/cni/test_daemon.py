@@ -1,0 +1,196 @@
+"""The daemon's life: killed in the middle of work, started again, stopped, and by whom asked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kernel.links import set_group
+from kernel.netlink import NetlinkSocket
+from tests.cni.rig import NODE, ROOT, Answer, Rig, configuration, running
+from tests.support.netns import eventually
+
+
+@pytest.fixture
+def node(c_client: Path) -> Iterator[Rig]:
+    """A node of one's own, to do bad things to."""
+    with running(c_client) as rig:
+        yield rig
+        if rig.daemon is not None:
+            rig.collect_all()
+            rig.assert_empty()
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_killed_in_the_middle_of_many(node: Rig, restart: bool) -> None:
+    """What was half-done when it died is finished by clients that ask again, or taken back."""
+    pods = [node.container() for _ in range(20)]
+    standing, going = pods[:3], pods[3:8]
+    for pod in (*standing, *going):
+        node.add(pod)
+    working = [node.begin("ADD", pod) for pod in pods[8:]]
+    working += [node.begin("DEL", pod) for pod in going]
+    eventually(lambda: len(node.links()) != 8)
+    node.kill()
+    if restart:
+        node.start()
+    answers = [node.end(process) for process in working]
+    if restart:
+        assert all(answer.ok() or True for answer in answers), node.log()
+    else:
+        assert {answer.error for answer in answers if answer.code} == {11}
+        node.start()
+    for pod in (*going, *pods[8:]):
+        node.delete(pod)
+    assert len(node.held()) == len(node.links()) == len(node.endpoints()) == 3
+    for pod in standing:
+        result = node.add(pod)
+        assert node.call("CHECK", pod, configuration(prevResult=result)).ok() is None
+
+
+def test_a_start_repairs_what_nobody_asks_about(node: Rig) -> None:
+    """Interfaces in the midst of an ADD or a DEL; addresses of containers that are gone."""
+    pods = [node.container() for _ in range(4)]
+    for pod in pods:
+        node.add(pod)
+    adding, deleting, vanished, _ = pods
+    keys = {entry.value["spec"]["containerID"]: entry.key
+            for entry in node.store.list("WorkloadEndpoint").entries}  # fmt: skip
+    node.kill()
+    with NetlinkSocket(netns_fd=node.namespace.fd) as netlink:
+        unfinished, going = 0x6D616E01, 0x6D616E02
+        netlink.batch([set_group(node.link(adding), unfinished)])
+        netlink.batch([set_group(node.link(deleting), going)])
+    for pod in (adding, deleting, vanished):
+        node.store.delete(keys[pod.id])
+    vanished.namespace.close()
+    node.start()
+    eventually(lambda: len(node.held()) == 1)
+    eventually(lambda: len(node.links()) == 1)
+    assert len(node.endpoints()) == 1
+
+
+def test_datastore_that_is_away(node: Rig) -> None:
+    pod = node.container()
+    node.add(pod)
+    path = node.directory / "datastore.db"
+    away = path.with_suffix(".away")
+    path.rename(away)
+    try:
+        other = node.container()
+        answer = node.call("ADD", other)
+        assert answer.error == 11
+        assert "datastore" in answer.json["msg"]
+        assert other.links() == set()
+        assert node.call("STATUS").error == 50
+        assert node.call("DEL", pod).error == 11
+    finally:
+        away.rename(path)
+    node.delete(pod)
+
+
+def test_starts_without_its_datastore(node: Rig) -> None:
+    node.kill()
+    url, node.url = node.url, f"sqlite://{node.directory}/missing/datastore.db"
+    node.start()
+    assert node.call("STATUS").error == 50
+    node.kill()
+    node.url = url
+    node.start()
+    assert node.call("STATUS").ok() is None
+
+
+def test_stops_when_told(node: Rig) -> None:
+    pods = [node.container() for _ in range(10)]
+    working = [node.begin("ADD", pod) for pod in pods]
+    assert node.kill(signal.SIGTERM) == 0
+    node.start()
+    for process in working:
+        node.end(process).ok()
+    assert len(node.held()) == 10
+
+
+def test_one_daemon_for_a_socket(node: Rig) -> None:
+    environment = {
+        **os.environ,
+        "MANX_NODENAME": NODE,
+        "MANX_DATASTORE": node.url,
+        "MANX_RUN_DIR": str(node.socket.parent),
+    }
+    second = subprocess.run(
+        [sys.executable, "-m", "cni", "daemon"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert "another daemon" in second.stderr
+    assert node.call("STATUS").ok() is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MANX_DATASTORE", "mysql://x"),
+        ("MANX_NODENAME", "Not A Name"),
+        ("MANX_RUN_DIR", "/proc/no"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path: Path, variable: str, value: str) -> None:
+    environment = {**os.environ, "MANX_RUN_DIR": str(tmp_path), variable: value}
+    done = subprocess.run(
+        [sys.executable, "-m", "cni", "daemon"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert value in done.stderr
+
+
+def test_only_root_may_ask(node: Rig) -> None:
+    assert node.socket.stat().st_mode & 0o777 == 0o600
+    # even where somebody opened the door
+    for path in (node.directory, node.socket.parent):
+        path.chmod(0o755)
+    node.socket.chmod(0o666)
+    program = """
+import socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+try:
+    connection.sendall(b"MNX1" + bytes(8))
+    sys.exit(len(connection.recv(100)))
+except ConnectionError:
+    pass
+"""
+    done = subprocess.run(
+        ["/usr/bin/python3", "-c", program, node.socket], user=65534, cwd="/", check=False
+    )
+    assert done.returncode == 0
+    assert "only root" in node.log()
+
+
+def test_a_silent_client_holds_up_nobody(node: Rig) -> None:
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+    try:
+        for connection in silent:
+            connection.connect(str(node.socket))
+        assert node.call("STATUS") == Answer(0, b"")
+    finally:
+        for connection in silent:
+            connection.close()

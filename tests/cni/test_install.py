@@ -1,0 +1,124 @@
+"""The plugin on a node: executable and configuration, put there and taken away."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cni import install
+from tests.cni.rig import ROOT, Rig, configuration
+
+SOCKET = Path("/run/elsewhere/cni.sock")
+
+
+def manx_cni(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cni", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def status(path: Path, **variables: str) -> dict[str, object]:
+    done = subprocess.run(
+        [path],
+        env={"CNI_COMMAND": "STATUS", **variables},
+        input=json.dumps(configuration()).encode(),
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    report: dict[str, object] = json.loads(done.stdout or "{}")
+    return report
+
+
+def test_install_and_uninstall(tmp_path: Path, rig: Rig) -> None:
+    bin_dir, conf_dir = tmp_path / "bin", tmp_path / "net.d"
+    directories = ("--bin-dir", str(bin_dir), "--conf-dir", str(conf_dir))
+    done = manx_cni("install", *directories, MANX_RUN_DIR=str(rig.socket.parent))
+    assert done.returncode == 0, done.stderr
+    plugin, conflist = bin_dir / "manx", conf_dir / "10-manx.conflist"
+    assert stat.S_IMODE(plugin.stat().st_mode) == 0o755
+    # it knows where the daemon is without being told
+    assert status(plugin) == {}
+    network = json.loads(conflist.read_text())
+    assert network["name"] == "k8s-pod-network"
+    assert "1.1.0" in network["cniVersions"]
+    pod = rig.container()
+    rig.call("ADD", pod, network["plugins"][0] | {"cniVersion": "1.0.0", "name": "x"}).ok()
+    rig.call("DEL", pod, network["plugins"][0] | {"cniVersion": "1.0.0", "name": "x"}).ok()
+    assert manx_cni("uninstall", *directories).returncode == 0
+    assert list(bin_dir.iterdir()) == list(conf_dir.iterdir()) == []
+    assert manx_cni("uninstall", *directories).stdout == ""
+
+
+def test_what_is_right_is_not_touched(tmp_path: Path) -> None:
+    first = install.install(tmp_path, tmp_path, SOCKET)
+    before = [path.stat().st_ino for path in first]
+    assert [path.stat().st_ino for path in install.install(tmp_path, tmp_path, SOCKET)] == before
+    plugin, conflist = install.install(tmp_path, tmp_path, SOCKET, mtu=1400)
+    assert plugin.stat().st_ino == before[0]
+    assert json.loads(conflist.read_text())["plugins"][0]["mtu"] == 1400
+    plugin.chmod(0o700)
+    install.install(tmp_path, tmp_path, SOCKET)
+    assert stat.S_IMODE(plugin.stat().st_mode) == 0o755
+
+
+def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    plugin, _ = install.install(tmp_path, tmp_path, SOCKET)
+    assert plugin.read_bytes().startswith(b"#!/")
+    assert str(SOCKET) in str(status(plugin)["msg"])
+
+
+def test_with_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no such header >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plugin, _ = install.install(tmp_path / "bin", tmp_path / "conf", SOCKET)
+    assert plugin.read_bytes().startswith(b"#!/")
+
+
+def test_chained_plugins(tmp_path: Path) -> None:
+    directories = ("--bin-dir", str(tmp_path), "--conf-dir", str(tmp_path))
+    portmap = '{"type": "portmap", "capabilities": {"portMappings": true}}'
+    assert manx_cni("install", *directories, "--chain", portmap).returncode == 0
+    network = json.loads((tmp_path / "10-manx.conflist").read_text())
+    assert [plugin["type"] for plugin in network["plugins"]] == ["manx", "portmap"]
+    for wrong in ("{", "[]", '{"name": "x"}'):
+        done = manx_cni("install", *directories, "--chain", wrong)
+        assert done.returncode == 1
+        assert wrong in done.stderr
+
+
+def test_a_configuration_that_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "05-other.conflist").touch()
+    done = manx_cni("install", "--bin-dir", str(tmp_path), "--conf-dir", str(tmp_path))
+    assert done.returncode == 0
+    assert "05-other.conflist" in done.stderr
+
+
+def test_a_socket_that_cannot_be_compiled_in(tmp_path: Path) -> None:
+    for wrong in ('/run/"/cni.sock', "/" + "x" * 107, "relative"):
+        with pytest.raises(ValueError, match=r"socket .*: expected"):
+            install.install(tmp_path, tmp_path, Path(wrong))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_where_nothing_can_be(tmp_path: Path) -> None:
+    done = manx_cni("install", "--bin-dir", "/proc/x", "--conf-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert "/proc/x" in done.stderr
+    assert list(tmp_path.iterdir()) == []
