@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from api.fields import LABEL, is_label
 from lab import control
 from lab.control import JSON
 from lab.errors import LabError
@@ -92,39 +92,16 @@ class Lab:
         is told what is being done. Raises LabError.
         """
         name = name or fabric.name
-        ours, theirs = socket.socketpair()
-        with theirs:
-            argv = [sys.executable, "-m", "lab.keeper", str(theirs.fileno())]
-            start = subprocess.Popen(
-                argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        init = -1
+        if not is_label(name):
+            raise LabError(f"name of the lab: {name!r}: expected {LABEL}")
+        starting = _Starting(name)
         try:
             request = {"name": name, "fabric": fabric.model_dump(mode="json"), "timeout": timeout}
-            control.send(ours, request)
-            while True:
-                event, fds = control.receive(ours)
-                if event["event"] == "started":
-                    (init,) = fds
-                elif event["event"] == "step":
-                    say(event["text"])
-                elif event["event"] == "failed":
-                    raise LabError(event["error"], event.get("log", ""))
-                else:
-                    break
-        except (EOFError, OSError, ValueError) as error:
-            ours.close()
-            raise LabError(f"lab {name}: its keeper died while it started: {error}") from error
+            starting.follow(request, say)
         except BaseException:
-            ours.close()
+            starting.abort()
             raise
-        finally:
-            start.wait()
-            if init >= 0:
-                if ours.fileno() < 0:
-                    _await_end(name, init)
-                os.close(init)
-        lab = cls(name, ours)
+        lab = cls(name, starting.lifeline)
         if keep:
             lab.keep()
         return lab
@@ -170,9 +147,10 @@ class Lab:
                 self._lifeline.close()
                 self._lifeline = None
         (init,) = fds
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, init)
+        try:
             _await_end(self.name, init, self._started)
+        finally:
+            os.close(init)
 
     def status(self) -> JSON:
         """Everything in the lab and how it is: name, fabric, members, pods."""
@@ -268,6 +246,52 @@ class Lab:
         if not reply["ok"]:
             raise LabError(reply["error"], reply.get("log", ""))
         return reply, fds
+
+
+class _Starting:
+    """A keeper that is building its lab. ``lifeline``: the lab ends when it is closed."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._init = -1  # a descriptor of the lab's PID 1; pidfd_open(2)
+        self.lifeline, theirs = socket.socketpair()
+        with theirs:
+            # it forks away from this process, which ends at once
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "lab.keeper", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def follow(self, request: JSON, say: Callable[[str], None]) -> None:
+        """Have it built; returns when it is ready. Raises LabError."""
+        try:
+            control.send(self.lifeline, request)
+            while (event := self._next())["event"] != "ready":
+                if event["event"] == "step":
+                    say(event["text"])
+                elif event["event"] == "failed":
+                    raise LabError(event["error"], event.get("log", ""))
+        except (EOFError, OSError, ValueError) as error:
+            text = f"lab {self._name}: its keeper died while it started: {error}"
+            raise LabError(text) from error
+        self._process.wait()
+        os.close(self._init)
+
+    def abort(self) -> None:
+        """End it; when this returns nothing of it is left."""
+        self.lifeline.close()
+        self._process.wait()
+        if self._init >= 0:
+            _await_end(self._name, self._init)
+            os.close(self._init)
+
+    def _next(self) -> JSON:
+        event, fds = control.receive(self.lifeline)
+        if event["event"] == "started":
+            (self._init,) = fds
+        return event
 
 
 def _await_end(name: str, init: int, started: Sequence[subprocess.Popen[Any]] = ()) -> None:

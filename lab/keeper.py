@@ -13,6 +13,7 @@ interrupted or crashed ``up`` leaves nothing behind either.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -53,8 +54,9 @@ def main() -> None:
         listener.listen()
         unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWUTS)
     except OSError as error:
-        taken = f"a lab {request['name']!r} runs already: ./dev lab down {request['name']}"
-        reason = taken if isinstance(error, OSError) and error.errno == 98 else str(error)
+        reason = str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason = f"a lab {request['name']!r} runs already: ./dev lab down {request['name']}"
         control.send(client, {"event": "failed", "error": reason})
         return
     if os.fork() == 0:
@@ -139,6 +141,8 @@ class Keeper:
             try:
                 message, _ = control.receive(self._client)
             except (EOFError, OSError, ValueError):
+                if self._end.is_set():
+                    return  # it has said ``down``, and that is under way
                 os._exit(1)
             if message == {"op": "keep"}:
                 self._kept.set()
@@ -171,10 +175,10 @@ class Keeper:
         operation = request.get("op")
         if operation == "down":
             fds.append(os.pidfd_open(1))
+            self._end.set()
             if self._lab is None:
                 # still being built: nothing in there needs an orderly end
                 threading.Timer(0.1, os._exit, [0]).start()
-            self._end.set()
             return {}
         if self._lab is None:
             raise LabError(f"lab {self._name} is still starting")

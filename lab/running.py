@@ -263,6 +263,10 @@ def _describe(pod: RunningPod) -> JSON:
 
 
 def _count(fabric: Fabric) -> str:
-    racks, nodes = len(fabric.spec.racks), len(list(fabric.all_nodes()))
-    routers_, hosts = len(list(fabric.all_routers())), len(fabric.spec.hosts)
-    return f"{racks} racks, {routers_} routers, {nodes} nodes, {hosts} hosts"
+    counts = {
+        "racks": len(fabric.spec.racks),
+        "routers": len(list(fabric.all_routers())),
+        "nodes": len(list(fabric.all_nodes())),
+        "hosts": len(fabric.spec.hosts),
+    }
+    return ", ".join(f"{count} {what}" for what, count in counts.items())

@@ -78,7 +78,7 @@ def prepare() -> None:
             _overlay(folder)
         for point in {*_BINDS["router"], *_BINDS["node"], os.fspath(_STORE)}:
             Path(point).mkdir(parents=True, exist_ok=True)
-        DATASTORE.mkdir()
+        DATASTORE.mkdir(parents=True)
     except OSError as error:
         raise LabError(f"can't make the lab's file system view: {error}") from error
     for path in (here, Path(sys.executable)):
