@@ -9,6 +9,8 @@ from typing import Any
 from api.kinds import Kind
 from datastore.interface import JSON
 
+MAX_LIST = 80  # characters of a list of networks
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -21,13 +23,38 @@ class Column:
 
 
 def _at(path: str, otherwise: str = "") -> Callable[[JSON], str]:
-    """The text of a field by its path; stored objects may be anything, so any step may fail."""
-    steps = path.split(".")
+    """The text of a field by its path."""
 
     def cell(value: Any) -> str:
-        for step in steps:
-            value = value.get(step) if isinstance(value, Mapping) else None
-        return otherwise if value is None or value == "" else text(value)
+        found = _find(value, path)
+        return otherwise if found is None or found == "" else text(found)
+
+    return cell
+
+
+def _find(value: Any, path: str) -> Any:
+    """A field by its path, or None; stored objects may be anything, so any step may fail."""
+    for step in path.split("."):
+        value = value.get(step) if isinstance(value, Mapping) else None
+    return value
+
+
+def _list(value: Any, path: str) -> list[Any]:
+    found = _find(value, path)
+    return found if isinstance(found, list) else []
+
+
+def _length(path: str) -> Callable[[JSON], str]:
+    """How many elements a list has."""
+    return lambda value: str(len(_list(value, path)))
+
+
+def _short(path: str) -> Callable[[JSON], str]:
+    """As ``_at``, but not wider than a list of networks may be in a table."""
+
+    def cell(value: JSON) -> str:
+        full = _at(path)(value)
+        return full if len(full) <= MAX_LIST else f"{full[: MAX_LIST - 1]}…"
 
     return cell
 
@@ -54,28 +81,47 @@ def _workload(value: JSON) -> str:
 
 
 def _pod_addresses(value: JSON) -> str:
-    status = value.get("status")
-    ips = status.get("podIPs") if isinstance(status, Mapping) else None
-    many = [_at("ip")(item) for item in ips] if isinstance(ips, list) else []
+    many = [_at("ip")(item) for item in _list(value, "status.podIPs")]
     return ",".join(filter(None, many)) or _at("status.podIP")(value)
 
 
+def _node_addresses(value: JSON) -> str:
+    return ",".join(_at("address")(item) for item in _list(value, "status.addresses"))
+
+
+def _service_ports(value: JSON) -> str:
+    return ",".join(
+        f"{_at('port')(item)}/{_at('protocol', 'TCP')(item)}" for item in _list(value, "spec.ports")
+    )
+
+
+def _service_outside(value: JSON) -> str:
+    given = [
+        _at("ip")(item) or _at("hostname")(item)
+        for item in _list(value, "status.loadBalancer.ingress")
+    ]
+    return ",".join(filter(None, [*given, _at("spec.externalIPs")(value)]))
+
+
+def _slice_ports(value: JSON) -> str:
+    return ",".join(_at("port", "*")(item) for item in _list(value, "ports"))
+
+
+def _slice_addresses(value: JSON) -> str:
+    return ",".join(_at("addresses")(item) for item in _list(value, "endpoints"))
+
+
 def _allocated(value: JSON) -> str:
-    spec = value.get("spec")
-    allocations = spec.get("allocations") if isinstance(spec, Mapping) else None
-    if not isinstance(allocations, list):
+    allocations = _list(value, "spec.allocations")
+    if not allocations:
         return ""
     return f"{sum(index is not None for index in allocations)}/{len(allocations)}"
 
 
 def _selected_pods(value: JSON) -> str:
     """The pod selector as kubectl describes it: ``app=web,tier in (a,b)``."""
-    spec = value.get("spec")
-    selector = spec.get("podSelector") if isinstance(spec, Mapping) else None
-    if not isinstance(selector, Mapping):
-        return "<none>"
-    parts = [_at("matchLabels")(dict(selector))]
-    for item in selector.get("matchExpressions") or []:
+    parts = [_at("spec.podSelector.matchLabels")(value)]
+    for item in _list(value, "spec.podSelector.matchExpressions"):
         operator, values = _at("operator")(item), _at("values")(item)
         parts.append(f"{_at('key')(item)} {operator}{f' ({values})' if values else ''}")
     return ",".join(filter(None, parts)) or "<none>"
@@ -86,6 +132,7 @@ def _wide(title: str, path: str, otherwise: str = "") -> Column:
 
 
 _NAME = Column("NAME", _at("metadata.name"))
+_NETS = (_NAME, Column("NETS", _short("spec.nets"), narrow=False))
 _POLICY = (
     _NAME,
     Column("TIER", _at("spec.tier", "default")),
@@ -105,6 +152,7 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("SELECTOR", _at("spec.nodeSelector", "all()")),
         _wide("ASSIGNMENTMODE", "spec.assignmentMode", "Automatic"),
     ),
+    "IPReservation": (_NAME, Column("CIDRS", _short("spec.reservedCIDRs"), narrow=False)),
     "BGPConfiguration": (
         _NAME,
         Column("LOGSEVERITY", _at("spec.logSeverityScreen", "Info")),
@@ -117,11 +165,23 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("NODE", _peer_nodes),
         Column("ASN", _at("spec.asNumber")),
     ),
+    "BGPFilter": (
+        _NAME,
+        Column("NUMEXPORTV4", _length("spec.exportV4")),
+        Column("NUMIMPORTV4", _length("spec.importV4")),
+        Column("NUMEXPORTV6", _length("spec.exportV6")),
+        Column("NUMIMPORTV6", _length("spec.importV6")),
+    ),
     "Node": (
         _NAME,
         _wide("ASN", "spec.bgp.asNumber"),
         _wide("IPV4", "spec.bgp.ipv4Address"),
         _wide("IPV6", "spec.bgp.ipv6Address"),
+    ),
+    "CalicoNodeStatus": (
+        _NAME,
+        Column("NODE", _at("spec.node")),
+        _wide("CLASSES", "spec.classes"),
     ),
     "WorkloadEndpoint": (
         Column("NAME", _at("metadata.name"), narrow=False),
@@ -132,9 +192,32 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         _wide("PROFILES", "spec.profiles"),
         _wide("NATS", "spec.ipNATs"),
     ),
+    "HostEndpoint": (
+        _NAME,
+        Column("NODE", _at("spec.node")),
+        _wide("INTERFACE", "spec.interfaceName"),
+        _wide("IPS", "spec.expectedIPs"),
+        _wide("PROFILES", "spec.profiles"),
+    ),
+    "Profile": (_NAME, _wide("LABELS", "spec.labelsToApply")),
     "NetworkPolicy": _POLICY,
     "GlobalNetworkPolicy": _POLICY,
     "Tier": (_NAME, Column("ORDER", _at("spec.order"))),
+    "StagedNetworkPolicy": _POLICY,
+    "StagedGlobalNetworkPolicy": _POLICY,
+    "StagedKubernetesNetworkPolicy": (
+        _NAME,
+        Column("PODSELECTOR", _selected_pods, narrow=False),
+    ),
+    "NetworkSet": _NETS,
+    "GlobalNetworkSet": _NETS,
+    "ClusterInformation": (
+        _NAME,
+        Column("CLUSTERGUID", _at("spec.clusterGUID")),
+        Column("CLUSTERTYPE", _at("spec.clusterType")),
+        Column("CALICOVERSION", _at("spec.calicoVersion")),
+        Column("DATASTOREREADY", _at("spec.datastoreReady")),
+    ),
     "BlockAffinity": (
         _NAME,
         Column("CIDR", _at("spec.cidr")),
@@ -163,7 +246,32 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("ADDRESSES", _pod_addresses),
         _wide("LABELS", "metadata.labels"),
     ),
+    "KubernetesNode": (
+        _NAME,
+        Column("ADDRESSES", _node_addresses),
+        _wide("LABELS", "metadata.labels"),
+    ),
+    "ServiceAccount": (_NAME, _wide("LABELS", "metadata.labels")),
+    "Service": (
+        _NAME,
+        Column("TYPE", _at("spec.type", "ClusterIP")),
+        Column("CLUSTER-IP", _at("spec.clusterIP")),
+        Column("EXTERNAL-IP", _service_outside),
+        Column("PORTS", _service_ports),
+        _wide("SELECTOR", "spec.selector"),
+    ),
+    "EndpointSlice": (
+        _NAME,
+        Column("ADDRESSTYPE", _at("addressType")),
+        Column("PORTS", _slice_ports),
+        Column("ENDPOINTS", _slice_addresses),
+    ),
     "KubernetesNetworkPolicy": (_NAME, Column("POD-SELECTOR", _selected_pods)),
+    "ClusterNetworkPolicy": (
+        _NAME,
+        Column("TIER", _at("spec.tier")),
+        Column("PRIORITY", _at("spec.priority")),
+    ),
 }
 
 

@@ -9,6 +9,11 @@ from datastore.interface import ConflictError, Datastore, Key, NotFoundError
 from manxctl.documents import DEFAULT_NAMESPACE, IPAM_KINDS, title
 from manxctl.options import file_options, kind_named, open_store, read_or_fail
 
+POLICY_KINDS = (
+    *("NetworkPolicy", "GlobalNetworkPolicy"),
+    *("StagedNetworkPolicy", "StagedGlobalNetworkPolicy"),
+)
+
 
 @click.command("delete")
 @click.argument("kind", required=False, callback=kind_named)
@@ -99,7 +104,7 @@ def _objection(store: Datastore, key: Key) -> str | None:
         return "a built-in tier stays"
     inside = [
         entry.key.name
-        for kind in ("NetworkPolicy", "GlobalNetworkPolicy")
+        for kind in POLICY_KINDS
         for entry in store.list(kind).entries
         if (entry.value.get("spec") or {}).get("tier") == key.name
     ]

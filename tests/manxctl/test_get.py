@@ -83,6 +83,62 @@ def test_cells(run: Run, store: SqliteDatastore) -> None:
     assert run("get", "blocks", "-o", "wide").stdout.splitlines()[1].endswith("1/2")
 
 
+def test_cells_of_lists(run: Run, store: SqliteDatastore) -> None:
+    put(store, "BGPFilter", "f", {"exportV4": [{"action": "Reject"}], "importV6": "broken"})
+    put(store, "GlobalNetworkSet", "g", {"nets": [f"10.0.{n}.0/24" for n in range(20)]})
+    put(
+        store, "HostEndpoint", "h", {"node": "n", "interfaceName": "*", "expectedIPs": ["10.0.0.1"]}
+    )
+    assert run("get", "bgpfilters").stdout.splitlines() == [
+        "NAME   NUMEXPORTV4   NUMIMPORTV4   NUMEXPORTV6   NUMIMPORTV6",
+        "f      1             0             0             0",
+    ]
+    nets = run("get", "gns", "-o", "wide").stdout.splitlines()[1].split()[1]
+    assert len(nets) == 80
+    assert nets.startswith("10.0.0.0/24,10.0.1.0/24,")
+    assert nets.endswith("…")
+    assert run("get", "heps", "-o", "wide").stdout.splitlines() == [
+        "NAME   NODE   INTERFACE   IPS        PROFILES",
+        "h      n      *           10.0.0.1   -",
+    ]
+
+
+def test_cells_of_kubernetes_kinds(run: Run, store: SqliteDatastore) -> None:
+    store.create(
+        Key("Service", "web", "default"),
+        {
+            "metadata": {"name": "web"},
+            "spec": {
+                "type": "LoadBalancer",
+                "clusterIP": "10.96.0.1",
+                "ports": [{"port": 80}, {"port": 53, "protocol": "UDP"}],
+            },
+            "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.1"}, {"hostname": "lb"}]}},
+        },
+    )
+    store.create(
+        Key("EndpointSlice", "web-1", "default"),
+        {
+            "metadata": {"name": "web-1"},
+            "addressType": "IPv4",
+            "endpoints": [{"addresses": ["10.0.0.1"]}, {"addresses": ["10.0.0.2"]}],
+            "ports": [{"port": 8080}, {}],
+        },
+    )
+    addresses = [{"type": "InternalIP", "address": "172.31.1.11"}, {"address": "node-1"}]
+    store.create(
+        Key("KubernetesNode", "node-1"),
+        {"metadata": {"name": "node-1"}, "status": {"addresses": addresses}},
+    )
+    assert run("get", "svc").stdout.splitlines()[1].split() == [
+        *("web", "LoadBalancer", "10.96.0.1", "192.0.2.1,lb", "80/TCP,53/UDP"),
+    ]
+    assert run("get", "endpointslices").stdout.splitlines()[1].split() == [
+        *("web-1", "IPv4", "8080,*", "10.0.0.1,10.0.0.2"),
+    ]
+    assert run("get", "knodes").stdout.splitlines()[1].split() == ["node-1", "172.31.1.11,node-1"]
+
+
 def test_pod_selectors(run: Run, store: SqliteDatastore) -> None:
     selector = {
         "matchLabels": {"app": "web"},
