@@ -203,7 +203,7 @@ class _Matches:
     def _protocols(self, match: Match) -> Sequence[int | None]:
         """The protocols to write a rule for; None for any."""
         wanted = match.protocol
-        if wanted is None and (match.icmp_type is not None or match.not_icmp_type is not None):
+        if wanted is None and _speaks_of_icmp(match):
             wanted = ICMP[self.version]
         if wanted is not None:
             return () if wanted == match.not_protocol else (wanted,)
@@ -212,16 +212,21 @@ class _Matches:
         return (None,)
 
     def _icmp(self, match: Match) -> Iterator[str]:
-        if match.icmp_type is None and match.not_icmp_type is None:
+        if not _speaks_of_icmp(match):
             return
         if match.protocol not in (None, ICMP[self.version]):
             raise NeverError
-        module, flag = ("icmp", "icmp") if self.version == V4 else ("icmp6", "icmpv6")
-        if match.icmp_type is not None:
-            yield f"-m {module} --{flag}-type {_icmp(match.icmp_type, match.icmp_code)}"
+        kind, module = match.icmp_type, "-m icmp" if self.version == V4 else "-m icmp6"
+        flag = "--icmp-type" if self.version == V4 else "--icmpv6-type"
+        if kind is None and (match.icmp_code is not None or match.not_icmp_code is not None):
+            raise ValueError(f"{match}: iptables knows ICMP codes only together with their type")
+        if kind is not None:
+            code = "" if match.icmp_code is None else f"/{match.icmp_code}"
+            yield f"{module} {flag} {kind}{code}"
         if match.not_icmp_type is not None:
-            kind = _icmp(match.not_icmp_type, match.not_icmp_code)
-            yield f"-m {module} ! --{flag}-type {kind}"
+            yield f"{module} ! {flag} {match.not_icmp_type}"
+        if match.not_icmp_code is not None:
+            yield f"{module} ! {flag} {kind}/{match.not_icmp_code}"
 
     def _nets(
         self, flag: str, side: str, wanted: tuple[Net, ...], unwanted: tuple[Net, ...]
@@ -294,6 +299,10 @@ def quoted(text: str) -> str:
     )
 
 
+def _speaks_of_icmp(match: Match) -> bool:
+    return match.icmp_type is not None or match.not_icmp_type is not None
+
+
 def _speaks_of_ports(match: Match) -> bool:
     return bool(
         match.src_ports
@@ -311,10 +320,6 @@ def _protocol_words(wanted: int | None, unwanted: int | None) -> str:
     if wanted is not None:
         return f"-p {wanted}"
     return "" if unwanted is None else f"! -p {unwanted}"
-
-
-def _icmp(kind: int, code: int | None) -> str:
-    return str(kind) if code is None else f"{kind}/{code}"
 
 
 def _mark_match(value: int, mask: int) -> str:

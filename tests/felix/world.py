@@ -57,6 +57,9 @@ class Pod:
         self.netns = Namespace.create()
         self.index = 0
 
+    def __repr__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
     def plug(self) -> None:
         """``ip link add … type veth`` and what makes the pod's end usable."""
         with (
