@@ -39,9 +39,8 @@ class PeerState:
 
     def complete(self, now: float) -> bool:
         """Whether it is up and has told all it has."""
-        if self.settles is not None:
-            return self.up and now >= self.settles
-        return self.up and bool(self.ended)
+        waited = self.settles is not None and now >= self.settles
+        return self.up and (waited or bool(self.ended))
 
 
 class AdjRibIn:

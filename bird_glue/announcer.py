@@ -99,12 +99,13 @@ class Announcer:
 
     def next_due(self) -> float | None:
         """When ``step`` has something to do though nothing happens."""
-        due = [told.retry for told in self._told.values() if told.up and told.retry]
-        due += [
-            told.end_asked + _RETRY_SECONDS
-            for told in self._told.values()
-            if told.up and told.end_asked is not None and not told.end_sent
-        ]
+        due = []
+        for told in self._told.values():
+            if told.up and not told.pending:
+                if told.retry:
+                    due.append(told.retry)
+                if told.end_asked is not None and not told.end_sent:
+                    due.append(told.end_asked + _RETRY_SECONDS)
         return min(due, default=None)
 
     def _tell(

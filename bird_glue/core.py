@@ -88,6 +88,7 @@ class Core:
         if not topology.same(self._topology):
             self._topology = topology
             self._rib.set_topology(topology)
+            self._fib.set_topology(topology)
             self._configure_due = True
 
     def session(self, event: SpeakerEvent, now: float) -> None:
@@ -265,6 +266,8 @@ class Core:
             for address, why in self._speaker.rejected.items()
             if address in self._sessions.peers
         ]
+        if self._speaker.problem:
+            problems.append(self._speaker.problem)
         problems += [f"route not programmed: {text}" for text in self._fib.errors.values()]
         used: Counter[Net] = Counter()
         installed: Counter[Net] = Counter()

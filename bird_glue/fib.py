@@ -12,9 +12,10 @@ deleted. So neither our restart nor ExaBGP's moves a packet.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from api.net import V4, V6, Net
+from api.net import V4, V6, Net, host_net
+from bird_glue.nexthops import Topology
 from bird_glue.pools import Pools
 from bird_glue.rib import Selection
 from kernel.netlink import NetlinkSocket
@@ -33,18 +34,23 @@ def plan_routes(
     actual: Mapping[RouteKey, Route],
     keys: Iterable[RouteKey],
     *,
-    holding: bool = False,
+    holding: Callable[[Route], bool] | None = None,
 ) -> Plan[RouteKey, Route]:
-    """The steps for ``keys``. ``holding`` keeps what is there and knows at least as many ways."""
+    """The steps for ``keys``.
+
+    ``holding``, when given, keeps what is there if it knows at least as many ways, all of
+    which lead somewhere (which is what it is asked); and it deletes nothing.
+    """
     plan: Plan[RouteKey, Route] = Plan()
     for key in keys:
         new, old = wanted.get(key), actual.get(key)
         if new is not None and old is None:
             plan.create[key] = new
         elif new is not None and old is not None and new != old:
-            if not (holding and new.kind == old.kind and set(new.hops) < set(old.hops)):
+            fewer = new.kind == old.kind and set(new.hops) < set(old.hops)
+            if not (holding and fewer and holding(old)):
                 plan.update[key] = new
-        elif new is None and old is not None and not holding:
+        elif new is None and old is not None and holding is None:
             plan.delete[key] = old
     return plan
 
@@ -72,6 +78,7 @@ class Fib:
         self._errors: dict[RouteKey, str] = {}
         self._metrics: Mapping[int, int] = {V4: 0, V6: 0}
         self._pools = Pools()
+        self._topology = Topology()
         self.holding = True
 
     @property
@@ -103,6 +110,10 @@ class Fib:
         self._mark(self._wanted.values())
         self._wanted.clear()
         self.learned(selected)
+
+    def set_topology(self, topology: Topology) -> None:
+        """How gateways are reached."""
+        self._topology = topology
 
     def learned(self, changes: Mapping[Net, Selection | None]) -> None:
         """Prefixes whose selection changed."""
@@ -138,7 +149,8 @@ class Fib:
             return
         wanted = {route.key: route for route in self._wanted.values() if route.key in keys}
         wanted |= {route.key: route for route in self._static.values() if route.key in keys}
-        plan = plan_routes(wanted, self._actual, keys, holding=self.holding)
+        holding = self._leads_somewhere if self.holding else None
+        plan = plan_routes(wanted, self._actual, keys, holding=holding)
         failed = self._routes.apply(plan) if plan else {}
         for key in keys:
             if key not in failed:
@@ -158,6 +170,13 @@ class Fib:
         self.holding = False
         self.read()
         self.apply(0.0)
+
+    def _leads_somewhere(self, route: Route) -> bool:
+        """Whether all gateways are on connected subnets with a carrier."""
+        version = route.net.version
+        gateways = [hop.gateway for hop in route.hops if hop.gateway is not None]
+        found = [self._topology.resolve(host_net(version, gateway)) for gateway in gateways]
+        return all(resolution is not None and resolution.direct for resolution in found)
 
     def next_retry(self) -> float | None:
         """When ``apply`` has something to try again."""

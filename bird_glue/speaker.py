@@ -30,6 +30,7 @@ _POLL_SECONDS = 0.05
 _HEALTHY_SECONDS = 30.0  # an ExaBGP that ran for so long starts the back-off anew
 _DRAIN_SECONDS = 3.0
 _STOP_SECONDS = 3.0
+_LAST_WORDS = 3  # lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,12 @@ class Speaker:
         self._live = False
         self._drain_until: float | None = None
         self._leaving = False
+        self._problem = ""
+
+    @property
+    def problem(self) -> str:
+        """Why ExaBGP ended, while it doesn't run again as it should; else empty."""
+        return "" if self._live else self._problem
 
     @property
     def rejected(self) -> Mapping[Net, str]:
@@ -147,8 +154,9 @@ class Speaker:
     def next_due(self, now: float) -> float | None:
         """When to call ``step`` though nothing happens; None: no need."""
         if self._process is None:
-            return self._backoff.next_due()
-        if not self._live or self._dialogue is None or self._drain_until is not None:
+            return self._backoff.next_due() if self._file.neighbors else None
+        waiting = self._leaving or self._drain_until is not None
+        if waiting or not self._live or self._dialogue is None:
             return now + _POLL_SECONDS
         due = (self._dialogue.next_due(), self._announcer.next_due(), self._file.next_due())
         return min(time for time in due if time is not None)
@@ -190,7 +198,8 @@ class Speaker:
             self._process = ExaBgp.start(self._run_dir, self._file.path, variables)
         except OSError as error:
             self._backoff.failed("start", now)
-            _log.error("can't start ExaBGP: %s", error)
+            self._problem = f"can't start ExaBGP: {error}"
+            _log.error("%s", self._problem)
             return
         self._started = now
         _log.info("started ExaBGP, process %d", self._process.pid)
@@ -199,7 +208,10 @@ class Speaker:
         """ExaBGP is gone, or no good any more: see that it is gone, and forget it."""
         if self._process is None:
             return []
-        _log.warning("ExaBGP, process %d: %s; starting it again", self._process.pid, why)
+        self._problem = f"ExaBGP, process {self._process.pid}: {why}"
+        if self._process.ended() and (words := self._last_words()):
+            self._problem += f": {words}"
+        _log.warning("%s; starting it again", self._problem)
         if now - self._started > _HEALTHY_SECONDS:
             self._backoff.succeeded("start")
         else:
@@ -207,6 +219,16 @@ class Speaker:
         self._process.signal(signal.SIGKILL)
         self.stop()
         return [Restarted()]
+
+    def _last_words(self) -> str:
+        """What ExaBGP said before it ended: a traceback, or the end of its log."""
+        for name in ("exabgp.out", "exabgp.log"):
+            path = self._run_dir / name
+            text = path.read_text(errors="replace") if path.exists() else ""
+            lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+            if lines:
+                return "; ".join(lines[-_LAST_WORDS:])
+        return ""
 
     def _connect(self, now: float) -> list[SpeakerEvent]:
         try:

@@ -11,15 +11,21 @@ from tests.support.netns import connect, eventually
 
 
 def test_mesh_of_three_nodes(tmp_path: Path) -> None:
-    """Everybody hears everybody, one helps the other over a restart, one goes for good."""
+    """Everybody hears everybody, one helps the other over a restart, one goes for good.
+
+    The first two speak IPv6 too, in a session of its own.
+    """
     with world(tmp_path) as made:
         nodes = [made.node(f"n{n}") for n in (1, 2, 3)]
         hosts = [f"172.31.1.{n}" for n in (9, 10, 11)]  # as text, .9 is the greatest
         made.switch("rack", *((n, f"{h}/24") for n, h in zip(nodes, hosts, strict=True)))
         pods = [made.pod(node, f"p{n}", f"10.1.{n}.5") for n, node in enumerate(nodes)]
         for n, (node, host) in enumerate(zip(nodes, hosts, strict=True)):
-            made.store.node(node.name, f"{host}/24")
+            six = f"2001:db8::{n + 1}/64"
+            node.run("ip", "address", "add", six, "dev", "eth0", "nodad")
+            made.store.node(node.name, f"{host}/24", **({"ipv6Address": six} if n < 2 else {}))
             made.store.block(node.name, f"10.1.{n}.0/26")
+            made.store.block(node.name, f"2001:db8:1{n}::/122")
         made.store.put("IPPool", "plain", cidr="10.1.0.0/16")
         for node in nodes:
             node.start()
@@ -32,6 +38,11 @@ def test_mesh_of_three_nodes(tmp_path: Path) -> None:
         # each node hears one block from each other one: nobody tells on what it heard
         peers = [node.peer(host) for node in nodes for host in hosts]
         assert {peer.received for peer in peers if peer} == {1}
+        over_ipv6 = [
+            "blackhole 2001:db8:10::/122 dev lo metric 1024 pref medium",
+            "2001:db8:11::/122 via 2001:db8::2 dev eth0 metric 1024 pref medium",
+        ]
+        eventually(lambda: nodes[0].routes(family="-6") == over_ipv6)
         assert {peer.type for peer in peers if peer} == {"node-to-node mesh"}
 
         with Ping(pods[0], "10.1.1.5") as ping:

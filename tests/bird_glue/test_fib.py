@@ -10,6 +10,7 @@ from api.net import V4, V6, Net, parse_net
 from bird_glue.decision import Path
 from bird_glue.fib import Fib, learned_route, plan_routes
 from bird_glue.messages import Attributes
+from bird_glue.nexthops import Topology
 from bird_glue.pools import PoolPolicy, Pools
 from bird_glue.rib import Selection
 from kernel.netlink import NetlinkSocket
@@ -19,6 +20,7 @@ from tests.support.netns import connect, fresh_namespace, run
 
 A, B = parse_net("10.0.0.1"), parse_net("10.0.0.2")
 NET, OTHER, BLOCK = (parse_net(t) for t in ("10.50.0.0/24", "10.51.0.0/24", "10.1.0.0/26"))
+SUBNET = parse_net("10.0.0.0/24")
 METRICS = {V4: 1024, V6: 1024}
 POOLS = Pools([PoolPolicy(parse_net("10.51.0.0/16"), exported=True, programmed=False)])
 
@@ -34,6 +36,7 @@ class Kernel:
     def fib(self, *blocks: Net) -> Fib:
         fib = Fib(self.netlink)
         fib.read()
+        fib.set_topology(Topology([Route(SUBNET, (Hop(self.ifindex),), protocol=2)]))
         fib.configure(pools=POOLS, metrics=METRICS, blocks=blocks, selected={})
         return fib
 
@@ -97,6 +100,15 @@ def test_routes_of_an_earlier_run_stay_until_they_are_let_go(kernel: Kernel) -> 
     assert kernel.routes() == [VIA_A]
 
 
+def test_ways_of_an_earlier_run_that_lead_nowhere_are_not_kept(kernel: Kernel) -> None:
+    kernel.ip("route", "add", "proto", "179", *VIA_BOTH.split())
+    fib = kernel.fib()
+    fib.set_topology(Topology())  # no interface has a carrier
+    fib.learned({NET: kernel.via(A)})
+    fib.apply(0)
+    assert kernel.routes() == [VIA_A]
+
+
 def test_what_others_have_is_left_alone(kernel: Kernel) -> None:
     """The same prefix with another metric may stand beside ours; the same key is theirs."""
     kernel.ip("route", "add", "10.50.0.0/24", "via", "10.0.0.9", "metric", "1024")
@@ -145,6 +157,6 @@ def test_plan_of_an_early_moment_deletes_nothing_and_narrows_nothing() -> None:
         (None, route(1), False),
     ):
         wanted = {} if new is None else {key: new}
-        plan = plan_routes(wanted, {key: old}, [key], holding=True)
+        plan = plan_routes(wanted, {key: old}, [key], holding=lambda route: True)
         assert bool(plan) == changed
         assert plan_routes(wanted, {key: old}, [key])

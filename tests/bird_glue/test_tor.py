@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.bird_glue.world import BIRD_COMMON, BIRD_SESSION, Bird, Node, Ping, Station, World, world
+from tests.bird_glue.world import (
+    BIRD_COMMON,
+    BIRD_SESSION,
+    Bird,
+    Node,
+    Ping,
+    Process,
+    Station,
+    World,
+    world,
+)
 from tests.support.netns import connect, eventually
 
 pytestmark = pytest.mark.xdist_group("bird_glue_tor")
@@ -236,6 +246,45 @@ def test_a_peer_that_is_removed_forgets_us_at_once(rack: Rack) -> None:
     eventually(lambda: rack.node.route_to("192.0.2.0/24") == "")
     rack.world.store.put("BGPPeer", "tor", peerIP=TOR, asNumber=65001)
     rack.settle()
+
+
+def test_sessions_are_added_while_routes_are_being_told(rack: Rack) -> None:
+    """ExaBGP loses a request to load its configuration that comes while routes wait."""
+    store, node, tor = rack.world.store, rack.node, rack.tor
+    since = tor.since("n1")
+    blocks = [f"10.1.{n}.0/26" for n in range(100, 200)]
+    for block in blocks:
+        store.block("n1", block)
+    store.put("BGPPeer", "new", peerIP="192.0.2.1", asNumber=65001)
+    for block in blocks[::2]:
+        store.drop_block("n1", block)
+    eventually(lambda: tor.blocks() == {BLOCK, *blocks[1::2]})
+    # BIRD doesn't know us there, but it is there
+    refused = "refused, or closed at once"
+    eventually(lambda: bool((peer := node.peer("192.0.2.1")) and refused in peer.info))
+    for block in blocks[1::2]:
+        store.drop_block("n1", block)
+    store.delete("BGPPeer", "new")
+    eventually(lambda: tor.blocks() == {BLOCK})
+    assert tor.since("n1") == since
+
+
+def test_a_port_that_is_taken_is_named(rack: Rack) -> None:
+    node = rack.node
+    node.agent.end()
+    os.kill(node.exabgp(), signal.SIGKILL)
+    eventually(lambda: not node.exabgp())
+    listen = "import socket, time; s = socket.create_server(('', 179)); print(); time.sleep(60)"
+    log = node.directory / "squatter.log"
+    with Process(node.namespace, sys.executable, "-u", "-c", listen, log=log):
+        eventually(lambda: log.read_text() != "")
+        node.start()
+        text = "the port may already be in use by another application"
+        eventually(lambda: bool((s := node.status()) and text in "".join(s.problems)))
+    rack.settle()
+    status = node.status()
+    assert status
+    assert status.problems == []
 
 
 def test_leaving_takes_everything_back_first(rack: Rack) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from api.names import cidr_name
+from api.net import parse_net
 from bird_glue.process import ExaBgp
 from bird_glue.status import BgpStatus, PeerStatus, StatusError, query
 from datastore.connect import connect as connect_store
@@ -121,11 +123,11 @@ class Store:
         self.put("Node", name, labels=labels, bgp={"ipv4Address": address, **bgp})
 
     def block(self, node: str, cidr: str, state: str = "confirmed") -> None:
-        name = f"{node}-{cidr.replace('.', '-').replace('/', '-')}"
+        name = f"{node}-{cidr_name(parse_net(cidr))}"
         self.put("BlockAffinity", name, state=state, node=node, type="host", cidr=cidr)
 
     def drop_block(self, node: str, cidr: str) -> None:
-        self.delete("BlockAffinity", f"{node}-{cidr.replace('.', '-').replace('/', '-')}")
+        self.delete("BlockAffinity", f"{node}-{cidr_name(parse_net(cidr))}")
 
     def close(self) -> None:
         self._store.close()
