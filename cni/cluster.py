@@ -86,8 +86,8 @@ class Cluster:
         """By how much packets grow in the tunnels that pools may use; 0 without tunnels."""
         sizes = [0]
         for entry in self.store.list("IPPool").entries:
-            spec = entry.value["spec"]
-            version = V6 if ":" in spec["cidr"] else V4
+            spec = entry.value.get("spec") or {}
+            version = V6 if ":" in spec.get("cidr", "") else V4
             if spec.get("vxlanMode", "Never") != "Never":
                 sizes.append(_VXLAN_BYTES[version])
             if spec.get("ipipMode", "Never") != "Never":

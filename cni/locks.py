@@ -5,6 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class _Lock:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
 
 
 class KeyedLocks:
@@ -12,19 +19,19 @@ class KeyedLocks:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._locks: dict[str, tuple[threading.Lock, list[None]]] = {}
+        self._locks: dict[str, _Lock] = {}
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[None]:
         """Hold the lock ``name`` for the block. Not reentrant."""
         with self._guard:
-            lock, users = self._locks.setdefault(name, (threading.Lock(), []))
-            users.append(None)
+            entry = self._locks.setdefault(name, _Lock())
+            entry.users += 1
         try:
-            with lock:
+            with entry.lock:
                 yield
         finally:
             with self._guard:
-                users.pop()
-                if not users:
+                entry.users -= 1
+                if not entry.users:
                     del self._locks[name]

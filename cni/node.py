@@ -57,9 +57,9 @@ class Node:
 
     def __init__(self, store: Datastore, name: str) -> None:
         self.cluster = Cluster(store, name)
+        self.sockets = Sockets()
         self._allocator = Allocator(store, name)
         self._pools = Pools(store)
-        self.sockets = Sockets()
         self._locks = KeyedLocks()
         self._reaper = Reaper()
 
@@ -108,9 +108,11 @@ class Node:
         name = self.host_interface(attachment)
         with self._locks.hold(name), self.sockets.borrow() as host:
             held = self._addresses(attachment)
+            wire = self._complete(attachment, held, host, netns_fd, wanted) if held else None
+            if wire is not None:
+                return wire
             try:
-                wire = held and self._complete(attachment, held, host, netns_fd, wanted)
-                return wire or self._attach(attachment, held, host, netns_fd, wanted)
+                return self._attach(attachment, held, host, netns_fd, wanted)
             except BaseException:
                 self._roll_back(attachment, name)
                 raise
@@ -173,8 +175,8 @@ class Node:
                 return
             if link and link.alias in ("", attachment.alias):
                 return
-            released = self._allocator.release(attachment.handle)
-            _log.info("%s: released %s: nothing uses it", attachment, ", ".join(map(str, released)))
+            for net in self._allocator.release(attachment.handle):
+                _log.info("%s: released %s: nothing uses it", attachment, net)
 
     def remove_interface(self, link: Link) -> None:
         """Delete an interface of the node, whosever it is."""
@@ -223,6 +225,7 @@ class Node:
         )
         self.cluster.record(attachment, endpoint)
         wiring.finish(host, link.index)
+        wiring.wait_for_carrier(host, link.index)
         return wire
 
     def _assign(self, attachment: Attachment, held: Addresses, wanted: Wanted) -> Addresses:

@@ -69,7 +69,8 @@ def _links(node: Node) -> list[Link]:
 def _holders(node: Node) -> Iterator[Attachment]:
     """Attachments of this node that hold addresses, in whatever block."""
     for entry in node.cluster.store.list("IPAMBlock").entries:
-        for owner in entry.value["spec"]["attributes"]:
+        spec = entry.value.get("spec") or {}
+        for owner in spec.get("attributes") or []:
             attributes = owner.get("secondary") or {}
             if attributes.get("node") == node.cluster.node:
                 attachment = from_allocation(owner.get("handle_id") or "", attributes)

@@ -137,13 +137,17 @@ def configure(host: NetlinkSocket, netns_fd: int, wire: Wire, link: Link) -> Non
 
 
 def finish(host: NetlinkSocket, index: int) -> None:
-    """Take the wire out of group ``UNFINISHED``, its endpoint being recorded. Raises OSError.
-
-    Waits until the node's end can send. It was up before it had a carrier, so the kernel
-    drops its packets until a worker of its own has noticed the change, unless somebody asks
-    for the link's state (``ip link show``): since Linux 6.9 that does the worker's job.
-    """
+    """Take the wire out of group ``UNFINISHED``: its endpoint is recorded. Raises OSError."""
     _do(host, [(f"interface #{index}", link_set(index, group=0))])
+
+
+def wait_for_carrier(host: NetlinkSocket, index: int) -> None:
+    """Wait until the node's end can send. Raises OSError when it can't.
+
+    It was up before the other end was, so the kernel drops what it sends until a worker has
+    noticed the carrier; or until somebody asks for the link's state (``ip link show``), which
+    since Linux 6.9 does the worker's job.
+    """
     deadline = time.monotonic() + _CARRIER_SECONDS
     while not Links(host).get(index).running:
         if time.monotonic() > deadline:

@@ -91,6 +91,9 @@ def test_datastore_that_is_away(node: Rig) -> None:
         assert other.links() == set()
         assert node.call("STATUS").error == 50
         assert node.call("DEL", pod).error == 11
+        # what is complete is not taken back because an ADD of it failed
+        assert node.call("ADD", pod).error == 11
+        assert pod.links() == {"eth0"}
     finally:
         away.rename(path)
     node.delete(pod)
