@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from api.errors import InvalidObjectError, Problem
 from api.kinds import KINDS, Kind, key_parts, kind_of
+from api.syntax import SyntaxProblemError, documents
 from datastore.interface import Key
-from manxctl.syntax import SyntaxProblemError, documents
 
 if TYPE_CHECKING:
     from api.metadata import Resource

@@ -18,8 +18,8 @@ from datastore.sqlite import SqliteDatastore
 from manxctl.documents import read
 from manxctl.main import main
 from manxctl.writing import update
+from tests.api.test_syntax import JSON_VALUES
 from tests.manxctl.conftest import Run
-from tests.manxctl.test_syntax import JSON_VALUES
 
 POOL = """
 apiVersion: projectcalico.org/v3

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manxctl.syntax import SyntaxProblemError, documents
+from api.syntax import SyntaxProblemError, documents
 
 
 def one(text: str) -> Any:
