@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,6 +62,16 @@ _RECEIVE = 1 << 18
 _ANSWER_SECONDS = 10
 _DUMP_ATTEMPTS = 20
 _SEQUENCE_RESTART = 1 << 31
+
+
+class _Buffer(threading.local):
+    """Each thread's receive buffer: one made anew would cost more than the system call."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(_RECEIVE))
+
+
+_buffer = _Buffer()
 
 
 class Message(NamedTuple):
@@ -275,7 +286,7 @@ class NetlinkSocket:
         """
         while True:
             try:
-                self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT)
+                self._socket.recv_into(_buffer.view, 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -333,11 +344,12 @@ class NetlinkSocket:
     def _read(self) -> list[tuple[int, int, int, bytes]]:
         """One datagram's messages as (sequence, type, flags, body)."""
         try:
-            data = self._socket.recv(_RECEIVE)
+            size = self._socket.recv_into(_buffer.view)
         except BlockingIOError as error:
             raise TimeoutError(
                 errno.ETIMEDOUT, f"netlink: no answer within {_ANSWER_SECONDS} s"
             ) from error
+        data = bytes(_buffer.view[:size])
         found = []
         offset = 0
         while offset + 16 <= len(data):
