@@ -60,6 +60,7 @@ class Memory:
         self.peers: dict[str, Peer] = {}
         self.announced: dict[str, set[str]] = {}
         self.commands: collections.deque[list[str]] = collections.deque()
+        self._parent = os.getppid()
 
     def command(self, line: bytes) -> None:
         """The agent's command; it counts once ExaBGP has answered ``done``."""
@@ -89,34 +90,26 @@ class Memory:
     def _event(self, line: bytes) -> None:
         document = json.loads(line)
         neighbor = document["neighbor"]
-        peer = self.peers.setdefault(neighbor["address"]["peer"], Peer())
+        address = neighbor["address"]["peer"]
+        peer = self.peers.setdefault(address, Peer())
         kind = document["type"]
-        if kind == "state":
-            self._state(peer, neighbor, line)
+        if kind == "state" and "[removed]" in neighbor.get("reason", ""):
+            # not configured any more: ExaBGP itself remembers nothing
+            del self.peers[address]
+            self.announced.pop(address, None)
+        elif kind == "state":
+            _state(peer, neighbor["state"], line)
         elif kind == "notification" or (kind == "open" and neighbor["direction"] == "receive"):
             peer.lines[kind] = line
         elif kind == "update" and neighbor["direction"] == "receive":
             _update(peer, neighbor["message"], line)
-
-    def _state(self, peer: Peer, neighbor: Json, line: bytes) -> None:
-        state = neighbor["state"]
-        peer.lines["state"] = line
-        if state == "up":
-            peer.forget_routes()
-            peer.lines.pop("notification", None)
-        elif state == "connected":
-            peer.lines.pop("open", None)
-        elif state == "down":
-            peer.forget_routes()
-            if "[removed]" in neighbor["reason"]:
-                self.announced.pop(neighbor["address"]["peer"], None)
 
     def snapshot(self) -> Iterator[bytes]:
         """All that holds, as lines."""
         yield _json(
             {
                 "relay": "hello",
-                "pid": os.getppid(),
+                "pid": self._parent,
                 "unanswered": len(self.commands),
                 "announced": {peer: sorted(nets) for peer, nets in self.announced.items() if nets},
             }
@@ -128,6 +121,17 @@ class Memory:
             yield from _routes(address, peer)
             yield from peer.ends.values()
         yield _json({"relay": "live"})
+
+
+def _state(peer: Peer, state: str, line: bytes) -> None:
+    peer.lines["state"] = line
+    if state == "up":
+        peer.forget_routes()
+        peer.lines.pop("notification", None)
+    elif state == "connected":
+        peer.lines.pop("open", None)
+    elif state == "down":
+        peer.forget_routes()
 
 
 def _update(peer: Peer, message: Json, line: bytes) -> None:

@@ -118,6 +118,8 @@ class Speaker:
         found: list[SpeakerEvent] = []
         for event in message.events:
             match event:
+                case Hello(pid=pid) if pid != self.pid:
+                    break  # the relay of an ExaBGP that is gone; it will soon be, too
                 case Hello():
                     self._dialogue = Dialogue(message.channel, event.unanswered, now)
                     self._announcer.hello(event)
@@ -131,7 +133,10 @@ class Speaker:
                 case _:
                     self._announcer.note(event)
                     found.append(event)
-        if message.closed:
+        if self._dialogue is None:
+            self._channel.close()
+            self._channel = None
+        elif message.closed:
             # without its child ExaBGP is deaf: start both again
             found += self._end("its relay is gone", now)
         return found

@@ -156,3 +156,38 @@ def test_router_that_reflects_another_racks_routes(tmp_path: Path) -> None:
         assert "BGP.next_hop: 172.31.2.11" in tor.birdc("show", "route", "10.1.2.0/26", "all")
         assert pods[0].reaches("10.1.2.5")
         assert pods[1].reaches("10.1.1.5")
+
+
+def test_node_that_reflects(tmp_path: Path) -> None:
+    """No mesh: two nodes hear of each other from a third, and send straight to each other."""
+    with world(tmp_path) as made:
+        nodes = [made.node(name) for name in ("rr", "n1", "n2")]
+        hosts = [f"172.31.1.{n}" for n in (10, 11, 12)]
+        made.switch("rack", *((n, f"{h}/24") for n, h in zip(nodes, hosts, strict=True)))
+        rr, one, two = nodes
+        pod = made.pod(one, "p1", "10.1.1.5")
+        made.pod(two, "p2", "10.1.2.5")
+        store = made.store
+        store.put("IPPool", "plain", cidr="10.1.0.0/16")
+        store.put("BGPPeer", "rr", nodeSelector="all()", peerSelector="has(rr)")
+        store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
+        cluster = {"routeReflectorClusterID": "1.0.0.1", "labels": {"rr": "1"}}
+        for n, (node, host) in enumerate(zip(nodes, hosts, strict=True)):
+            store.node(node.name, f"{host}/24", **(cluster if node is rr else {}))
+            store.block(node.name, f"10.1.{n}.0/26")
+            node.start()
+        direct = "10.1.2.0/26 via 172.31.1.12 dev eth0 metric 1024"
+        eventually(lambda: one.route_to("10.1.2.0/26") == direct, 20)
+        eventually(lambda: two.route_to("10.1.1.0/26") != "", 20)
+        assert pod.reaches("10.1.2.5")
+        with Ping(pod, "10.1.2.5") as ping:  # both the reflector's programs at once
+            exabgp = rr.exabgp()
+            rr.agent.end()
+            os.kill(exabgp, signal.SIGKILL)
+            rr.start()
+            eventually(lambda: not one.established(hosts[0]))
+            eventually(lambda: one.established(hosts[0]) and two.established(hosts[0]))
+            eventually(lambda: bool((status := rr.status()) and not status.holding))
+        assert ping.lost == 0
+        store.drop_block("n2", "10.1.2.0/26")
+        eventually(lambda: one.route_to("10.1.2.0/26") == "")

@@ -255,6 +255,6 @@ def test_a_peer_taken_out_of_the_configuration_knows_nothing_any_more(running: R
         client.next()
         client.next()
     with Client(running.path) as client:
-        hello = client.snapshot()[0]
+        (hello,) = client.snapshot()
         assert isinstance(hello, Hello)
         assert hello.announced == {}
