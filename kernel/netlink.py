@@ -57,7 +57,7 @@ _U32 = struct.Struct("=I")
 _WINDOW_MESSAGES = 1000
 _WINDOW_BYTES = 128 * 1024
 _BUFFER = 4 << 20
-_RECEIVE = 1 << 18
+_RECEIVE = 1 << 16  # the kernel fills at most half of it with one datagram of a dump
 # The kernel answers before send() returns; the limit only guards against a lost answer.
 _ANSWER_SECONDS = 10
 _DUMP_ATTEMPTS = 20
