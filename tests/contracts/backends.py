@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from datastore.etcd import EtcdDatastore
+from datastore.etcd_client import EtcdSettings
 from datastore.interface import JSON, AlreadyExistsError, ConflictError, Datastore, Key
 from datastore.sqlite import SqliteDatastore
+from tests.support.etcd import Etcd
+from tests.support.relay import Relay
 
 processes = get_context("spawn")
 
@@ -20,16 +26,30 @@ class Backend:
     """One store. ``connect`` makes a further client of it, in this or (pickled) any process.
 
     ``forget_history`` makes the store lose the changes so far, as time would; it writes to an
-    object of its own, and calls its argument after each write.
+    object of its own, and calls its argument after each write. ``cuttable`` gives a client, and
+    a context manager in which that client's watches hear nothing.
     """
 
     connect: Callable[[], Datastore]
     forget_history: Callable[[Callable[[], object]], None]
+    cuttable: Callable[[], AbstractContextManager[tuple[Datastore, Cut]]]
+
+
+Cut = Callable[[], AbstractContextManager[None]]
 
 
 def sqlite(directory: Path) -> Backend:
     file = directory / "datastore.db"
-    return Backend(partial(SqliteDatastore, file), partial(_forget_sqlite, file))
+    connect = partial(SqliteDatastore, file)
+    return Backend(connect, partial(_forget_sqlite, file), partial(_idle, connect))
+
+
+@contextmanager
+def _idle(connect: Callable[[], Datastore]) -> Iterator[tuple[Datastore, Cut]]:
+    """A watch that reads when it is asked hears nothing as long as it is not."""
+    store = connect()
+    yield store, nullcontext
+    store.close()
 
 
 def _forget_sqlite(file: Path, meanwhile: Callable[[], object]) -> None:
@@ -40,6 +60,42 @@ def _forget_sqlite(file: Path, meanwhile: Callable[[], object]) -> None:
         entry = store.update(entry.key, entry.value)
         meanwhile()
     store.close()
+
+
+def etcd(server: Etcd) -> Backend:
+    """The server is shared: everything in it is deleted first."""
+    everything = {"key": _base64(b"/calico/"), "range_end": _base64(b"/calico0")}
+    server.members[0].call("/v3/kv/deleterange", everything)
+    connect = partial(EtcdDatastore, EtcdSettings(tuple(server.endpoints)))
+    return Backend(connect, partial(_forget_etcd, server), partial(_through_relay, server))
+
+
+def _forget_etcd(server: Etcd, meanwhile: Callable[[], object]) -> None:
+    store = EtcdDatastore(EtcdSettings(tuple(server.endpoints)))
+    entry = store.create(policy_key("filler"), policy("filler"))
+    for _ in range(5):
+        entry = store.update(entry.key, entry.value)
+        meanwhile()
+    store.close()
+    compact(server, entry.revision)
+
+
+def compact(server: Etcd, revision: str) -> None:
+    """Let an etcd forget what was before a revision."""
+    server.members[0].call("/v3/kv/compaction", {"revision": revision, "physical": True})
+
+
+@contextmanager
+def _through_relay(server: Etcd) -> Iterator[tuple[Datastore, Cut]]:
+    relay = Relay(server.endpoints[0])
+    store = EtcdDatastore(EtcdSettings((relay.endpoint,)))
+    yield store, relay.cut
+    store.close()
+    relay.close()
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def nothing() -> None:

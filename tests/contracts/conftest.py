@@ -12,13 +12,16 @@ from datastore.interface import Datastore
 from tests.contracts import backends
 from tests.contracts.backends import Backend
 
-BACKENDS: dict[str, Callable[[Path], Backend]] = {"sqlite": backends.sqlite}
+BACKENDS = ("sqlite", "etcd")
 
 
 @pytest.fixture(params=BACKENDS)
 def fresh(request: pytest.FixtureRequest) -> Callable[[Path], Backend]:
-    """Makes an empty store in a directory, for tests that need several."""
-    return BACKENDS[request.param]
+    """Makes an empty store (where it needs one, in a directory), for tests that need several."""
+    if request.param == "sqlite":
+        return backends.sqlite
+    server = request.getfixturevalue("etcd")
+    return lambda _: backends.etcd(server)
 
 
 @pytest.fixture

@@ -343,10 +343,12 @@ def test_history_that_is_gone_is_said_to_be(backend: Backend, store: Datastore) 
         assert brief(exactly(watch, 1)) == [("b", 1)]
 
 
-def test_watch_that_fell_behind_goes_on_failing(backend: Backend, store: Datastore) -> None:
-    old = store.list("BGPPeer").revision
-    with store.watch(["BGPPeer", "GlobalNetworkPolicy"], old) as watch:
-        backend.forget_history(nothing)
+def test_watch_that_fell_behind_goes_on_failing(backend: Backend) -> None:
+    with backend.cuttable() as (store, cut):
+        old = store.list("BGPPeer").revision
+        watch = store.watch(["BGPPeer", "GlobalNetworkPolicy"], old)
+        with cut():
+            backend.forget_history(nothing)
         for _ in range(2):
             with pytest.raises(RevisionGoneError):
                 # some of the changes may still come before

@@ -1,0 +1,272 @@
+"""The store in an etcd cluster, beside Calico's programs: same keys, same JSON.
+
+Revisions are etcd's: the number of the cluster's transaction, as text. Every operation is one
+transaction; a list of more than 1000 objects is read in parts, all of the same revision.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from datastore import etcd_pb2 as pb
+from datastore.etcd_client import RANGE, TXN, CompactedError, EtcdClient, EtcdSettings
+from datastore.etcd_keys import HANDLES, Range, candidates, key_of, path_of, ranges
+from datastore.etcd_values import decode, encode
+from datastore.etcd_watch import EtcdWatch
+from datastore.interface import (
+    JSON,
+    AlreadyExistsError,
+    ConflictError,
+    Entry,
+    Event,
+    Key,
+    Listing,
+    NotFoundError,
+    StoreError,
+    UnavailableError,
+)
+
+_PART = 1000  # objects in one answer
+_LIST_ATTEMPTS = 5
+_HANDLES_SECONDS = 60.0  # how old our knowledge of handles with capitals may be
+
+
+class EtcdDatastore:
+    """A ``Datastore`` in etcd. Nothing is opened before the first operation.
+
+    Every operation may raise UnavailableError. After one from a write its outcome is unknown,
+    unless the message says that no member answers.
+    """
+
+    def __init__(self, settings: EtcdSettings) -> None:
+        self.settings = settings
+        self._client = EtcdClient(settings)
+        self._handles = _CapitalHandles(self._client)
+        self._watches: weakref.WeakSet[EtcdWatch] = weakref.WeakSet()
+        self._watches_lock = threading.Lock()
+
+    def get(self, key: Key) -> Entry:
+        """The object. Raises NotFoundError."""
+        return _entry(key, self._find(key))
+
+    def list(self, kind: str, namespace: str | None = None, prefix: str = "") -> Listing:
+        """The objects of a kind, sorted by key, in one namespace or (None) in all.
+
+        ``prefix``: only those whose names begin with it.
+        """
+        wanted = ranges(kind, namespace, prefix)
+        for attempt in range(_LIST_ATTEMPTS):
+            try:
+                found, revision = self._read(wanted)
+                break
+            except CompactedError as error:  # between two parts
+                if attempt + 1 == _LIST_ATTEMPTS:
+                    raise UnavailableError(str(error)) from error
+        entries: dict[Key, Entry] = {}
+        for kv in found:
+            key = key_of(kind, kv.key.decode())
+            if key is not None and key.name.startswith(prefix):
+                entries[key] = _entry(key, kv)
+        return Listing([entries[key] for key in sorted(entries)], str(revision))
+
+    def create(self, key: Key, value: JSON) -> Entry:
+        """Store a new object. Raises AlreadyExistsError."""
+        path, data = _encoded(key, value)
+        new = pb.Compare(target=pb.Compare.CREATE, key=path, create_revision=0)
+        answer = self._write(key, [new], _put(path, data))
+        if not answer.succeeded:
+            raise AlreadyExistsError(f"{key}: exists already", key)
+        return self._written(key, path, data, answer)
+
+    def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
+        """Replace an object, only at ``revision`` when one is given.
+
+        Raises NotFoundError, ConflictError.
+        """
+        path, data = _encoded(key, value)
+        answer = self._write(key, [_unchanged(path, revision)], _put(path, data), _get(path))
+        if not answer.succeeded:
+            raise _refusal(key, revision, answer)
+        return self._written(key, path, data, answer)
+
+    def delete(self, key: Key, revision: str | None = None) -> Entry:
+        """Delete an object, only at ``revision`` when one is given; returns what it was.
+
+        Raises NotFoundError, ConflictError.
+        """
+        paths = candidates(key)
+        if len(paths) == 1 and key.kind != "IPAMHandle":
+            path = paths[0].encode()
+        else:
+            path = self._find(key).key
+        remove = pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=path, prev_kv=True))
+        answer = self._write(key, [_unchanged(path, revision)], remove, _get(path))
+        if not answer.succeeded:
+            raise _refusal(key, revision, answer)
+        return _entry(key, answer.responses[0].response_delete_range.prev_kvs[0])
+
+    def watch(self, kinds: Iterable[str], revision: str | Mapping[str, str]) -> EtcdWatch:
+        """Every change of these kinds after ``revision``, which a ``list`` or event gave."""
+        watch = EtcdWatch(self._client, _event, kinds, revision)
+        with self._watches_lock:
+            self._watches.add(watch)
+        return watch
+
+    def close(self) -> None:
+        """End all watches and close the connection."""
+        with self._watches_lock:
+            watches = list(self._watches)
+        for watch in watches:
+            watch.close()
+        self._client.close()
+
+    def _find(self, key: Key) -> pb.KeyValue:
+        paths = candidates(key)
+        for kv in self._first(paths):
+            return kv
+        if key.kind == "IPAMHandle" and (path := self._handles.path(key.name)):
+            for kv in self._first([path]):
+                return kv
+        raise NotFoundError(f"{key}: does not exist", key)
+
+    def _first(self, paths: Sequence[str]) -> Iterator[pb.KeyValue]:
+        """What is at these paths, in their order, all of one moment."""
+        if len(paths) == 1:
+            yield from self._client.call(RANGE, pb.RangeRequest(key=paths[0].encode())).kvs
+        elif paths:
+            request = pb.TxnRequest(success=[_get(path.encode()) for path in paths])
+            for response in self._client.call(TXN, request).responses:
+                yield from response.response_range.kvs
+
+    def _read(self, wanted: Sequence[Range]) -> tuple[Sequence[pb.KeyValue], int]:
+        """All that is in some ranges at one revision, and the revision."""
+        first = [pb.RangeRequest(key=r.begin, range_end=r.end, limit=_PART) for r in wanted]
+        if len(first) == 1:
+            parts = [self._client.call(RANGE, first[0])]
+            revision = parts[0].header.revision
+        else:
+            operations = [pb.RequestOp(request_range=request) for request in first]
+            answer = self._client.call(TXN, pb.TxnRequest(success=operations))
+            parts = [response.response_range for response in answer.responses]
+            revision = answer.header.revision
+        found: deque[pb.KeyValue] = deque()
+        for range_, part in zip(wanted, parts, strict=True):
+            found.extend(part.kvs)
+            while part.more:
+                request = pb.RangeRequest(
+                    key=part.kvs[-1].key + b"\0",
+                    range_end=range_.end,
+                    limit=_PART,
+                    revision=revision,
+                )
+                part = self._client.call(RANGE, request)
+                found.extend(part.kvs)
+        return found, revision
+
+    def _write(
+        self,
+        key: Key,
+        conditions: Sequence[pb.Compare],
+        action: pb.RequestOp,
+        otherwise: pb.RequestOp | None = None,
+    ) -> pb.TxnResponse:
+        request = pb.TxnRequest(
+            compare=conditions, success=[action], failure=[otherwise] if otherwise else []
+        )
+        try:
+            return self._client.call(TXN, request, writes=True)
+        except StoreError as error:
+            error.key = key
+            raise
+
+    def _written(self, key: Key, path: bytes, data: bytes, answer: pb.TxnResponse) -> Entry:
+        if key.kind == "IPAMHandle":
+            self._handles.note(path.decode())
+        return Entry(key, decode(key, path.decode(), data), str(answer.header.revision))
+
+
+class _CapitalHandles:
+    """Paths of the handles whose ids have capitals, which their objects' names don't tell.
+
+    Manx and Kubernetes' runtimes make ids without; Calico's may have any, from a network's name.
+    """
+
+    def __init__(self, client: EtcdClient) -> None:
+        self._client = client
+        self._lock = threading.Lock()
+        self._paths: dict[str, str] = {}
+        self._read_at = float("-inf")
+
+    def path(self, name: str) -> str | None:
+        """The path of the handle that an object's name means. May raise StoreError."""
+        with self._lock:
+            if time.monotonic() > self._read_at + _HANDLES_SECONDS:
+                everything = Range.below(HANDLES)
+                request = pb.RangeRequest(
+                    key=everything.begin, range_end=everything.end, keys_only=True
+                )
+                self._paths.clear()
+                for kv in self._client.call(RANGE, request).kvs:
+                    self._add(kv.key.decode())
+                self._read_at = time.monotonic()
+            return self._paths.get(name)
+
+    def note(self, path: str) -> None:
+        """A handle was written there."""
+        with self._lock:
+            self._add(path)
+
+    def _add(self, path: str) -> None:
+        handle = path.removeprefix(HANDLES)
+        if handle != handle.lower():
+            self._paths[handle.lower()] = path
+
+
+def _encoded(key: Key, value: JSON) -> tuple[bytes, bytes]:
+    try:
+        return path_of(key, value).encode(), encode(key, value)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{key}: can't be stored in etcd: {error}", key) from error
+
+
+def _entry(key: Key, kv: pb.KeyValue) -> Entry:
+    return Entry(key, decode(key, kv.key.decode(), kv.value), str(kv.mod_revision))
+
+
+def _event(kind: str, kv: pb.KeyValue, deleted: bool) -> Event | None:
+    key = key_of(kind, kv.key.decode())
+    if key is None:
+        return None
+    return Event(key, None if deleted else _entry(key, kv), str(kv.mod_revision))
+
+
+def _get(path: bytes) -> pb.RequestOp:
+    return pb.RequestOp(request_range=pb.RangeRequest(key=path))
+
+
+def _put(path: bytes, data: bytes) -> pb.RequestOp:
+    return pb.RequestOp(request_put=pb.PutRequest(key=path, value=data))
+
+
+def _unchanged(path: bytes, revision: str | None) -> pb.Compare:
+    """That the object is there, at ``revision`` when one is given."""
+    if revision is None:
+        return pb.Compare(
+            target=pb.Compare.CREATE, result=pb.Compare.GREATER, key=path, create_revision=0
+        )
+    number = int(revision) if revision.isdecimal() else -1  # of another store: never matches
+    return pb.Compare(target=pb.Compare.MOD, key=path, mod_revision=number)
+
+
+def _refusal(key: Key, revision: str | None, answer: pb.TxnResponse) -> StoreError:
+    found = answer.responses[0].response_range.kvs
+    if not found:
+        return NotFoundError(f"{key}: does not exist", key)
+    return ConflictError(
+        f"{key}: is at revision {found[0].mod_revision}, not {revision}; read it again and retry",
+        key,
+    )

@@ -1,0 +1,223 @@
+"""A watch on etcd: one stream for all kinds, begun again wherever it was cut."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import grpc
+
+from datastore import etcd_pb2 as pb
+from datastore.etcd_client import RANGE, EtcdClient, RefusedError, explain
+from datastore.etcd_keys import CONFIGURATION, Range, ranges
+from datastore.event_buffer import EventBuffer
+from datastore.interface import Event, RevisionGoneError, StoreError, UnavailableError
+
+_OUTAGE_SECONDS = 10.0  # a shorter one is not worth a word
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 1.0
+
+Decode = Callable[[str, pb.KeyValue, bool], Event | None]
+
+
+@dataclass(slots=True)
+class _Place:
+    """A range under watch, and the revision up to which all its events are in the buffer."""
+
+    kind: str
+    range: Range
+    after: int
+
+    def request(self, number: int) -> pb.WatchRequest:
+        return pb.WatchRequest(
+            create_request=pb.WatchCreateRequest(
+                key=self.range.begin,
+                range_end=self.range.end,
+                start_revision=self.after + 1,
+                progress_notify=True,
+                watch_id=number,
+            )
+        )
+
+
+@dataclass(slots=True)
+class _Requests:
+    """The requests of one stream, which stays open until ``end``; gRPC reads them in a thread."""
+
+    queue: queue.SimpleQueue[pb.WatchRequest | None] = field(default_factory=queue.SimpleQueue)
+
+    def __iter__(self) -> Iterator[pb.WatchRequest]:
+        while (request := self.queue.get()) is not None:
+            yield request
+
+    def end(self) -> None:
+        self.queue.put(None)
+
+
+class EtcdWatch:
+    """See ``datastore.interface.Watch``. Each kind's revision is counted on its own.
+
+    A revision counts as seen once all its events are in the buffer: etcd never splits the events
+    of one revision. So a new stream, to whichever member, goes on exactly where the last ended.
+    After 10 s without any, the watch is over with UnavailableError.
+    """
+
+    def __init__(
+        self,
+        client: EtcdClient,
+        decode: Decode,
+        kinds: Iterable[str],
+        revision: str | Mapping[str, str],
+    ) -> None:
+        self._client = client
+        self._decode = decode
+        self._places = [
+            _Place(kind, range_, _number(revision if isinstance(revision, str) else revision[kind]))
+            for kind in dict.fromkeys(kinds)
+            for range_ in ranges(kind)
+        ]
+        self._buffer = EventBuffer()
+        self._cluster: int | None = None
+        self._heard = False  # anything, on the present stream
+        self._lock = threading.Lock()
+        self._responses: Any = None
+        self._begun = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="etcd-watch", daemon=True)
+        self._thread.start()
+        # What etcd forgets once it knows of the watch no longer matters.
+        self._begun.wait(client.settings.timeout)
+
+    def next(self, timeout: float | None = None) -> Sequence[Event]:
+        """Wait for changes, at most ``timeout`` seconds (None: for ever).
+
+        Returns all that are ready (at most 1000), or an empty sequence at the timeout or
+        after ``close``. Raises RevisionGoneError or UnavailableError; the watch is then over
+        and goes on raising it.
+        """
+        return self._buffer.next(timeout)
+
+    def close(self) -> None:
+        """End the watch and wake whoever waits in ``next``."""
+        self._buffer.close()
+        with self._lock:
+            responses = self._responses
+        if responses is not None:
+            responses.cancel()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> EtcdWatch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        pause, last_heard, refused = _FIRST_PAUSE, time.monotonic(), False
+        while not self._buffer.over:
+            problem: StoreError
+            self._heard = False
+            try:
+                self._check_history()
+                self._stream()
+                continue
+            except grpc.RpcError as error:
+                problem = explain(self._client.settings, error)
+            except UnavailableError as error:
+                problem = error
+            except StoreError as error:
+                self._buffer.fail(error)
+                self._begun.set()
+                return
+            if self._heard:
+                pause, last_heard, refused = _FIRST_PAUSE, time.monotonic(), False
+            self._begun.set()
+            refused_again = refused and isinstance(problem, RefusedError)
+            refused = isinstance(problem, RefusedError)  # once may be an old token
+            if refused_again or time.monotonic() > last_heard + _OUTAGE_SECONDS:
+                self._buffer.fail(problem)
+                return
+            self._buffer.pause(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _check_history(self) -> None:
+        """Refuse a cluster that is not the one our revisions are of, or was restored since.
+
+        Asked of the whole cluster, not of a member that may be behind.
+        """
+        request = pb.RangeRequest(key=CONFIGURATION.encode(), count_only=True)
+        header = self._client.call(RANGE, request).header
+        cluster, self._cluster = self._cluster or header.cluster_id, header.cluster_id
+        newest = max((place.after for place in self._places), default=0)
+        if header.cluster_id != cluster or header.revision < newest:
+            raise RevisionGoneError(
+                f"{self._client.settings}: is at revision {header.revision}, before {newest}, or"
+                " is another cluster than before; list again and watch from there"
+            )
+
+    def _stream(self) -> None:
+        """Follow one stream until it ends: returns or raises grpc.RpcError, StoreError."""
+        requests = _Requests()
+        for number, place in enumerate(self._places, start=1):
+            requests.queue.put(place.request(number))
+        responses, failed = self._client.watch(iter(requests))
+        with self._lock:
+            self._responses = responses
+        try:
+            if self._buffer.over:
+                return
+            for response in responses:
+                self._take(response)
+            failed()
+        except (grpc.RpcError, UnavailableError):
+            failed()
+            raise
+        finally:
+            with self._lock:
+                self._responses = None
+            responses.cancel()
+            requests.end()
+
+    def _take(self, response: pb.WatchResponse) -> None:
+        if response.canceled:
+            self._refused(response)
+        self._heard = True
+        if response.created:
+            if response.watch_id == len(self._places):
+                self._begun.set()
+            return
+        place = self._places[response.watch_id - 1]
+        if not response.events:  # progress: all events up to here have been sent
+            place.after = max(place.after, response.header.revision)
+            return
+        decoded = (
+            self._decode(place.kind, event.kv, event.type == pb.Event.DELETE)
+            for event in response.events
+        )
+        self._buffer.put([event for event in decoded if event is not None])
+        place.after = response.events[-1].kv.mod_revision
+
+    def _refused(self, response: pb.WatchResponse) -> NoReturn:
+        settings = self._client.settings
+        if response.compact_revision:
+            raise RevisionGoneError(
+                f"{settings}: has forgotten the changes before {response.compact_revision};"
+                " list again and watch from there"
+            )
+        reason = response.cancel_reason or "no reason given"
+        raise RefusedError(
+            f"{settings}: the watch was refused ({reason}); the user needs to read below /calico/"
+        )
+
+
+def _number(revision: str) -> int:
+    try:
+        return int(revision)
+    except ValueError as error:
+        raise RevisionGoneError(
+            f"{revision!r} is no revision of etcd; list again and watch from there"
+        ) from error
