@@ -48,5 +48,5 @@ def invalid_configuration(problems: list[Problem]) -> CniError:
     return CniError(
         INVALID_CONFIGURATION,
         "network configuration: " + "; ".join(str(problem) for problem in problems),
-        "nothing was changed; mend the configuration list in /etc/cni/net.d",
+        "nothing was changed",
     )

@@ -16,13 +16,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from cni.attachment import DEFAULT_NETWORK
+from cni.config import VERSIONS
 
 PLUGIN = "manx"
 CONFIGURATION = "10-manx.conflist"
@@ -31,9 +32,12 @@ _CLIENT = Path(__file__).parent / "client"
 _FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra")
 _COMPILERS = ("cc", "gcc", "clang")
 _COMPILE_SECONDS = 60
+_VERSION_SECONDS = 10
+_COMMON = "1.0.0"  # of the spec: what every runtime in use speaks
 # Debian's has everything that the fallback imports built in, and starts in 6 ms.
 _PYTHON = Path("/usr/bin/python3")
 _SOCKET = Path("/run/manx/cni.sock")  # in fallback.py
+_TYPE = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")  # the name of an executable
 _SOCKET_PATH = re.compile(r"/[a-zA-Z0-9_./-]{1,106}")
 
 _log = logging.getLogger(__name__)
@@ -53,7 +57,7 @@ def install(
             f"socket {str(socket)!r}: expected an absolute path of at most 107 letters, digits,"
             " '_', '.', '-', '/', since it becomes part of the executable"
         )
-    configuration = configuration_list(mtu, chain)
+    configuration = configuration_list(mtu, [_chained(text) for text in chain], bin_dir)
     for directory in (bin_dir, conf_dir):
         directory.mkdir(parents=True, exist_ok=True)
     plugin, conflist = bin_dir / PLUGIN, conf_dir / CONFIGURATION
@@ -79,17 +83,44 @@ def preferred(conf_dir: Path) -> list[Path]:
     return sorted(path for path in found if path.name < CONFIGURATION)
 
 
-def configuration_list(mtu: int, chain: Iterable[str]) -> bytes:
-    """The network configuration list. Raises ValueError."""
-    plugin: dict[str, Any] = {"type": PLUGIN, "mtu": mtu, "ipam": {"type": "manx-ipam"}}
+def configuration_list(mtu: int, chain: Sequence[Mapping[str, Any]], bin_dir: Path) -> bytes:
+    """The network configuration list, in versions that every plugin of the chain speaks."""
+    plugin = {"type": PLUGIN, "mtu": mtu, "ipam": {"type": "manx-ipam"}}
+    versions = [
+        version
+        for version in VERSIONS
+        if all(version in _versions(bin_dir / chained["type"]) for chained in chain)
+    ]
+    if not versions:
+        raise ValueError("the chained plugins have no version of CNI in common with this one")
     configuration = {
         "name": DEFAULT_NETWORK,
-        # Runtimes that know nothing newer than 1.0.0 do not look at cniVersions.
-        "cniVersion": "1.0.0",
-        "cniVersions": ["0.4.0", "1.0.0", "1.1.0"],
-        "plugins": [plugin, *(_chained(text) for text in chain)],
+        # Runtimes that know nothing newer than 1.0.0 do not look at cniVersions either.
+        "cniVersion": _COMMON if _COMMON in versions else versions[-1],
+        "cniVersions": versions,
+        "plugins": [plugin, *chain],
     }
     return orjson.dumps(configuration, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def _versions(plugin: Path) -> Sequence[str]:
+    """The versions a chained plugin speaks; up to 1.0.0 if it can't be asked.
+
+    A runtime takes the newest of the list for the whole chain.
+    """
+    try:
+        done = subprocess.run(
+            [plugin],
+            env={"CNI_COMMAND": "VERSION"},
+            input=orjson.dumps({"cniVersion": _COMMON}),
+            capture_output=True,
+            check=True,
+            timeout=_VERSION_SECONDS,
+        )
+        return tuple(map(str, orjson.loads(done.stdout)["supportedVersions"]))
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
+        _log.warning("chained plugin %s: can't be asked for its versions: %s", plugin, error)
+        return VERSIONS[: VERSIONS.index(_COMMON) + 1]
 
 
 def executable(socket: Path) -> bytes:
@@ -138,7 +169,8 @@ def _chained(text: str) -> Any:
         plugin = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise ValueError(f"chained plugin {text!r}: not JSON: {error}") from None
-    if not isinstance(plugin, dict) or not isinstance(plugin.get("type"), str):
+    kind = plugin.get("type") if isinstance(plugin, dict) else None
+    if not isinstance(kind, str) or not _TYPE.fullmatch(kind):
         raise ValueError(f"chained plugin {text!r}: expected an object with a type")
     return plugin
 

@@ -124,10 +124,13 @@ class Plugin:
             raise CniError(NOT_AVAILABLE, str(error)) from error
 
     def _collect_garbage(self, call: Call) -> None:
-        """Detach all of this network that the runtime does not list. Raises CniError."""
-        listed = call.configuration.valid_attachments
-        if listed is None:
+        """Detach all of this network that the runtime does not list. Raises CniError.
+
+        libcni writes an empty list as null; without the key nothing is known to be stale.
+        """
+        if "valid_attachments" not in call.configuration.model_fields_set:
             raise invalid_configuration([Problem(VALID_ATTACHMENTS, None, "required")])
+        listed = call.configuration.valid_attachments or []
         valid = {(item.container_id, item.ifname) for item in listed}
         errors = []
         for found in known_attachments(self._node):

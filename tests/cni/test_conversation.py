@@ -289,7 +289,8 @@ def test_gc(rig: Rig) -> None:
     other = configuration() | {VALID_ATTACHMENTS: [], "name": "other"}
     assert rig.call("GC", conf=other).ok() is None
     assert len(rig.links()) == 1
-    rig.delete(pods[1])
+    # a runtime without containers lists none
+    assert rig.call("GC", conf=configuration() | {VALID_ATTACHMENTS: None}).ok() is None
 
 
 def test_status(rig: Rig) -> None:

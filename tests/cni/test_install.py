@@ -92,15 +92,27 @@ def test_with_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_chained_plugins(tmp_path: Path) -> None:
+    """A runtime takes one version for the whole chain: the newest that all of it speak."""
     directories = ("--bin-dir", str(tmp_path), "--conf-dir", str(tmp_path))
-    portmap = '{"type": "portmap", "capabilities": {"portMappings": true}}'
-    assert manx_cni("install", *directories, "--chain", portmap).returncode == 0
-    network = json.loads((tmp_path / "10-manx.conflist").read_text())
-    assert [plugin["type"] for plugin in network["plugins"]] == ["manx", "portmap"]
-    for wrong in ("{", "[]", '{"name": "x"}'):
-        done = manx_cni("install", *directories, "--chain", wrong)
-        assert done.returncode == 1
-        assert wrong in done.stderr
+    (tmp_path / "tuning").symlink_to("/usr/lib/cni/tuning")
+    (tmp_path / "new").write_text('#!/bin/sh\necho \'{"supportedVersions": ["1.1.0"]}\'\n')
+    (tmp_path / "new").chmod(0o755)
+    expected = {"tuning": "1.0.0", "new": "1.1.0", "missing": "1.0.0"}
+    for name, version in expected.items():
+        plugin = json.dumps({"type": name, "capabilities": {"x": True}})
+        assert manx_cni("install", *directories, "--chain", plugin).returncode == 0
+        network = json.loads((tmp_path / "10-manx.conflist").read_text())
+        assert [plugin["type"] for plugin in network["plugins"]] == ["manx", name]
+        assert network["cniVersions"][-1] == network["cniVersion"] == version
+
+
+@pytest.mark.parametrize("wrong", ["{", "[]", '{"name": "x"}', '{"type": "../x"}'])
+def test_chained_plugins_that_are_wrong(tmp_path: Path, wrong: str) -> None:
+    directories = ("--bin-dir", str(tmp_path), "--conf-dir", str(tmp_path))
+    done = manx_cni("install", *directories, "--chain", wrong)
+    assert done.returncode == 1
+    assert wrong in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_configuration_that_comes_first(tmp_path: Path) -> None:
