@@ -84,7 +84,7 @@ class PrefixAdvertisement(Model):
     """Communities to attach to a prefix: values, or names from ``communities``."""
 
     cidr: Cidr
-    communities: list[str]
+    communities: Annotated[list[str], Field(max_length=50)]
 
 
 def community_expected(text: str) -> str | None:

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, get_args
 
@@ -36,6 +36,9 @@ _IGNORED_INTERFACE_RE = re.compile(r"[a-zA-Z0-9_.*-]{1,15}")
 _CONTAINER_ID_RE = re.compile(r"[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?")
 _PORT_NAME_RE = re.compile(r"(?!.*--)(?=.*[a-z])[a-z0-9](?:[-a-z0-9]{0,13}[a-z0-9])?")
 _MAC_RE = re.compile(r"[0-9a-fA-F]{2}(?:([:-])[0-9a-fA-F]{2})(?:\1[0-9a-fA-F]{2}){4}")
+_TIMESTAMP_RE = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[-+]\d\d:\d\d)", re.ASCII
+)
 _DURATION_RE = re.compile(r"[-+]?(?:0|(?:(?:\d+\.?\d*|\.\d+)(?:ns|us|µs|μs|ms|s|m|h))+)")
 _DURATION_PART_RE = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
 
@@ -332,6 +335,13 @@ def _decimal(value: int, unit: int) -> str:
 Duration = Annotated[
     timedelta, BeforeValidator(_duration), PlainSerializer(format_duration, return_type=str)
 ]
+
+
+def _is_timestamp(text: str) -> bool:
+    return _TIMESTAMP_RE.fullmatch(text) is not None and bool(datetime.fromisoformat(text))
+
+
+Timestamp = Annotated[str, _check(_is_timestamp, "a time such as 2030-01-31T12:00:00Z (RFC 3339)")]
 # A policy's place among others. Written as Go does: 10, not 10.0.
 Order = Annotated[float, PlainSerializer(lambda order: int(order) if order.is_integer() else order)]
 Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # as Go's int

@@ -2,12 +2,12 @@
 
 Attributes are snake_case, JSON names are Calico's and Kubernetes' camelCase. As Go's
 decoder does for calicoctl and kubectl, field names are matched without regard to case, and
-null or an empty text in an optional field means that the field is absent (where Calico tells
-the empty text from the absent one, a model names the field in ``verbatim``).
+null, or an empty text in an optional field that holds text, means that the field is absent
+(where Calico tells the empty text from the absent one, a model names the field in ``verbatim``).
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -26,6 +26,7 @@ from api.fields import (
     SUBDOMAIN,
     Name,
     Number,
+    Timestamp,
     is_label_value,
     is_qualified_name,
     is_subdomain,
@@ -41,6 +42,16 @@ class Fault(NamedTuple):
     where: tuple[str | int, ...]
     value: object
     expected: str
+
+
+def _may_be_text(annotation: Any) -> bool:
+    """Whether a field of this type can hold text: ``str``, ``Literal["a"] | None``, …"""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return any(isinstance(value, str) for value in arguments)
+    if origin in (list, dict):
+        return False
+    return annotation is str or any(map(_may_be_text, arguments))
 
 
 class Model(BaseModel):
@@ -70,7 +81,12 @@ class Model(BaseModel):
         cls._names = {alias.lower(): alias for alias in fields}
         cls._known = frozenset(fields) | frozenset(cls.model_fields)
         cls._optional = (
-            frozenset(n for n, field in fields.items() if not field.is_required()) - cls.verbatim
+            frozenset(
+                name
+                for name, field in fields.items()
+                if not field.is_required() and _may_be_text(field.annotation)
+            )
+            - cls.verbatim
         )
         cls._omitted = (
             frozenset(
@@ -158,8 +174,8 @@ class ObjectMeta(Checked):
     resource_version: str | None = None
     generation: Number | None = None
     generate_name: str | None = None
-    creation_timestamp: str | None = None
-    deletion_timestamp: str | None = None
+    creation_timestamp: Timestamp | None = None
+    deletion_timestamp: Timestamp | None = None
     deletion_grace_period_seconds: Number | None = None
     finalizers: list[str] = Field(default_factory=list)
     owner_references: list[OwnerReference] = Field(default_factory=list)
@@ -196,14 +212,21 @@ def annotation_faults(annotations: dict[str, str], where: tuple[str | int, ...])
         yield Fault(where, f"{size} bytes", f"at most {MAX_ANNOTATIONS} bytes in all")
 
 
-class Condition(Model):
-    """One statement about an object (status.conditions[])."""
+CONDITION_TYPE = (
+    r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?"
+    r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]$"
+)
+CONDITION_REASON = r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"
 
-    type: str
+
+class Condition(Model):
+    """One statement about an object (status.conditions[]), as in all of Kubernetes."""
+
+    type: Annotated[str, Field(max_length=316, pattern=CONDITION_TYPE)]
     status: Literal["True", "False", "Unknown"]
-    reason: str
-    message: str
-    last_transition_time: str
+    reason: Annotated[str, Field(max_length=1024, pattern=CONDITION_REASON)]
+    message: Annotated[str, Field(max_length=32768)]
+    last_transition_time: Timestamp
     observed_generation: Number | None = None
 
 

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from api.fields import (
+    AnyCidr,
     AsNumber,
+    InterfaceName,
     InterfaceV4,
     InterfaceV6,
     IPv4,
     IPv6,
     Mac,
-    Name,
-    NetText,
     refuse,
 )
 from api.metadata import CalicoResource, Checked, Fault, Model
@@ -52,16 +52,16 @@ class OrchRef(Model):
 
 
 class NodeAddress(Model):
-    """An address of the node."""
+    """An address of the node, with or without the length of its network."""
 
-    address: NetText
+    address: AnyCidr
     type: Literal["CalicoNodeIP", "InternalIP", "ExternalIP"] | None = None
 
 
 class NodeInterface(Model):
     """An interface of the node and its addresses."""
 
-    name: Name | None = None
+    name: InterfaceName | None = None
     addresses: list[str] = Field(default_factory=list)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from api.fields import Name, Number
+from api.fields import Name, Number, Timestamp
 from api.metadata import CalicoResource, Checked, Fault, Model
 
 StatusClass = Literal["Agent", "BGP", "Routes"]
@@ -102,9 +102,9 @@ class RoutesStatus(Model):
 
 
 class CalicoNodeStatusStatus(Model):
-    """status of a CalicoNodeStatus. ``last_updated``: RFC 3339, UTC."""
+    """status of a CalicoNodeStatus. ``last_updated`` is in UTC."""
 
-    last_updated: str | None = None
+    last_updated: Timestamp | None = None
     agent: AgentStatus | None = None
     bgp: BGPStatus | None = None
     routes: RoutesStatus | None = None
