@@ -11,12 +11,14 @@ from api.registry import parse_as
 from datastore.interface import Key
 from datastore.sqlite import SqliteDatastore
 from ipam import claims
+from ipam.allocator import Allocator
 from ipam.block import Block
 from ipam.errors import ContentionError
 from ipam.records import CONFIRMED, PENDING, PENDING_DELETION, Affinity, Records, owner
 from tests.ipam.world import (
     Died,
     Interposed,
+    add_pool,
     affinities,
     blocks,
     dies_after,
@@ -109,6 +111,26 @@ def test_a_claim_whose_block_vanished_is_pending_until_there_is_one(
     with pytest.raises(Died):
         claims.claim(Records(dies_after(store, 1)), "n1", NET)
     assert affinities(store) == [Affinity("n1", NET, PENDING)]
+
+
+def test_a_block_made_after_its_claim_was_taken_away(store: SqliteDatastore) -> None:
+    """And then its maker died: the one case of a block whose owner has no claim to it."""
+    add_pool(store, "pool", "10.0.0.64/26", 26)
+
+    def taken_away() -> None:
+        claims.release(Records(store), "n1", NET)
+
+    for finder in ("n1", "n2"):
+        with pytest.raises(Died):
+            claims.claim(Records(dies_after(overtaken_at(store, 1, taken_away), 2)), "n1", NET)
+        assert affinities(store) == []
+        [entry] = store.list("IPAMBlock").entries
+        entry.value["spec"]["affinityClaimTime"] = "2026-01-01T00:00:00Z"
+        store.update(entry.key, entry.value)
+        assert Allocator(store, finder).assign("h", {}).block == NET
+        assert affinities(store) == [Affinity(finder, NET, CONFIRMED)]
+        Allocator(store, finder).release("h")
+        claims.release(Records(store), finder, NET)
 
 
 def test_an_empty_block_that_is_released_goes(store: SqliteDatastore) -> None:

@@ -153,13 +153,9 @@ def check_consistency(store: Datastore) -> None:
     nets = sorted(by_net)
     for one, other in pairwise(nets):
         assert not one.overlaps(other)
-    claims = affinities(store)
-    for claim in claims:
+    for claim in affinities(store):
         if claim.state == CONFIRMED:
             assert by_net[claim.net].affinity == owner(claim.node), claim
-    claimed = {(claim.net, owner(claim.node)) for claim in claims}
-    for net, block in by_net.items():
-        assert block.affinity is None or (net, block.affinity) in claimed
     counted = handles(store)
     for net, block in by_net.items():
         for attribute in block.attributes:
