@@ -175,8 +175,10 @@ class Agent:
         changes = self._dataplane.apply(now)
         if changes or self._last_apply is None:
             elapsed = 1000 * (time.perf_counter() - begin)
-            _log.info("applied %d changes in %.1f ms", changes, elapsed)
-            if self._last_apply is None:
+            first = self._last_apply is None
+            level = logging.INFO if first else logging.DEBUG
+            _log.log(level, "applied %d changes in %.1f ms", changes, elapsed)
+            if first:
                 gc.collect()
                 gc.freeze()  # what is there now stays: later collections need not walk it
             self._last_apply = {
@@ -189,6 +191,7 @@ class Agent:
         if self._dataplane is not None:
             self._dataplane.close()
         self._dataplane = None
+        self._next_read = None
         self._calculator = Calculator(self._environment.node)
         self._snapshot.touch()
 
@@ -197,7 +200,6 @@ class Agent:
         return node_address(os.environ.get(NODE_IP), prefixes)
 
     def _status(self) -> dict[str, Any]:
-        errors = list(self._errors())
         return {
             "node": self._environment.node,
             "pid": os.getpid(),
@@ -216,7 +218,7 @@ class Agent:
             "policies": len(self._calculator.engine.policies),
             "sets": len(self._calculator.ruleset.sets),
             "chains": len(self._calculator.ruleset.chains),
-            "errors": [{"object": what, "message": message} for what, message in errors],
+            "errors": [{"object": what, "message": message} for what, message in self._errors()],
         }
 
     def _state(self, interface: str) -> str:

@@ -153,6 +153,9 @@ class Calculator:
             yield str(key), problem
         if self._settings_problem:
             yield "FelixConfiguration", self._settings_problem
+        for key in snapshot.configurations:
+            if key.name != CLUSTER and not key.name.startswith(NODE_PREFIX):
+                yield str(key), f"is not in force: only {CLUSTER} and {NODE_PREFIX}<name> are"
         for policy, faults in self._engine.problems.items():
             yield str(policy), "; ".join(map(str, faults))
         for id, problem in self._misnamed.items():

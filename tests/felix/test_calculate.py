@@ -192,6 +192,8 @@ SCENARIO: list[Step] = [
     obj("Pod", "a", {"containers": []}, "default", labels={"app": "c"}),
     (workload("b", "10.0.0.9")[0], None),
     workload("e", "10.0.0.5", interfaceName="eth0"),
+    workload("f", "10.0.0.7"),
+    workload("f", "10.0.0.7", interfaceName="califf"),
     workload("b", "10.0.0.2", ports=[{"name": "http", "protocol": "TCP", "port": 81}]),
 ]
 
@@ -336,7 +338,7 @@ def test_a_version_without_addresses_has_no_policy_and_drops() -> None:
 
 def _kernel_after(namespace: Namespace, batches: list[list[Step]]) -> str:
     """What stands in a fresh namespace when the batches were applied one after the other."""
-    for pod in "abde":
+    for pod in ("a", "b", "d", "e", "f", "ff"):
         run(namespace, "ip", "link", "add", f"cali{pod}", "type", "veth", "peer", f"peer{pod}")
         run(namespace, "ip", "link", "set", f"cali{pod}", "up")
     run(namespace, "ip", "address", "add", "172.31.1.1/24", "dev", "peera")

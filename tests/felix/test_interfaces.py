@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -93,6 +94,14 @@ def test_an_interface_that_goes_down_and_up(node: Node) -> None:
         run(node.netns, "ip", "link", "set", pod.interface, "down")
         run(node.netns, "ip", "link", "set", pod.interface, "up")
         eventually(lambda: f"10.0.0.5 dev {pod.interface} proto 80" in routes(node))
+    # faster than the agent can look
+    assert node.agent is not None
+    node.agent.send_signal(signal.SIGSTOP)
+    run(node.netns, "ip", "link", "set", pod.interface, "down")
+    run(node.netns, "ip", "link", "set", pod.interface, "up")
+    assert "10.0.0.5" not in routes(node)
+    node.agent.send_signal(signal.SIGCONT)
+    eventually(lambda: f"10.0.0.5 dev {pod.interface} proto 80" in routes(node))
     pod.remove()
 
 

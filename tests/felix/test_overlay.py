@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 
 from api.net import Net, parse_interface, parse_net
 from datastore.interface import Key
+from felix.desired import Device
 from felix.overlay import Encapsulation, Host, Overlay, Peer, Pool, Remote, tunnel_mac
+from felix.tunnel import Tunnel
 from ipam.allocator import Allocator
+from kernel.netlink import NetlinkSocket
 from kernel.netns import Namespace
 from tests.felix.world import V3, Listener, Node, Pod, cluster, is_dropped, reaches
 from tests.support.netns import connect, eventually, fresh_namespace, run
@@ -158,6 +161,24 @@ def test_only_the_present_counts(
     routes.update(detour.flush().routes)
     assert (detour.routes, detour.peers) == (straight.routes, straight.peers)
     assert {net: remote for net, remote in routes.items() if remote} == straight.routes
+
+
+def test_a_tunnel_address_that_moves_to_another_node(
+    namespace: Namespace, netlink: NetlinkSocket
+) -> None:
+    tunnel, (one, other) = parse_net("10.0.1.1"), map(parse_net, ("192.0.2.1", "192.0.2.2"))
+    made = Tunnel(netlink)
+    made.read({})
+    made.want_device(Device(4096, 4789, one, parse_net("10.0.0.1"), tunnel_mac("me"), 1400), 0)
+    made.want_peer("a", Peer(tunnel, tunnel_mac("a"), one))
+    made.apply(0.0)
+    made.want_peer("b", Peer(tunnel, tunnel_mac("b"), other))
+    made.want_peer("a", None)
+    made.apply(1.0)
+    neighbours = run(namespace, "ip", "neighbour", "show", "nud", "permanent").stdout
+    assert neighbours.split()[:5] == ["10.0.1.1", "dev", "vxlan.calico", "lladdr", tunnel_mac("b")]
+    assert "192.0.2.1" not in run(namespace, "bridge", "fdb").stdout
+    assert [error for table in made.tables() for error in table.errors] == []
 
 
 class Racks:
@@ -314,7 +335,7 @@ def _overlay_state(node: Node) -> str:
         run(node.netns, *command, check=False).stdout
         for command in (
             ("ip", "-d", "link", "show", "vxlan.calico"),
-            ("ip", "address", "show", "vxlan.calico"),
+            ("ip", "-4", "address", "show", "vxlan.calico"),
             ("ip", "route"),
             ("ip", "neighbour", "show", "nud", "permanent"),
             ("bridge", "fdb", "show", "dev", "vxlan.calico"),

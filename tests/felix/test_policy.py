@@ -201,6 +201,14 @@ def test_many_ports_and_nets(world: World, put: Put) -> None:
     assert world.dropped(world.guest, 443)
 
 
+def test_nets_and_exceptions_from_them(world: World, put: Put) -> None:
+    source = {"nets": ["10.0.0.0/8", "192.0.2.0/24"], "notNets": ["10.0.0.3/32", "10.0.0.4/32"]}
+    rule = {"action": "Allow", "source": source}
+    put(policy("p", selector="app == 'web'", types=["Ingress"], ingress=[rule]))
+    assert world.allowed(world.client)
+    assert world.dropped(world.guest)
+
+
 def test_a_malformed_policy_denies_what_it_selects(world: World, put: Put) -> None:
     broken = policy("p", selector="app == 'web'", types=["Ingress"], ingress=[{"action": "Maybe"}])
     put(broken)

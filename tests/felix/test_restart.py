@@ -246,7 +246,7 @@ def test_pools_make_nat_rules_and_their_end_removes_them(world: World) -> None:
         node.delete(Key("IPPool", pool))
     node.settle()
     assert "cali" not in run(node.netns, "iptables", "-t", "nat", "-S").stdout
-    assert "ipam-pools" not in run(node.netns, "ipset", "list", "-n").stdout
+    eventually(lambda: "ipam-pools" not in run(node.netns, "ipset", "list", "-n").stdout)
 
 
 def _settled(node: Node) -> str:
