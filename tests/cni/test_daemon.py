@@ -42,10 +42,9 @@ def test_killed_in_the_middle_of_many(node: Rig, restart: bool) -> None:
     if restart:
         node.start()
     answers = [node.end(process) for process in working]
-    if restart:
-        assert all(answer.ok() or True for answer in answers), node.log()
-    else:
-        assert {answer.error for answer in answers if answer.code} == {11}
+    # with a restart usually none: but on a busy machine that may take longer than they wait
+    assert {answer.error for answer in answers if answer.code} <= {11}
+    if not restart:
         node.start()
     for pod in (*going, *pods[8:]):
         node.delete(pod)
@@ -115,8 +114,10 @@ def test_stops_when_told(node: Rig) -> None:
     working = [node.begin("ADD", pod) for pod in pods]
     assert node.kill(signal.SIGTERM) == 0
     node.start()
-    for process in working:
-        node.end(process).ok()
+    answers = [node.end(process) for process in working]
+    assert {answer.error for answer in answers if answer.code} <= {11}
+    for pod in pods:
+        node.add(pod)
     assert len(node.held()) == 10
 
 
