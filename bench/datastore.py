@@ -47,9 +47,15 @@ def watch_delays(connect: Callable[[], Datastore]) -> list[float]:
         writer.start()
         delays: list[float] = []
         while len(delays) < WATCH_EVENTS:
-            for event in watch.next(timeout=30) or _missing():
-                if event.entry is not None and "at" in event.entry.value:
-                    delays.append(time.monotonic() - event.entry.value["at"])
+            events = watch.next(timeout=30)
+            if not events:
+                raise TimeoutError(f"no event for 30 s after {len(delays)} of {WATCH_EVENTS}")
+            now = time.monotonic()
+            delays += [
+                now - event.entry.value["at"]
+                for event in events
+                if event.entry is not None and "at" in event.entry.value
+            ]
         writer.join()
     store.close()
     return delays
@@ -87,10 +93,6 @@ def _write_slowly(connect: Callable[[], Datastore]) -> None:
         entry.value["at"] = time.monotonic()  # one clock for all processes of a machine
         entry = store.update(entry.key, entry.value, entry.revision)
     store.close()
-
-
-def _missing() -> list[None]:
-    raise TimeoutError("no event for 30 s")
 
 
 def _object() -> JSON:

@@ -217,8 +217,14 @@ class SqliteFile:
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        if not self._recognised(connection):
-            connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        ours = self._recognised(connection)
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise UnavailableError(
+                f"datastore {self.path}: the file system can't do SQLite's WAL mode"
+                " (network file systems can't); move the file to a local disk"
+            )
+        if not ours:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 if not self._recognised(connection):
@@ -229,12 +235,6 @@ class SqliteFile:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
-        (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
-        if mode != "wal":
-            raise UnavailableError(
-                f"datastore {self.path}: the file system can't do SQLite's WAL mode"
-                " (network file systems can't); move the file to a local disk"
-            )
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
         connection.execute("PRAGMA wal_autocheckpoint = 0")
 
@@ -279,8 +279,7 @@ class SqliteFile:
             return self._locked()
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             remedy = (
-                "is damaged or no SQLite database; restore a copy of it, or save what can be"
-                f" read with: sqlite3 {self.path} .recover"
+                "is damaged or no SQLite database; restore a copy of it (how: docs/datastore.md)"
             )
         elif code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
             remedy = (

@@ -132,6 +132,25 @@ def test_file_of_a_creator_killed_at_once_is_used(path: Path, store: SqliteDatas
     store.create(pool_key("a"), numbered(0))
 
 
+@pytest.mark.parametrize("how", ["VACUUM INTO ?", "backup"])
+def test_a_copy_made_while_all_runs_can_be_used(
+    path: Path, store: SqliteDatastore, how: str, tmp_path: Path
+) -> None:
+    store.create(pool_key("a"), numbered(1))
+    source = sqlite3.connect(path)
+    if how == "backup":
+        target = sqlite3.connect(tmp_path / "copy.db")
+        source.backup(target)
+        target.close()
+    else:
+        source.execute(how, [str(tmp_path / "copy.db")])
+    source.close()
+    copy = SqliteDatastore(tmp_path / "copy.db")
+    assert copy.list("IPPool") == store.list("IPPool")
+    assert copy.update(pool_key("a"), numbered(2)).revision == "2"
+    copy.close()
+
+
 # --- sharing ---
 
 
@@ -303,8 +322,8 @@ def directory(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (damaged, "damaged.*recover"),
-        (half_written, "damaged.*recover"),
+        (damaged, "damaged.*restore a copy"),
+        (half_written, "damaged.*restore a copy"),
         (of_another_program, "another program.*MANX_DATASTORE"),
         (of_another_version, "schema version 99.*knows 1"),
         (directory, "not a regular file"),
