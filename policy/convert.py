@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from api import pods
 from api.endpoint import WorkloadEndpointPort
 from api.fields import parse_port, protocol_number
 from api.kubernetes import (
@@ -28,12 +29,8 @@ from policy.engine import Profile
 from policy.model import NamedPort
 
 ORDER = 1000.0
-POD_IP = "cni.projectcalico.org/podIP"
-POD_IPS = "cni.projectcalico.org/podIPs"
 
 _ALLOW_ALL = (Rule(action="Allow"),)
-_FINISHED_PHASES = frozenset(("Succeeded", "Failed", "Completed"))
-_LONGEST_ACCOUNT_LABEL = 62  # a longer service account name is in the profile's label only
 
 
 def network_policy(policy: KubernetesNetworkPolicy) -> NetworkPolicy:
@@ -70,36 +67,26 @@ def network_policy(policy: KubernetesNetworkPolicy) -> NetworkPolicy:
 
 def namespace_profile(namespace: Namespace) -> tuple[str, Profile]:
     """The profile of all pods in a namespace: its labels, and everything is allowed."""
-    own = _prefixed(labels.NAMESPACE_PREFIX, namespace.name, namespace.metadata.labels)
-    return f"kns.{namespace.name}", Profile(own, _ALLOW_ALL, _ALLOW_ALL)
+    own = _inherited(labels.NAMESPACE_PREFIX, namespace.name, namespace.metadata.labels)
+    return pods.namespace_profile(namespace.name), Profile(own, _ALLOW_ALL, _ALLOW_ALL)
 
 
 def service_account_profile(
     namespace: str, name: str, account_labels: Mapping[str, str]
 ) -> tuple[str, Profile]:
     """The profile of all pods of a service account: its labels, and no rules."""
-    own = _prefixed(labels.SERVICE_ACCOUNT_PREFIX, name, account_labels)
-    return _account_profile_name(namespace, name), Profile(own)
+    own = _inherited(labels.SERVICE_ACCOUNT_PREFIX, name, account_labels)
+    return pods.account_profile(namespace, name), Profile(own)
 
 
 def pod_profiles(pod: Pod) -> tuple[str, ...]:
     """Names of the profiles a pod has: that of its namespace and that of its service account."""
-    account = pod.spec.service_account_name
-    names = [f"kns.{pod.namespace}"]
-    if account:
-        names.append(_account_profile_name(pod.namespace, account))
-    return tuple(names)
+    return pods.profiles(pod.namespace, pod.spec.service_account_name)
 
 
 def pod_labels(pod: Pod) -> dict[str, str]:
     """A pod's labels and those that say where it comes from, which a pod can't choose."""
-    own = dict(pod.metadata.labels)
-    own[labels.NAMESPACE] = pod.namespace
-    own[labels.ORCHESTRATOR] = "k8s"
-    account = pod.spec.service_account_name
-    if account and len(account) <= _LONGEST_ACCOUNT_LABEL:
-        own[labels.SERVICE_ACCOUNT] = account
-    return own
+    return pods.labels(pod.metadata.labels, pod.namespace, pod.spec.service_account_name)
 
 
 def pod_finished(pod: Pod) -> bool:
@@ -107,9 +94,8 @@ def pod_finished(pod: Pod) -> bool:
 
     While a pod is being deleted it still runs, until the CNI plugin empties its annotation.
     """
-    if pod.metadata.deletion_timestamp and pod.metadata.annotations.get(POD_IP) == "":
-        return True
-    return pod.status.phase in _FINISHED_PHASES
+    metadata = pod.metadata
+    return pods.finished(pod.status.phase, bool(metadata.deletion_timestamp), metadata.annotations)
 
 
 def pod_nets(pod: Pod) -> tuple[Net, ...]:
@@ -119,14 +105,8 @@ def pod_nets(pod: Pod) -> tuple[Net, ...]:
     """
     if pod_finished(pod):
         return ()
-    annotations = pod.metadata.annotations
-    if pod.status.pod_ips:
-        texts = [address.ip for address in pod.status.pod_ips if address.ip]
-    elif pod.status.pod_ip:
-        texts = [pod.status.pod_ip]
-    else:
-        annotated = annotations.get(POD_IPS) or annotations.get(POD_IP) or ""
-        texts = [text for text in annotated.split(",") if text]
+    known = [address.ip for address in pod.status.pod_ips if address.ip]
+    texts = pods.addresses(pod.status.pod_ip, known, pod.metadata.annotations)
     return tuple(parse_interface(text)[0] for text in texts)
 
 
@@ -155,15 +135,8 @@ def named_ports(ports: Iterable[WorkloadEndpointPort]) -> tuple[NamedPort, ...]:
     )
 
 
-def _account_profile_name(namespace: str, account: str) -> str:
-    return f"ksa.{namespace or 'default'}.{account}"
-
-
-def _prefixed(prefix: str, name: str, own: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Labels as they are inherited; the one with the name can't be chosen."""
-    inherited = {prefix + key: value for key, value in own.items()}
-    inherited[prefix + labels.NAME] = name
-    return tuple(sorted(inherited.items()))
+def _inherited(prefix: str, name: str, own: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(pods.inherited_labels(prefix, name, own).items()))
 
 
 def _rule(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from api import pods
 from api.errors import InvalidObjectError
 from api.kubernetes import KubernetesNetworkPolicy, Namespace, Pod
 from api.registry import dump, parse_as
@@ -111,9 +112,9 @@ def test_tricky_16_ports() -> None:
     ("annotations", "deleted", "finished"),
     [
         ({}, True, False),
-        ({convert.POD_IP: "10.0.0.5"}, True, False),
-        ({convert.POD_IP: ""}, True, True),
-        ({convert.POD_IP: ""}, False, False),
+        ({pods.POD_IP: "10.0.0.5"}, True, False),
+        ({pods.POD_IP: ""}, True, True),
+        ({pods.POD_IP: ""}, False, False),
     ],
 )
 def test_tricky_19_a_pod_being_deleted_counts_until_its_addresses_are_released(
@@ -129,7 +130,7 @@ def test_tricky_19_a_pod_being_deleted_counts_until_its_addresses_are_released(
 
 def test_annotated_addresses() -> None:
     metadata = {"name": "p", "namespace": "ns"}
-    annotations = {convert.POD_IPS: "10.0.0.5/32,fd00::5/128", convert.POD_IP: "10.0.0.5/32"}
+    annotations = {pods.POD_IPS: "10.0.0.5/32,fd00::5/128", pods.POD_IP: "10.0.0.5/32"}
     parsed = pod({"metadata": {**metadata, "annotations": annotations}})
     assert list(map(str, convert.pod_nets(parsed))) == ["10.0.0.5/32", "fd00::5/128"]
     broken = pod({"metadata": metadata, "status": {"podIP": "10.0.0"}})
