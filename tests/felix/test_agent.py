@@ -18,7 +18,7 @@ from felix.iptables_dataplane import IptablesDataplane
 from felix.registration import AddressError, node_address
 from felix.snapshot import Snapshot
 from kernel.netns import call_inside, inside
-from tests.felix.world import ROOT, V3, Listener, Node, cluster, policy, reaches
+from tests.felix.world import ROOT, V3, Listener, Node, cluster, is_dropped, policy, reaches
 from tests.support.netns import eventually, fresh_namespace, run
 
 
@@ -196,6 +196,33 @@ def test_drift_is_found_and_put_right(node: Node) -> None:
     run(node.netns, "ipset", "add", name, "192.0.2.1")
     assert state() != before
     eventually(lambda: state() == before)
+
+
+def test_the_legacy_backend(node: Node) -> None:
+    configuration = {
+        "apiVersion": V3,
+        "kind": "FelixConfiguration",
+        "metadata": {"name": "default"},
+        "spec": {"iptablesBackend": "Legacy"},
+    }
+    node.put(configuration)
+    rule = {"action": "Allow", "source": {"selector": "app == 'a'"}}
+    node.put(policy("p", selector="app == 'web'", types=["Ingress"], ingress=[rule]))
+    node.start()
+    web = node.pod("web", "10.0.0.1", labels={"app": "web"})
+    one, other = node.pod("a", "10.0.0.2", labels={"app": "a"}), node.pod("b", "10.0.0.3")
+    node.settle()
+    with Listener(web.netns, 80):
+        assert reaches(one.netns, web.address, 80) == one.address
+        assert is_dropped(other.netns, web.address, 80)
+        before = run(node.netns, "iptables-legacy-save").stdout.splitlines()[1:-1]
+        # a table that is not wanted is not made by asking for it
+        assert "*nat" not in before and "*filter" in before
+        node.kill()
+        node.start()
+        assert is_dropped(other.netns, web.address, 80)
+    assert "cali" not in run(node.netns, "iptables-nft-save").stdout
+    assert node.errors().keys() == {"Node(node1)"}  # it was given no address
 
 
 def test_hooks_can_be_appended(node: Node) -> None:

@@ -244,10 +244,13 @@ def pod_in_phase(name: str, phase: str) -> Step:
 drawn_steps = st.lists(
     st.one_of(
         st.builds(
-            lambda pod, addresses, node: workload(pod, *addresses, node=node),
+            lambda pod, addresses, node, interface: workload(
+                pod, *addresses, node=node, interfaceName=interface or f"cali{pod}"
+            ),
             pod_names,
             address_lists,
             st.sampled_from([NODE, "node2"]),
+            st.sampled_from(["", "", "cali1", "cali2"]),
         ),
         st.builds(
             lambda name, spec: obj("NetworkPolicy", name, spec, "default"), pod_names, policy_spec
@@ -323,6 +326,21 @@ def test_work_is_proportional_to_what_changed() -> None:
         "cali-fw-calinew",
         "cali-tw-calinew",
     }
+
+
+def test_endpoints_that_changed_their_interface_keep_following_policy() -> None:
+    policy = obj("NetworkPolicy", "np", {"selector": "all()", "ingress": []}, "default")
+
+    def pods(letter: str) -> list[Step]:
+        return [
+            workload(f"p{n}", f"10.0.0.{n}", interfaceName=f"cali{letter}{n}") for n in range(1, 13)
+        ]
+
+    moved, fresh = Run(), Run()
+    for step in (pods("a"), pods("b"), [policy]):
+        moved.feed(step)
+    fresh.feed([*pods("b"), policy])
+    assert moved.state() == fresh.state()
 
 
 def test_a_version_without_addresses_has_no_policy_and_drops() -> None:
