@@ -85,6 +85,18 @@ class SqliteWatch:
         self.close()
 
     def _read(self) -> list[Event]:
+        while True:
+            rows = self._rows()
+            events = [
+                _event(Key(kind, name, namespace), value, str(revision))
+                for revision, kind, namespace, name, value in rows
+                if revision > self._after[kind]
+            ]
+            if events or len(rows) < _BATCH:
+                return events
+
+    def _rows(self) -> list[tuple[int, str, str, str, bytes | None]]:
+        """The next changes of our kinds, which the position then is behind."""
         with self._file.snapshot() as connection:
             first, last = connection.execute(
                 "SELECT (SELECT min(revision) FROM changes), (SELECT max(revision) FROM changes)"
@@ -96,13 +108,8 @@ class SqliteWatch:
                 f" WHERE revision > ? AND kind IN ({marks}) ORDER BY revision LIMIT {_BATCH}",
                 (self._position, *self._after),
             ).fetchall()
-        events = [
-            _event(Key(kind, name, namespace), value, str(revision))
-            for revision, kind, namespace, name, value in rows
-            if revision > self._after[kind]
-        ]
         self._position = rows[-1][0] if len(rows) == _BATCH else last or 0
-        return events
+        return rows
 
     def _check_history(self, first: int, last: int) -> None:
         if first - 1 <= self._position <= last:

@@ -269,6 +269,19 @@ def test_old_changes_are_forgotten(
     assert store.update(entry.key, numbered(250)).revision == "251"
 
 
+def test_changes_that_were_listed_do_not_hold_up_later_ones(store: SqliteDatastore) -> None:
+    """A watch that must pass over more of them than it reads at once does not wait."""
+    first = store.list("Node").revision
+    store.create(pool_key("a"), {})
+    for _ in range(2 * sqlite_watch._BATCH):
+        store.update(pool_key("a"), {})
+    positions = {"Node": first, "IPPool": store.list("IPPool").revision}
+    store.update(pool_key("a"), numbered(1))
+    with store.watch(["Node", "IPPool"], positions) as watch:
+        [event] = watch.next(timeout=0)
+    assert event.entry == store.get(pool_key("a"))
+
+
 def test_log_of_the_file_does_not_grow_for_ever(
     path: Path, store: SqliteDatastore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
