@@ -23,15 +23,18 @@ from reconcile.backoff import Backoff
 # after this time, seconds; Python's default of 5 ms is five times a whole ADD.
 _SWITCH_INTERVAL = 0.0005
 
+_END = (signal.SIGTERM, signal.SIGINT)
+
 _log = logging.getLogger(__name__)
 
 
 def run(environment: Environment) -> None:
     """Serve until SIGTERM or SIGINT. Raises OSError, RuntimeError, ValueError at the start."""
     sys.setswitchinterval(_SWITCH_INTERVAL)
+    # Blocked, here and in every thread to come, and waited for: a handler of Python's may be
+    # missed by a main thread that is just about to sleep.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _END)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     store = connect(environment.datastore)
     node = Node(store, environment.node)
     server = Server(socket_path(environment), Plugin(node).handle)
@@ -42,7 +45,8 @@ def run(environment: Environment) -> None:
     gc.freeze()  # what is loaded now stays for ever, so the collector need not look at it
     server.start()
     _log.info("node %s: serving on %s", environment.node, server.path)
-    stop.wait()
+    signal.sigwait(_END)
+    stop.set()
     server.stop()
     repairs.join()
     node.stop()
