@@ -42,7 +42,10 @@ _log = logging.getLogger(__name__)
 
 
 class AddressError(Exception):
-    """The node's address can't be told."""
+    """An address of this node can't be told."""
+
+
+_EXPECTED = (StoreError, IpamError, InvalidObjectError, AddressError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,11 @@ def node_address(configured: str | None, workload_prefixes: tuple[str, ...]) -> 
 def _configured_address(text: str, addresses: list[Address]) -> str:
     try:
         host, network = parse_interface(text)
+        if host.version != V4:
+            raise ValueError(text)
     except ValueError as error:
         raise AddressError(
-            f"{NODE_IP}: {text!r}: expected an address such as 172.31.1.11/24"
+            f"{NODE_IP}: {text!r}: expected an IPv4 address such as 172.31.1.11/24"
         ) from error
     if "/" in text:
         return f"{format_address(host.version, host.address)}/{network.length}"
@@ -142,8 +147,9 @@ class Registrar:
                 return
             try:
                 self._fulfil(wish)
-            except (StoreError, IpamError, InvalidObjectError, AddressError, OSError) as error:
-                _log.warning("node %s: %s; will be tried again", self._node, error)
+            except Exception as error:
+                surprise = not isinstance(error, _EXPECTED)
+                _log.warning("%s: %s; will be tried again", self._node, error, exc_info=surprise)
                 self._report(RegistrationProblem(str(error)))
                 backoff.failed(self._node, time.monotonic())
             else:
@@ -155,21 +161,20 @@ class Registrar:
             self._create_node()
         if not wish.overlay:
             self._release()
-        elif wish.pools or wish.tunnel:
-            self._hold(wish)
         else:
-            raise AddressError("no VXLAN pool that selects this node may hold tunnel addresses")
+            self._hold(wish)
 
     def _create_node(self) -> None:
+        address = self._address()
         node = {
             "apiVersion": "projectcalico.org/v3",
             "kind": "Node",
             "metadata": {"name": self._node},
-            "spec": {"bgp": {"ipv4Address": self._address()}},
+            "spec": {"bgp": {"ipv4Address": address}},
         }
         with contextlib.suppress(AlreadyExistsError):
             self._store.create(Key("Node", self._node), node)
-            _log.info("registered node %s with address %s", self._node, self._address())
+            _log.info("registered node %s with address %s", self._node, address)
 
     def _hold(self, wish: Registration) -> None:
         """See that IPAM counts the tunnel address as ours, and that the Node names it."""
@@ -193,6 +198,11 @@ class Registrar:
 
     def _taken(self, wish: Registration) -> Net:
         """A new address, instead of any in pools that are gone."""
+        if not wish.pools:
+            raise AddressError(
+                "the overlay needs a tunnel address: no VXLAN pool that selects this node has"
+                " Tunnel in its allowedUses"
+            )
         self._allocator.release(self._handle)
         return self._allocator.assign(
             self._handle, self._attributes, version=V4, pools=wish.pools, use="Tunnel"

@@ -84,6 +84,21 @@ def test_registration(node: Node) -> None:
     assert spec_of(node) == {"bgp": {"ipv4Address": "192.0.2.7/24"}}
 
 
+def test_a_pool_without_room_for_tunnels_is_named(node: Node) -> None:
+    node.address = "192.0.2.7/24"
+    node.put(
+        {
+            "apiVersion": V3,
+            "kind": "IPPool",
+            "metadata": {"name": "pods"},
+            "spec": {"cidr": "10.0.0.0/16", "vxlanMode": "Always", "allowedUses": ["Workload"]},
+        }
+    )
+    node.start()
+    eventually(lambda: "allowedUses" in node.errors().get("Node(node1)", ""))
+    assert "vxlan" not in run(node.netns, "ip", "link").stdout
+
+
 def test_which_address_a_node_has() -> None:
     with fresh_namespace() as namespace:
         for number in (0, 1):
@@ -103,7 +118,7 @@ def test_which_address_a_node_has() -> None:
         assert address("192.0.0.1") == "192.0.0.1/24"
         assert address("203.0.113.1") == "203.0.113.1/32"
         assert address("203.0.113.1/28") == "203.0.113.1/28"
-        for wrong in ("here", "192.0.0.1/33"):
+        for wrong in ("here", "192.0.0.1/33", "2001:db8::1"):
             with pytest.raises(AddressError, match=wrong):
                 address(wrong)
 
