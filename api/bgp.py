@@ -50,7 +50,30 @@ def _peer_ip(text: str) -> str:
     return text
 
 
+def zero_is_default(value: object) -> object:
+    """A port of 0 is none given."""
+    return value or None
+
+
 PeerIp = Annotated[str, AfterValidator(_peer_ip)]
+
+
+def community_expected(text: str) -> str | None:
+    """What a community (RFC 1997, RFC 8092) should be, None when it is right."""
+    match = re.fullmatch(r"([0-9]+):([0-9]+)(?::([0-9]+))?", text)
+    bits = 32 if match and match[3] else 16
+    if match and all(int(part) < 1 << bits for part in match.groups("0")):
+        return None
+    return "aa:nn with numbers of 16 bits, or aa:nn:mm with numbers of 32 bits"
+
+
+def _community(text: str) -> str:
+    if expected := community_expected(text):
+        raise refuse(expected)
+    return text
+
+
+CommunityValue = Annotated[str, AfterValidator(_community)]
 
 
 class SecretKeySelector(Model):
@@ -77,7 +100,7 @@ class Community(Model):
     """A name for a BGP community."""
 
     name: Name
-    value: str
+    value: Annotated[CommunityValue, Field(max_length=40)]
 
 
 class PrefixAdvertisement(Model):
@@ -85,15 +108,6 @@ class PrefixAdvertisement(Model):
 
     cidr: Cidr
     communities: Annotated[list[str], Field(max_length=50)]
-
-
-def community_expected(text: str) -> str | None:
-    """What a community (RFC 1997, RFC 8092) should be, None when it is right."""
-    match = re.fullmatch(r"([0-9]+):([0-9]+)(?::([0-9]+))?", text)
-    bits = 32 if match and match[3] else 16
-    if match and all(int(part) < 1 << bits for part in match.groups("0")):
-        return None
-    return "aa:nn with numbers of 16 bits, or aa:nn:mm with numbers of 32 bits"
 
 
 class BGPConfigurationSpec(Checked):
@@ -116,7 +130,7 @@ class BGPConfigurationSpec(Checked):
     service_load_balancer_aggregation: Literal["Enabled", "Disabled"] = "Enabled"
     communities: list[Community] = Field(default_factory=list, max_length=500)
     prefix_advertisements: list[PrefixAdvertisement] = Field(default_factory=list, max_length=500)
-    listen_port: Annotated[PortNumber | None, BeforeValidator(lambda n: n or None)] = None
+    listen_port: Annotated[PortNumber | None, BeforeValidator(zero_is_default)] = None
     node_mesh_password: BGPPassword | None = None
     node_mesh_max_restart_time: Duration | None = None
     bind_mode: Literal["None", "NodeIP"] | None = None
@@ -130,7 +144,7 @@ class BGPConfigurationSpec(Checked):
     ipv6_normal_route_priority: RoutePriority | None = None
 
     def faults(self) -> Iterator[Fault]:
-        """Mesh settings without a mesh, communities that are wrong, unknown or unused."""
+        """Mesh settings without a mesh, communities that are unknown or unused."""
         if self.node_to_node_mesh_enabled is False:
             for field, value in (
                 ("nodeMeshPassword", self.node_mesh_password),
@@ -144,9 +158,6 @@ class BGPConfigurationSpec(Checked):
                 [community.name for community in self.communities],
                 "used by prefixAdvertisements, or absent",
             )
-        for index, community in enumerate(self.communities):
-            if expected := community_expected(community.value):
-                yield Fault(("communities", index, "value"), community.value, expected)
         names = {community.name for community in self.communities}
         for index, advertisement in enumerate(self.prefix_advertisements):
             for position, text in enumerate(advertisement.communities):

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from api.bgp import RoutePriority, community_expected
+from api.bgp import CommunityValue, RoutePriority
 from api.fields import AsNumber, Cidr, refuse
-from api.metadata import CalicoResource, Checked, Fault, Model
+from api.metadata import CalicoResource, Checked, Fault, Model, OneOf
 from api.net import parse_net
 
 _INTERFACE_RE = re.compile(r"[a-zA-Z0-9_.*-]{1,15}")
@@ -27,9 +27,7 @@ def _interface(text: str) -> str:
     return text
 
 
-def _community(text: str) -> str:
-    if expected := community_expected(text):
-        raise refuse(expected)
+def _plain_numbers(text: str) -> str:
     if not all(_NUMBER_RE.fullmatch(part) for part in text.split(":")):
         raise refuse("a community whose numbers have no leading zeros")
     return text
@@ -48,7 +46,7 @@ def _v6(text: str) -> str:
 
 
 FilterInterface = Annotated[str, AfterValidator(_interface)]
-CommunityValue = Annotated[str, AfterValidator(_community)]
+PlainCommunity = Annotated[CommunityValue, AfterValidator(_plain_numbers)]
 CidrV4 = Annotated[Cidr, AfterValidator(_v4)]
 CidrV6 = Annotated[Cidr, AfterValidator(_v6)]
 
@@ -77,13 +75,13 @@ class PrefixLengthV6(PrefixLength):
 class CommunityMatch(Model):
     """Routes that carry this community."""
 
-    values: Annotated[list[CommunityValue], Field(min_length=1, max_length=1)]
+    values: Annotated[list[PlainCommunity], Field(min_length=1, max_length=1)]
 
 
 class AddCommunity(Model):
     """Add a community."""
 
-    value: CommunityValue
+    value: PlainCommunity
 
 
 class PrependASPath(Model):
@@ -98,20 +96,12 @@ class SetPriority(Model):
     value: RoutePriority
 
 
-class FilterOperation(Checked):
-    """One change to a route: exactly one field is set."""
+class FilterOperation(OneOf):
+    """One change to a route."""
 
     add_community: AddCommunity | None = None
     prepend_as_path: PrependASPath | None = Field(default=None, alias="prependASPath")
     set_priority: SetPriority | None = None
-
-    def faults(self) -> Iterator[Fault]:
-        """None, or more than one."""
-        present = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(present) != 1:
-            yield Fault(
-                (), f"{len(present)} operations", "one of addCommunity, prependASPath, setPriority"
-            )
 
 
 class BGPFilterRule(Checked):

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from api.fields import PortNumber, refuse
 from api.kubernetes import Block, KubernetesMeta, LabelSelector
-from api.metadata import Checked, Condition, Fault, Model, Resource
+from api.metadata import Checked, Condition, Fault, Model, OneOf, Resource
 
 MAX = 25  # rules in a direction, peers and protocols of a rule, networks of a peer
 
@@ -27,18 +27,6 @@ def _domain(text: str) -> str:
 
 
 DomainName = Annotated[str, AfterValidator(_domain)]
-
-
-class _OneOf(Checked):
-    """A choice: exactly one field is set."""
-
-    def faults(self) -> Iterator[Fault]:
-        """None, or more than one."""
-        fields = type(self).model_fields
-        present = [f.alias or n for n, f in fields.items() if getattr(self, n) is not None]
-        if len(present) != 1:
-            names = ", ".join(field.alias or name for name, field in fields.items())
-            yield Fault((), present, f"exactly one of {names}")
 
 
 class NamespacedPod(Model):
@@ -62,7 +50,7 @@ class PortRange(Checked):
             yield Fault(("end",), self.end, f"greater than start ({self.start})")
 
 
-class DestinationPort(_OneOf):
+class DestinationPort(OneOf):
     """A port or a range of ports."""
 
     number: PortNumber | None = None
@@ -75,7 +63,7 @@ class PortMatch(Model):
     destination_port: DestinationPort
 
 
-class ProtocolMatch(_OneOf):
+class ProtocolMatch(OneOf):
     """A protocol and its ports, or a pod's port by its name."""
 
     tcp: PortMatch | None = None
@@ -84,21 +72,21 @@ class ProtocolMatch(_OneOf):
     destination_named_port: str | None = None
 
 
-class Subject(_OneOf):
+class Subject(OneOf):
     """The pods a policy is for: all in some namespaces, or some of them."""
 
     namespaces: LabelSelector | None = None
     pods: NamespacedPod | None = None
 
 
-class IngressPeer(_OneOf):
+class IngressPeer(OneOf):
     """Who connects."""
 
     namespaces: LabelSelector | None = None
     pods: NamespacedPod | None = None
 
 
-class EgressPeer(_OneOf):
+class EgressPeer(OneOf):
     """Who is connected to."""
 
     namespaces: LabelSelector | None = None

@@ -231,11 +231,14 @@ def _port(value: object) -> int | str:
     raise refuse("a port from 1 to 65535, or a port's name")
 
 
+NetworkPolicyPortValue = Annotated[int | str, BeforeValidator(_port)]
+
+
 class NetworkPolicyPort(Checked):
     """Which ports. No port: all of the protocol."""
 
     protocol: Literal["TCP", "UDP", "SCTP"] = "TCP"
-    port: Annotated[int | str, BeforeValidator(_port)] | None = None
+    port: NetworkPolicyPortValue | None = None
     end_port: Annotated[int, Field(ge=1, le=65535)] | None = None
 
     def faults(self) -> Iterator[Fault]:

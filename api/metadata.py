@@ -150,6 +150,18 @@ class Checked(Model):
         return self
 
 
+class OneOf(Checked):
+    """A choice: exactly one field is set."""
+
+    def faults(self) -> Iterable[Fault]:
+        """None, or more than one."""
+        fields = type(self).model_fields
+        present = [f.alias or n for n, f in fields.items() if getattr(self, n) is not None]
+        if len(present) != 1:
+            names = ", ".join(field.alias or name for name, field in fields.items())
+            yield Fault((), present, f"exactly one of {names}")
+
+
 class OwnerReference(Model):
     """Who owns an object (metadata.ownerReferences[])."""
 

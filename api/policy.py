@@ -18,7 +18,7 @@ from api.fields import (
     parse_port,
     protocol_number,
 )
-from api.metadata import CalicoResource, Checked, Fault, Model, Status, annotation_faults
+from api.metadata import CalicoResource, Checked, Fault, Model, OneOf, Status, annotation_faults
 from api.net import parse_net
 
 RuleAction = Literal["Allow", "Deny", "Log", "Pass"]
@@ -44,7 +44,7 @@ class ICMPFields(Checked):
             yield Fault(("type",), None, "required, because code is set")
 
 
-class HTTPPath(Checked):
+class HTTPPath(OneOf):
     """A path: exactly this, or beginning with this."""
 
     exact: Annotated[str, Field(max_length=1024)] | None = None
@@ -52,8 +52,7 @@ class HTTPPath(Checked):
 
     def faults(self) -> Iterator[Fault]:
         """Both or none of the two, or not a path (RFC 3986)."""
-        if (self.exact is None) == (self.prefix is None):
-            yield Fault((), self.model_dump(), "either exact or prefix")
+        yield from super().faults()
         for field, text in (("exact", self.exact), ("prefix", self.prefix)):
             if text is not None and (not text.startswith("/") or set(text) & set("? #")):
                 yield Fault((field,), text, "a path beginning with '/', without '?', '#' or space")
