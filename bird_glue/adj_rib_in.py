@@ -24,9 +24,13 @@ UNMARKED_SECONDS = 5.0
 
 @dataclass(slots=True)
 class PeerState:
-    """A peer and what it told. ``ended``: IP versions all of whose routes are here."""
+    """A peer and what it told. ``ended``: IP versions all of whose routes are here.
 
-    session: Session
+    ``session`` is None while the peer is not wanted but its session still stands: what it
+    tells is kept, for the case that it is wanted again before ExaBGP has ended the session.
+    """
+
+    session: Session | None = None
     nets: set[Net] = field(default_factory=set)
     stale: set[Net] = field(default_factory=set)
     deadline: float | None = None  # when stale routes go
@@ -56,33 +60,30 @@ class AdjRibIn:
         self.changed: set[Net] = set()
 
     def set_peers(self, sessions: Mapping[Net, Session]) -> None:
-        """Who is a peer. Routes of those who no longer are, are gone."""
-        for address in [address for address in self.peers if address not in sessions]:
-            self._forget(address, tuple(self.peers[address].nets))
-            del self.peers[address]
-        for address, session in sessions.items():
-            known = self.peers.get(address)
-            if known is None:
-                self.peers[address] = PeerState(session)
-            elif known.session != session:
+        """Who is wanted as a peer. Routes of the others are not used."""
+        for address in sessions.keys() - self.peers.keys():
+            self.peers[address] = PeerState()
+        for address, known in tuple(self.peers.items()):
+            session = sessions.get(address)
+            if known.session != session:
                 known.session = session
                 self.changed |= known.nets
+            self._drop_unwanted(address)
 
     def opened(self, event: Opened) -> None:
         """The peer's OPEN came."""
-        if peer := self.peers.get(event.peer):
-            peer.graceful = event.graceful_restart
-            if peer.router_id != event.router_id:
-                peer.router_id = event.router_id
-                self.changed |= peer.nets
+        peer = self.peers.setdefault(event.peer, PeerState())
+        peer.graceful = event.graceful_restart
+        if peer.router_id != event.router_id:
+            peer.router_id = event.router_id
+            self.changed |= peer.nets
 
     def up(self, address: Net, now: float) -> None:
         """The session is established; what was kept of the last one awaits confirmation.
 
         Routes of a family go at once if the peer has not kept forwarding them.
         """
-        if not (peer := self.peers.get(address)):
-            return
+        peer = self.peers.setdefault(address, PeerState())
         graceful = peer.graceful
         marks_end = bool(graceful and graceful.families)
         peer.up = True
@@ -103,6 +104,10 @@ class AdjRibIn:
         peer = self.peers.get(address)
         if peer is None or not peer.up:
             return  # a failed attempt: what is stale stays until its time is up
+        if peer.session is None:
+            peer.up = False
+            self._drop_unwanted(address)
+            return
         kept: frozenset[int] = frozenset()
         if graceful and peer.graceful:
             kept = peer.graceful.families
@@ -112,9 +117,10 @@ class AdjRibIn:
 
     def restarted(self, now: float) -> None:
         """Our end of all sessions is gone and will come back: keep what was told."""
-        for peer in self.peers.values():
+        for address, peer in tuple(self.peers.items()):
             if peer.up:
                 self._grow_stale(peer, now + END_OF_RIB_SECONDS, ours=True)
+            self._drop_unwanted(address)
 
     def _grow_stale(self, peer: PeerState, deadline: float, *, ours: bool) -> None:
         peer.up = False
@@ -161,8 +167,19 @@ class AdjRibIn:
         return min((time for time in deadlines if time is not None), default=None)
 
     def complete(self, now: float) -> bool:
-        """Whether every peer is up and has told all it has."""
-        return all(peer.complete(now) for peer in self.peers.values())
+        """Whether every peer that is wanted is up and has told all it has."""
+        return all(peer.complete(now) for peer in self.peers.values() if peer.session)
+
+    def next_settled(self, now: float) -> float | None:
+        """When a peer that marks no end will count as complete; None if none is waited for."""
+        times = (peer.settles for peer in self.peers.values())
+        return min((time for time in times if time is not None and time > now), default=None)
+
+    def _drop_unwanted(self, address: Net) -> None:
+        peer = self.peers[address]
+        if peer.session is None and not peer.up:
+            self._forget(address, tuple(peer.nets))
+            del self.peers[address]
 
     def _forget(self, address: Net, nets: Iterable[Net]) -> None:
         peer = self.peers[address]

@@ -139,8 +139,7 @@ class Core:
             return None
         due = [self._speaker.next_due(now), self._routes.next_deadline(), self._fib.next_retry()]
         if self._fib.holding:
-            due.append(self._hold_until)
-            due += [p.settles for p in self._routes.peers.values() if p.settles and p.settles > now]
+            due += [self._hold_until, self._routes.next_settled(now)]
         return min((time for time in due if time is not None), default=None)
 
     def _let_go(self, now: float) -> None:

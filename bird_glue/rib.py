@@ -137,6 +137,8 @@ class Rib:
         refused: dict[Net, str] = {}
         for path in self._in.routes.get(net, {}).values():
             session = self._in.peers[path.peer].session
+            if session is None:
+                continue
             resolution = resolved[path.next_hop]
             why = refusal(net, path, session, self._guard)
             if not why and resolution is None:

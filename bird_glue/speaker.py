@@ -149,7 +149,9 @@ class Speaker:
         try:
             self._announcer.step(self._dialogue, now)
             self._file.step(self._dialogue, now)
-            if not self._leaving and self._file.stale(now) and self._drained(now):
+            if self._file.settled or self._leaving:
+                self._drain_until = None
+            elif self._file.stale(now) and self._drained(now):
                 self._file.load(self._dialogue, now)
             self._dialogue.pump(now)
         except (OSError, NotLoadedError) as error:

@@ -38,13 +38,13 @@ class Tracker:
         self._sessions: dict[Net, Tracked] = {}
 
     def set_neighbors(self, neighbors: Mapping[Net, Neighbor], now: float) -> None:
-        """Whose sessions to track. ``now``: seconds of the epoch."""
-        self._sessions = {
-            address: self._sessions[address]
-            if address in self._sessions and neighbor == self._neighbors.get(address)
-            else Tracked(since=now)
-            for address, neighbor in neighbors.items()
-        }
+        """Whose sessions are wanted. ``now``: seconds of the epoch.
+
+        What is known of a session stays until ExaBGP says that it ended, for the case that it
+        is wanted again before.
+        """
+        for address in neighbors:
+            self._sessions.setdefault(address, Tracked(since=now))
         self._neighbors = neighbors
 
     def get(self, peer: Net) -> Tracked:
@@ -62,9 +62,7 @@ class Tracker:
 
     def note(self, event: SessionEvent) -> None:
         """Something happened."""
-        session = self._sessions.get(event.peer)
-        if session is None:
-            return
+        session = self._sessions.setdefault(event.peer, Tracked())
         match event:
             case Connected():
                 if session.state != ESTABLISHED:
@@ -76,11 +74,15 @@ class Tracker:
             case Up(time=time):
                 session.state, session.since, session.info = ESTABLISHED, time, ""
                 session.notified = None
+            case Down() if event.peer not in self._neighbors:
+                del self._sessions[event.peer]
             case Down():
                 self._down(session, event)
 
     def lost_all(self, now: float) -> None:
         """ExaBGP has ended. ``now``: seconds of the epoch."""
+        wanted = self._neighbors
+        self._sessions = {a: found for a, found in self._sessions.items() if a in wanted}
         for session in self._sessions.values():
             if session.state == ESTABLISHED:
                 session.state, session.since = "Active", now

@@ -116,14 +116,40 @@ def test_complete_means_that_all_peers_have_told_all() -> None:
     assert unmarked.complete(UNMARKED_SECONDS)
 
 
-def test_a_peer_that_is_no_longer_wanted_takes_its_routes_along() -> None:
+def used(routes: AdjRibIn) -> set[Net]:
+    return {
+        net
+        for net, paths in routes.routes.items()
+        if any(routes.peers[path.peer].session for path in paths.values())
+    }
+
+
+def test_routes_of_a_peer_that_is_no_longer_wanted_are_not_used() -> None:
+    """They are kept while its session stands: it may be wanted again before that ends."""
     routes = established(KEEPING)
+    sessions = {PEER: Session(True, frozenset((64512,)))}
     routes.changed.clear()
     routes.set_peers({})
-    assert held(routes) == set()
+    assert used(routes) == set()
     assert routes.changed == {ONE, TWO}
+    assert routes.complete(0)
+    routes.updated(Updated(PEER, False, (TWO,), (), Attributes()))
+    routes.changed.clear()
+    routes.set_peers(sessions)
+    assert used(routes) == {ONE}
+    assert routes.changed == {ONE}
+    assert routes.complete(0)
+
+    routes.set_peers({})
+    routes.down(PEER, 1, graceful=True)
+    assert held(routes) == set()
+    assert not routes.peers
     assert not routes.next_hops
-    tell(routes, ONE)  # a late event of it is nobody's
-    routes.up(PEER, 1)
-    routes.end_of_rib(PEER, V4)
+
+
+def test_restart_takes_peers_along_that_are_not_wanted() -> None:
+    routes = established(KEEPING)
+    routes.set_peers({})
+    routes.restarted(1)
+    assert not routes.peers
     assert held(routes) == set()

@@ -97,11 +97,23 @@ def test_one_that_waits_says_so() -> None:
     assert after(neighbor=waiting).info == "waiting for the peer to call"
 
 
-def test_events_of_strangers_are_ignored() -> None:
+def test_session_that_is_wanted_again_before_it_ended() -> None:
     tracker = Tracker(lambda peer: "")
-    tracker.note(Up(PEER, 1))
+    tracker.note(Up(PEER, 1))  # ExaBGP was found with it
     tracker.set_neighbors({PEER: NEIGHBOR}, 5)
+    assert tracker.get(PEER).state == "Established"
+    tracker.set_neighbors({}, 6)
+    tracker.set_neighbors({PEER: NEIGHBOR}, 7)
+    assert tracker.get(PEER).since == 1
+    tracker.set_neighbors({}, 8)
+    tracker.note(down("stop, message [removed]"))
+    tracker.set_neighbors({PEER: NEIGHBOR}, 9)
     assert tracker.get(PEER).state == "Active"
+
+
+def test_exabgp_itself_ends() -> None:
+    tracker = Tracker(lambda peer: "")
+    tracker.set_neighbors({PEER: NEIGHBOR}, 5)
     tracker.note(Up(PEER, 6))
     tracker.lost_all(7)
     assert tracker.get(PEER) == Tracked("Active", 7, "ExaBGP has ended and is being started again")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ class Ping:
     def __init__(self, source: Station, target: str) -> None:
         self._log = source.directory / f"ping-{target}.log"
         self._log.unlink(missing_ok=True)
+        self._until = time.monotonic() + 0.5
         self._process = Process(
             source.namespace, "ping", "-n", "-q", "-i", "0.005", target, log=self._log
         )
@@ -76,6 +78,7 @@ class Ping:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        eventually(lambda: time.monotonic() > self._until)  # a flow, not a few packets
         self._process.end(signal.SIGINT)
 
     @property
@@ -88,7 +91,7 @@ class Ping:
     @property
     def lost(self) -> int:
         sent, received = self.report
-        assert sent > 50
+        assert sent > 10
         return max(0, sent - received - 1)
 
 
