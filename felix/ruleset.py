@@ -68,7 +68,7 @@ class Ruleset:
         before = self._holders.pop(name, None)
         if before is not None:
             del self._versions[name]
-            if self._interfaces[before] == name:
+            if self._interfaces.get(before) == name:
                 del self._interfaces[before]
         if holder is not None:
             self._holders[name] = holder
