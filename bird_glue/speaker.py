@@ -138,7 +138,8 @@ class Speaker:
             self._channel = None
         elif message.closed:
             # without its child ExaBGP is deaf: start both again
-            found += self._end("its relay is gone", now)
+            ended = self._process is not None and self._process.ended()
+            found += self._end("it has ended" if ended else "its relay is gone", now)
         return found
 
     def step(self, now: float) -> list[SpeakerEvent]:
