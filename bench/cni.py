@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,7 +214,7 @@ def _ptp(directory: Path) -> Plugin:
     return Plugin(REFERENCE / "ptp", _file(directory / "ptp.conf", configuration), {})
 
 
-def _file(path: Path, configuration: dict[str, object]) -> Path:
+def _file(path: Path, configuration: Mapping[str, object]) -> Path:
     path.write_text(json.dumps(configuration))
     return path
 
