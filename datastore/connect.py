@@ -9,7 +9,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from datastore.interface import Datastore
 
-_EXPECTED = "sqlite:///absolute/path, etcd://host:port,host:port"
+_EXPECTED = "sqlite:///absolute/path, etcd://host:port,host:port or kubernetes://"
 _ETCD_FILES = ("ca", "cert", "key")
 
 
@@ -22,6 +22,8 @@ def connect(url: str, env: Mapping[str, str] = os.environ) -> Datastore:
       ``user=NAME`` and ``timeout=SECONDS``. What the URL does not say comes from
       ``MANX_ETCD_CA``, ``_CERT``, ``_KEY``, ``_USER``; the password from ``MANX_ETCD_PASSWORD``
       or the file ``MANX_ETCD_PASSWORD_FILE`` alone.
+    - ``kubernetes://``: the cluster this pod runs in, or the one of ``KUBECONFIG`` or
+      ``~/.kube/config``; ``?kubeconfig=FILE&context=NAME`` name another.
 
     Raises ValueError.
     """
@@ -122,6 +124,24 @@ def _seconds(url: str, text: str) -> float:
     return seconds
 
 
+def _kubernetes(url: str, parts: SplitResult, env: Mapping[str, str]) -> Datastore:
+    from datastore.kubernetes import KubernetesDatastore
+    from datastore.kubernetes_client import KubernetesSettings
+
+    if parts.netloc or parts.path not in ("", "/") or parts.fragment:
+        raise ValueError(
+            f"datastore {url!r}: expected kubernetes:// and perhaps options:"
+            " kubernetes://?kubeconfig=FILE&context=NAME"
+        )
+    options = _options(url, parts, {"kubeconfig": "kubeconfig=FILE", "context": "context=NAME"})
+    return KubernetesDatastore(
+        KubernetesSettings(
+            kubeconfig=options.get("kubeconfig") or env.get("KUBECONFIG", ""),
+            context=options.get("context", ""),
+        )
+    )
+
+
 def _options(url: str, parts: SplitResult, known: Mapping[str, str]) -> dict[str, str]:
     options = {}
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
@@ -138,4 +158,5 @@ _SCHEMES: Mapping[str, Callable[[str, SplitResult, Mapping[str, str]], Datastore
     "sqlite": _sqlite,
     "etcd": _etcd,
     "etcds": _etcd,
+    "kubernetes": _kubernetes,
 }

@@ -89,7 +89,8 @@ class EtcdWatch:
         self._thread = threading.Thread(target=self._run, name="etcd-watch", daemon=True)
         self._thread.start()
         # What etcd forgets once it knows of the watch no longer matters.
-        self._begun.wait(client.settings.timeout)
+        if self._places:
+            self._begun.wait(client.settings.timeout)
 
     def next(self, timeout: float | None = None) -> Sequence[Event]:
         """Wait for changes, at most ``timeout`` seconds (None: for ever).

@@ -1,0 +1,241 @@
+"""A watch on a Kubernetes API server: a stream for each kind of object, gone on with when cut."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import msgspec
+import urllib3
+from urllib3.exceptions import HTTPError
+
+from datastore.event_buffer import EventBuffer
+from datastore.interface import Entry, Event, RevisionGoneError, StoreError, UnavailableError
+from datastore.kubernetes_client import ApiServer, RequestError
+from datastore.kubernetes_objects import (
+    UndecodableError,
+    decode,
+    decode_event,
+    decode_list,
+    decode_status,
+)
+from datastore.kubernetes_views import Source, collection, sources
+
+_OUTAGE_SECONDS = 10.0  # a shorter one is not worth a word
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 1.0
+_STREAM_SECONDS = (300, 600)  # how long a stream is asked for; spread out over the nodes
+_SILENCE_SECONDS = 150.0  # bookmarks come about every minute
+_READ_BYTES = 1 << 16
+
+_log = logging.getLogger(__name__)
+
+
+class KubernetesWatch:
+    """See ``datastore.interface.Watch``. Each kind's revision is counted on its own.
+
+    A stream that is cut goes on after the last event or bookmark it brought. After 10 s without
+    any, the watch is over with UnavailableError.
+    """
+
+    def __init__(
+        self, server: ApiServer, kinds: Iterable[str], revision: str | Mapping[str, str]
+    ) -> None:
+        self._buffer = EventBuffer()
+        self._streams = []
+        for kind in dict.fromkeys(kinds):
+            text = revision if isinstance(revision, str) else revision[kind]
+            positions = _positions(text, len(sources(kind)))
+            self._streams += [
+                _Stream(server, self._buffer, kind, place, positions)
+                for place in range(len(positions))
+            ]
+        for stream in self._streams:
+            stream.start()
+        deadline = time.monotonic() + server.settings.timeout
+        for stream in self._streams:
+            stream.begun.wait(max(0, deadline - time.monotonic()))
+
+    def next(self, timeout: float | None = None) -> Sequence[Event]:
+        """Wait for changes, at most ``timeout`` seconds (None: for ever).
+
+        Returns all that are ready (at most 1000), or an empty sequence at the timeout or
+        after ``close``. Raises RevisionGoneError or UnavailableError; the watch is then over
+        and goes on raising it.
+        """
+        return self._buffer.next(timeout)
+
+    def close(self) -> None:
+        """End the watch and wake whoever waits in ``next``."""
+        self._buffer.close()
+        for stream in self._streams:
+            stream.interrupt()
+        for stream in self._streams:
+            stream.join()
+
+    def __enter__(self) -> KubernetesWatch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Stream(threading.Thread):
+    """Follows one source of a kind. ``positions`` are those of all sources of the kind."""
+
+    def __init__(
+        self, server: ApiServer, buffer: EventBuffer, kind: str, place: int, positions: list[str]
+    ) -> None:
+        self._source: Source = sources(kind)[place]
+        super().__init__(name=f"watch-{self._source.kind}", daemon=True)
+        self.begun = threading.Event()  # the server has taken the watch on, or failed
+        self._server = server
+        self._buffer = buffer
+        self._kind = kind
+        self._place = place
+        self._positions = positions
+        self._lock = threading.Lock()
+        self._response: urllib3.BaseHTTPResponse | None = None
+
+    def interrupt(self) -> None:
+        """Wake the thread, when it waits for the server, after the buffer was closed."""
+        with self._lock:
+            if self._response is not None:
+                with contextlib.suppress(OSError, ValueError, RuntimeError):
+                    self._response.shutdown()
+
+    def run(self) -> None:
+        """Follow until the buffer is over."""
+        try:
+            self._follow()
+        except Exception as error:  # a bug: the consumer must not wait for ever
+            _log.exception("unexpected error in the watch of %s", self._source.kind)
+            self._buffer.fail(UnavailableError(f"watch of {self._source.kind}: {error!r}"))
+        finally:
+            self.begun.set()
+
+    def _follow(self) -> None:
+        pause, last_heard, check = _FIRST_PAUSE, time.monotonic(), True
+        while not self._buffer.over:
+            try:
+                if check:
+                    self._check_history()
+                check = True
+                self._stream()
+                check, last_heard, pause = False, time.monotonic(), _FIRST_PAUSE
+                continue
+            except _CutError as cut:
+                problem: StoreError = UnavailableError(f"{self._server}: {cut}")
+                if cut.heard:
+                    pause, last_heard = _FIRST_PAUSE, time.monotonic()
+            except UnavailableError as error:
+                problem = error
+            except RequestError as error:
+                problem = self._server.explain(error, None, self._source.kind)
+                if not isinstance(problem, UnavailableError) or error.status.code == 403:
+                    self._buffer.fail(problem)
+                    return
+            except StoreError as error:
+                self._buffer.fail(error)
+                return
+            self.begun.set()
+            if time.monotonic() > last_heard + _OUTAGE_SECONDS:
+                self._buffer.fail(problem)
+                return
+            self._buffer.pause(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _check_history(self) -> None:
+        """Refuse a cluster that is behind our position: its data were restored from a backup."""
+        answer = self._server.request("GET", collection(self._source.kind), query={"limit": "1"})
+        _, _, revision = decode_list(self._source.kind, answer.body)
+        mine = self._positions[self._place]
+        if revision.isdecimal() and int(revision) < int(mine):
+            raise RevisionGoneError(
+                f"{self._server}: {self._source.kind} is at {revision}, before {mine}: it was"
+                " restored from a backup; list again and watch from there"
+            )
+
+    def _stream(self) -> None:
+        """Follow one stream until the server ends it in order."""
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": self._positions[self._place],
+            "timeoutSeconds": str(random.randint(*_STREAM_SECONDS)),
+        }
+        path = collection(self._source.kind)
+        response = self._server.stream(path, query, _SILENCE_SECONDS)
+        heard = False
+        try:
+            with self._lock:
+                self._response = response
+            if self._buffer.over:
+                return
+            self.begun.set()
+            for line in _lines(response):
+                self._take(line)
+                heard = True
+        except (HTTPError, OSError, ValueError, AttributeError) as error:
+            # also what reading a socket raises when another thread has shut it down
+            if not self._buffer.over:
+                raise _CutError(f"watch of {self._source.kind}: {error}", heard) from error
+        finally:
+            with self._lock:
+                self._response = None
+            response.close()
+
+    def _take(self, line: bytes) -> None:
+        type_, data = decode_event(line)
+        if type_ == "ERROR":
+            self._refused(data)
+        try:
+            value, revision = decode(self._source.kind, data)
+        except UndecodableError as error:
+            _log.error("%s: an object that can't be read is left out: %s", self._server, error)
+            return
+        positions = [*self._positions]
+        positions[self._place] = revision
+        view = None if type_ == "BOOKMARK" else self._source.convert(value)
+        if view is not None:
+            key = self._source.key(self._kind, view)
+            entry = None if type_ == "DELETED" else Entry(key, view, revision)
+            self._buffer.put([Event(key, entry, ",".join(positions))])
+        self._positions[self._place] = revision
+
+    def _refused(self, data: msgspec.Raw) -> None:
+        status = decode_status(data)
+        if status.code == 410:
+            raise RequestError(status)
+        raise _CutError(f"watch of {self._source.kind}: {status.code} {status.message}", False)
+
+
+class _CutError(Exception):
+    """A stream ended before its time. ``heard``: after it had brought something."""
+
+    def __init__(self, message: str, heard: bool) -> None:
+        super().__init__(message)
+        self.heard = heard
+
+
+def _lines(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+    rest = b""
+    for data in response.stream(_READ_BYTES):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from lines
+    if rest.strip():
+        raise UndecodableError("cut in the middle of an event")
+
+
+def _positions(revision: str, count: int) -> list[str]:
+    """A revision for each source; one for all when it is another kind's."""
+    parts = revision.split(",")
+    if not all(part.isdecimal() for part in parts) or len(parts) not in (1, count):
+        raise RevisionGoneError(
+            f"{revision!r} is no revision of Kubernetes; list again and watch from there"
+        )
+    return parts if len(parts) == count else parts * count
