@@ -82,10 +82,10 @@ class ApiServer:
         self._lock = threading.Lock()
         self._connection: _Connection | None = None
         self._closed = False
+        self._host = settings.kubeconfig
 
     def __str__(self) -> str:
-        connection = self._connection
-        return f"Kubernetes {connection.host if connection else self.settings.kubeconfig}".rstrip()
+        return f"Kubernetes {self._host}".rstrip()
 
     def request(
         self,
@@ -188,6 +188,7 @@ class ApiServer:
                 raise UnavailableError(f"{self}: closed by this program")
             if self._connection is None:
                 self._connection = _Connection(_configuration(self.settings))
+                self._host = self._connection.host
             return self._connection
 
     def _down(self, problem: str) -> UnavailableError:

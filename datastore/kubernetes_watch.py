@@ -119,24 +119,25 @@ class _Stream(threading.Thread):
             self.begun.set()
 
     def _follow(self) -> None:
-        pause, last_heard, check = _FIRST_PAUSE, time.monotonic(), True
+        pause, last_heard, check, strangers = _FIRST_PAUSE, time.monotonic(), True, 0
         while not self._buffer.over:
             try:
                 if check:
                     self._check_history()
                 check = True
                 self._stream()
-                check, last_heard, pause = False, time.monotonic(), _FIRST_PAUSE
+                check, last_heard, pause, strangers = False, time.monotonic(), _FIRST_PAUSE, 0
                 continue
             except _CutError as cut:
                 problem: StoreError = UnavailableError(f"{self._server}: {cut}")
                 if cut.heard:
-                    pause, last_heard = _FIRST_PAUSE, time.monotonic()
+                    pause, last_heard, strangers = _FIRST_PAUSE, time.monotonic(), 0
             except UnavailableError as error:
                 problem = error
             except RequestError as error:
                 problem = self._server.explain(error, None, self._source.kind)
-                if not isinstance(problem, UnavailableError) or error.status.code == 403:
+                strangers += error.status.code == 401  # once may be an old token
+                if error.status.code != 401 or strangers > 1:
                     self._buffer.fail(problem)
                     return
             except StoreError as error:

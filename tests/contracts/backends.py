@@ -14,8 +14,12 @@ from pathlib import Path
 from datastore.etcd import EtcdDatastore
 from datastore.etcd_client import EtcdSettings
 from datastore.interface import JSON, AlreadyExistsError, ConflictError, Datastore, Key
+from datastore.kubernetes import KubernetesDatastore
+from datastore.kubernetes_client import KubernetesSettings
 from datastore.sqlite import SqliteDatastore
+from tests.support.crds import install_crds
 from tests.support.etcd import Etcd
+from tests.support.kube import KubeApiserver
 from tests.support.relay import Relay
 
 processes = get_context("spawn")
@@ -89,6 +93,54 @@ def compact(server: Etcd, revision: str) -> None:
 def _through_relay(server: Etcd) -> Iterator[tuple[Datastore, Cut]]:
     relay = Relay(server.endpoints[0])
     store = EtcdDatastore(EtcdSettings((relay.endpoint,)))
+    yield store, relay.cut
+    store.close()
+    relay.close()
+
+
+def kubernetes(server: KubeApiserver) -> Backend:
+    """The server is shared: the objects of the contract are deleted first."""
+    store = _kubernetes_store(server)
+    for kind in ("GlobalNetworkPolicy", "NetworkPolicy", "BGPPeer"):
+        for entry in store.list(kind).entries:
+            store.delete(entry.key)
+    store.close()
+    return Backend(
+        partial(KubernetesDatastore, KubernetesSettings(str(server.kubeconfig))),
+        partial(_forget_kubernetes, server),
+        partial(_through_tls_relay, server),
+    )
+
+
+def _kubernetes_store(server: KubeApiserver) -> KubernetesDatastore:
+    return KubernetesDatastore(KubernetesSettings(str(server.kubeconfig)))
+
+
+def prepare(server: KubeApiserver) -> None:
+    """Install the CRDs, and the namespaces of the contract."""
+    install_crds(server)
+    for name in ("one", "one-b", "two", "three", "n"):
+        server.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
+
+
+def _forget_kubernetes(server: KubeApiserver, meanwhile: Callable[[], object]) -> None:
+    store = _kubernetes_store(server)
+    entry = store.create(policy_key("filler"), policy("filler"))
+    for number in range(5):
+        entry = store.update(entry.key, policy("filler", number))
+        meanwhile()
+    store.close()
+    compact(server.etcd, entry.revision)
+
+
+@contextmanager
+def _through_tls_relay(server: KubeApiserver) -> Iterator[tuple[Datastore, Cut]]:
+    relay = Relay(server.url.removeprefix("https://"))
+    kubeconfig = server.directory / "relayed"
+    kubeconfig.write_text(
+        server.kubeconfig.read_text().replace(server.url, f"https://{relay.endpoint}")
+    )
+    store = KubernetesDatastore(KubernetesSettings(str(kubeconfig)))
     yield store, relay.cut
     store.close()
     relay.close()

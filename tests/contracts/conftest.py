@@ -11,8 +11,21 @@ import pytest
 from datastore.interface import Datastore
 from tests.contracts import backends
 from tests.contracts.backends import Backend
+from tests.support.kube import KubeApiserver, api_server
 
-BACKENDS = ("sqlite", "etcd")
+BACKENDS = (
+    "sqlite",
+    "etcd",
+    pytest.param("kubernetes", marks=pytest.mark.xdist_group("kube-apiserver-without-cache")),
+)
+
+
+@pytest.fixture(scope="session")
+def forgetful_apiserver() -> Iterator[KubeApiserver]:
+    """An API server that keeps no events in memory: it forgets what its etcd forgets."""
+    with api_server(extra_flags=("--watch-cache=false",)) as server:
+        backends.prepare(server)
+        yield server
 
 
 @pytest.fixture(params=BACKENDS)
@@ -20,8 +33,11 @@ def fresh(request: pytest.FixtureRequest) -> Callable[[Path], Backend]:
     """Makes an empty store (where it needs one, in a directory), for tests that need several."""
     if request.param == "sqlite":
         return backends.sqlite
-    server = request.getfixturevalue("etcd")
-    return lambda _: backends.etcd(server)
+    if request.param == "etcd":
+        etcd = request.getfixturevalue("etcd")
+        return lambda _: backends.etcd(etcd)
+    server = request.getfixturevalue("forgetful_apiserver")
+    return lambda _: backends.kubernetes(server)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +223,7 @@ def _command(program: Path, directory: Path, port: int, etcd: Etcd) -> list[str]
 
 
 @contextmanager
-def api_server() -> Iterator[KubeApiserver]:
+def api_server(*, extra_flags: Sequence[str] = ()) -> Iterator[KubeApiserver]:
     """An API server with an etcd of its own; ready after about four seconds."""
     program = binary()
     with fast_directory("manx-kube-") as directory, ExitStack() as stack:
@@ -231,7 +231,7 @@ def api_server() -> Iterator[KubeApiserver]:
         reservation = PortReservation()
         stack.callback(reservation.close)
         url = f"https://{HOST}:{reservation.port}"
-        command = _command(program, directory, reservation.port, etcd)
+        command = [*_command(program, directory, reservation.port, etcd), *extra_flags]
         kubeconfig = directory / "kubeconfig"
         _write_kubeconfig(kubeconfig, url, directory / "ca.crt", ADMIN)
         daemon = Daemon(command, directory / "kube-apiserver.log")
