@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
@@ -16,7 +17,21 @@ import pytest
 
 from api.net import Net, parse_net
 from bird_glue import relay
-from bird_glue.messages import Down, EndOfRib, Event, Hello, Live, Notified, Up, Updated, parse
+from bird_glue.channel import Channel, FromRelay
+from bird_glue.dialogue import ANSWER_SECONDS, Dialogue, Result
+from bird_glue.messages import (
+    Answer,
+    Down,
+    EndOfRib,
+    Event,
+    Hello,
+    Live,
+    Notified,
+    Text,
+    Up,
+    Updated,
+    parse,
+)
 from tests.support.netns import eventually
 
 PEER, OTHER = "10.0.0.2", "10.0.0.3"
@@ -258,3 +273,47 @@ def test_a_peer_taken_out_of_the_configuration_knows_nothing_any_more(running: R
         (hello,) = client.snapshot()
         assert isinstance(hello, Hello)
         assert hello.announced == {}
+
+
+def test_one_command_at_a_time_and_whose_answer_it_is(running: Running) -> None:
+    """Through the channel: the first answers belong to commands of an earlier client."""
+    with Client(running.path) as earlier:
+        earlier.snapshot()
+        earlier.send("version\n")
+        assert running.hear() == "version"
+    heard: queue.SimpleQueue[FromRelay] = queue.SimpleQueue()
+    channel = Channel(running.path, heard.put)
+    channel.start()
+    try:
+        events = list(heard.get(timeout=10).events)
+        hello = events[0]
+        assert isinstance(hello, Hello)
+        dialogue = Dialogue(channel, hello.unanswered, now=100)
+        results: list[Result] = []
+        dialogue.ask("first", results.append)
+        dialogue.ask("second", results.append)
+
+        def answer(now: float, *lines: str) -> None:
+            running.say(*lines)
+            while True:
+                for made in heard.get(timeout=10).events:
+                    assert isinstance(made, Answer | Text)
+                    dialogue.heard(made, now)
+                    if isinstance(made, Answer):
+                        dialogue.pump(now)
+                        return
+
+        dialogue.pump(100)
+        assert not dialogue.stuck(100 + ANSWER_SECONDS)
+        assert dialogue.stuck(101 + ANSWER_SECONDS)
+        answer(110, "exabgp 5", "done")  # the earlier client's
+        assert running.hear() == "first"
+        answer(120, "some output", "done")
+        assert running.hear() == "second"
+        answer(130, "error")
+        assert results == [Result(True, ("some output",), 120), Result(False, (), 130)]
+        assert not dialogue.stuck(1000)
+        dialogue.pump(1000)
+        assert running.hear() == "version"  # whether it is still there
+    finally:
+        channel.close()

@@ -1,0 +1,88 @@
+"""The program around it all: its socket, its lock, its arguments, a node that isn't there yet."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+
+from bird_glue.status import StatusError, query
+from tests.bird_glue.world import world
+from tests.support.netns import connect, eventually
+
+
+def ask(path: Path, line: bytes) -> dict[str, object]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(10)
+        connection.connect(str(path))
+        connection.sendall(line)
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile("rb") as reader:
+            answer: dict[str, object] = orjson.loads(reader.readline())
+    return answer
+
+
+def program(run_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bird_glue", *arguments],
+        env={**os.environ, "MANX_RUN_DIR": str(run_dir), "MANX_NODENAME": "n1"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_a_node_without_a_node_object_and_without_peers(tmp_path: Path) -> None:
+    with world(tmp_path) as made:
+        node = made.node("n1")
+        connect(node.namespace, "eth0", made.host("x").namespace, "eth0", ["172.31.1.11/24"])
+        node.start()
+        missing = "Node n1: metadata.name: 'n1': a Node object with this name"
+        eventually(lambda: bool((s := node.status()) and s.problems == [missing]))
+        made.store.block("n1", "10.1.0.0/26")
+        made.store.node("n1", "172.31.1.11/24")
+        eventually(lambda: node.routes() == ["blackhole 10.1.0.0/26 metric 1024"])
+        status = node.status()
+        assert status
+        assert (status.problems, status.peers, status.exabgp) == ([], [], None)
+        assert (status.asn, status.router_id) == (64512, "172.31.1.11")
+
+        path = node.run_dir / "bgp.sock"
+        for junk in (
+            b"\n",
+            b"{",
+            b"[]\n",
+            b'{"command": 5}\n',
+            b'{"command": "x"}\n',
+            b"\xff" * 9000,
+        ):
+            assert "error" in ask(path, junk)
+        second = program(node.run_dir)
+        assert second.returncode == 1
+        assert "another manx-bird-glue is running" in second.stderr
+        # an address the machine doesn't have
+        made.store.node("n1", "172.31.1.99/24")
+        made.store.node("n2", "172.31.1.12/24")
+        wrong = "Node n1: spec.bgp.ipv4Address: '172.31.1.99': an address of an interface of this"
+        eventually(lambda: bool((s := node.status()) and wrong in "".join(s.problems)))
+
+
+def test_nobody_to_ask(tmp_path: Path) -> None:
+    with pytest.raises(StatusError, match="does manx-bird-glue run"):
+        query(tmp_path)
+    result = program(tmp_path, "leave")
+    assert result.returncode == 1
+    assert "does manx-bird-glue run" in result.stderr
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("fly", 2)])
+def test_arguments(tmp_path: Path, argument: str, code: int) -> None:
+    result = program(tmp_path, argument)
+    assert result.returncode == code
+    assert "manx-bird-glue leave" in result.stderr
