@@ -5,8 +5,8 @@ metric (1024 unless BGPConfiguration says otherwise), so that a connected, stati
 route to the same prefix always wins over them.
 
 After a start, and until all peers have told their routes, what an earlier run left in the
-kernel is kept (``holding``): a route is replaced only by one that knows more ways, and none is
-deleted. So neither our restart nor ExaBGP's moves a packet.
+kernel is kept (``holding``): none is deleted, and none replaced by one that merely knows fewer
+of the same ways. So neither our restart nor ExaBGP's moves a packet.
 """
 
 from __future__ import annotations
