@@ -19,6 +19,7 @@ from api.fields import (
     Name,
     PortNumber,
     Selector,
+    is_subdomain,
     refuse,
 )
 from api.metadata import CalicoResource, Checked, Fault, Model
@@ -76,6 +77,20 @@ def _community(text: str) -> str:
 CommunityValue = Annotated[str, AfterValidator(_community)]
 
 
+COMMUNITY_OR_NAME = (
+    "aa:nn with numbers of 16 bits, or aa:nn:mm with numbers of 32 bits, or a name from communities"
+)
+
+
+def _community_or_name(text: str) -> str:
+    if community_expected(text) and not is_subdomain(text):
+        raise refuse(COMMUNITY_OR_NAME)
+    return text
+
+
+CommunityOrName = Annotated[str, AfterValidator(_community_or_name)]
+
+
 class SecretKeySelector(Model):
     """One key of a Kubernetes Secret."""
 
@@ -107,7 +122,7 @@ class PrefixAdvertisement(Model):
     """Communities to attach to a prefix: values, or names from ``communities``."""
 
     cidr: Cidr
-    communities: Annotated[list[str], Field(max_length=50)]
+    communities: Annotated[list[CommunityOrName], Field(max_length=50)]
 
 
 class BGPConfigurationSpec(Checked):
@@ -144,7 +159,7 @@ class BGPConfigurationSpec(Checked):
     ipv6_normal_route_priority: RoutePriority | None = None
 
     def faults(self) -> Iterator[Fault]:
-        """Mesh settings without a mesh, communities that are unknown or unused."""
+        """Mesh settings without a mesh, communities that are unused or unknown."""
         if self.node_to_node_mesh_enabled is False:
             for field, value in (
                 ("nodeMeshPassword", self.node_mesh_password),
@@ -161,12 +176,11 @@ class BGPConfigurationSpec(Checked):
         names = {community.name for community in self.communities}
         for index, advertisement in enumerate(self.prefix_advertisements):
             for position, text in enumerate(advertisement.communities):
-                expected = community_expected(text)
-                if expected and text not in names:
+                if community_expected(text) and text not in names:
                     yield Fault(
                         ("prefixAdvertisements", index, "communities", position),
                         text,
-                        f"{expected}, or a name from communities",
+                        COMMUNITY_OR_NAME,
                     )
 
 

@@ -72,7 +72,7 @@ class Model(BaseModel):
     verbatim: ClassVar[frozenset[str]] = frozenset()  # JSON names whose empty text is not "absent"
     _names: ClassVar[dict[str, str]]  # lower-case JSON name -> JSON name
     _known: ClassVar[frozenset[str]]  # JSON names and attribute names
-    _optional: ClassVar[frozenset[str]]  # JSON names whose empty text means absent
+    blank: ClassVar[frozenset[str]]  # JSON names whose empty text means absent
     _omitted: ClassVar[frozenset[str]]  # JSON names not written when false or empty (not: None)
 
     @classmethod
@@ -80,7 +80,7 @@ class Model(BaseModel):
         fields = {field.alias or name: field for name, field in cls.model_fields.items()}
         cls._names = {alias.lower(): alias for alias in fields}
         cls._known = frozenset(fields) | frozenset(cls.model_fields)
-        cls._optional = (
+        cls.blank = (
             frozenset(
                 name
                 for name, field in fields.items()
@@ -110,7 +110,7 @@ class Model(BaseModel):
             name = key
             if key not in cls._known and isinstance(key, str):
                 name = cls._names.get(key.lower(), key)
-            if value is None or (value == "" and name in cls._optional):
+            if value is None or (value == "" and name in cls.blank):
                 continue
             if name in result:
                 raise refuse(f"{name!r} must be given only once")

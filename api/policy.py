@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from api.fields import (
     PORT_PROTOCOLS,
@@ -17,6 +17,7 @@ from api.fields import (
     is_label,
     parse_port,
     protocol_number,
+    refuse,
 )
 from api.metadata import CalicoResource, Checked, Fault, Model, OneOf, Status, annotation_faults
 from api.net import parse_net
@@ -44,18 +45,20 @@ class ICMPFields(Checked):
             yield Fault(("type",), None, "required, because code is set")
 
 
+def _path(text: str) -> str:
+    if not text.startswith("/") or set(text) & set("? #"):
+        raise refuse("a path beginning with '/', without '?', '#' or space (RFC 3986)")
+    return text
+
+
+Path = Annotated[str, Field(max_length=1024), AfterValidator(_path)]
+
+
 class HTTPPath(OneOf):
     """A path: exactly this, or beginning with this."""
 
-    exact: Annotated[str, Field(max_length=1024)] | None = None
-    prefix: Annotated[str, Field(max_length=1024)] | None = None
-
-    def faults(self) -> Iterator[Fault]:
-        """Both or none of the two, or not a path (RFC 3986)."""
-        yield from super().faults()
-        for field, text in (("exact", self.exact), ("prefix", self.prefix)):
-            if text is not None and (not text.startswith("/") or set(text) & set("? #")):
-                yield Fault((field,), text, "a path beginning with '/', without '?', '#' or space")
+    exact: Path | None = None
+    prefix: Path | None = None
 
 
 class HTTPMatch(Checked):

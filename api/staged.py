@@ -22,7 +22,7 @@ from api.policy import (
 StagedAction = Literal["Set", "Delete", "Learn", "Ignore"]
 
 
-class _Staged(Checked):
+class Staged(Checked):
     """Beside a policy's spec: what the draft stands for."""
 
     # what Calico's admission policy writes into every policy without rules, drafts of a
@@ -51,15 +51,15 @@ class _Staged(Checked):
             yield Fault((field.alias or name,), value, "absent, because stagedAction is Delete")
 
 
-class StagedNetworkPolicySpec(_Staged, NetworkPolicySpec):
+class StagedNetworkPolicySpec(Staged, NetworkPolicySpec):
     """spec of a StagedNetworkPolicy."""
 
 
-class StagedGlobalNetworkPolicySpec(_Staged, GlobalNetworkPolicySpec):
+class StagedGlobalNetworkPolicySpec(Staged, GlobalNetworkPolicySpec):
     """spec of a StagedGlobalNetworkPolicy."""
 
 
-class StagedKubernetesNetworkPolicySpec(_Staged, KubernetesNetworkPolicySpec):
+class StagedKubernetesNetworkPolicySpec(Staged, KubernetesNetworkPolicySpec):
     """spec of a StagedKubernetesNetworkPolicy: as of a networking.k8s.io/v1 NetworkPolicy."""
 
 
