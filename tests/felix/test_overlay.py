@@ -312,7 +312,7 @@ def test_the_end_of_encapsulation(racks: Racks) -> None:
         assert "vxlan" not in run(node.netns, "ip", "link").stdout
         assert "proto 80" not in _remote_routes(node)
         assert Allocator(node.store, node.name).addresses(f"vxlan-tunnel-addr-{node.name}") == []
-    assert "cali40all-vxlan-net" not in run(one.netns, "ipset", "list", "-n").stdout
+    eventually(lambda: "all-vxlan" not in run(one.netns, "ipset", "list", "-n").stdout)
     one.put(_pool("Always"))
     eventually(lambda: len(_tunnels(racks)) == 3)
     for node in racks.nodes:
