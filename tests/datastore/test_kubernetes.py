@@ -293,7 +293,7 @@ def test_what_the_server_refuses_is_told_by_field(store: KubernetesDatastore) ->
         store.create(Key("BGPPeer", "k8s-store"), peer)
     assert caught.value.key == Key("BGPPeer", "k8s-store")
     assert "BGPPeer(k8s-store): spec.asNumber: " in str(caught.value)
-    assert "integer" in str(caught.value)
+    assert "an AS number from 0 to 4294967295" in str(caught.value)
     peer["spec"] = {"peerIP": "192.0.2.1", "asNumber": 64512, "peerPort": 1}
     with pytest.raises(StoreError, match=r'unknown field "spec\.peerPort"'):
         store.create(Key("BGPPeer", "k8s-store"), peer)
