@@ -280,8 +280,10 @@ def test_the_command_line_shows_and_changes(lab: Lab) -> None:
     assert json.loads(lab_command("status", lab.name, "--json").stdout)["name"] == lab.name
     assert "Started" in lab_command("logs", f"{lab.name}:tor-1", "bird").stdout
     routes = lab_command("routes", f"{lab.name}:tor-1", f"{lab.name}:a").stdout
-    assert ["tor-1", "198.51.100.0/24", "outside", "kernel"] in map(str.split, routes.splitlines())
-    assert ["a", "default", "169.254.1.1", "(eth0)", "boot"] in map(str.split, routes.splitlines())
+    assert ["tor-1", "198.51.100.0/24", "172.31.255.1", "(tor-2)", "bird"] in map(
+        str.split, routes.splitlines()
+    )
+    assert ["a", "default", "10.65.0.1", "(eth0)", "boot"] in map(str.split, routes.splitlines())
     wrong = lab_command("logs", f"{lab.name}:tor-1", "felix")
     assert "expected one of bird" in wrong.stderr
     where = f"{lab.name}:node-2a"
