@@ -418,7 +418,7 @@ def test_a_lab_ends_with_who_made_it() -> None:
     program = (
         "import json, sys; from pathlib import Path; from lab.client import Lab;"
         "from lab.fabricfile import parse;"
-        "Lab.up(parse(json.loads(sys.argv[2]), Path()), name=sys.argv[1]);"
+        "lab = Lab.up(parse(json.loads(sys.argv[2]), Path()), name=sys.argv[1]);"
         "print('up', flush=True); sys.stdin.read()"
     )
     maker = subprocess.Popen(
