@@ -88,9 +88,9 @@ class EtcdDatastore:
         Raises NotFoundError, ConflictError.
         """
         path, data = _encoded(key, value)
-        answer = self._write(key, [_unchanged(path, revision)], _put(path, data), _get(path))
+        answer = self._write(key, [_unchanged(path, revision)], _put(path, data))
         if not answer.succeeded:
-            raise _refusal(key, revision, answer)
+            raise self._refusal(key, path, revision)
         return self._written(key, path, data, answer)
 
     def delete(self, key: Key, revision: str | None = None) -> Entry:
@@ -104,9 +104,9 @@ class EtcdDatastore:
         else:
             path = self._find(key).key
         remove = pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=path, prev_kv=True))
-        answer = self._write(key, [_unchanged(path, revision)], remove, _get(path))
+        answer = self._write(key, [_unchanged(path, revision)], remove)
         if not answer.succeeded:
-            raise _refusal(key, revision, answer)
+            raise self._refusal(key, path, revision)
         return _entry(key, answer.responses[0].response_delete_range.prev_kvs[0])
 
     def watch(self, kinds: Iterable[str], revision: str | Mapping[str, str]) -> EtcdWatch:
@@ -168,20 +168,23 @@ class EtcdDatastore:
         return found, revision
 
     def _write(
-        self,
-        key: Key,
-        conditions: Sequence[pb.Compare],
-        action: pb.RequestOp,
-        otherwise: pb.RequestOp | None = None,
+        self, key: Key, conditions: Sequence[pb.Compare], action: pb.RequestOp
     ) -> pb.TxnResponse:
-        request = pb.TxnRequest(
-            compare=conditions, success=[action], failure=[otherwise] if otherwise else []
-        )
         try:
+            request = pb.TxnRequest(compare=conditions, success=[action])
             return self._client.call(TXN, request, writes=True)
         except StoreError as error:
             error.key = key
             raise
+
+    def _refusal(self, key: Key, path: bytes, revision: str | None) -> StoreError:
+        """Why a write did not succeed: what is there now, an instant later, tells."""
+        for kv in self._first([path.decode()]):
+            return ConflictError(
+                f"{key}: is at revision {kv.mod_revision}, not {revision}; read it again and retry",
+                key,
+            )
+        return NotFoundError(f"{key}: does not exist", key)
 
     def _written(self, key: Key, path: bytes, data: bytes, answer: pb.TxnResponse) -> Entry:
         if key.kind == "IPAMHandle":
@@ -260,13 +263,3 @@ def _unchanged(path: bytes, revision: str | None) -> pb.Compare:
         )
     number = int(revision) if revision.isdecimal() else -1  # of another store: never matches
     return pb.Compare(target=pb.Compare.MOD, key=path, mod_revision=number)
-
-
-def _refusal(key: Key, revision: str | None, answer: pb.TxnResponse) -> StoreError:
-    found = answer.responses[0].response_range.kvs
-    if not found:
-        return NotFoundError(f"{key}: does not exist", key)
-    return ConflictError(
-        f"{key}: is at revision {found[0].mod_revision}, not {revision}; read it again and retry",
-        key,
-    )

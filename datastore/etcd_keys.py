@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from api.kinds import CALICO, KINDS
@@ -32,6 +33,9 @@ CONFIGURATION_NAME = "default"
 
 _IPAM = "/calico/ipam/v2/"
 _AFFINITY_TYPES = ("host", "virtual")
+# A few blocks are written again and again.
+_parse = lru_cache(maxsize=4096)(parse_net)
+_name = lru_cache(maxsize=4096)(cidr_name)
 _V4_NAME = re.compile(r"(\d+)-(\d+)-(\d+)-(\d+)-(\d+)")
 _BLOCK_PATH = re.compile(r"/calico/ipam/v2/assignment/ipv[46]/block/([^/]+)")
 _AFFINITY_PATH = re.compile(r"/calico/ipam/v2/(?:host|virtual)/([^/]+)/ipv[46]/block/([^/]+)")
@@ -62,11 +66,11 @@ def path_of(key: Key, value: Mapping[str, Any]) -> str:
     spec = value.get("spec") or {}
     match key.kind:
         case "IPAMBlock":
-            net = _net_in(spec)
-            _agree(key, cidr_name(net), "spec.cidr")
+            net = _parse(str(spec.get("cidr")))
+            _agree(key, _name(net), "spec.cidr")
             return _block_path(net)
         case "BlockAffinity":
-            net, node = _net_in(spec), spec.get("node") or ""
+            net, node = _parse(str(spec.get("cidr"))), spec.get("node") or ""
             _agree(key, f"{node}-{cidr_name(net)}", "spec.node and spec.cidr")
             return _affinity_path(spec.get("type") or _AFFINITY_TYPES[0], node, net)
         case "IPAMHandle":
@@ -159,6 +163,7 @@ def _resource_path(key: Key) -> str:
     return f"{_root(key.kind)}{namespace}{key.name}"
 
 
+@lru_cache(maxsize=4096)
 def _block_path(net: Net) -> str:
     return f"{BLOCKS}ipv{net.version}/block/{_segment(net)}"
 
@@ -169,10 +174,6 @@ def _affinity_path(type_: str, node: str, net: Net) -> str:
 
 def _segment(net: Net) -> str:
     return str(net).replace("/", "-")
-
-
-def _net_in(spec: Mapping[str, Any]) -> Net:
-    return parse_net(str(spec.get("cidr")))
 
 
 def _net_at(segment: str) -> Net | None:

@@ -1,0 +1,47 @@
+"""The SQLite store, beside the same swaps by the sqlite3 module alone."""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import orjson
+
+from bench import datastore
+from datastore.sqlite import SqliteDatastore
+
+
+def run() -> dict[str, float]:
+    """Measure."""
+    with tempfile.TemporaryDirectory(prefix="manx-bench-") as name:
+        path = Path(name) / "datastore.db"
+        connect = partial(SqliteDatastore, path)
+        figures = datastore.measure(connect)
+        figures["plain_cas_per_s"] = _plain_swaps(Path(name) / "plain.db")
+        store = connect()
+        for number in range(datastore.OBJECTS):
+            store.create(*datastore.endpoint(number))
+        store.close()
+        return figures | datastore.cost_of_list(connect, "WorkloadEndpoint").named("list_10k")
+
+
+def _plain_swaps(path: Path) -> float:
+    """One process, one UPDATE … WHERE revision = ? a swap, no history, no news to watchers."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("CREATE TABLE objects (name TEXT PRIMARY KEY, revision INT, value BLOB)")
+    _, value = datastore.block(0)
+    connection.execute("INSERT INTO objects VALUES ('a', 0, ?)", (orjson.dumps(value),))
+    revision, start = 0, time.monotonic()
+    while time.monotonic() < start + datastore.CAS_SECONDS:
+        connection.execute(
+            "UPDATE objects SET revision = ?, value = ? WHERE name = 'a' AND revision = ?",
+            (revision + 1, orjson.dumps(value), revision),
+        )
+        revision += 1
+    connection.close()
+    return revision / (time.monotonic() - start)
