@@ -48,7 +48,9 @@ PORT_NUMBER = f"0*([1-9][0-9]{{0,3}}|{OVER_9999})"
 
 MAX_IP = 45  # characters of an address
 MAX_CIDR = 43
-MOST_NETS = 1024 * 256  # of all rules of a policy
+MOST = 1000  # of most values in one object, for a rule
+MOST_RULES = 1024  # of a policy, in each direction
+MOST_NETS = MOST_RULES * 256
 
 INT_OR_STRING: Schema = {
     "anyOf": [{"type": "integer"}, {"type": "string"}],
@@ -139,7 +141,7 @@ def _cel(
     cheap: Schema | None = None,
     *,
     says: str = "",
-    most: int = 1000,
+    most: int = MOST,
     **both: Any,
 ) -> Entry:
     """A rule, and without rules what ``cheap`` says; ``both`` holds in either case."""
@@ -158,10 +160,12 @@ def _address(annotated: Any, version: int) -> Entry:
     return _cel(annotated, rule, {"format": f"ipv{version}"}, maxLength=MAX_IP)
 
 
-def _mixed(annotated: Any, rule: str, bounds: tuple[int, int], pattern: str, length: int) -> Entry:
+def _mixed(
+    annotated: Any, rule: str, bounds: tuple[int, int], pattern: str, length: int, most: int = MOST
+) -> Entry:
     """A number within bounds, or text."""
     cheap = {"minimum": bounds[0], "maximum": bounds[1], "pattern": f"^({pattern})$"}
-    return _cel(annotated, rule, cheap, maxLength=length, **INT_OR_STRING)
+    return _cel(annotated, rule, cheap, most=most, maxLength=length, **INT_OR_STRING)
 
 
 def _plain(annotated: Any, schema: Schema) -> Entry:
@@ -226,7 +230,9 @@ VALUES: dict[Validator, Value] = dict(
         _mixed(
             fields.AsNumber, AS_NUMBER, (0, (1 << 32) - 1), rf"{BITS_32}|{BITS_16}\.{BITS_16}", 11
         ),
-        _mixed(fields.Protocol, PROTOCOL, (1, 255), "|".join(PROTOCOLS) + "|" + BYTE, 10),
+        _mixed(
+            fields.Protocol, PROTOCOL, (1, 255), f"{'|'.join(PROTOCOLS)}|{BYTE}", 10, MOST_RULES
+        ),
         _mixed(fields.Port, PORT, (1, 65535), f"{PORT_NUMBER}(:{PORT_NUMBER})?|{PORT_NAME}", 19),
         _mixed(fields.DSCP, DSCP, (0, 63), f"(?i:{'|'.join(DSCP_NAMES)})|[0-5]?[0-9]|6[0-3]", 4),
         _plain(
