@@ -49,6 +49,11 @@ class EtcdDatastore:
         self._watches: weakref.WeakSet[EtcdWatch] = weakref.WeakSet()
         self._watches_lock = threading.Lock()
 
+    @property
+    def given(self) -> frozenset[str]:
+        """None: all objects are made by those who use the store."""
+        return frozenset()
+
     def get(self, key: Key) -> Entry:
         """The object. Raises NotFoundError."""
         return _entry(key, self._find(key))

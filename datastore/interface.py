@@ -108,6 +108,10 @@ class Watch(Protocol):
 class Datastore(Protocol):
     """One store. Safe to use from several threads and, where that is its nature, processes."""
 
+    @property
+    def given(self) -> frozenset[str]:
+        """The kinds whose objects others make and delete: here they can, at most, be updated."""
+
     def get(self, key: Key) -> Entry:
         """The object. Raises NotFoundError."""
 

@@ -33,7 +33,7 @@ from datastore.kubernetes_translation import (
     node_annotations,
     pod_annotations,
 )
-from datastore.kubernetes_views import Source, collection, is_derived, item, origin, sources
+from datastore.kubernetes_views import GIVEN, Source, collection, is_derived, item, origin, sources
 from datastore.kubernetes_watch import KubernetesWatch
 
 _PART = 500  # objects in one answer
@@ -56,6 +56,11 @@ class KubernetesDatastore:
         self._server = ApiServer(settings)
         self._watches: weakref.WeakSet[KubernetesWatch] = weakref.WeakSet()
         self._watches_lock = threading.Lock()
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Kubernetes' own kinds, and the views of them."""
+        return GIVEN
 
     def get(self, key: Key) -> Entry:
         """The object. Raises NotFoundError."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from api.kinds import CORE, KINDS
+from api.kinds import CALICO, CORE, KINDS
 from api.pods import account_profile, namespace_profile
 from datastore.interface import JSON, Key
 from datastore.kubernetes_translation import (
@@ -44,7 +44,8 @@ _DERIVED: Mapping[str, tuple[Source, ...]] = {
         Source("ServiceAccount", account_profile_of),
     ),
 }
-_NAMESPACE_PROFILE, _ACCOUNT_PROFILE = "kns.", "ksa."
+# Kubernetes' own kinds, and the views of them.
+GIVEN = frozenset(_DERIVED) | {kind.id for kind in KINDS.values() if kind.api_version != CALICO}
 
 
 def sources(kind: str) -> tuple[Source, ...]:

@@ -54,6 +54,11 @@ class SqliteDatastore:
         self._watches: weakref.WeakSet[SqliteWatch] = weakref.WeakSet()
         self._watches_lock = threading.Lock()
 
+    @property
+    def given(self) -> frozenset[str]:
+        """None: all objects are made by those who use the store."""
+        return frozenset()
+
     def get(self, key: Key) -> Entry:
         """The object. Raises NotFoundError."""
         with self._file.reading() as connection:

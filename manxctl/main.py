@@ -11,6 +11,7 @@ import click
 VERBS = {
     "apply": ("manxctl.apply", "Create or update resources from files."),
     "create": ("manxctl.create", "Create resources from files."),
+    "datastore": ("manxctl.datastore", "Move the data to another datastore."),
     "delete": ("manxctl.delete", "Delete resources by file or by kind and name."),
     "get": ("manxctl.get", "Show resources."),
     "ipam": ("manxctl.ipam", "Show how addresses are used."),

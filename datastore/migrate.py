@@ -1,0 +1,317 @@
+"""Moving all data from one store to another: lock, export, import, unlock.
+
+An export is text, one JSON object a line: a header, every object, and at the end their number,
+so that half a file is not taken for a whole one. An import creates what is absent, leaves what is
+the same, and overwrites nothing: run again after any interruption, it goes on where it was.
+
+A store is locked by ``ClusterInformation default``, ``spec.datastoreReady: false``, as Calico's
+programs understand it: agents keep what is in force and change nothing until it is true again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import orjson
+
+from api.errors import InvalidObjectError
+from api.kinds import CALICO, KINDS, key_parts
+from api.registry import dump, parse
+from datastore.interface import (
+    JSON,
+    AlreadyExistsError,
+    ConflictError,
+    Datastore,
+    Key,
+    NotFoundError,
+    StoreError,
+    UnavailableError,
+)
+
+CLUSTER = Key("ClusterInformation", "default")
+FORMAT = "manx-export-1"
+
+_ATTEMPTS = 20
+_SERVERS_OWN = frozenset(
+    ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "selfLink")
+)
+# What Kubernetes says of a node, in the view of it.
+_DERIVED_NODE_FIELDS = ("orchRefs", "addresses")
+# Those that others name come first; all others as api.kinds has them.
+_FIRST = ("Namespace", "ServiceAccount", "Tier", "IPPool", "Node", "KubernetesNode", "Pod")
+
+
+class Outcome(StrEnum):
+    """What became of an object."""
+
+    CREATED = "created"  # dry run: would be
+    UPDATED = "updated"  # dry run: would be; only views, in which nothing stood against it
+    PRESENT = "present"  # the same was there
+    CONFLICT = "conflict"  # another was there, which stays
+    REFUSED = "refused"  # the store does not take it
+    LEFT_OUT = "left out"  # Kubernetes makes such objects, and has none of that name
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One object, what became of it, and why."""
+
+    key: Key
+    outcome: Outcome
+    reason: str = ""
+
+
+class FormatError(Exception):
+    """What was given is not a whole export."""
+
+
+def is_locked(store: Datastore) -> bool:
+    """Whether agents are told to change nothing."""
+    try:
+        spec = store.get(CLUSTER).value.get("spec") or {}
+    except NotFoundError:
+        return False
+    return spec.get("datastoreReady") is False
+
+
+def lock(store: Datastore) -> None:
+    """Tell agents to change nothing, until ``unlock``."""
+    _write_cluster(store, {"datastoreReady": False})
+
+
+def unlock(store: Datastore) -> None:
+    """Let agents go on."""
+    _write_cluster(store, {"datastoreReady": True})
+
+
+def export(store: Datastore) -> Iterator[bytes]:
+    """The lines of an export. Raises StoreError.
+
+    Nothing may write meanwhile, or the kinds are of different moments: lock the store before.
+    """
+    yield orjson.dumps({"format": FORMAT}) + b"\n"
+    count = 0
+    for kind in _in_order():
+        try:
+            entries = store.list(kind).entries
+        except UnavailableError:
+            if KINDS[kind].api_version == CALICO or kind not in store.given:
+                raise
+            continue  # a kind of Kubernetes that this cluster does not have
+        for entry in entries:
+            yield orjson.dumps(entry.value) + b"\n"
+        count += len(entries)
+    yield orjson.dumps({"end": count}) + b"\n"
+
+
+def read(lines: Iterable[bytes]) -> list[JSON]:
+    """The objects of an export. Raises FormatError."""
+    objects: list[JSON] = []
+    ended = False
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = orjson.loads(line)
+        except ValueError as error:
+            raise FormatError(f"line {number}: {error}") from error
+        if number == 1:
+            if not isinstance(value, dict) or value.get("format") != FORMAT:
+                raise FormatError(f"line 1: expected the header of an export, format {FORMAT!r}")
+        elif ended or not isinstance(value, dict):
+            raise FormatError(f"line {number}: expected an object, and nothing after the end")
+        elif "end" in value:
+            ended = True
+            if value["end"] != len(objects):
+                raise FormatError(f"{len(objects)} objects, expected {value['end']}: it is damaged")
+        else:
+            objects.append(value)
+    if not ended:
+        raise FormatError("it ends before its end was written: export again")
+    return objects
+
+
+def import_all(
+    store: Datastore,
+    objects: Iterable[JSON],
+    *,
+    dry_run: bool = False,
+    tell: Callable[[Result], object] = lambda _: None,
+) -> list[Result]:
+    """Bring objects into a store, each on its own; ``tell`` hears of each at once.
+
+    The store is locked first and stays so. Raises UnavailableError, and then can be called again.
+    """
+    if not dry_run:
+        lock(store)
+    results = []
+    for value in objects:
+        try:
+            kind, namespace, name = key_parts(value)
+        except InvalidObjectError as error:
+            result = Result(Key(str(value.get("kind")), ""), Outcome.REFUSED, str(error))
+        else:
+            result = _bring(store, Key(kind, name, namespace), value, dry_run)
+        results.append(result)
+        tell(result)
+    return results
+
+
+def _bring(store: Datastore, key: Key, value: JSON, dry_run: bool) -> Result:
+    try:
+        if key == CLUSTER:
+            return _bring_cluster(store, value, dry_run)
+        if key.kind in store.given:
+            return _bring_given(store, key, value, dry_run)
+        found = _found(store, key)
+        if found is None and not dry_run:
+            try:
+                store.create(key, value)
+            except AlreadyExistsError:
+                found = _found(store, key)
+        if found is None:
+            return _checked(key, value) if dry_run else Result(key, Outcome.CREATED)
+        different = sorted(differences(value, found))
+        if different:
+            return Result(key, Outcome.CONFLICT, f"differs in {', '.join(different)}")
+        return Result(key, Outcome.PRESENT)
+    except UnavailableError:
+        raise
+    except StoreError as error:
+        return Result(key, Outcome.REFUSED, str(error))
+
+
+def _checked(key: Key, value: JSON) -> Result:
+    try:
+        parse(value)
+    except InvalidObjectError as error:
+        return Result(key, Outcome.CREATED, f"although it is not valid: {error}")
+    return Result(key, Outcome.CREATED)
+
+
+def _bring_cluster(store: Datastore, value: JSON, dry_run: bool) -> Result:
+    """The cluster's identity, which stays locked."""
+    wanted = {k: v for k, v in (value.get("spec") or {}).items() if k != "datastoreReady"}
+    found = (_found(store, CLUSTER) or {}).get("spec") or {}
+    different = [name for name in wanted if found.get(name, wanted[name]) != wanted[name]]
+    if different:
+        return Result(CLUSTER, Outcome.CONFLICT, f"differs in spec.{', spec.'.join(different)}")
+    if wanted.items() <= found.items():
+        return Result(CLUSTER, Outcome.PRESENT)
+    if not dry_run:
+        _write_cluster(store, wanted)
+    return Result(CLUSTER, Outcome.UPDATED)
+
+
+def _bring_given(store: Datastore, key: Key, value: JSON, dry_run: bool) -> Result:
+    """Into what Kubernetes made: addresses of its nodes and pods, as far as it has none."""
+    for _ in range(_ATTEMPTS):
+        try:
+            entry = store.get(key)
+        except NotFoundError:
+            return Result(key, Outcome.LEFT_OUT, "Kubernetes has no such object")
+        if key.kind not in ("Node", "WorkloadEndpoint"):
+            return Result(key, Outcome.PRESENT)
+        merged, different = _merged(key, value, entry.value)
+        if different:
+            return Result(key, Outcome.CONFLICT, f"differs in {', '.join(different)}")
+        if merged == entry.value:
+            return Result(key, Outcome.PRESENT)
+        try:
+            if not dry_run:
+                store.update(key, merged, entry.revision)
+        except (ConflictError, NotFoundError):
+            continue
+        return Result(key, Outcome.UPDATED)
+    return Result(key, Outcome.REFUSED, "changed by others again and again")
+
+
+def _merged(key: Key, value: JSON, view: JSON) -> tuple[JSON, list[str]]:
+    """The view with what it lacks, and where it has something else."""
+    different: list[str] = []
+
+    def fill(there: Any, wanted: Any, path: str) -> Any:
+        if isinstance(there, dict) and isinstance(wanted, dict):
+            missing = {name: item for name, item in wanted.items() if name not in there}
+            both = {
+                name: fill(item, wanted[name], f"{path}.{name}") if name in wanted else item
+                for name, item in there.items()
+            }
+            return both | missing
+        if there != wanted:
+            different.append(path)
+        return there
+
+    spec = dict(value.get("spec") or {})
+    if key.kind == "Node":
+        for name in _DERIVED_NODE_FIELDS:
+            spec.pop(name, None)
+        wanted = {"metadata": _own_metadata(value), "spec": spec}
+        status = {k: v for k, v in (value.get("status") or {}).items() if k != "podCIDRs"}
+        if status:
+            wanted["status"] = status
+    else:
+        names = ("ipNetworks", "containerID")
+        wanted = {"spec": {name: spec[name] for name in names if spec.get(name)}}
+    return fill(view, wanted, ""), [path.removeprefix(".") for path in different]
+
+
+def differences(one: JSON, other: JSON) -> set[str]:
+    """The top-level parts in which two objects mean something different."""
+    first, second = _comparable(one), _comparable(other)
+    return {name for name in first | second if first.get(name) != second.get(name)}
+
+
+def _comparable(value: JSON) -> JSON:
+    """Without what each store adds, defaults filled in where the object is valid."""
+    try:
+        value = dump(parse(value))
+    except InvalidObjectError:
+        value = dict(value)
+    metadata = _own_metadata(value)
+    return {name: part for name, part in (value | {"metadata": metadata}).items() if part}
+
+
+def _own_metadata(value: JSON) -> JSON:
+    metadata = value.get("metadata") or {}
+    return {name: item for name, item in metadata.items() if item and name not in _SERVERS_OWN}
+
+
+def _in_order() -> list[str]:
+    kinds = [kind for kind in _FIRST if kind in KINDS]
+    return kinds + [kind for kind in KINDS if kind not in kinds]
+
+
+def _found(store: Datastore, key: Key) -> JSON | None:
+    try:
+        return store.get(key).value
+    except NotFoundError:
+        return None
+
+
+def _write_cluster(store: Datastore, fields: JSON) -> None:
+    for _ in range(_ATTEMPTS):
+        try:
+            entry = store.get(CLUSTER)
+        except NotFoundError:
+            value = {
+                "apiVersion": CALICO,
+                "kind": CLUSTER.kind,
+                "metadata": {"name": CLUSTER.name},
+                "spec": fields,
+            }
+            try:
+                store.create(CLUSTER, value)
+            except AlreadyExistsError:
+                continue
+            return
+        spec = entry.value.get("spec") or {}
+        if spec.items() >= fields.items():
+            return
+        try:
+            store.update(CLUSTER, {**entry.value, "spec": spec | fields}, entry.revision)
+        except (ConflictError, NotFoundError):
+            continue
+        return
+    raise ConflictError(f"{CLUSTER}: changed by others {_ATTEMPTS} times in a row", CLUSTER)
