@@ -144,11 +144,15 @@ class ApiServer:
         """
         connection = self._connected()
         try:
-            response = connection.open("GET", path, query, None, "", silence, stream=True)
+            seconds = self.settings.timeout
+            response = connection.open("GET", path, query, None, "", seconds, stream=True)
         except HTTPError as error:
             self.renew(connection)
             raise self._down(_reason(error)) from error
         if response.status == 200:
+            socket = getattr(response.connection, "sock", None)
+            if socket is not None:
+                socket.settimeout(silence)
             return response
         try:
             status = decode_status(response.data)

@@ -187,9 +187,15 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> JSON:
         if isinstance(value, dict) and isinstance(before, dict):
             if inner := difference(before, value):
                 patch[name] = inner
-        elif name not in old or before != value:
+        elif name not in old or not _same(before, value):
             patch[name] = value
     return patch
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two values are the same JSON: for Python, 1 is also True."""
+    sorted_ = orjson.OPT_SORT_KEYS
+    return orjson.dumps(one, option=sorted_) == orjson.dumps(other, option=sorted_)
 
 
 def _view(kind: str, metadata: JSON, spec: JSON) -> JSON:

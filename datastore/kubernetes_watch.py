@@ -171,7 +171,6 @@ class _Stream(threading.Thread):
         }
         path = collection(self._source.kind)
         response = self._server.stream(path, query, _SILENCE_SECONDS)
-        heard = False
         try:
             with self._lock:
                 self._response = response
@@ -180,11 +179,10 @@ class _Stream(threading.Thread):
             self.begun.set()
             for line in _lines(response):
                 self._take(line)
-                heard = True
         except (HTTPError, OSError, ValueError, AttributeError) as error:
             # also what reading a socket raises when another thread has shut it down
             if not self._buffer.over:
-                raise _CutError(f"watch of {self._source.kind}: {error}", heard) from error
+                raise _CutError(f"watch of {self._source.kind}: {error}", True) from error
         finally:
             with self._lock:
                 self._response = None
@@ -216,7 +214,7 @@ class _Stream(threading.Thread):
 
 
 class _CutError(Exception):
-    """A stream ended before its time. ``heard``: after it had brought something."""
+    """A stream ended before its time. ``heard``: after the server had taken it on."""
 
     def __init__(self, message: str, heard: bool) -> None:
         super().__init__(message)
