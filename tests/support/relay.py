@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.support.daemon import HOST
+from tests.support.daemon import HOST, PortReservation
 
 
 class Relay:
@@ -16,33 +16,27 @@ class Relay:
 
     def __init__(self, target: str) -> None:
         self.retarget(target)
-        self._listener = socket.create_server((HOST, 0))
-        self.endpoint = f"{HOST}:{self._listener.getsockname()[1]}"
+        self._reservation = PortReservation()
+        self._listener = socket.create_server((HOST, self._reservation.port))
+        self.endpoint = f"{HOST}:{self._reservation.port}"
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
-        self._lock = threading.Lock()
-        self._open = True
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
         self._thread.start()
 
     def sever(self) -> None:
         """Reset all connections; new ones are accepted at once."""
-        self._open = False
-        self._tell()
-        self._open = True
-        self._tell()
+        self._tell(b"reset")
 
     @contextmanager
     def cut(self) -> Iterator[None]:
-        """Reset all connections, and accept none meanwhile."""
-        self._open = False
-        self._tell()
+        """Reset all connections, and refuse new ones meanwhile."""
+        self._tell(b"close")
         try:
             yield
         finally:
-            self._open = True
-            self._tell()
+            self._tell(b"open!")
 
     def retarget(self, target: str) -> None:
         """Pass new connections on to another server."""
@@ -51,16 +45,18 @@ class Relay:
 
     def close(self) -> None:
         """End everything."""
+        self._tell(b"close")
         self._ended = True
-        self._wake.send(b"x")
+        self._wake.send(b"close")
         self._thread.join()
-        for one in (self._listener, self._wake, self._woken):
+        for one in (self._wake, self._woken):
             one.close()
+        self._reservation.close()
 
-    def _tell(self) -> None:
-        """Wait until the thread has seen how things are now."""
-        self._wake.send(b"x")
-        self._wake.recv(1)
+    def _tell(self, what: bytes) -> None:
+        """Have the thread do something, and wait until it is done. Commands have five bytes."""
+        self._wake.send(what)
+        self._wake.recv(5)
 
     def _run(self) -> None:
         pairs: dict[socket.socket, socket.socket] = {}
@@ -73,22 +69,28 @@ class Relay:
                 if end is self._listener:
                     self._accept(pairs)
                 elif end is self._woken:
-                    self._woken.recv(1)
-                    if not self._open:
-                        for one in list(pairs):
-                            self._drop(pairs, one)
-                    self._woken.send(b"x")
+                    self._obey(self._woken.recv(5), pairs)
                 elif end in pairs and not _pass_on(end, pairs[end]):
                     self._drop(pairs, end)
         for one in list(pairs):
             self._drop(pairs, one)
         self._selector.close()
 
+    def _obey(self, command: bytes, pairs: dict[socket.socket, socket.socket]) -> None:
+        listening = self._listener.fileno() >= 0
+        if command == b"open!" and not listening:
+            self._listener = socket.create_server((HOST, self._reservation.port))
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        if command == b"close" and listening:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+        if command in (b"close", b"reset"):
+            for one in list(pairs):
+                self._drop(pairs, one)
+        self._woken.send(command)
+
     def _accept(self, pairs: dict[socket.socket, socket.socket]) -> None:
         near, _ = self._listener.accept()
-        if not self._open:
-            _reset(near)
-            return
         try:
             far = socket.create_connection(self._target, timeout=5)
         except OSError:
