@@ -112,8 +112,9 @@ class Lab:
         running = control.running_labs()
         if name is None:
             if len(running) != 1:
-                text = f"which lab? {', '.join(running)}" if running else "no lab is running"
-                raise LabError(text)
+                if not running:
+                    raise LabError("no lab is running")
+                raise LabError(f"several labs run, name the one you mean: {', '.join(running)}")
             name = running[0]
         elif name not in running:
             known = f"running: {', '.join(running)}" if running else "none is running"

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,7 +46,10 @@ STOP_WAIT = 2.0  # seconds for processes to end by themselves on ``down``
 def main() -> None:
     """Entry point: ``sys.argv[1]`` is the descriptor of the socket to the client."""
     client = socket.socket(fileno=int(sys.argv[1]))
-    request, _ = control.receive(client)
+    try:
+        request, _ = control.receive(client)
+    except (EOFError, OSError):
+        return  # the client has ended before it could say what to build
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         # in the machine's network namespace, as abstract addresses belong to one
@@ -104,7 +107,7 @@ class Keeper:
         """Live until ``down``, SIGTERM, or, unless kept, the client's end."""
         signal.signal(signal.SIGTERM, lambda number, frame: self._end.set())
         init = os.pidfd_open(1)
-        control.send(self._client, {"event": "started"}, [init])
+        self._tell({"event": "started"}, [init])
         os.close(init)
         threading.Thread(target=self._follow_client, daemon=True).start()
         threading.Thread(target=self._serve, daemon=True).start()
@@ -130,10 +133,10 @@ class Keeper:
     def _say(self, text: str) -> None:
         self._tell({"event": "step", "text": text})
 
-    def _tell(self, message: JSON) -> None:
+    def _tell(self, message: JSON, fds: Sequence[int] = ()) -> None:
         # a client that has gone is noticed by _follow_client
         with contextlib.suppress(OSError):
-            control.send(self._client, message)
+            control.send(self._client, message, fds)
 
     def _follow_client(self) -> None:
         """The lab's life hangs on the client's until it says ``keep``."""

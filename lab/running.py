@@ -144,7 +144,8 @@ class RunningLab:
             self._await_runtime(name, runtime)
         self._pods = Pods(self._store, {node.name: node.namespaces for node in nodes}, runtimes)
         if self._fabric.spec.pods:
-            self._say(f"starting {len(self._fabric.spec.pods)} pods")
+            count = len(self._fabric.spec.pods)
+            self._say(f"starting {count} pod{'' if count == 1 else 's'}")
         with ThreadPoolExecutor(8) as pool:
             for _ in pool.map(self._pods.add, self._fabric.spec.pods):
                 pass
@@ -264,9 +265,9 @@ def _describe(pod: RunningPod) -> JSON:
 
 def _count(fabric: Fabric) -> str:
     counts = {
-        "racks": len(fabric.spec.racks),
-        "routers": len(list(fabric.all_routers())),
-        "nodes": len(list(fabric.all_nodes())),
-        "hosts": len(fabric.spec.hosts),
+        "rack": len(fabric.spec.racks),
+        "router": len(list(fabric.all_routers())),
+        "node": len(list(fabric.all_nodes())),
+        "host": len(fabric.spec.hosts),
     }
-    return ", ".join(f"{count} {what}" for what, count in counts.items())
+    return ", ".join(f"{n} {what}{'' if n == 1 else 's'}" for what, n in counts.items() if n)
