@@ -7,7 +7,7 @@ mends a file once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Network, ip_network
 
 from api.bgp import split_peer_ip
@@ -23,19 +23,22 @@ _NOT_FOR_FABRICS = {
 }
 
 
-def contradictions(fabric: Fabric) -> list[Problem]:
-    """Everything in the fabric that contradicts something else in it."""
+def contradictions(fabric: Fabric, places: Sequence[str]) -> list[Problem]:
+    """Everything in the fabric that contradicts something else in it.
+
+    ``places``: of each of its resources, where it stands: ``spec.resources[0].file(a.yaml)[1]``.
+    """
     problems = [
         *_names(fabric),
         *_racks(fabric),
         *_links(fabric),
         *_hosts(fabric),
-        *_overlaps(fabric),
+        *_overlaps(fabric, places),
         *_pods(fabric),
-        *_resources(fabric),
+        *_resources(fabric, places),
     ]
     # addresses of routers can only be worked out once subnets are large enough
-    return problems or list(_peers(fabric))
+    return problems or list(_peers(fabric, places))
 
 
 def _names(fabric: Fabric) -> Iterator[Problem]:
@@ -167,7 +170,7 @@ def _subnets(fabric: Fabric) -> Iterator[tuple[str, str, IPv4Network]]:
         yield f"spec.hosts[{h}].address", f"host {host.name}", host.address.network
 
 
-def _overlaps(fabric: Fabric) -> Iterator[Problem]:
+def _overlaps(fabric: Fabric, places: Sequence[str]) -> Iterator[Problem]:
     taken: list[tuple[str, IPv4Network]] = []
     for field, owner, subnet in _subnets(fabric):
         for reserved, why in _NOT_FOR_FABRICS.items():
@@ -179,7 +182,7 @@ def _overlaps(fabric: Fabric) -> Iterator[Problem]:
                     field, str(subnet), f"a subnet of its own: it overlaps {theirs} of {other}"
                 )
         taken.append((owner, subnet))
-    for field, name, cidr in _pools(fabric):
+    for field, name, cidr in _pools(fabric, places):
         for owner, subnet in taken:
             if cidr.overlaps(subnet):
                 yield Problem(
@@ -187,14 +190,15 @@ def _overlaps(fabric: Fabric) -> Iterator[Problem]:
                     str(cidr),
                     f"a range for pods alone in IPPool {name}: it overlaps {subnet} of {owner}",
                 )
+        taken.append((f"IPPool {name}", cidr))
 
 
-def _pools(fabric: Fabric) -> Iterator[tuple[str, str, IPv4Network]]:
-    for i, resource in enumerate(fabric.spec.resources):
+def _pools(fabric: Fabric, places: Sequence[str]) -> Iterator[tuple[str, str, IPv4Network]]:
+    for place, resource in zip(places, fabric.spec.resources, strict=True):
         if resource["kind"] == "IPPool":
             cidr = ip_network(resource["spec"]["cidr"])
             if isinstance(cidr, IPv4Network):
-                yield f"spec.resources[{i}].spec.cidr", resource["metadata"]["name"], cidr
+                yield f"{place}.spec.cidr", resource["metadata"]["name"], cidr
 
 
 def _pods(fabric: Fabric) -> Iterator[Problem]:
@@ -211,10 +215,9 @@ def _pods(fabric: Fabric) -> Iterator[Problem]:
             yield Problem(f"spec.pods[{p}].name", pod.name, f"one pod {pod.key} only")
 
 
-def _resources(fabric: Fabric) -> Iterator[Problem]:
+def _resources(fabric: Fabric, places: Sequence[str]) -> Iterator[Problem]:
     seen: dict[tuple[str, str, str], str] = {}
-    for i, resource in enumerate(fabric.spec.resources):
-        field = f"spec.resources[{i}]"
+    for field, resource in zip(places, fabric.spec.resources, strict=True):
         key = key_parts(resource)
         if key in seen:
             yield Problem(
@@ -227,14 +230,14 @@ def _resources(fabric: Fabric) -> Iterator[Problem]:
             )
 
 
-def _peers(fabric: Fabric) -> Iterator[Problem]:
+def _peers(fabric: Fabric, places: Sequence[str]) -> Iterator[Problem]:
     """A peering with a router of the fabric that has another AS number would never come up."""
     routers = {
         str(interface.ip): router
         for router in fabric.all_routers()
         for interface in fabric.addresses_of(router.name)
     }
-    for i, resource in enumerate(fabric.spec.resources):
+    for place, resource in zip(places, fabric.spec.resources, strict=True):
         if resource["kind"] != "BGPPeer" or not resource["spec"].get("peerIP"):
             continue
         address, _ = split_peer_ip(resource["spec"]["peerIP"])
@@ -242,7 +245,7 @@ def _peers(fabric: Fabric) -> Iterator[Problem]:
         router = routers.get(address)
         if router is not None and number != router.as_number:
             yield Problem(
-                f"spec.resources[{i}].spec.asNumber",
+                f"{place}.spec.asNumber",
                 number,
                 f"{router.as_number}, as peerIP {address} is router {router.name} of this fabric",
             )

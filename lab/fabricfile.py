@@ -52,8 +52,9 @@ def parse(document: object, folder: Path) -> Fabric:
     Raises InvalidObjectError, which holds everything that is wrong.
     """
     fabric = registry.validate(Fabric, document)
-    fabric.spec.resources, problems = _resources(fabric.spec.resources, folder)
-    problems = problems or contradictions(fabric)
+    resources, problems = _resources(fabric.spec.resources, folder)
+    fabric.spec.resources = list(resources.values())
+    problems = problems or contradictions(fabric, list(resources))
     if problems:
         raise InvalidObjectError("Fabric", fabric.name, problems)
     return fabric
@@ -61,9 +62,12 @@ def parse(document: object, folder: Path) -> Fabric:
 
 def _resources(
     items: list[dict[str, Any]], folder: Path
-) -> tuple[list[dict[str, Any]], list[Problem]]:
-    """The resources of all items, defaults filled in, and what is wrong with them."""
-    resources: list[dict[str, Any]] = []
+) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
+    """The resources of all items by where they stand, and what is wrong with them.
+
+    Defaults are filled in.
+    """
+    resources: dict[str, dict[str, Any]] = {}
     problems: list[Problem] = []
     for i, item in enumerate(items):
         field = f"spec.resources[{i}]"
@@ -81,7 +85,7 @@ def _resources(
 
 
 def _add(
-    item: object, field: str, resources: list[dict[str, Any]], problems: list[Problem]
+    item: object, field: str, resources: dict[str, dict[str, Any]], problems: list[Problem]
 ) -> None:
     """One object; the items of a List one by one."""
     if isinstance(item, Mapping) and item.get("kind") == "List":
@@ -107,4 +111,4 @@ def _add(
         return
     if registry.kind_of(resource).namespaced:
         resource["metadata"].setdefault("namespace", "default")
-    resources.append(resource)
+    resources[field] = resource

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,11 +59,12 @@ def title(key: Key) -> str:
 def read(sources: Sequence[str], namespace: str | None, *, recursive: bool) -> list[Document]:
     """The objects in files, directories and (``-``) standard input, lists taken apart.
 
-    ``namespace`` is for namespaced objects that name none. Raises DocumentsError.
+    ``namespace`` is for namespaced objects that name none. Raises DocumentsError with
+    everything that is wrong, also with the objects that could be read.
     """
     found: list[Document] = []
     complaints: list[str] = []
-    for source, text in _texts(sources, recursive):
+    for source, text in _texts(sources, recursive, complaints):
         try:
             for number, value in documents(text):
                 place = f"{source}, document {number}"
@@ -82,7 +83,7 @@ def read(sources: Sequence[str], namespace: str | None, *, recursive: bool) -> l
             complaints.append(document.complain(f"stands in {places[document.key]}, too"))
         places[document.key] = document.place
     if complaints:
-        raise DocumentsError(complaints)
+        raise DocumentsError(complaints + _checked(found)[1])
     return found
 
 
@@ -91,11 +92,19 @@ def check(found: Sequence[Document]) -> list[Resource]:
 
     Raises DocumentsError with everything that is wrong with any of them.
     """
+    resources, complaints = _checked(found)
+    if complaints:
+        raise DocumentsError(complaints)
+    return resources
+
+
+def _checked(found: Sequence[Document]) -> tuple[list[Resource], list[str]]:
+    """The resources of those documents that are right, the complaints about the others."""
     from api.registry import parse
     from policy.selector import parse as parse_selector
 
-    resources = []
-    complaints = []
+    resources: list[Resource] = []
+    complaints: list[str] = []
     for document in found:
         try:
             resource = parse(document.value, selector=parse_selector)
@@ -106,9 +115,7 @@ def check(found: Sequence[Document]) -> list[Resource]:
             if (resource.namespace, resource.name) != (document.key.namespace, document.key.name):
                 complaints.append(document.complain("metadata, name: expected in lower case"))
         complaints += [document.complain(problem) for problem in _not_by_hand(document)]
-    if complaints:
-        raise DocumentsError(complaints)
-    return resources
+    return resources, complaints
 
 
 def _not_by_hand(document: Document) -> Iterator[Problem]:
@@ -124,29 +131,42 @@ def _not_by_hand(document: Document) -> Iterator[Problem]:
         )
 
 
-def _texts(sources: Sequence[str], recursive: bool) -> Iterator[tuple[str, str]]:
+def _texts(
+    sources: Sequence[str], recursive: bool, complaints: list[str]
+) -> Iterator[tuple[str, str]]:
+    """Each file's name and text; what can't be read is added to ``complaints``."""
     for source in sources:
         if source == "-":
-            yield "standard input", _decode("standard input", sys.stdin.buffer.read())
+            yield from _text("standard input", sys.stdin.buffer.read, complaints)
             continue
-        path = Path(source)
         try:
-            if path.is_dir():
-                files = sorted(path.rglob("*") if recursive else path.iterdir())
-                files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
-            else:
-                files = [path]
-            for file in files:
-                yield str(file), _decode(str(file), file.read_bytes())
+            files = _files(Path(source), recursive)
         except OSError as error:
-            raise DocumentsError([f"{error.filename}: {error.strerror}"]) from error
+            complaints.append(f"{error.filename}: {error.strerror}")
+            continue
+        for file in files:
+            yield from _text(str(file), file.read_bytes, complaints)
 
 
-def _decode(source: str, data: bytes) -> str:
+def _text(
+    name: str, contents: Callable[[], bytes], complaints: list[str]
+) -> Iterator[tuple[str, str]]:
     try:
-        return data.decode("utf-8-sig")
+        text = contents().decode("utf-8-sig")
+    except OSError as error:
+        complaints.append(f"{name}: {error.strerror}")
     except UnicodeDecodeError as error:
-        raise DocumentsError([f"{source}: byte {error.start}: expected UTF-8 text"]) from error
+        complaints.append(f"{name}: byte {error.start}: expected UTF-8 text")
+    else:
+        yield name, text
+
+
+def _files(path: Path, recursive: bool) -> list[Path]:
+    """The file itself, or those in a directory. Raises OSError."""
+    if not path.is_dir():
+        return [path]
+    inside = sorted(path.rglob("*") if recursive else path.iterdir())
+    return [file for file in inside if file.suffix in SUFFIXES and file.is_file()]
 
 
 def _items(place: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -40,7 +40,8 @@ def command(
     with open_store() as store:
         entries, revision, missing = _entries(store, kind, names, space)
     if output in ("table", "wide"):
-        _table(kind, entries, wide=output == "wide", namespaces=all_namespaces)
+        if entries or not missing:
+            _table(kind, entries, wide=output == "wide", namespaces=all_namespaces)
     elif output == "name":
         for entry in entries:
             click.echo(f"{kind.id.lower()}/{entry.key.name}")

@@ -52,7 +52,8 @@ def status(output: str) -> None:
     else:
         lines = [] if felix is None else list(_felix(felix))
         lines += [] if bgp is None else list(_bgp(bgp))
-        click.echo("\n".join(lines))
+        if lines:
+            click.echo("\n".join(lines))
     for complaint in missing:
         click.echo(f"Error: {complaint}", err=True)
     if missing:
@@ -74,7 +75,10 @@ def _felix(status: dict[str, Any]) -> Iterator[str]:
 
 
 def _bgp(status: BgpStatus) -> Iterator[str]:
-    state = "running" if status.exabgp is not None else "ExaBGP does not run"
+    if status.exabgp is not None:
+        state = "running"
+    else:
+        state = "ExaBGP does not run" if status.peers else "no peers to talk to"
     if not status.in_sync:
         state += ", still reading the datastore"
     if status.holding:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from manxctl.documents import check
+from manxctl.documents import DocumentsError, check
 from manxctl.options import file_options, read_or_fail
+from manxctl.overlaps import overlaps
 
 
 @click.command("validate")
@@ -17,5 +18,7 @@ def command(filenames: tuple[str, ...], recursive: bool, namespace: str | None) 
     be right.
     """
     found = read_or_fail(filenames, namespace, recursive)
-    check(found)
+    complaints = list(overlaps(found, check(found)))
+    if complaints:
+        raise DocumentsError(complaints)
     click.echo(f"{len(found)} {'resource' if len(found) == 1 else 'resources'}, all valid")

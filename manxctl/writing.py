@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from api.errors import InvalidObjectError
+from api.ippool import IPPool
 from api.metadata import Resource
 from api.registry import check_update, dump, parse
 from datastore.interface import (
@@ -20,6 +21,7 @@ from datastore.interface import (
     NotFoundError,
 )
 from manxctl.documents import Document, DocumentsError, check
+from manxctl.overlaps import overlaps
 
 ATTEMPTS = 20  # how often a write that met another's is done again
 CREATED, CONFIGURED, UNCHANGED, SKIPPED = "created", "configured", "unchanged", "skipped"
@@ -42,13 +44,17 @@ def write_all(
     """
     resources = check(found)
     complaints = []
+    new: list[tuple[Document, Resource]] = []
     for document, resource in zip(found, resources, strict=True):
         stored = find(store, document)
+        if stored is None:
+            new.append((document, resource))
         complaint = objection(document, resource, stored)
         if complaint:
             complaints.append(document.complain(complaint))
         elif stored is not None:
             complaints += _update_complaints(document, resource, stored)
+    complaints += _new_pool_complaints(store, new)
     if complaints:
         raise DocumentsError(complaints)
     for document, resource in zip(found, resources, strict=True):
@@ -113,6 +119,25 @@ def _update_complaints(document: Document, resource: Resource, stored: Entry) ->
     except InvalidObjectError as error:
         return [document.complain(problem) for problem in error.problems]
     return []
+
+
+def _new_pool_complaints(
+    store: Datastore, new: Sequence[tuple[Document, Resource]]
+) -> Iterator[str]:
+    """About new pools that overlap each other or one that is stored.
+
+    Of a stored one the range cannot change, so it can be written however it came to overlap.
+    """
+    pools = [(document, pool) for document, pool in new if document.key.kind == "IPPool"]
+    if not pools:
+        return
+    stored = []
+    for entry in store.list("IPPool").entries:
+        with suppress(InvalidObjectError):  # broken, so nobody takes addresses from it
+            pool = parse(entry.value)
+            assert isinstance(pool, IPPool)
+            stored.append((pool.name, pool.spec.net))
+    yield from overlaps([each for each, _ in pools], [each for _, each in pools], stored)
 
 
 def _new(resource: Resource) -> JSON:

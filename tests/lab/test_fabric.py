@@ -75,6 +75,12 @@ SECOND_PEER = {
     "metadata": {"name": "tor-1"},
     "spec": {"peerIP": "10.0.0.1", "asNumber": 1},
 }
+SECOND_POOL = {
+    "apiVersion": "projectcalico.org/v3",
+    "kind": "IPPool",
+    "metadata": {"name": "more"},
+    "spec": {"cidr": "10.65.4.0/24"},
+}
 NODE = {"apiVersion": "projectcalico.org/v3", "kind": "Node", "metadata": {"name": "n"}}
 PORT_0 = [{"name": "http", "containerPort": 0}]
 
@@ -130,6 +136,7 @@ CONTRADICTIONS = [
     ("resources.0.kind", "IPPol", "spec.resources[0].kind", "did you mean IPPool? (IPPol pods)"),
     ("resources.1.spec.asNumber", 65002, "spec.resources[1].spec.asNumber", "router tor-1"),
     ("resources.2", SECOND_PEER, "spec.resources[2].metadata.name", "spec.resources[1]"),
+    ("resources.2", SECOND_POOL, "spec.resources[2].spec.cidr", "10.65.0.0/16 of IPPool pods"),
     ("resources.2", NODE, "spec.resources[2].kind", "the lab writes one"),
     ("resources.2", {"file": "nowhere.yaml"}, "spec.resources[2].file", "No such file"),
     ("cni.binDir", None, "spec.cni.binDir", "required"),
@@ -177,11 +184,12 @@ def test_resources_come_from_files_too(tmp_path: Path) -> None:
     assert [each["kind"] for each in resources[2:]] == ["IPPool", "NetworkPolicy"]
     assert resources[3]["metadata"]["namespace"] == "default"
 
-    (tmp_path / "more.yaml").write_text(yaml.safe_dump({**pool, "spec": {"cidr": "10.66.0.1/16"}}))
-    with pytest.raises(
-        InvalidObjectError, match=r"spec.resources\[2\].file\(more.yaml\)\[0\].spec"
-    ):
-        load(tmp_path / "fabric.yaml")
+    for cidr in ("10.65.4.0/24", "10.66.0.1/16"):  # contradicts another pool; is wrong in itself
+        (tmp_path / "more.yaml").write_text(yaml.safe_dump({**pool, "spec": {"cidr": cidr}}))
+        with pytest.raises(
+            InvalidObjectError, match=r"spec.resources\[2\].file\(more.yaml\)\[0\].spec.cidr"
+        ):
+            load(tmp_path / "fabric.yaml")
 
 
 @pytest.mark.parametrize(

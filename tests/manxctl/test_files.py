@@ -112,6 +112,7 @@ def test_directories(run: Run, store: SqliteDatastore, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["List", "IPPoolList"])
 def test_lists(run: Run, store: SqliteDatastore, kind: str) -> None:
     items = [yaml.safe_load(POOL.replace("pods", name)) for name in ("a", "b")]
+    items[1]["spec"]["cidr"] = "10.1.0.0/16"
     if kind == "IPPoolList":
         for item in items:
             del item["kind"], item["apiVersion"]
@@ -320,3 +321,53 @@ def test_unreadable_files(run: Run, tmp_path: Path) -> None:
     )
     (tmp_path / "latin.yaml").write_bytes("a: ä".encode("latin-1"))
     assert "byte 3: expected UTF-8" in run("apply", "-f", tmp_path / "latin.yaml").stderr
+
+
+def test_all_files_are_looked_at_whatever_the_first_is(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    (folder / "1.yaml").write_bytes(b"\xff")
+    (folder / "2.yaml").write_text("a: b: c\n")
+    (folder / "3.yaml").write_text(POOL.replace("10.0.0.0/16", "10.0.0.1/16"))
+    for verb in ("validate", "apply"):
+        result = run(verb, "-f", tmp_path / "absent.yaml", "-f", folder)
+        said = result.stderr.removeprefix("Error: ").splitlines()
+        assert [line.partition(": ")[0].partition(",")[0] for line in said] == [
+            f"{tmp_path}/absent.yaml",
+            *(f"{folder}/{name}.yaml" for name in (1, 2, 3)),
+        ]
+        assert said[-1].endswith("a CIDR such as 10.0.0.0/24 without bits beyond its prefix length")
+
+
+def test_pools_that_overlap(run: Run, store: SqliteDatastore) -> None:
+    inner = POOL.replace("pods", "inner").replace("10.0.0.0/16", "10.0.3.0/24")
+    refused = (
+        "IPPool inner: spec.cidr: '10.0.3.0/24': "
+        "a range of its own: it overlaps 10.0.0.0/16 of IPPool pods\n"
+    )
+    for verb in ("validate", "apply", "create"):
+        result = run(verb, "-f", "-", stdin=f"{POOL}---{inner}")
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr == f"Error: standard input, document 2: {refused}"
+    run("apply", "-f", "-", stdin=POOL)
+    result = run("apply", "-f", "-", stdin=inner)
+    assert (result.exit_code, result.stderr) == (1, f"Error: standard input, document 1: {refused}")
+    assert [entry.key for entry in store.list("IPPool").entries] == [PODS]
+
+
+def test_stored_pools_that_overlap_can_be_disabled(run: Run, store: SqliteDatastore) -> None:
+    run("apply", "-f", "-", stdin=POOL)
+    inner = {"cidr": "10.0.3.0/24"}
+    store.create(
+        Key("IPPool", "inner"),
+        {
+            "apiVersion": "projectcalico.org/v3",
+            "kind": "IPPool",
+            "metadata": {"name": "inner"},
+            "spec": inner,
+        },
+    )
+    both = run("get", "pools", "-o", "yaml").stdout
+    changed = both.replace("cidr: 10.0.3.0/24", "cidr: 10.0.3.0/24\n    disabled: true")
+    assert run("apply", "-f", "-", stdin=changed).exit_code == 0
+    assert store.get(Key("IPPool", "inner")).value["spec"]["disabled"] is True

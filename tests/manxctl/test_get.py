@@ -167,6 +167,7 @@ def test_what_is_missing(run: Run, store: SqliteDatastore) -> None:
     assert result.exit_code == 1
     assert result.stderr == "Error: IPPool absent: does not exist\n"
     assert "10.0.0.0/16" in result.stdout
+    assert run("get", "pools", "absent").stdout == ""
     result = run("get", "ippolls")
     assert result.exit_code == 2
     assert "'ippolls': no such kind; did you mean ippools?" in result.stderr

@@ -6,8 +6,11 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from bird_glue import status as bgp
 from felix import status as felix
@@ -57,11 +60,11 @@ BGP = bgp.BgpStatus(
 
 
 @contextmanager
-def programs(run_dir: Path) -> Iterator[None]:
+def programs(run_dir: Path, said: bgp.BgpStatus = BGP) -> Iterator[None]:
     """Both programs' servers, answering at once."""
     run_dir.mkdir()
     agent = felix.StatusServer(run_dir, lambda request: request.reply.put(FELIX))
-    speaker = bgp.StatusServer(run_dir, lambda request: request.answer(bgp.status_answer(BGP)))
+    speaker = bgp.StatusServer(run_dir, lambda request: request.answer(bgp.status_answer(said)))
     agent.start()
     speaker.start()
     try:
@@ -93,6 +96,15 @@ def test_status(run: Run, tmp_path: Path) -> None:
     assert "node-to-node mesh   Established" in lines[12]
 
 
+@pytest.mark.parametrize(
+    ("peers", "state"),
+    [([], "no peers to talk to"), ([peer("172.31.1.1")], "ExaBGP does not run")],
+)
+def test_without_exabgp(run: Run, tmp_path: Path, peers: list[bgp.PeerStatus], state: str) -> None:
+    with programs(tmp_path / "run", replace(BGP, exabgp=None, peers=peers)):
+        assert f"\nBGP: {state} (AS 64512" in run("node", "status").stdout
+
+
 def test_json(run: Run, tmp_path: Path) -> None:
     with programs(tmp_path / "run"):
         both = json.loads(run("node", "status", "-o", "json").stdout)
@@ -102,6 +114,6 @@ def test_json(run: Run, tmp_path: Path) -> None:
 
 def test_programs_that_do_not_run(run: Run) -> None:
     result = run("node", "status")
-    assert result.exit_code == 1
+    assert (result.exit_code, result.stdout) == (1, "")
     assert "does manx-felix run?" in result.stderr
     assert "does manx-bird-glue run?" in result.stderr
