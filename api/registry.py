@@ -82,9 +82,14 @@ def validate(model: type[R], obj: object, *, selector: Check | None = None) -> R
     try:
         return model.model_validate(obj, by_alias=True, by_name=False, context=selector)
     except ValidationError as error:
-        problems = [_problem(model, detail) for detail in error.errors(include_url=False)]
+        found = problems(model, error)
     (kind,) = get_args(model.model_fields["kind"].annotation)
-    raise InvalidObjectError(kind, name_of(obj), problems)
+    raise InvalidObjectError(kind, name_of(obj), found)
+
+
+def problems(model: type[BaseModel], error: ValidationError) -> list[Problem]:
+    """What a model refused, each with its field, the value and what would be right."""
+    return [_problem(model, detail) for detail in error.errors(include_url=False)]
 
 
 def _problem(model: type[BaseModel], detail: Any) -> Problem:

@@ -190,7 +190,9 @@ def parse_call(environment: Mapping[str, str], configuration: bytes) -> Call:
     """Validate a request. Raises CniError with code 1, 4, 6 or 7."""
     command = environment.get("CNI_COMMAND", "")
     if command not in COMMANDS:
-        raise invalid_environment("CNI_COMMAND", command, f"expected {', '.join(COMMANDS)}")
+        raise invalid_environment(
+            "CNI_COMMAND", command, f"expected {', '.join(COMMANDS)} or VERSION"
+        )
     parsed = parse_configuration(configuration, command)
     attachment = None
     if command in WITH_ATTACHMENT:

@@ -79,10 +79,11 @@ def call_inside(fd: int, function: Callable[[], T]) -> T:
         _setns(fd)
         return function()
 
-    return _in_fresh_thread(enter_and_call)
+    return in_fresh_thread(enter_and_call)
 
 
-def _in_fresh_thread(function: Callable[[], T]) -> T:
+def in_fresh_thread(function: Callable[[], T]) -> T:
+    """The result of ``function``, called in a thread of its own, which then ends."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -92,7 +93,7 @@ def _in_fresh_thread(function: Callable[[], T]) -> T:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="netns")
+    thread = threading.Thread(target=run, name="namespace")
     thread.start()
     thread.join()
     if errors:
@@ -133,11 +134,11 @@ class Namespace:
         OSError.
         """
         if path is None:
-            return cls(_in_fresh_thread(_unshare))
+            return cls(in_fresh_thread(_unshare))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o444, exist_ok=False)
         try:
-            return cls(_in_fresh_thread(lambda: _unshare(path)), path)
+            return cls(in_fresh_thread(lambda: _unshare(path)), path)
         except BaseException:
             path.unlink()
             raise

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from api.errors import InvalidObjectError
+from api.registry import problems
 from lab.client import START_TIMEOUT, Lab
 from lab.control import JSON
 from lab.errors import LabError
@@ -198,10 +199,7 @@ def _pod(data: JSON) -> Pod:
     try:
         return Pod.model_validate(data)
     except ValidationError as error:
-        texts = [
-            f"{'.'.join(map(str, e['loc']))}: {e['input']!r}: {e['msg']}" for e in error.errors()
-        ]
-        raise LabError("; ".join(texts)) from None
+        raise LabError("; ".join(map(str, problems(Pod, error)))) from None
 
 
 def _pairs(option: str, texts: tuple[str, ...]) -> Iterator[tuple[str, str]]:

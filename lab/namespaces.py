@@ -13,11 +13,12 @@ import contextlib
 import ctypes
 import os
 import subprocess
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
+
+from kernel.netns import in_fresh_thread
 
 T = TypeVar("T")
 
@@ -45,25 +46,6 @@ def _check(result: int, what: str) -> None:
 def unshare(flags: int) -> None:
     """unshare(2) of the calling thread. Raises OSError."""
     _check(_libc.unshare(flags), "unshare (root is needed)")
-
-
-def in_fresh_thread(function: Callable[[], T]) -> T:
-    """The result of ``function``, called in a thread of its own, which then ends."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(function())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="namespace")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 @dataclass(slots=True)

@@ -46,8 +46,9 @@ def command(
             wanted[document.key] = None if version is None else str(version)
     failed = False
     with open_store() as store:
-        for key, revision in wanted.items():
-            complaint = _delete(store, key, revision, skip_not_exists, force)
+        # a tier goes after the policies in it, wherever it stands in a file
+        for key in sorted(wanted, key=lambda key: key.kind == "Tier"):
+            complaint = _delete(store, key, wanted[key], skip_not_exists, force)
             if complaint:
                 failed = True
                 click.echo(f"Error: {title(key)}: {complaint}", err=True)

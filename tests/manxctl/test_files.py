@@ -238,6 +238,16 @@ def test_delete_by_name_and_by_file(run: Run, store: SqliteDatastore) -> None:
     assert run("delete", "np", "web", "-n", "shop").exit_code == 0
 
 
+def test_a_tier_is_deleted_after_the_policies_in_it(run: Run) -> None:
+    tier = "apiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {name: security}\n"
+    policy = POLICY.replace("name: web", "name: security.web").replace(
+        "spec:", "spec:\n  tier: security"
+    )
+    for verb in ("apply", "delete"):
+        result = run(verb, "-f", "-", stdin=f"{tier}---{policy}")
+        assert (result.exit_code, result.stderr) == (0, "")
+
+
 def test_delete_goes_on_after_an_error(run: Run, store: SqliteDatastore) -> None:
     run("apply", "-f", "-", stdin=POOL)
     result = run("delete", "pools", "absent", "pods")
