@@ -1,4 +1,7 @@
-"""The etcd store, beside grpcio with nothing around it; both in turn on one server."""
+"""The etcd store, beside grpcio with nothing around it; both in turn on one server.
+
+Both change a block of 2 KB, write it as JSON where it is unchanged, and know its new revision.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +47,18 @@ def _beside_grpcio(connect: datastore.Connect, endpoint: str) -> dict[str, float
     with grpc.insecure_channel(endpoint) as channel:
         txn = _txn(channel)
         key, value = datastore.block(11)
-        path, data = path_of(key, value).encode(), orjson.dumps(value["spec"])
-        put = pb.RequestOp(request_put=pb.PutRequest(key=path, value=data))
-        revision = txn(pb.TxnRequest(success=[put])).header.revision
+        path, spec = path_of(key, value).encode(), value["spec"]
+
+        def put() -> pb.RequestOp:
+            return pb.RequestOp(request_put=pb.PutRequest(key=path, value=orjson.dumps(spec)))
+
+        revision = txn(pb.TxnRequest(success=[put()])).header.revision
 
         def plain() -> None:
             nonlocal revision
+            spec["sequenceNumber"] += 1
             same = pb.Compare(target=pb.Compare.MOD, key=path, mod_revision=revision)
-            answer = txn(pb.TxnRequest(compare=[same], success=[put]))
+            answer = txn(pb.TxnRequest(compare=[same], success=[put()]))
             if not answer.succeeded:
                 raise RuntimeError("somebody else writes to this etcd")
             revision = answer.header.revision

@@ -107,7 +107,8 @@ def _block_record(spec: JSON) -> JSON:
     if not spec.get("strictAffinity"):
         spec.pop("strictAffinity", None)  # CRDs alone require it
     _rename(spec, *_CLAIMED)
-    return {"affinity": None} | spec
+    spec.setdefault("affinity", None)
+    return spec
 
 
 def _block_spec(record: JSON) -> JSON:
@@ -122,7 +123,8 @@ def _block_spec(record: JSON) -> JSON:
             record[name] = []
     if record.get("sequenceNumberForAllocation") is None:
         record["sequenceNumberForAllocation"] = {}
-    return {"strictAffinity": False} | record
+    record.setdefault("strictAffinity", False)
+    return record
 
 
 def _configuration_record(spec: JSON) -> JSON:
