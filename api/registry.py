@@ -99,6 +99,8 @@ def _problem(model: type[BaseModel], detail: Any) -> Problem:
         value, expected = None, "required"
     elif kind == "extra_forbidden":
         expected = nearest("no such field", str(location[-1]), _fields_at(model, location[:-1]))
+    elif kind in ("model_type", "dict_type"):
+        expected = "a mapping"
     else:
         expected = detail["msg"].removeprefix("Input should be ")
     return Problem(_path(location), value, expected)

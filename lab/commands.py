@@ -76,7 +76,13 @@ def main() -> None:
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--name", help="Name of the lab; the fabric's by default.")
-@click.option("--timeout", type=float, default=START_TIMEOUT, show_default=True, help="Seconds.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=START_TIMEOUT,
+    show_default=True,
+    help="Seconds for everything in it to be ready.",
+)
 def up(file: Path, name: str | None, timeout: float) -> None:
     """Build the fabric in FILE and start everything in it."""
     with _errors_said():

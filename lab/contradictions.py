@@ -160,27 +160,27 @@ def _host_addresses(field: str, host: Host) -> Iterator[Problem]:
         )
 
 
-def _subnets(fabric: Fabric) -> Iterator[tuple[str, str, IPv4Network]]:
-    """Field, whose it is, subnet."""
+def _subnets(fabric: Fabric) -> Iterator[tuple[str, str, str, IPv4Network]]:
+    """Field, what stands there, whose it is, subnet."""
     for r, rack in enumerate(fabric.spec.racks):
-        yield f"spec.racks[{r}].subnet", f"rack {rack.name}", rack.subnet
+        yield f"spec.racks[{r}].subnet", str(rack.subnet), f"rack {rack.name}", rack.subnet
     for i, link in enumerate(fabric.spec.links):
-        yield f"spec.links[{i}].subnet", f"the link {' - '.join(link.between)}", link.subnet
+        owner = f"the link {' - '.join(link.between)}"
+        yield f"spec.links[{i}].subnet", str(link.subnet), owner, link.subnet
     for h, host in enumerate(fabric.spec.hosts):
-        yield f"spec.hosts[{h}].address", f"host {host.name}", host.address.network
+        owner, subnet = f"host {host.name}", host.address.network
+        yield f"spec.hosts[{h}].address", str(host.address), owner, subnet
 
 
 def _overlaps(fabric: Fabric, places: Sequence[str]) -> Iterator[Problem]:
     taken: list[tuple[str, IPv4Network]] = []
-    for field, owner, subnet in _subnets(fabric):
+    for field, value, owner, subnet in _subnets(fabric):
         for reserved, why in _NOT_FOR_FABRICS.items():
             if subnet.overlaps(reserved):
-                yield Problem(field, str(subnet), f"a unicast subnet: {reserved} is {why}")
+                yield Problem(field, value, f"a unicast subnet: {reserved} is {why}")
         for other, theirs in taken:
             if subnet.overlaps(theirs):
-                yield Problem(
-                    field, str(subnet), f"a subnet of its own: it overlaps {theirs} of {other}"
-                )
+                yield Problem(field, value, f"a subnet of its own: it overlaps {theirs} of {other}")
         taken.append((owner, subnet))
     for field, name, cidr in _pools(fabric, places):
         for owner, subnet in taken:
