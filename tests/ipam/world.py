@@ -62,6 +62,10 @@ class Interposed:
         self.writes = 0
         self.reads = 0
 
+    @property
+    def given(self) -> frozenset[str]:
+        return self._store.given
+
     def get(self, key: Key) -> Entry:
         self.reads += 1
         return self._store.get(key)
