@@ -86,11 +86,8 @@ def preferred(conf_dir: Path) -> list[Path]:
 def configuration_list(mtu: int, chain: Sequence[Mapping[str, Any]], bin_dir: Path) -> bytes:
     """The network configuration list, in versions that every plugin of the chain speaks."""
     plugin = {"type": PLUGIN, "mtu": mtu, "ipam": {"type": "manx-ipam"}}
-    versions = [
-        version
-        for version in VERSIONS
-        if all(version in _versions(bin_dir / chained["type"]) for chained in chain)
-    ]
+    spoken = [_versions(bin_dir / chained["type"]) for chained in chain]
+    versions = [version for version in VERSIONS if all(version in each for each in spoken)]
     if not versions:
         raise ValueError("the chained plugins have no version of CNI in common with this one")
     configuration = {
@@ -119,7 +116,8 @@ def _versions(plugin: Path) -> Sequence[str]:
         )
         return tuple(map(str, orjson.loads(done.stdout)["supportedVersions"]))
     except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
-        _log.warning("chained plugin %s: can't be asked for its versions: %s", plugin, error)
+        why = error.strerror if isinstance(error, OSError) else error
+        _log.warning("chained plugin %s: can't be asked for its versions: %s", plugin, why)
         return VERSIONS[: VERSIONS.index(_COMMON) + 1]
 
 
