@@ -23,7 +23,6 @@ from reconcile.backoff import Backoff
 
 WELL_AFTER = 10.0  # seconds of running that make up for earlier failures
 LOG_LIMIT = 8 << 20  # bytes of a log file; what is older than the last half of it goes
-STOP_WAIT = 3.0  # seconds a program has between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +92,6 @@ class Supervised:
         """SIGTERM, and no more restarts."""
         self._stopping.set()
         self.signal(signal.SIGTERM)
-
-    def wait_stopped(self, deadline: float) -> None:
-        """Wait until it has ended, with SIGKILL after ``deadline`` (of the monotonic clock)."""
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            self.signal(signal.SIGKILL)
-            self._thread.join()
 
     def trim_log(self) -> None:
         """Keep the log file from growing for ever; the program appends, so it may be cut."""
