@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from api.kubernetes import Pod
 from api.net import V4, V6, Net
 from cni.attachment import Attachment
-from cni.errors import INVALID_CONFIGURATION, CniError
+from cni.errors import INVALID_CONFIGURATION, TRY_AGAIN_LATER, CniError
 from datastore.interface import (
     JSON,
     AlreadyExistsError,
@@ -24,6 +24,7 @@ from datastore.interface import (
 from policy import labels
 from policy.convert import pod_labels, pod_ports, pod_profiles
 
+_CLUSTER_INFORMATION = Key("ClusterInformation", "default")
 DEFAULT_PREFIX = "cali"
 _PREFIX = re.compile(r"[a-zA-Z0-9_.-]{1,4}")  # 11 hex digits follow, 15 is the kernel's limit
 
@@ -40,6 +41,16 @@ class Cluster:
         self.store = store
         self.node = node
         self._prefix = ""
+
+    def require_unlocked(self) -> None:
+        """Raise CniError while the datastore is locked, as it is when it is moved."""
+        spec = self._value(_CLUSTER_INFORMATION).get("spec") or {}
+        if spec.get("datastoreReady") is False:
+            raise CniError(
+                TRY_AGAIN_LATER,
+                "the datastore is locked (ClusterInformation default: spec.datastoreReady:"
+                " false): it is being moved; afterwards: manxctl datastore migrate unlock",
+            )
 
     def interface_prefix(self) -> str:
         """How names of the node's ends begin: FelixConfiguration ``interfacePrefix``.

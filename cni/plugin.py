@@ -64,8 +64,11 @@ class Plugin:
             if call.command == "STATUS":
                 self._status(call)
             else:
+                self._node.cluster.require_unlocked()
                 self._collect_garbage(call)
             return None
+        if call.command != "CHECK":
+            self._node.cluster.require_unlocked()
         if call.command == "DEL":
             self._node.detach(call.attachment)
             _log.info("DEL %s", call.attachment)
@@ -119,8 +122,9 @@ class Plugin:
     def _status(self, call: Call) -> None:
         """Whether an ADD could be served now. Raises CniError with code 50."""
         try:
+            self._node.cluster.require_unlocked()
             self._node.require_pools(call.configuration.ipam.families)
-        except (StoreError, IpamError) as error:
+        except (StoreError, IpamError, CniError) as error:
             raise CniError(NOT_AVAILABLE, str(error)) from error
 
     def _collect_garbage(self, call: Call) -> None:

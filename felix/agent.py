@@ -32,6 +32,11 @@ from reconcile.backoff import Backoff
 # So many updates at most are one batch: the kernel need not wait for a flood to end.
 _BATCH = 10_000
 
+_LOCKED = (
+    "spec.datastoreReady: false: the datastore is being moved; what is enforced stays until:"
+    " manxctl datastore migrate unlock"
+)
+
 _log = logging.getLogger(__name__)
 
 
@@ -90,7 +95,7 @@ class Agent:
                 self._take(self._queue.get_nowait())
         except queue.Empty:
             pass
-        if self._in_sync and not self._stopping:
+        if self._in_sync and not self._snapshot.locked and not self._stopping:
             self._work(time.monotonic())
         # After the work, so that an answer speaks of all that was told before the question.
         while self._asked:
@@ -98,7 +103,7 @@ class Agent:
 
     def _pause(self) -> float | None:
         """Seconds until something is due by itself; None: nothing is."""
-        if not self._in_sync:
+        if not self._in_sync or self._snapshot.locked:
             return None
         times = [self._next_read, self._backoff.next_due()]
         if self._dataplane is not None and not len(self._backoff):
@@ -229,6 +234,8 @@ class Agent:
     def _errors(self) -> Iterator[tuple[str, str]]:
         if self._failure:
             yield "felix", self._failure
+        if self._snapshot.locked:
+            yield "ClusterInformation(default)", _LOCKED
         if self._registration_problem:
             yield f"Node({self._environment.node})", self._registration_problem
         yield from self._calculator.problems(self._snapshot)

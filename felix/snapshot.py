@@ -39,6 +39,7 @@ _WORKLOAD_FIELDS = frozenset(
 
 # What others refer to comes first, which saves work at the start.
 KINDS = (
+    "ClusterInformation",
     "FelixConfiguration",
     "Tier",
     "IPPool",
@@ -108,7 +109,10 @@ AnyPolicy = NetworkPolicy | GlobalNetworkPolicy
 
 
 class Snapshot:
-    """The objects as of the last update. ``dirty`` are the keys changed since it was emptied."""
+    """The objects as of the last update. ``dirty`` are the keys changed since it was emptied.
+
+    ``locked``: the datastore is being moved, and what it tells is not to be acted upon.
+    """
 
     def __init__(self) -> None:
         self.workloads: dict[Key, Workload] = {}
@@ -122,11 +126,15 @@ class Snapshot:
         self.configurations: dict[Key, FelixConfigurationSpec] = {}
         self.problems: dict[Key, str] = {}
         self.dirty: set[Key] = set()
+        self.locked = False
 
     def update(self, key: Key, value: JSON | None) -> None:
         """An object as it is now; None: it is gone. Never raises."""
         self.problems.pop(key, None)
         match key.kind:
+            case "ClusterInformation":
+                if key.name == "default":
+                    self.locked = _is_locked(value)
             case "WorkloadEndpoint":
                 self._put(self.workloads, key, value, read_workload)
             case "Pod":
@@ -191,6 +199,11 @@ class Snapshot:
         else:
             table[key] = new
         self.dirty.add(key)
+
+
+def _is_locked(value: JSON | None) -> bool:
+    spec = (value or {}).get("spec")
+    return isinstance(spec, dict) and spec.get("datastoreReady") is False
 
 
 def _parsed(key: Key, value: JSON, model: type[T]) -> T:

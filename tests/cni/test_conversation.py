@@ -12,6 +12,7 @@ from api.endpoint import WorkloadEndpoint
 from api.names import interface_name
 from api.registry import parse
 from cni.config import VALID_ATTACHMENTS
+from cni.errors import NOT_AVAILABLE, TRY_AGAIN_LATER
 from datastore.interface import Key
 from kernel.netns import Namespace
 from tests.cni.rig import NODE, Container, Rig, configuration, sysctl
@@ -355,3 +356,19 @@ def test_add_and_del_of_one_pod_at_once(rig: Rig) -> None:
         rig.end(process).ok()
     for pod in pods:
         rig.delete(pod)
+
+
+def test_a_locked_datastore_is_left_alone(rig: Rig) -> None:
+    pod, late = rig.container(), rig.container()
+    rig.add(pod)
+    rig.create("ClusterInformation", "default", spec={"datastoreReady": False})
+    for command, container in (("ADD", late), ("DEL", pod)):
+        answer = rig.call(command, container)
+        assert answer.error == TRY_AGAIN_LATER
+        assert "migrate unlock" in answer.json["msg"]
+    assert rig.call("STATUS").error == NOT_AVAILABLE
+    assert len(rig.links()) == 1
+    rig.store.delete(Key("ClusterInformation", "default"))
+    rig.delete(pod)
+    rig.add(late)
+    rig.delete(late)

@@ -320,3 +320,25 @@ def test_strangers_rules_stay(world: World, put: Put) -> None:
     rules = run(world.node.netns, "iptables", "-S").stdout
     assert "-A FORWARD -s 203.0.113.1/32 -j STRANGER" in rules
     assert "203.0.113.0/24" in run(world.node.netns, "ip", "route").stdout
+
+
+def test_what_is_enforced_stays_while_the_datastore_is_locked(world: World) -> None:
+    node = world.node
+    info = {
+        "apiVersion": V3,
+        "kind": "ClusterInformation",
+        "metadata": {"name": "default"},
+        "spec": {"datastoreReady": False},
+    }
+    lock = node.put(info)
+    shut = node.put(policy("shut", selector="app == 'web'", types=["Ingress"]))
+    node.settle()
+    assert world.allowed(world.client)
+    assert "migrate unlock" in node.errors()["ClusterInformation(default)"]
+    node.put({**info, "spec": {"datastoreReady": True}})
+    node.settle()
+    assert world.dropped(world.client)
+    node.delete(shut)
+    node.delete(lock)
+    node.settle()
+    assert world.allowed(world.client)
