@@ -9,8 +9,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from api.fields import is_subdomain
 from api.metadata import CalicoResource, Checked, Fault, label_faults
 from api.policy import Rule
+
+# A ServiceAccount's name may be longer than the value of a label.
+NAME_LABELS = frozenset(("pcns.projectcalico.org/name", "pcsa.projectcalico.org/name"))
 
 
 class ProfileSpec(Checked):
@@ -21,8 +25,13 @@ class ProfileSpec(Checked):
     labels_to_apply: dict[str, str] = Field(default_factory=dict)
 
     def faults(self) -> Iterator[Fault]:
-        """Labels that no object can have."""
-        yield from label_faults(self.labels_to_apply, ("labelsToApply",))
+        """Labels that no object can have, but for those that hold a name."""
+        labels = {
+            key: value
+            for key, value in self.labels_to_apply.items()
+            if not (key in NAME_LABELS and is_subdomain(value))
+        }
+        yield from label_faults(labels, ("labelsToApply",))
 
 
 class Profile(CalicoResource):

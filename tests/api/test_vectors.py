@@ -126,3 +126,9 @@ def test_recorded_names() -> None:
             spec = endpoint["spec"]
             assert interface_name("cali", meta["namespace"], meta["name"]) == spec["interfaceName"]
             assert refusal(endpoint) is None
+    for row in content["namespaces"]:
+        parse({"apiVersion": "v1", "kind": "Namespace", **row["namespace"]})
+        assert refusal(row["expected"]["value"]) is None
+    for row in content["serviceaccounts"]:
+        parse({"apiVersion": "v1", "kind": "ServiceAccount", **row["serviceaccount"]})
+        assert refusal(row["expected"]["value"]) is None
