@@ -23,6 +23,15 @@ from datastore.interface import (
 from manxctl.documents import Document, DocumentsError, check
 from manxctl.overlaps import overlaps
 
+# What a node's agent writes into the spec: a document that leaves it out does not mean to remove it.
+AGENT_FIELDS = {
+    "Node": (
+        "ipv4VXLANTunnelAddr",
+        "vxlanTunnelMACAddr",
+        "ipv6VXLANTunnelAddr",
+        "vxlanTunnelMACAddrV6",
+    )
+}
 ATTEMPTS = 20  # how often a write that met another's is done again
 CREATED, CONFIGURED, UNCHANGED, SKIPPED = "created", "configured", "unchanged", "skipped"
 
@@ -150,7 +159,7 @@ def _new(resource: Resource) -> JSON:
 
 
 def _merged(resource: Resource, stored: Entry) -> JSON:
-    """The document, with what belongs to the stored object: its identity, and its status."""
+    """The document, with what belongs to the stored object: identity, status, an agent's fields."""
     value = _bare(dump(resource))
     old: dict[str, Any] = stored.value.get("metadata") or {}
     for field in ("uid", "creationTimestamp"):
@@ -159,6 +168,9 @@ def _merged(resource: Resource, stored: Entry) -> JSON:
             value["metadata"][field] = old[field]
     if "status" in stored.value:
         value.setdefault("status", stored.value["status"])
+    for field, kept in (stored.value.get("spec") or {}).items():
+        if field in AGENT_FIELDS.get(stored.key.kind, ()):
+            value.setdefault("spec", {}).setdefault(field, kept)
     return value
 
 

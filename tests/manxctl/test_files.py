@@ -381,3 +381,20 @@ def test_stored_pools_that_overlap_can_be_disabled(run: Run, store: SqliteDatast
     changed = both.replace("cidr: 10.0.3.0/24", "cidr: 10.0.3.0/24\n    disabled: true")
     assert run("apply", "-f", "-", stdin=changed).exit_code == 0
     assert store.get(Key("IPPool", "inner")).value["spec"]["disabled"] is True
+
+
+NODE = """
+apiVersion: projectcalico.org/v3
+kind: Node
+metadata: {name: n1}
+spec: {bgp: {ipv4Address: 192.0.2.1/24}}
+"""
+
+
+def test_an_agents_fields_of_a_node_stay(run: Run, store: SqliteDatastore) -> None:
+    run("apply", "-f", "-", stdin=NODE)
+    entry = store.get(Key("Node", "n1"))
+    entry.value["spec"]["ipv4VXLANTunnelAddr"] = "10.65.0.1"
+    store.update(entry.key, entry.value)
+    assert run("apply", "-f", "-", stdin=NODE).output == "Node n1 unchanged\n"
+    assert store.get(entry.key).value["spec"]["ipv4VXLANTunnelAddr"] == "10.65.0.1"
