@@ -23,7 +23,7 @@ from datastore.interface import (
 from manxctl.documents import Document, DocumentsError, check
 from manxctl.overlaps import overlaps
 
-# What a node's agent writes into the spec: a document that leaves it out does not mean to remove it.
+# What a node's agent writes into the spec; to leave it out of a document is not to remove it.
 AGENT_FIELDS = {
     "Node": (
         "ipv4VXLANTunnelAddr",
