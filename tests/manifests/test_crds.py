@@ -13,14 +13,17 @@ import pytest
 from click.testing import CliRunner
 
 from api.errors import InvalidObjectError, Problem
+from api.felix import FelixConfiguration
+from api.felix_defaults import DEFAULTS
 from api.kinds import KINDS, Kind, kind_of
-from api.metadata import Fault
+from api.metadata import Fault, ObjectMeta
 from api.policy import Tier
 from api.registry import dump, parse
 from manifests import crds
 from manifests.__main__ import main
 from manifests.rules import rules_of
 from policy.selector import parse as parse_selector
+from tests.api.examples import EXAMPLES
 from tests.policy import vectors
 from tests.support.kube import KubeApiserver
 
@@ -147,6 +150,24 @@ def test_what_the_models_refuse_the_api_server_refuses(
     assert counts["accepted by both"] > 550, counts
     assert counts["valid, but refused"] <= 5, counts
     assert counts["refused by both"] > 1250, counts
+
+
+def test_every_field_of_every_kind_is_kept(
+    server: KubeApiserver, connection: HTTPSConnection
+) -> None:
+    seen = set()
+    settings = FelixConfiguration(metadata=ObjectMeta(name="x"), spec=DEFAULTS)
+    for example in [*EXAMPLES, dump(settings)]:
+        kind = kind_of(example)
+        if kind.id not in CRD_KINDS:
+            continue
+        seen.add(kind.id)
+        path = f"{url(kind)}?dryRun=All&fieldValidation=Strict"
+        obj = example | {"metadata": {"name": example["metadata"]["name"]}}
+        code, stored = server.request("POST", path, obj, connection=connection)
+        assert code == 201, stored
+        assert stored["spec"].items() >= example["spec"].items(), kind.id
+    assert seen == CRD_KINDS
 
 
 def reason(problem: Problem) -> str | None:
