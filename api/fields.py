@@ -89,6 +89,11 @@ def is_label_value(text: str) -> bool:
     return not text or (len(text) <= 63 and _QUALIFIED_RE.fullmatch(text) is not None)
 
 
+def is_port_name(text: str) -> bool:
+    """Whether it can be the name of a container's port."""
+    return _PORT_NAME_RE.fullmatch(text) is not None
+
+
 def _check(test: Callable[[str], object], expected: str) -> AfterValidator:
     def validate(text: str) -> str:
         try:
@@ -187,7 +192,7 @@ def _selector(text: str, info: ValidationInfo) -> str:
 SELECTOR = SelectorMark()
 # The syntax is the business of a layer above: whoever parses gives its check as the context.
 Selector = Annotated[str, AfterValidator(_selector), SELECTOR]
-PortName = Annotated[str, _check(_PORT_NAME_RE.fullmatch, PORT_NAME)]
+PortName = Annotated[str, _check(is_port_name, PORT_NAME)]
 
 
 def _is_regexp(text: str) -> bool:
@@ -235,7 +240,7 @@ def _port(value: object) -> int | str:
     if isinstance(value, str):
         parts = value.split(":")
         if not (len(parts) <= 2 and all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts)):
-            if _PORT_NAME_RE.fullmatch(value):
+            if is_port_name(value):
                 return value
             raise refuse(f"{expected} ({PORT_NAME})")
         first, last = int(parts[0]), int(parts[-1])

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from api.fields import is_label_value, is_qualified_name, refuse
+from api.fields import PORT_NAME, is_label_value, is_port_name, is_qualified_name, refuse
 from api.metadata import Checked, Fault, Model, ObjectMeta, Resource
 from api.net import parse_net
 
@@ -224,11 +224,11 @@ class NetworkPolicyPeer(Checked):
 
 
 def _port(value: object) -> int | str:
-    if isinstance(value, str) and 1 <= len(value) <= 15:
+    if isinstance(value, str) and is_port_name(value):
         return value
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65535:
         return value
-    raise refuse("a port from 1 to 65535, or a port's name")
+    raise refuse(f"a port from 1 to 65535, or a port's name ({PORT_NAME})")
 
 
 NetworkPolicyPortValue = Annotated[int | str, BeforeValidator(_port)]

@@ -62,6 +62,12 @@ class StagedGlobalNetworkPolicySpec(Staged, GlobalNetworkPolicySpec):
 class StagedKubernetesNetworkPolicySpec(Staged, KubernetesNetworkPolicySpec):
     """spec of a StagedKubernetesNetworkPolicy: as of a networking.k8s.io/v1 NetworkPolicy."""
 
+    def faults(self) -> Iterator[Fault]:
+        """As of all drafts; a type that stands there twice."""
+        yield from super().faults()
+        if len(set(self.policy_types)) != len(self.policy_types):
+            yield Fault(("policyTypes",), self.policy_types, "each value once")
+
 
 class StagedNetworkPolicy(CalicoResource):
     """A NetworkPolicy that is only tried."""

@@ -237,7 +237,8 @@ VALUES: dict[Validator, Value] = dict(
         _mixed(fields.DSCP, DSCP, (0, 63), f"(?i:{'|'.join(DSCP_NAMES)})|[0-5]?[0-9]|6[0-3]", 4),
         _plain(
             kubernetes.NetworkPolicyPortValue,
-            {"minimum": 1, "maximum": 65535, "minLength": 1, "maxLength": 15, **INT_OR_STRING},
+            {"minimum": 1, "maximum": 65535, "pattern": f"^({PORT_NAME})$", "maxLength": 15}
+            | INT_OR_STRING,
         ),
         _plain(fields.Timestamp, {"format": "date-time"}),
         _cel(

@@ -145,6 +145,18 @@ def test_a_misspelt_field_of_any_kind_is_told() -> None:
             "spec.egress[0].to[0]",
             "podSelector, namespaceSelector or ipBlock",
         ),
+        (
+            "StagedKubernetesNetworkPolicy",
+            {"egress": [{"ports": [{"port": "http port"}]}]},
+            "spec.egress[0].ports[0].port",
+            "a port from 1 to 65535, or a port's name",
+        ),
+        (
+            "StagedKubernetesNetworkPolicy",
+            {"policyTypes": ["Ingress", "Ingress"]},
+            "spec.policyTypes",
+            "each value once",
+        ),
     ],
 )
 def test_what_is_wrong(kind: str, spec: dict[str, Any], field: str, expected: str) -> None:
