@@ -81,7 +81,7 @@ def _field(model: type[BaseModel], name: str, field: FieldInfo, many: float) -> 
     alias = field.alias or name
     if (model.__name__, alias) in CHEAP:
         many = math.inf
-    schema = _type(field.annotation, field.metadata, many)
+    schema = type_schema(field.annotation, field.metadata, many)
     if issubclass(model, Model) and alias in model.blank:
         schema = _or_blank(schema)
     kept = issubclass(model, Model) and alias in model.kept
@@ -119,20 +119,20 @@ def _list_type(model: type[BaseModel], name: str, alias: str) -> Schema:
     return {"x-kubernetes-list-type": "set" if single else "atomic"}
 
 
-def _type(annotation: Any, marks: Iterable[Any], many: float) -> Schema:
+def type_schema(annotation: Any, marks: Iterable[Any], many: float) -> Schema:
     """The schema of a type with its constraints."""
     base, inner = _bare(annotation)
     marks = [*inner, *marks]
     if get_origin(base) is list:
         most = next((mark.max_length for mark in marks if isinstance(mark, MaxLen)), math.inf)
         (item,) = get_args(base)
-        items = _type(item, (), many * most)
+        items = type_schema(item, (), many * most)
         if type(None) in get_args(item):
             items["nullable"] = True
         schema: Schema = {"type": "array", "items": items}
     elif get_origin(base) is dict:
         value = get_args(base)[1]
-        schema = {"type": "object", "additionalProperties": _type(value, (), math.inf)}
+        schema = {"type": "object", "additionalProperties": type_schema(value, (), math.inf)}
     else:
         schema = _scalar(base, many)
     for mark in marks:

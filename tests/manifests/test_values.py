@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from api import bgp, bgpfilter, clusternetworkpolicy, felix, fields, policy
-from manifests.schema import _type
+from manifests.schema import type_schema
 from manifests.values import SELECTOR
 from policy.selector import SelectorError
 from policy.selector import parse as parse_selector
@@ -44,7 +44,7 @@ TEXTS = st.one_of(
 
 def cheap(annotated: Any) -> dict[str, Any]:
     """The schema where a value may stand very often: no CEL."""
-    schema = _type(annotated, (), float("inf"))
+    schema = type_schema(annotated, (), float("inf"))
     assert "x-kubernetes-validations" not in schema
     return schema
 
