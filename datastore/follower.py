@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from random import Random
 
 from datastore.interface import JSON, Datastore, Entry, Key, StoreError, Watch
 
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 10.0
 
+_random = Random()  # of its own: the global one belongs to programs
 _log = logging.getLogger(__name__)
 
 
@@ -91,7 +92,7 @@ class Follower:
                 # A bug, in the store or in the sink: keep the rest of the program going.
                 _log.exception("unexpected error while following the datastore")
                 self._failed(repr(error))
-            self._stopping.wait(pause * random.uniform(0.5, 1.0))
+            self._stopping.wait(pause * _random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _list(self) -> dict[str, str]:

@@ -8,11 +8,11 @@ again when they rotate, and everything when the server no longer knows us.
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MERGE_PATCH = "application/merge-patch+json"
 
+_random = Random()  # of its own: the global one belongs to programs
 _CONNECT_SECONDS = 3.0
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 1.0
@@ -129,7 +130,7 @@ class ApiServer:
                     raise self._down(
                         f"{problem}; whether it carried out the {method} is not known: read again"
                     )
-            wait = max(pause * random.uniform(0.5, 1.0), _retry_after(headers))
+            wait = max(pause * _random.uniform(0.5, 1.0), _retry_after(headers))
             pause = min(2 * pause, _LONGEST_PAUSE)
             if time.monotonic() + wait >= deadline:
                 raise self._down(problem)

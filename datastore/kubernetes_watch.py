@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from random import Random
 
 import msgspec
 import urllib3
@@ -32,6 +32,7 @@ _STREAM_SECONDS = (300, 600)  # how long a stream is asked for; spread out over 
 _SILENCE_SECONDS = 150.0  # bookmarks come about every minute
 _READ_BYTES = 1 << 16
 
+_random = Random()  # of its own: the global one belongs to programs
 _log = logging.getLogger(__name__)
 
 
@@ -147,7 +148,7 @@ class _Stream(threading.Thread):
             if time.monotonic() > last_heard + _OUTAGE_SECONDS:
                 self._buffer.fail(problem)
                 return
-            self._buffer.pause(pause * random.uniform(0.5, 1.0))
+            self._buffer.pause(pause * _random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _check_history(self) -> None:
@@ -167,7 +168,7 @@ class _Stream(threading.Thread):
             "watch": "true",
             "allowWatchBookmarks": "true",
             "resourceVersion": self._positions[self._place],
-            "timeoutSeconds": str(random.randint(*_STREAM_SECONDS)),
+            "timeoutSeconds": str(_random.randint(*_STREAM_SECONDS)),
         }
         path = collection(self._source.kind)
         response = self._server.stream(path, query, _SILENCE_SECONDS)

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import sqlite3
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -55,6 +55,7 @@ _LOCK_SECONDS = 30.0  # how long to wait for the write lock
 _IDLE_READERS = 4
 _WAL_BYTES = 64 << 20  # a log this long is cut, which makes writers wait for a moment
 
+_random = Random()  # of its own: the global one belongs to programs
 T = TypeVar("T")
 
 
@@ -317,4 +318,4 @@ def _patiently(step: Callable[[], T]) -> T:
         # A transaction takes about 0.1 ms. Newcomers sleep for some of them, those who have
         # waited 10 ms for hardly one; after a second the holder is stuck and haste is useless.
         pause = 0.01 if waited > 1 else max(0.0001, 0.001 - waited / 10)
-        time.sleep(pause * random.uniform(0.5, 1.0))
+        time.sleep(pause * _random.uniform(0.5, 1.0))

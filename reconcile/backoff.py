@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Hashable
+from random import Random
 from typing import Generic, TypeVar
 
+_random = Random()  # of its own: the global one belongs to programs
 K = TypeVar("K", bound=Hashable)
 
 
@@ -24,7 +25,7 @@ class Backoff(Generic[K]):
         factor: float = 2.0,
         jitter: float = 0.2,
         *,
-        chance: Callable[[], float] = random.random,
+        chance: Callable[[], float] = _random.random,
     ) -> None:
         """``chance`` gives numbers from 0 to 1. Raises ValueError for impossible numbers."""
         if not 0 < initial <= maximum or factor < 1 or not 0 <= jitter <= 1:

@@ -50,7 +50,7 @@ def stop(supervised: Supervised) -> None:
 def test_a_killed_program_is_started_again(here: Namespaces, tmp_path: Path) -> None:
     supervised = supervise(here, sh("echo begun; exec sleep 60"), tmp_path)
     supervised.start()
-    until(lambda: "begun" in tail(supervised.log))
+    until(lambda: "begun" in tail(supervised.log) and supervised.status().pid is not None)
     first = supervised.status().pid
     assert supervised.signal(signal.SIGKILL)
     until(lambda: supervised.status().pid not in (None, first))
