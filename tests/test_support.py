@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.support.etcd import Etcd
 from tests.support.kube import NEXT_ADMIN, NOBODY, KubeApiserver, version
 from tests.support.netns import eventually
@@ -32,7 +30,6 @@ def test_a_cluster_outlives_its_leader(etcd_cluster: Etcd) -> None:
     assert all(member.ready() for member in etcd_cluster.members)
 
 
-@pytest.mark.xdist_group("kube-manifests")
 def test_an_api_server_knows_users_and_version(kube_apiserver: KubeApiserver) -> None:
     assert kube_apiserver.request("GET", "/version")[1]["gitVersion"] == version()
     namespaces = "/api/v1/namespaces"

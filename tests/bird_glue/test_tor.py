@@ -24,8 +24,6 @@ from tests.bird_glue.world import (
 )
 from tests.support.netns import connect, eventually
 
-pytestmark = pytest.mark.xdist_group("bird_glue_tor")
-
 BLOCK, POD, OUTSIDE = "10.1.0.0/26", "10.1.0.5", "192.0.2.9"
 TOR = "172.31.1.1"
 STATICS = """

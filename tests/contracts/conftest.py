@@ -16,7 +16,7 @@ from tests.support.kube import KubeApiserver, api_server
 BACKENDS = (
     "sqlite",
     "etcd",
-    pytest.param("kubernetes", marks=pytest.mark.xdist_group("kube-apiserver-without-cache")),
+    "kubernetes",
 )
 
 

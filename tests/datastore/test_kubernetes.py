@@ -37,8 +37,6 @@ from tests.support.kube import ADMIN, NEXT_ADMIN, NOBODY, KubeApiserver, api_ser
 from tests.support.netns import eventually
 from tests.support.relay import Relay
 
-pytestmark = pytest.mark.xdist_group("kube-apiserver")
-
 NODE = "k8s-store-node"
 NAMESPACE = "k8s-store"
 

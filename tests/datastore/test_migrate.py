@@ -132,14 +132,12 @@ def test_from_etcd_to_sqlite(sqlite: SqliteDatastore, etcd_store: EtcdDatastore)
     check_move(etcd_store, sqlite)
 
 
-@pytest.mark.xdist_group("kube-apiserver")
 def test_from_sqlite_to_kubernetes(
     sqlite: SqliteDatastore, kubernetes: KubernetesDatastore
 ) -> None:
     check_move(sqlite, kubernetes)
 
 
-@pytest.mark.xdist_group("kube-apiserver")
 def test_from_kubernetes_to_etcd(
     kubernetes: KubernetesDatastore, etcd_store: EtcdDatastore
 ) -> None:
@@ -154,7 +152,6 @@ def test_from_kubernetes_to_etcd(
     assert Key("Namespace", "moving") in moved
 
 
-@pytest.mark.xdist_group("kube-apiserver")
 def test_nodes_and_endpoints_become_annotations(
     sqlite: SqliteDatastore, kubernetes: KubernetesDatastore, kube_apiserver: KubeApiserver
 ) -> None:

@@ -19,8 +19,6 @@ from tests.felix.world import (
 )
 from tests.support.netns import eventually, run
 
-pytestmark = pytest.mark.xdist_group("felix-interfaces")
-
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Pod]:

@@ -232,7 +232,6 @@ def _tunnels(racks: Racks) -> list[str]:
     return [spec["ipv4VXLANTunnelAddr"] for spec in found if "ipv4VXLANTunnelAddr" in spec]
 
 
-@pytest.mark.xdist_group("felix-overlay")
 def test_pods_in_two_racks_talk_encapsulated(racks: Racks) -> None:
     one, two, three = racks.nodes
     eventually(lambda: len(_tunnels(racks)) == 3)
@@ -257,7 +256,6 @@ def test_pods_in_two_racks_talk_encapsulated(racks: Racks) -> None:
     assert two.errors() == three.errors() == {}
 
 
-@pytest.mark.xdist_group("felix-overlay")
 def test_encapsulated_packets_are_taken_from_nodes_only(racks: Racks) -> None:
     one = racks.nodes[0]
     one.settle()
@@ -277,7 +275,6 @@ def test_encapsulated_packets_are_taken_from_nodes_only(racks: Racks) -> None:
     eventually(lambda: dropped() == before + 1)
 
 
-@pytest.mark.xdist_group("felix-overlay")
 def test_restart_keeps_the_tunnel(racks: Racks) -> None:
     one = racks.nodes[0]
     one.settle()
@@ -290,7 +287,6 @@ def test_restart_keeps_the_tunnel(racks: Racks) -> None:
     assert _tunnels(racks) == tunnels
 
 
-@pytest.mark.xdist_group("felix-overlay")
 def test_a_damaged_device_is_mended(racks: Racks) -> None:
     one = racks.nodes[0]
     one.settle()
@@ -302,7 +298,6 @@ def test_a_damaged_device_is_mended(racks: Racks) -> None:
     eventually(lambda: _without_index(_overlay_state(one)) == _without_index(before))
 
 
-@pytest.mark.xdist_group("felix-overlay")
 def test_the_end_of_encapsulation(racks: Racks) -> None:
     one = racks.nodes[0]
     one.put(_pool("Never"))

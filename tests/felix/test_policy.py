@@ -25,8 +25,6 @@ from tests.felix.world import (
 from tests.support.netns import connect as connect_namespaces
 from tests.support.netns import fresh_namespace, run
 
-pytestmark = pytest.mark.xdist_group("felix-policy")
-
 Put = Callable[..., None]
 
 

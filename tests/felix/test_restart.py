@@ -28,8 +28,6 @@ from tests.felix.world import (
 )
 from tests.support.netns import eventually, run
 
-pytestmark = pytest.mark.xdist_group("felix-restart")
-
 
 class World:
     def __init__(self, node: Node) -> None:

@@ -27,8 +27,6 @@ from tests.api.examples import EXAMPLES
 from tests.policy import vectors
 from tests.support.kube import KubeApiserver
 
-pytestmark = pytest.mark.xdist_group("kube-manifests")
-
 V3 = "projectcalico.org/v3"
 CRD_KINDS = {kind.id for kind in crds.kinds()}
 
