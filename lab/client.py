@@ -16,7 +16,7 @@ from typing import IO, Any
 from api.fields import LABEL, is_label
 from lab import control
 from lab.control import JSON
-from lab.errors import LabError
+from lab.errors import CommandError, LabError
 from lab.fabric import Fabric, Pod
 from lab.namespaces import Namespaces
 
@@ -206,7 +206,7 @@ class Lab:
                     text=text,
                 )
             except OSError as error:
-                raise LabError(f"{target}: {argv[0]}: {error.strerror}") from error
+                raise CommandError(f"{target}: {argv[0]}: {error.strerror}", error) from error
         self._started = [each for each in self._started if each.returncode is None]
         self._started.append(process)
         return process

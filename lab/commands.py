@@ -48,7 +48,7 @@ def _errors_said() -> Iterator[None]:
         _print_error(error.message)
         if error.log:
             errors.print(error.log, markup=False, highlight=False, soft_wrap=True, style="dim")
-        sys.exit(1)
+        sys.exit(error.status)
     except FabricFileError as error:
         _print_error(str(error))
         sys.exit(1)

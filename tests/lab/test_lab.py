@@ -268,6 +268,10 @@ def test_exec_passes_status_streams_and_folder_on(lab: Lab) -> None:
         lab.run("a", "sleep", "60", timeout=0.2)
     with pytest.raises(LabError, match="No such file"):
         lab.run("a", "/nowhere/command")
+    unknown = lab_command("exec", f"{lab.name}:a", "no-such-command")
+    assert unknown.returncode == 127
+    assert "a: no-such-command: No such file" in unknown.stderr
+    assert lab_command("exec", f"{lab.name}:a", "/etc").returncode == 126
     missing = lab_command("exec", f"{lab.name}:nowhere", "true")
     assert missing.returncode == 1
     assert "expected one of tor-1, tor-2, node-1a" in missing.stderr
