@@ -1,6 +1,9 @@
 """ClusterInformation: what the cluster says of itself. Written by programs, read by people."""
 
-from typing import Literal
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -22,3 +25,12 @@ class ClusterInformation(CalicoResource):
 
     kind: Literal["ClusterInformation"] = "ClusterInformation"
     spec: ClusterInformationSpec = Field(default_factory=ClusterInformationSpec)
+
+
+def is_locked(value: Mapping[str, Any] | None) -> bool:
+    """Whether ``ClusterInformation default`` tells agents to change nothing.
+
+    ``value`` is the stored object, whatever it is, or None where there is none.
+    """
+    spec = (value or {}).get("spec")
+    return isinstance(spec, Mapping) and spec.get("datastoreReady") is False

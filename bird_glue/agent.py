@@ -11,6 +11,7 @@ import fcntl
 import logging
 import queue
 import time
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -131,7 +132,8 @@ class Agent:
             case KernelChanged():
                 self._read_due = min(self._read_due, now + _READ_PAUSE)
             case Request(command="status"):
-                item.answer(status_answer(self._core.status()))
+                followed = self._follower.problem or "followed"
+                item.answer(status_answer(replace(self._core.status(), datastore=followed)))
             case Request(command="leave"):
                 self._leave(item, now)
             case Stop():

@@ -33,6 +33,16 @@ from datastore.follower import Update
 
 _log = logging.getLogger(__name__)
 
+_LOCKED = ObjectProblem(
+    "ClusterInformation",
+    "default",
+    Problem(
+        "spec.datastoreReady",
+        False,
+        "true: the datastore is being moved, what is in force stays until"
+        " manxctl datastore migrate unlock",
+    ),
+)
 HOLD_SECONDS = 120.0  # how long routes of an earlier run are kept for peers that don't come
 
 
@@ -113,7 +123,7 @@ class Core:
 
     def reconcile(self, now: float) -> None:
         """Bring the speaker and the kernel to what should be."""
-        if not self._in_sync:
+        if not self._in_sync or (self._resources.locked and self._local is None):
             return
         if self._configure_due:
             self._configure_due = False
@@ -258,7 +268,9 @@ class Core:
     def status(self) -> BgpStatus:
         """What there is to tell."""
         local = self._local
-        problems = [str(problem) for problem in self._resources.problems + self._problems]
+        found = [_LOCKED] if self._resources.locked else []
+        found += self._resources.problems + self._problems
+        problems = [str(problem) for problem in found]
         problems += [
             f"{' '.join(self._sessions.peers[address].owner)}: session with "
             f"{format_address(*address[:2])}: ExaBGP refuses it: {why}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from api.bgp import BGPConfiguration, BGPPeer
+from api.clusterinformation import is_locked
 from api.errors import InvalidObjectError
 from api.ipam import BlockAffinity
 from api.ippool import IPPool
@@ -21,19 +22,26 @@ from datastore.interface import JSON, Key
 
 _log = logging.getLogger(__name__)
 
-KINDS = ("Node", "BGPConfiguration", "BGPPeer", "IPPool", "BlockAffinity")
+# The lock comes first: what is told after it waits for its end.
+KINDS = ("ClusterInformation", "Node", "BGPConfiguration", "BGPPeer", "IPPool", "BlockAffinity")
+_CLUSTER = Key("ClusterInformation", "default")
 _CONFIRMED = ("confirmed", "")  # "" is an old spelling
 
 R = TypeVar("R", bound=Resource)
 
 
 class Resources:
-    """Parsed objects. One that is not valid keeps its last valid version, if it had one."""
+    """Parsed objects. One that is not valid keeps its last valid version, if it had one.
+
+    ``locked``: the datastore is being moved; until that ends the objects are as they were.
+    """
 
     def __init__(self, node: str) -> None:
         self._node = node
         self._objects: dict[Key, Resource] = {}
         self._problems: dict[Key, list[ObjectProblem]] = {}
+        self._waiting: dict[Key, Update] = {}
+        self.locked = False
 
     @property
     def problems(self) -> list[ObjectProblem]:
@@ -47,7 +55,28 @@ class Resources:
         return default not in self._problems or default in self._objects
 
     def update(self, update: Update) -> bool:
-        """Take in a change; returns whether it matters."""
+        """Take in a change; returns whether it matters now."""
+        if update.key.kind == _CLUSTER.kind:
+            return update.key == _CLUSTER and self._set_locked(is_locked(update.value))
+        if self.locked:
+            self._waiting[update.key] = update
+            return False
+        return self._take(update)
+
+    def _set_locked(self, locked: bool) -> bool:
+        if locked == self.locked:
+            return False
+        self.locked = locked
+        if locked:
+            _log.warning("the datastore is locked: what is in force stays")
+            return True
+        _log.info("the datastore is unlocked: %d changes waited for that", len(self._waiting))
+        for update in self._waiting.values():
+            self._take(update)
+        self._waiting.clear()
+        return True
+
+    def _take(self, update: Update) -> bool:
         key, value = update.key, update.value
         if key.kind == "BlockAffinity" and value is not None and not self._is_own(value):
             value = None

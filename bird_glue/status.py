@@ -61,6 +61,7 @@ class BgpStatus:
 
     ``problems``: what is wrong with objects, each with object, field, value and what would be
     right, and routes that the kernel refused. ``exabgp``: its process id, None if not running.
+    ``datastore``: ``followed``, or why it is not.
     """
 
     node: str
@@ -72,6 +73,7 @@ class BgpStatus:
     blocks: list[str]
     peers: list[PeerStatus]
     problems: list[str]
+    datastore: str = "followed"
 
 
 Answer = dict[str, Any]

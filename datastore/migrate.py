@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from api import clusterinformation
 from api.errors import InvalidObjectError
 from api.kinds import CALICO, KINDS, key_parts
 from api.registry import dump, parse
@@ -70,11 +71,7 @@ class FormatError(Exception):
 
 def is_locked(store: Datastore) -> bool:
     """Whether agents are told to change nothing."""
-    try:
-        spec = store.get(CLUSTER).value.get("spec") or {}
-    except NotFoundError:
-        return False
-    return spec.get("datastoreReady") is False
+    return clusterinformation.is_locked(_found(store, CLUSTER))
 
 
 def lock(store: Datastore) -> None:

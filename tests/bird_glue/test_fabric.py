@@ -197,3 +197,58 @@ def test_node_that_reflects(tmp_path: Path) -> None:
         assert ping.lost == 0
         store.drop_block("n2", "10.1.2.0/26")
         eventually(lambda: one.route_to("10.1.2.0/26") == "")
+
+
+def test_a_locked_datastore_changes_no_session_and_no_route(tmp_path: Path) -> None:
+    """Neither do an agent's or ExaBGP's restart meanwhile; what changed is done at the unlock."""
+
+    def lock(locked: bool) -> None:
+        made.store.put("ClusterInformation", "default", datastoreReady=not locked)
+
+    with world(tmp_path) as made:
+        nodes = [made.node(f"n{n}") for n in (1, 2)]
+        hosts = ["172.31.1.11", "172.31.1.12"]
+        made.switch("rack", *((n, f"{h}/24") for n, h in zip(nodes, hosts, strict=True)))
+        pods = [made.pod(node, f"p{n}", f"10.1.{n}.5") for n, node in enumerate(nodes)]
+        for n, (node, host) in enumerate(zip(nodes, hosts, strict=True)):
+            made.store.node(node.name, f"{host}/24")
+            made.store.block(node.name, f"10.1.{n}.0/26")
+        made.store.put("IPPool", "plain", cidr="10.1.0.0/16")
+        for node in nodes:
+            node.start()
+        eventually(lambda: pods[0].reaches("10.1.1.5"), 20)
+        before = [node.routes() for node in nodes]
+        peers = [nodes[0].peer(hosts[1]), nodes[1].peer(hosts[0])]
+
+        lock(True)
+        told = "ClusterInformation default: spec.datastoreReady: False"
+        for node in nodes:
+            eventually(lambda n=node: bool((s := n.status()) and told in "".join(s.problems)))  # type: ignore[misc]
+        with Ping(pods[0], "10.1.1.5") as ping:
+            for name, host in zip(("n1", "n2"), hosts, strict=True):
+                made.store.delete("Node", name)
+                made.store.node("later", f"{host}/24")
+            for n in range(2):
+                made.store.drop_block(f"n{n + 1}", f"10.1.{n}.0/26")
+            made.store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
+            made.store.block("n1", "10.1.9.0/26")
+            nodes[0].agent.end(signal.SIGKILL)
+            nodes[0].start()
+            eventually(lambda: bool((s := nodes[0].status()) and told in "".join(s.problems)), 20)
+            # a second change of the lock object, so that what came before has been seen
+            made.store.put("ClusterInformation", "default", datastoreReady=False, clusterType="x")
+        assert ping.lost == 0
+        assert [node.routes() for node in nodes] == before
+        now = nodes[1].peer(hosts[0])
+        assert now
+        assert peers[1]
+        assert (now.state, now.since) == ("Established", peers[1].since)
+
+        made.store.delete("Node", "later")
+        for n, host in enumerate(hosts):
+            made.store.node(f"n{n + 1}", f"{host}/24")
+        made.store.delete("BGPConfiguration", "default")
+        lock(False)
+        eventually(lambda: nodes[1].route_to("10.1.9.0/26") != "", 20)
+        eventually(lambda: nodes[1].route_to("10.1.0.0/26") == "")
+        assert nodes[0].routes("type blackhole") == ["blackhole 10.1.9.0/26 proto 179 metric 1024"]

@@ -35,6 +35,34 @@ def test_own_confirmed_blocks() -> None:
     assert resources.blocks() == (parse_net("10.0.0.0/26"),)
 
 
+def lock(resources: Resources, ready: object) -> bool:
+    return put(resources, "ClusterInformation", "default", {"datastoreReady": ready})
+
+
+def test_what_changes_while_the_datastore_is_locked_waits() -> None:
+    resources = Resources("n1")
+    affinity(resources, "10.0.0.0/26")
+    assert not lock(resources, True)
+    assert lock(resources, False)
+    assert not lock(resources, False)
+    assert resources.locked
+    assert not affinity(resources, "10.0.1.0/26")
+    assert not resources.update(Update(Key("BlockAffinity", "n1-10-0-0-0-26"), None))
+    assert resources.blocks() == (parse_net("10.0.0.0/26"),)
+    assert lock(resources, True)
+    assert resources.blocks() == (parse_net("10.0.1.0/26"),)
+    assert affinity(resources, "10.0.2.0/26")
+    for unlocked in (None, "false", 0):
+        lock(resources, False)
+        assert lock(resources, unlocked)
+    lock(resources, False)
+    assert resources.update(Update(Key("ClusterInformation", "default"), None))
+    lock(resources, False)
+    garbage = {"spec": ["datastoreReady"]}
+    assert resources.update(Update(Key("ClusterInformation", "default"), garbage))
+    assert not put(resources, "ClusterInformation", "other", {"datastoreReady": False})
+
+
 def test_a_block_that_changes_hands_is_no_longer_ours() -> None:
     resources = Resources("n1")
     affinity(resources, "10.0.0.0/26")
