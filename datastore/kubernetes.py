@@ -8,7 +8,6 @@ a new one, by an annotation that is not shown. Unknown fields are refused, never
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
@@ -41,7 +40,12 @@ _ATTEMPTS = 20  # at what others change meanwhile, or forget
 _STRICT = {"fieldValidation": "Strict"}
 _SERVERS_OWN = ("resourceVersion", "uid", "creationTimestamp", "generation")
 
-_log = logging.getLogger(__name__)
+# of a view, where there is nothing to view
+_MADE_BY = {
+    "Node": "Kubernetes has no Node of that name; its kubelet registers it: make sure that it runs,"
+    " and that MANX_NODENAME is the name it uses",
+    "WorkloadEndpoint": "Kubernetes has no such Pod on that node",
+}
 
 
 class KubernetesDatastore:
@@ -83,7 +87,10 @@ class KubernetesDatastore:
         """Store a new object. Raises AlreadyExistsError; NotFoundError: a view of nothing."""
         if is_derived(key.kind):
             self._refuse_profile(key)
-            self.get(key)
+            try:
+                self.get(key)
+            except NotFoundError as error:
+                raise NotFoundError(f"{key}: {_MADE_BY[key.kind]}", key) from error
             raise AlreadyExistsError(f"{key}: exists already", key)
         metadata = {k: v for k, v in _metadata(value).items() if k not in _SERVERS_OWN}
         path = collection(key.kind, key.namespace)

@@ -12,7 +12,7 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -200,9 +200,9 @@ class Agent:
         self._calculator = Calculator(self._environment.node)
         self._snapshot.touch()
 
-    def _address(self) -> str:
+    def _address(self, known: Collection[str]) -> str:
         prefixes = self._calculator.settings.interface_prefixes
-        return node_address(os.environ.get(NODE_IP), prefixes)
+        return node_address(os.environ.get(NODE_IP), prefixes, known)
 
     def _status(self) -> dict[str, Any]:
         return {

@@ -308,6 +308,7 @@ class Calculator:
             tunnel = None
         return Registration(
             missing=node is None and key not in snapshot.problems,
+            unaddressed=node is not None and node.host.address is None,
             overlay=self._overlay.enabled,
             pools=tuple(sorted(pools)),
             tunnel=tunnel,

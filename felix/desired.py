@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from api.net import Net
+from felix.announcer import Local
 from felix.chains import Chain, ChainRule, Dispatch, Hook, Table
 from felix.overlay import Peer, Remote
 from felix.settings import Settings
 from policy.engine import SetDelta
+from policy.model import EndpointId
 
 
 class SetKey(NamedTuple):
@@ -61,6 +63,8 @@ class Delta:
     chains: dict[ChainKey, Chain | Dispatch | None] = field(default_factory=dict)
     hooks: dict[HookKey, ChainRule | None] = field(default_factory=dict)
     pods: dict[Net, str | None] = field(default_factory=dict)  # address -> interface
+    endpoints: dict[EndpointId, Local | None] = field(default_factory=dict)  # of this node
+    loose: dict[str, bool] = field(default_factory=dict)  # interface -> may send with others'
     remotes: dict[Net, Remote | None] = field(default_factory=dict)
     peers: dict[str, Peer | None] = field(default_factory=dict)
     tunnel: tuple[Net | None, Device | None] | None = None
@@ -71,11 +75,13 @@ class Delta:
 class Registration:
     """What the datastore should say about this node.
 
-    ``missing``: it has no Node object. ``tunnel``: its tunnel address, if that is usable.
-    ``pools``: CIDRs from which it may take one. It wants one if ``overlay``, else none.
+    ``missing``: it has no Node object. ``unaddressed``: its Node does not say its address.
+    ``tunnel``: its tunnel address, if that is usable. ``pools``: CIDRs from which it may take
+    one. It wants one if ``overlay``, else none.
     """
 
     missing: bool = False
+    unaddressed: bool = False
     overlay: bool = False
     pools: tuple[str, ...] = ()
     tunnel: Net | None = None

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,11 +55,14 @@ class RegistrationProblem:
     text: str | None
 
 
-def node_address(configured: str | None, workload_prefixes: tuple[str, ...]) -> str:
+def node_address(
+    configured: str | None, workload_prefixes: tuple[str, ...], known: Collection[str] = ()
+) -> str:
     """The node's address with its subnet's length: ``172.31.1.11/24``.
 
-    ``configured`` wins. Otherwise the first address of the interface the default route leaves
-    by, or of the first interface that has one. Raises AddressError.
+    ``configured`` wins. Otherwise the one of ``known`` (addresses that Kubernetes has for the
+    node) that an interface has; the first address of the interface the default route leaves by;
+    or of the first interface that has one. Raises AddressError.
     """
     with NetlinkSocket() as netlink:
         links = {link.index: link for link in Links(netlink).read().values()}
@@ -79,7 +82,9 @@ def node_address(configured: str | None, workload_prefixes: tuple[str, ...]) -> 
         and links[address.ifindex].kind != "vxlan"
         and not links[address.ifindex].name.startswith(workload_prefixes)
     ]
-    candidates.sort(key=lambda a: (a.ifindex not in defaults, a.ifindex))
+    candidates.sort(
+        key=lambda a: (_text(a.host) not in known, a.ifindex not in defaults, a.ifindex)
+    )
     if not candidates:
         raise AddressError(f"no interface has an IPv4 address: set {NODE_IP}, as in 172.31.1.11/24")
     return str(candidates[0])
@@ -95,22 +100,31 @@ def _configured_address(text: str, addresses: list[Address]) -> str:
             f"{NODE_IP}: {text!r}: expected an IPv4 address such as 172.31.1.11/24"
         ) from error
     if "/" in text:
-        return f"{format_address(host.version, host.address)}/{network.length}"
+        return f"{_text(host)}/{network.length}"
     lengths = [address.length for address in addresses if address.host == host]
     return f"{text}/{lengths[0] if lengths else 32}"
+
+
+def _text(host: Net) -> str:
+    return format_address(host.version, host.address)
+
+
+def _is_internal(address: Mapping[str, Any]) -> bool:
+    return address.get("type") == "InternalIP"
 
 
 class Registrar:
     """Writes what ``Registration`` asks for; tells ``report`` what hinders it.
 
-    ``address`` finds the node's own address; it may raise AddressError or OSError.
+    ``address`` finds the node's own address, if it can be one of those that the Node has as
+    InternalIP; it may raise AddressError or OSError.
     """
 
     def __init__(
         self,
         store: Datastore,
         node: str,
-        address: Callable[[], str],
+        address: Callable[[Collection[str]], str],
         report: Callable[[RegistrationProblem], None],
     ) -> None:
         self._store = store
@@ -159,13 +173,15 @@ class Registrar:
     def _fulfil(self, wish: Registration) -> None:
         if wish.missing:
             self._create_node()
+        if wish.unaddressed:
+            self._write_node(self._addressed)
         if not wish.overlay:
             self._release()
         else:
             self._hold(wish)
 
     def _create_node(self) -> None:
-        address = self._address()
+        address = self._address(())
         node = {
             "apiVersion": "projectcalico.org/v3",
             "kind": "Node",
@@ -176,10 +192,20 @@ class Registrar:
             self._store.create(Key("Node", self._node), node)
             _log.info("registered node %s with address %s", self._node, address)
 
+    def _addressed(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """The spec with our address, which others (a kubelet, an administrator) left out."""
+        bgp = spec.get("bgp") or {}
+        if bgp.get("ipv4Address") or bgp.get("ipv6Address"):
+            return spec
+        known = [one["address"] for one in spec.get("addresses") or () if _is_internal(one)]
+        address = self._address(known)
+        _log.info("node %s: registering its address %s", self._node, address)
+        return spec | {"bgp": bgp | {"ipv4Address": address}}
+
     def _hold(self, wish: Registration) -> None:
         """See that IPAM counts the tunnel address as ours, and that the Node names it."""
         tunnel = self._held(wish) or self._taken(wish)
-        text = format_address(tunnel.version, tunnel.address)
+        text = _text(tunnel)
         mac = tunnel_mac(self._node)
         self._write_node(lambda spec: {_MAC: mac} | spec | {_TUNNEL: text})
 

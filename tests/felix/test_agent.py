@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,8 +29,8 @@ def node() -> Iterator[Node]:
         yield made
 
 
-def spec_of(node: Node) -> dict[str, object]:
-    spec: dict[str, object] = node.store.get(Key("Node", node.name)).value["spec"]
+def spec_of(node: Node) -> dict[str, Any]:
+    spec: dict[str, Any] = node.store.get(Key("Node", node.name)).value["spec"]
     return spec
 
 
@@ -82,6 +83,29 @@ def test_registration(node: Node) -> None:
     node.start()
     node.settle()
     assert spec_of(node) == {"bgp": {"ipv4Address": "192.0.2.7/24"}}
+    # one that somebody made without an address gets ours, and nothing else of it changes
+    key = Key("Node", node.name)
+    given = {"type": "InternalIP", "address": "192.0.2.7"}
+    node.put(_node(node.name, bgp={"asNumber": 64513}, addresses=[given]))
+    eventually(lambda: "ipv4Address" in spec_of(node)["bgp"])
+    assert spec_of(node) == {
+        "bgp": {"asNumber": 64513, "ipv4Address": "192.0.2.8/24"},
+        "addresses": [given],
+    }
+    node.put(_node(node.name, bgp={"ipv6Address": "2001:db8::1/64"}))
+    node.settle()
+    assert spec_of(node) == {"bgp": {"ipv6Address": "2001:db8::1/64"}}
+    node.delete(key)
+    eventually(lambda: _is_there(node, key))
+    assert spec_of(node) == {"bgp": {"ipv4Address": "192.0.2.8/24"}}
+
+
+def _node(name: str, **spec: Any) -> dict[str, Any]:
+    return {"apiVersion": V3, "kind": "Node", "metadata": {"name": name}, "spec": spec}
+
+
+def _is_there(node: Node, key: Key) -> bool:
+    return key in {entry.key for entry in node.store.list(key.kind).entries}
 
 
 def test_a_pool_without_room_for_tunnels_is_named(node: Node) -> None:
@@ -109,12 +133,14 @@ def test_which_address_a_node_has() -> None:
             run(namespace, "ip", "link", "set", f"p{number}", "up")
             run(namespace, "ip", "address", "add", f"192.0.{number}.1/24", "dev", f"eth{number}")
 
-        def address(configured: str | None = None) -> str:
-            return call_inside(namespace.fd, lambda: node_address(configured, ("cali",)))
+        def address(configured: str | None = None, *known: str) -> str:
+            return call_inside(namespace.fd, lambda: node_address(configured, ("cali",), known))
 
         assert address() == "192.0.0.1/24"
+        assert address(None, "203.0.113.1", "192.0.1.1") == "192.0.1.1/24"
         run(namespace, "ip", "route", "add", "default", "via", "192.0.1.254")
         assert address() == "192.0.1.1/24"
+        assert address(None, "192.0.0.1") == "192.0.0.1/24"
         assert address("192.0.0.1") == "192.0.0.1/24"
         assert address("203.0.113.1") == "203.0.113.1/32"
         assert address("203.0.113.1/28") == "203.0.113.1/28"

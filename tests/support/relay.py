@@ -8,16 +8,24 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kernel.netns import Namespace, in_namespace
 from tests.support.daemon import HOST, PortReservation
 
 
 class Relay:
-    """Passes on connections to ``target`` (``host:port``) from ``endpoint``."""
+    """Passes on connections to ``target`` (``host:port``) from ``endpoint``.
 
-    def __init__(self, target: str) -> None:
+    ``endpoint`` is a port of 127.0.0.1, in ``namespace`` where one is given: then the target
+    can be reached from inside. ``connections`` counts those that were made.
+    """
+
+    def __init__(self, target: str, namespace: Namespace | None = None) -> None:
         self.retarget(target)
-        self._reservation = PortReservation()
-        self._listener = socket.create_server((HOST, self._reservation.port))
+        self.connections = 0
+        self._netns_fd = namespace.fd if namespace else None
+        with in_namespace(self._netns_fd):
+            self._reservation = PortReservation()
+        self._listener = self._listen()
         self.endpoint = f"{HOST}:{self._reservation.port}"
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
@@ -53,6 +61,10 @@ class Relay:
             one.close()
         self._reservation.close()
 
+    def _listen(self) -> socket.socket:
+        with in_namespace(self._netns_fd):
+            return socket.create_server((HOST, self._reservation.port))
+
     def _tell(self, what: bytes) -> None:
         """Have the thread do something, and wait until it is done. Commands have five bytes."""
         self._wake.send(what)
@@ -79,7 +91,7 @@ class Relay:
     def _obey(self, command: bytes, pairs: dict[socket.socket, socket.socket]) -> None:
         listening = self._listener.fileno() >= 0
         if command == b"open!" and not listening:
-            self._listener = socket.create_server((HOST, self._reservation.port))
+            self._listener = self._listen()
             self._selector.register(self._listener, selectors.EVENT_READ)
         if command == b"close" and listening:
             self._selector.unregister(self._listener)
@@ -91,6 +103,7 @@ class Relay:
 
     def _accept(self, pairs: dict[socket.socket, socket.socket]) -> None:
         near, _ = self._listener.accept()
+        self.connections += 1
         try:
             far = socket.create_connection(self._target, timeout=5)
         except OSError:
