@@ -13,7 +13,7 @@ block, so none can be given twice.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -21,7 +21,7 @@ from api.ipam import IPAMConfigurationSpec
 from api.net import Net, format_address
 from datastore.interface import ConflictError, Datastore, NotFoundError
 from ipam import claims, handles
-from ipam.block import AssignedError, Block
+from ipam.block import AssignedError, Block, ReleaseError
 from ipam.errors import (
     AddressInUseError,
     AddressUnusableError,
@@ -44,6 +44,7 @@ __all__ = [
     "IpamError",
     "NoPoolError",
     "PoolExhaustedError",
+    "ReleaseError",
 ]
 
 MAX_BLOCKS = 20  # of a node in the pools of a request, unless maxBlocksPerHost says otherwise
@@ -166,6 +167,36 @@ class Allocator:
                 except (ConflictError, NotFoundError):
                     continue
         raise _contended(handle)
+
+    def release_addresses(
+        self,
+        addresses: Iterable[Net],
+        *,
+        handle: str | None = None,
+        sequences: Mapping[Net, int] | None = None,
+    ) -> list[Net]:
+        """Give back some addresses; returns those that were in use.
+
+        ``handle``: who must hold them. ``sequences``: at which sequence number of its block
+        (``Block.sequences``) an address must have been allocated. In a block of which one address
+        is another's, or was given anew since, nothing is released: raises ReleaseError, when the
+        other blocks are done.
+        """
+        by_block: dict[Net, list[Net]] = {}
+        for address in dict.fromkeys(addresses):
+            if stored := claims.block_holding(self._records, address):
+                by_block.setdefault(stored.thing.net, []).append(address)
+        released: list[Net] = []
+        problem: ReleaseError | None = None
+        with self._lock:
+            for net, wanted in by_block.items():
+                try:
+                    released += self._release_some(net, wanted, handle, sequences or {})
+                except ReleaseError as error:
+                    problem = error
+        if problem is not None:
+            raise problem
+        return released
 
     def addresses(self, handle: str) -> list[Net]:
         """The addresses a handle holds, of both families."""
@@ -296,6 +327,37 @@ class Allocator:
                     self._records.write_block(stored)
             except (ConflictError, NotFoundError):
                 continue
+            return released
+        raise _contended(f"block {net}")
+
+    def _release_some(
+        self, net: Net, addresses: Sequence[Net], handle: str | None, sequences: Mapping[Net, int]
+    ) -> list[Net]:
+        for _ in range(ATTEMPTS):
+            stored = self._records.block(net)
+            if stored is None:
+                return []
+            # All are looked at before the first is given back.
+            trial = Block.from_spec(stored.entry.key.name, stored.thing.to_spec())
+            results = [
+                block.release([address], handle=handle, sequence=sequences.get(address))
+                for block in (trial, stored.thing)
+                for address in addresses
+            ][len(addresses) :]
+            released = [address for result in results for address in result.addresses]
+            if not released:
+                return []
+            try:
+                if stored.thing.empty and stored.thing.affinity is None:
+                    self._records.delete_block(stored)
+                else:
+                    self._records.write_block(stored)
+            except (ConflictError, NotFoundError):
+                continue
+            for result in results:
+                for holder, count in result.by_handle.items():
+                    for _ in range(count):
+                        handles.decrement(self._records, holder, net)
             return released
         raise _contended(f"block {net}")
 

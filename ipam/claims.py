@@ -108,6 +108,15 @@ def overlapping(records: Records, net: Net) -> Iterator[Stored[Block]]:
                 yield stored
 
 
+def block_holding(records: Records, address: Net) -> Stored[Block] | None:
+    """The block an address lies in, whatever its size; found without looking at any pool."""
+    stored = records.block(address)  # a block of one address
+    if stored is not None:
+        return stored
+    near = overlapping(records, address)
+    return next((stored for stored in near if stored.thing.net.contains(address)), None)
+
+
 def _pending(records: Records, node: str, net: Net) -> Stored[Affinity]:
     """The node's affinity, pending, at a revision that only we know."""
     affinity = records.affinity(node, net)

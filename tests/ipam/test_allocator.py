@@ -21,6 +21,7 @@ from ipam.allocator import (
     IpamError,
     NoPoolError,
     PoolExhaustedError,
+    ReleaseError,
 )
 from ipam.records import Records, owner
 from tests.ipam.world import (
@@ -317,6 +318,33 @@ def test_release_overtakes_an_assign_for_the_same_handle(small: SqliteDatastore)
         found = Allocator(overtaken, "n1").assign(HANDLE, POD)
         assert Allocator(small, "n1").addresses(HANDLE) == [found.address]
         assert Allocator(small, "n1").release(HANDLE) == [found.address]
+
+
+# --- some addresses, whoever holds them ---
+
+
+def test_some_addresses_are_released(small: SqliteDatastore) -> None:
+    allocator = Allocator(small, "n1")
+    given = [allocator.assign(HANDLE, POD).address for _ in range(6)]
+    free = parse_net("10.9.9.9")
+    assert allocator.release_addresses([*given[2:5], free]) == given[2:5]
+    assert set(allocated(small)) == {*given[:2], given[5]}
+    assert sum(handles(small)[HANDLE].counts.values()) == 3
+    assert allocator.release_addresses(given) == [*given[:2], given[5]]
+    assert handles(small) == {}
+
+
+def test_addresses_that_were_given_anew_are_not_released(small: SqliteDatastore) -> None:
+    allocator = Allocator(small, "n1")
+    found = allocator.assign(HANDLE, POD)
+    sequences = {found.address: next(iter(blocks(small)[found.block].sequences.values()))}
+    with pytest.raises(ReleaseError, match="not by 'other'"):
+        allocator.release_addresses([found.address], handle="other")
+    allocator.release(HANDLE)
+    allocator.assign_specific(found.address, HANDLE, POD)
+    with pytest.raises(ReleaseError, match="sequence number"):
+        allocator.release_addresses([found.address], handle=HANDLE, sequences=sequences)
+    assert allocated(small) == {found.address: HANDLE}
 
 
 # --- this very address ---
