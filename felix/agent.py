@@ -20,13 +20,17 @@ from datastore.environment import Environment
 from datastore.follower import Follower, InSync, Update
 from datastore.interface import Datastore
 from felix import names
+from felix.announcer import SOCKET as ENDPOINTS_SOCKET
+from felix.announcer import Announcer, Subscription
 from felix.calculate import Calculator
 from felix.dataplane import Dataplane
+from felix.door import Door
 from felix.iptables_dataplane import IptablesDataplane
 from felix.registration import NODE_IP, Registrar, RegistrationProblem, node_address
 from felix.snapshot import KINDS, Snapshot
 from felix.status import StatusRequest, StatusServer
 from kernel.links import LinkEvent, LinkEventsLost, LinkMonitor
+from policy.model import EndpointId
 from reconcile.backoff import Backoff
 
 # So many updates at most are one batch: the kernel need not wait for a flood to end.
@@ -44,7 +48,16 @@ class Stop:
     """Asks the loop to end."""
 
 
-Item = Update | InSync | LinkEvent | LinkEventsLost | RegistrationProblem | StatusRequest | Stop
+Item = (
+    Update
+    | InSync
+    | LinkEvent
+    | LinkEventsLost
+    | RegistrationProblem
+    | StatusRequest
+    | Subscription
+    | Stop
+)
 
 
 class Agent:
@@ -62,6 +75,7 @@ class Agent:
         self._in_sync = False
         self._stopping = False
         self._asked: list[StatusRequest] = []
+        self._announcer = Announcer()
         self._must_read = True
         self._next_read: float | None = None
         self._backoff: Backoff[str] = Backoff()
@@ -75,16 +89,23 @@ class Agent:
 
     def run(self) -> None:
         """Run until ``stop``. What is enforced then stays enforced."""
-        status = StatusServer(self._environment.run_dir, self._queue.put)
+        run_dir = self._environment.run_dir
+        status = StatusServer(run_dir, self._queue.put)
+        endpoints = Door(
+            run_dir / ENDPOINTS_SOCKET,
+            0o600,
+            lambda connection: self._queue.put(Subscription(connection)),
+        )
         with LinkMonitor(self._queue.put):
-            for thread in (status, self._registrar, self._follower):
+            for thread in (status, endpoints, self._registrar, self._follower):
                 thread.start()
             try:
                 while not self._stopping:
                     self._turn()
             finally:
-                for thread in (self._follower, self._registrar, status):
+                for thread in (self._follower, self._registrar, endpoints, status):
                     thread.stop()
+                self._announcer.close()
                 if self._dataplane is not None:
                     self._dataplane.close()
 
@@ -125,6 +146,8 @@ class Agent:
                 self._registration_problem = text
             case StatusRequest():
                 self._asked.append(item)
+            case Subscription():
+                self._announcer.subscribe(item)
             case Stop():
                 self._stopping = True
 
@@ -143,6 +166,7 @@ class Agent:
         try:
             self._calculate()
             self._apply(now)
+            self._announcer.tell(self._is_enforced)
         except Exception as error:
             # Nothing is certain now: begin anew, from the snapshot and from what the kernel has.
             _log.exception("what is enforced stays; beginning anew")
@@ -165,6 +189,7 @@ class Agent:
             self._dataplane = Dataplane(enforcer)
             self._must_read = True
         self._dataplane.want(delta)
+        self._announcer.want(delta.endpoints)
         registration = self._calculator.registration
         if registration is not None and registration != before:
             self._registrar.want(registration)
@@ -191,6 +216,10 @@ class Agent:
                 "changes": changes,
                 "milliseconds": round(elapsed, 1),
             }
+
+    def _is_enforced(self, id: EndpointId, interface: str) -> bool:
+        assert self._dataplane is not None
+        return self._calculator.holds(id, interface) and self._dataplane.enforces(interface)
 
     def _abandon(self) -> None:
         if self._dataplane is not None:

@@ -14,7 +14,7 @@ from api.net import V4, Net
 from api.policy import Tier
 from datastore.interface import Key
 from felix import names
-from felix.desired import Delta, Device, Registration, SetKey
+from felix.desired import Delta, Device, Local, Registration, SetKey
 from felix.overlay import Encapsulation, Overlay
 from felix.ruleset import VERSIONS, Ruleset
 from felix.settings import CLUSTER, NODE_PREFIX, Settings, SettingsError, settings
@@ -33,6 +33,7 @@ class _Place:
     node: str
     nets: tuple[Net, ...]
     interface: str
+    sources: tuple[Net, ...]
     pod: Key
 
 
@@ -81,6 +82,7 @@ class Calculator:
         self._of_pod: dict[Key, set[Key]] = {}
         self._blocks: dict[Key, tuple[str, Net]] = {}
         self._misnamed: dict[EndpointId, str] = {}
+        self._unallowed: set[EndpointId] = set()  # that want to send with more than they may
         self._tunnel: tuple[Net | None, Device | None] = (None, None)
         self._own_sets: dict[SetKey, frozenset[Member]] = {}
         self._fresh = True
@@ -112,6 +114,10 @@ class Calculator:
         """The interfaces of local endpoints."""
         return {id: place.interface for id, place in self._places.items() if place.interface}
 
+    def holds(self, id: EndpointId, interface: str) -> bool:
+        """Whether the interface is this endpoint's, of all that claim it."""
+        return self._interfaces.holder(interface) == id
+
     def calculate(self, snapshot: Snapshot) -> Delta:
         """What became different through the snapshot's dirty keys, which are then clean."""
         dirty, snapshot.dirty = snapshot.dirty, set()
@@ -125,7 +131,7 @@ class Calculator:
         for key in dirty:
             self._take(key, snapshot, workloads)
         for key in workloads:
-            self._take_workload(key, snapshot)
+            self._take_workload(key, snapshot, delta)
         pools_changed = delta.settings is not None or "IPPool" in kinds
         if pools_changed:
             pools = (view.pool for view in snapshot.pools.values())
@@ -160,6 +166,12 @@ class Calculator:
             yield str(policy), "; ".join(map(str, faults))
         for id, problem in self._misnamed.items():
             yield f"WorkloadEndpoint({names.endpoint_text(id)})", problem
+        for id in self._unallowed:
+            yield (
+                f"WorkloadEndpoint({names.endpoint_text(id)})",
+                "spec.allowSpoofedSourcePrefixes: not in force: FelixConfiguration"
+                " workloadSourceSpoofing is Disabled; expected Any",
+            )
         for what, claimants in (*self._interfaces.conflicts(), *self._addresses.conflicts()):
             first, *others = map(names.endpoint_text, claimants)
             for other in others:
@@ -199,7 +211,7 @@ class Calculator:
                     self._blocks[key] = (block.node, block.net)
                     self._overlay.set_block(block.node, block.net, held=True)
 
-    def _take_workload(self, key: Key, snapshot: Snapshot) -> None:
+    def _take_workload(self, key: Key, snapshot: Snapshot, delta: Delta) -> None:
         id = EndpointId(key.kind, key.namespace, key.name)
         workload = snapshot.workloads.get(key)
         before, after = self._places.pop(id, None), None
@@ -208,6 +220,7 @@ class Calculator:
             if not self._of_pod[before.pod]:
                 del self._of_pod[before.pod]
         self._misnamed.pop(id, None)
+        self._unallowed.discard(id)
         if workload is None:
             self._engine.set_endpoint(None, id)
         else:
@@ -215,9 +228,15 @@ class Calculator:
             self._of_pod.setdefault(pod_key, set()).add(key)
             pod = snapshot.pods.get(pod_key) if workload.orchestrator == "k8s" else None
             nets = () if pod and pod.finished else workload.nets
-            after = _Place(workload.node, nets, self._own_interface(id, workload), pod_key)
+            interface = self._own_interface(id, workload)
+            sources = self._sources(id, workload) if interface else ()
+            after = _Place(workload.node, nets, interface, sources, pod_key)
             self._places[id] = after
+            if interface:
+                delta.endpoints[id] = Local(interface, workload.container)
             self._engine.set_endpoint(_endpoint(id, workload, pod, after), id)
+        if before is not None and before.interface and id not in delta.endpoints:
+            delta.endpoints[id] = None
         self._move(id, before, after)
 
     def _own_interface(self, id: EndpointId, workload: Workload) -> str:
@@ -232,6 +251,13 @@ class Calculator:
             )
             return ""
         return workload.interface
+
+    def _sources(self, id: EndpointId, workload: Workload) -> tuple[Net, ...]:
+        """What it may send with besides its own addresses."""
+        if workload.sources and not self._settings.allow_sources:
+            self._unallowed.add(id)
+            return ()
+        return workload.sources
 
     def _move(self, id: EndpointId, before: _Place | None, after: _Place | None) -> None:
         if before == after:
@@ -249,8 +275,11 @@ class Calculator:
     def _update_pods(self, delta: Delta) -> None:
         for interface in self._interfaces.dirty:
             holder = self._interfaces.holder(interface)
-            nets = self._places[holder].nets if holder else ()
-            self._ruleset.set_interface(interface, holder, nets)
+            place = self._places[holder] if holder else None
+            self._ruleset.set_interface(interface, holder, place.nets if place else ())
+            sources = place.sources if place else ()
+            if self._ruleset.set_sources(interface, sources):
+                delta.loose[interface] = bool(sources)
         for net in self._addresses.dirty:
             owner = self._addresses.holder(net)
             wanted = self._places[owner].interface if owner else None

@@ -39,6 +39,9 @@ class Enforcer(Protocol):
     def trim_sets(self, now: float) -> int:
         """Step 4."""
 
+    def enforces(self, interface: str) -> bool:
+        """Whether the chains of a workload's interface stand, and packets are sent there."""
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """(object, what the kernel said) of everything that is not as it should be."""
 
@@ -71,8 +74,10 @@ class Dataplane:
             self._network.want_peer(node, peer)
         for net, remote in delta.remotes.items():
             self._network.want_remote(net, remote)
-        for address, interface in delta.pods.items():
-            self._network.want_pod(address, interface)
+        for interface, loose in delta.loose.items():
+            self._network.want_loose(interface, loose)
+        for address, behind in delta.pods.items():
+            self._network.want_pod(address, behind)
 
     def read(self) -> None:
         """See what is in the kernel, to adopt what is right and mend the rest."""
@@ -95,6 +100,10 @@ class Dataplane:
     def waiting(self, interface: str) -> bool:
         """Whether a pod's interface is missing or down."""
         return self._network.waiting(interface)
+
+    def enforces(self, interface: str) -> bool:
+        """Whether a pod's interface is there and its policy stands."""
+        return not self.waiting(interface) and self._enforcer.enforces(interface)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(object, what is wrong) of everything that is not as it should be."""

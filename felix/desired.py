@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from api.net import Net
-from felix.announcer import Local
 from felix.chains import Chain, ChainRule, Dispatch, Hook, Table
 from felix.overlay import Peer, Remote
 from felix.settings import Settings
@@ -49,6 +48,14 @@ class Device:
     tunnel: Net
     mac: str
     mtu: int
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """An endpoint of this node: its interface, and the container it is of."""
+
+    interface: str
+    container: str
 
 
 @dataclass(slots=True)

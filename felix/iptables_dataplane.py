@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from api.net import V4, V6
-from felix import chains
+from felix import chains, names
 from felix.chains import Chain, ChainRule, Dispatch
 from felix.dataplane import Members
 from felix.desired import Delta
@@ -19,6 +19,7 @@ from felix.iptables_sets import IptablesSets
 from felix.settings import Settings
 from felix.tables import Table
 from kernel.iptables import IptablesError, IptablesTable, TableUpdate, detect_backend, rule_hashes
+from policy.model import Direction
 from reconcile.plan import Plan
 
 Fragments = tuple[str, ...]
@@ -108,6 +109,14 @@ class _Table:
         if steps and self._kind is not chains.Table.FILTER:
             self._iptables.close()  # seldom needed: no reason to keep a process for it
         return steps
+
+    def stands(self, chain: str) -> bool | None:
+        """Whether a chain is in the kernel as it should be; None: it should not be there."""
+        rendered = self._rendered.get(chain)
+        if rendered is None:
+            return None
+        actual, desired = self.rules.actual, self.rules.desired
+        return all(actual.get(made) == desired[made] for made in rendered)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name, error in self.rules.errors.items():
@@ -210,6 +219,22 @@ class IptablesDataplane:
     def trim_sets(self, now: float) -> int:
         """Remove members and destroy sets."""
         return self._sets.trim(now)
+
+    def enforces(self, interface: str) -> bool:
+        """Whether the chains of a workload's interface stand, and packets are sent there."""
+        ends = [names.endpoint_chain(direction, interface) for direction in Direction]
+        known = False
+        for (_, kind), table in self._tables.items():
+            if kind is not chains.Table.FILTER:
+                continue
+            found = [table.stands(end) for end in ends]
+            if False in found:
+                return False
+            if True in found:
+                known = True
+                if not (table.stands(names.FROM_WORKLOAD) and table.stands(names.TO_WORKLOAD)):
+                    return False
+        return known
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(object, what the kernel said)."""

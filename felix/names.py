@@ -15,6 +15,7 @@ from policy.model import Direction, EndpointId, PolicyId
 FORWARD = "cali-FORWARD"
 INPUT = "cali-INPUT"
 PREROUTING = "cali-PREROUTING"
+ALLOWED_SOURCES = "cali-rpf-skip"
 POSTROUTING = "cali-POSTROUTING"
 WORKLOAD_TO_HOST = "cali-wl-to-host"
 FROM_WORKLOAD = "cali-from-wl-dispatch"

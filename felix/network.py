@@ -26,6 +26,9 @@ from reconcile.plan import Plan
 Path = tuple[str, ...]
 LOOPBACK = "lo"
 _ADDRESS_POLL = 1.0  # seconds
+# rp_filter (RFC 3704). Its loose mode (2) drops all where the interface has no address, so what
+# may send with others' addresses is left to the chains alone; conf/all must be 0 for that.
+_STRICT, _LOOSE = "1", "0"
 FORWARDING: Mapping[int, Path] = {
     V4: ("net", "ipv4", "ip_forward"),
     V6: ("net", "ipv6", "conf", "all", "forwarding"),
@@ -43,6 +46,7 @@ class Network:
         self._device: Device | None = None
         self._pods: dict[Net, str] = {}
         self._pods_of: dict[str, set[Net]] = {}
+        self._loose: set[str] = set()  # interfaces that may send with others' addresses
         self._remotes: dict[Net, Remote] = {}
         self._routes: Table[RouteKey, Route] = Table(self._apply_routes)
         self._settings: Table[Path, str] = Table(_apply_settings)
@@ -82,6 +86,14 @@ class Network:
             self._pods_of.setdefault(interface, set()).add(address)
             self._want_interface(interface)
         self._want_routes((address,))
+
+    def want_loose(self, interface: str, loose: bool) -> None:
+        """Whether the kernel lets an interface send what is not routed back to it.
+
+        Which sources exactly it may use is then for the chains to say.
+        """
+        (self._loose.add if loose else self._loose.discard)(interface)
+        self._want_interface(interface)
 
     def want_remote(self, net: Net, remote: Remote | None) -> None:
         """How to reach a block or an address on another node; None: not our affair."""
@@ -214,7 +226,8 @@ class Network:
     def _want_interface(self, interface: str) -> None:
         """A pod's interface accepts only packets whose source is routed back to it."""
         wanted = interface in self._pods_of and not self.waiting(interface)
-        self._settings.want(_reverse_path(interface), "1" if wanted else None)
+        mode = _LOOSE if interface in self._loose else _STRICT
+        self._settings.want(_reverse_path(interface), mode if wanted else None)
 
     def _want_routes(self, nets: Iterable[Net]) -> None:
         for net in nets:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from api.net import V4, V6
+from api.net import V4, V6, Net
 from felix import names
 from felix.chains import (
     Accept,
@@ -73,10 +73,21 @@ class Frame:
     hooks: tuple[tuple[Hook, ChainRule], ...]
 
 
-def frame(settings: Settings, version: int, *, vxlan: bool, masquerade: bool) -> Frame:
-    """The frame of one IP version. Without ``masquerade`` the NAT table is left alone."""
+def frame(
+    settings: Settings,
+    version: int,
+    *,
+    vxlan: bool,
+    masquerade: bool,
+    sources: Mapping[str, tuple[Net, ...]],
+) -> Frame:
+    """The frame of one IP version. Without ``masquerade`` the NAT table is left alone.
+
+    ``sources``: what interfaces may send with besides the addresses of their endpoints.
+    """
     chains = [
         (Table.RAW, _prerouting(settings)),
+        (Table.RAW, _allowed_sources(sources, version)),
         (Table.FILTER, _forward(settings)),
         (Table.FILTER, _input(settings, vxlan=vxlan and version == V4)),
         (Table.FILTER, _workload_to_host(settings, version)),
@@ -174,11 +185,31 @@ def _vxlan(settings: Settings, sources: tuple[str, ...] = ()) -> Match:
 
 
 def _prerouting(settings: Settings) -> Chain:
+    prefixes = settings.interface_prefixes
     return Chain(
         names.PREROUTING,
+        (
+            *(
+                ChainRule(Jump(names.ALLOWED_SOURCES), Condition(in_interface=f"{p}*"))
+                for p in prefixes
+                if settings.allow_sources
+            ),
+            *(
+                ChainRule(Drop(), Condition(in_interface=f"{p}*", spoofed=True), "Spoofed source")
+                for p in prefixes
+            ),
+        ),
+    )
+
+
+def _allowed_sources(sources: Mapping[str, tuple[Net, ...]], version: int) -> Chain:
+    """Accepted here is accepted in this table only: policy comes later, in another."""
+    return Chain(
+        names.ALLOWED_SOURCES,
         tuple(
-            ChainRule(Drop(), Condition(in_interface=f"{p}*", spoofed=True), "Spoofed source")
-            for p in settings.interface_prefixes
+            ChainRule(Accept(), Condition(packet=Match(src_nets=own), in_interface=interface))
+            for interface, nets in sorted(sources.items())
+            if (own := tuple(net for net in nets if net.version == version))
         ),
     )
 

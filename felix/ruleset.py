@@ -48,6 +48,8 @@ class Ruleset:
         self._versions: dict[str, frozenset[int]] = {}  # those in which an interface is known
         self._known: dict[int, set[str]] = {version: set() for version in VERSIONS}
         self._dirty: set[str] = set()
+        self._sources: dict[str, tuple[Net, ...]] = {}
+        self._sources_changed = False
         self._started = False
         self.chains: dict[ChainKey, Chain | Dispatch] = {}
         self.hooks: dict[HookKey, ChainRule] = {}
@@ -76,6 +78,17 @@ class Ruleset:
             self._versions[name] = frozenset(net.version for net in nets)
         self._dirty.add(name)
 
+    def set_sources(self, name: str, sources: tuple[Net, ...]) -> bool:
+        """With which networks an interface may send besides its own; whether that is news."""
+        if self._sources.get(name, ()) == sources:
+            return False
+        if sources:
+            self._sources[name] = sources
+        else:
+            del self._sources[name]
+        self._sources_changed = True
+        return True
+
     def update(
         self, delta: Delta, changes: Changes, settings: Settings, own: OwnSets, *, vxlan: bool
     ) -> None:
@@ -85,6 +98,8 @@ class Ruleset:
         """
         fresh = not self._started or settings != self._settings
         reframe = fresh or vxlan != self._vxlan or own.keys() != self._own.keys()
+        reframe = reframe or self._sources_changed
+        self._sources_changed = False
         before = self.versions
         self._started, self._settings, self._vxlan = True, settings, vxlan
         self._update_own(delta, own)
@@ -125,7 +140,13 @@ class Ruleset:
 
     def _update_frame(self, delta: Delta, version: int) -> None:
         masquerade = SetKey(version, names.MASQUERADE_POOLS) in self._own
-        frame = rules.frame(self._settings, version, vxlan=self._vxlan, masquerade=masquerade)
+        frame = rules.frame(
+            self._settings,
+            version,
+            vxlan=self._vxlan,
+            masquerade=masquerade,
+            sources=self._sources,
+        )
         chains = {ChainKey(version, table, chain.name): chain for table, chain in frame.chains}
         hooks = {HookKey(version, hook): rule for hook, rule in frame.hooks}
         for hook_key in [k for k in self.hooks if k.version == version and k not in hooks]:

@@ -34,6 +34,7 @@ class Settings:
     ``accept_mark`` and ``pass_mark`` are the two lowest bits of the mark mask. ``refresh`` is
     how often, in seconds, all that felix owns is compared with the kernel; 0 is never.
     ``vxlan_mtu`` 0 is the uplink's less 50, ``vxlan_enabled`` None is as the pools need it.
+    ``allow_sources``: endpoints may send with the prefixes they list, besides their addresses.
     """
 
     interface_prefixes: tuple[str, ...]
@@ -52,6 +53,7 @@ class Settings:
     drop_invalid: bool
     allow_vxlan: bool
     allow_ipip: bool
+    allow_sources: bool
 
     def is_workload(self, interface: str) -> bool:
         """Whether an interface's name says that it belongs to a workload."""
@@ -91,6 +93,7 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
         drop_invalid=not pick("disable_conntrack_invalid_check"),
         allow_vxlan=bool(pick("allow_vxlan_packets_from_workloads")),
         allow_ipip=bool(pick("allow_ipip_packets_from_workloads")),
+        allow_sources=pick("workload_source_spoofing") == "Any",
     )
 
 

@@ -58,13 +58,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A WorkloadEndpoint. ``nets`` are /32 and /128."""
+    """A WorkloadEndpoint. ``nets`` are /32 and /128.
+
+    ``sources``: what it may send with besides its own addresses, where the settings permit.
+    """
 
     node: str
     orchestrator: str
     pod: str
     interface: str
+    container: str
     nets: tuple[Net, ...]
+    sources: tuple[Net, ...]
     labels: tuple[tuple[str, str], ...]
     profiles: tuple[str, ...]
     ports: tuple[NamedPort, ...]
@@ -243,7 +248,9 @@ def _plain_workload(key: Key, value: JSON) -> Workload:
         orchestrator=_text(spec.get("orchestrator")),
         pod=_text(spec.get("pod")),
         interface=interface,
+        container=_text(spec.get("containerID")),
         nets=nets,
+        sources=tuple(parse_net(text) for text in spec.get("allowSpoofedSourcePrefixes") or ()),
         labels=tuple(sorted(own.items())),
         profiles=tuple(_text(name) for name in spec.get("profiles") or ()),
         ports=tuple(

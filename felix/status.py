@@ -5,18 +5,17 @@ The object is made by the loop itself, so that an agent that hangs does not call
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import queue
 import socket
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
+
+from felix.door import Door
 
 SOCKET = "felix.sock"
 _ANSWER_SECONDS = 5.0
@@ -35,43 +34,24 @@ class StatusServer:
     """A thread that hands requests to the loop and its answers to those who asked."""
 
     def __init__(self, run_dir: Path, ask: Callable[[StatusRequest], None]) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._path = run_dir / SOCKET
-        self._path.unlink(missing_ok=True)  # left by an agent that was killed
         self._ask = ask
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        previous = os.umask(0o117)
-        try:
-            self._socket.bind(str(self._path))
-        finally:
-            os.umask(previous)
-        self._socket.listen(16)
-        self._thread = threading.Thread(target=self._serve, name="status", daemon=True)
+        self._door = Door(run_dir / SOCKET, 0o660, self._serve)
 
     def start(self) -> None:
         """Start answering."""
-        self._thread.start()
+        self._door.start()
 
     def stop(self) -> None:
         """Stop answering, and remove the socket."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
-        self._thread.join()
-        self._socket.close()
-        self._path.unlink(missing_ok=True)
+        self._door.stop()
 
-    def _serve(self) -> None:
-        while True:
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
             try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection:
-                try:
-                    connection.settimeout(_ANSWER_SECONDS)
-                    connection.sendall(orjson.dumps(self._answer()) + b"\n")
-                except OSError as error:
-                    _log.debug("status not delivered: %s", error)
+                connection.settimeout(_ANSWER_SECONDS)
+                connection.sendall(orjson.dumps(self._answer()) + b"\n")
+            except OSError as error:
+                _log.debug("status not delivered: %s", error)
 
     def _answer(self) -> dict[str, Any]:
         request = StatusRequest()
