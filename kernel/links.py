@@ -119,12 +119,8 @@ class Links:
 
         Raises OSError (ENODEV) if there is none.
         """
-        body = _header(link if isinstance(link, int) else 0)
-        body += attribute_u32(_IFLA_EXT_MASK, _RTEXT_FILTER_SKIP_STATS)
-        if isinstance(link, str):
-            body += attribute_text(_IFLA_IFNAME, link)
         try:
-            return parse_link(self._socket.request(Message(RTM_GETLINK, 0, body)))
+            return parse_link(self._socket.request(link_get(link)))
         except OSError as error:
             raise OSError(error.errno, f"interface {link}: {error.strerror}") from error
 
@@ -149,6 +145,15 @@ def parse_link(body: bytes) -> Link:
         data=info.get(_IFLA_INFO_DATA, b""),
         alias=text(found.get(_IFLA_IFALIAS, b"")),
     )
+
+
+def link_get(link: int | str) -> Message:
+    """Ask for one interface, by index or by name; the answer is for ``parse_link``."""
+    body = _header(link if isinstance(link, int) else 0)
+    body += attribute_u32(_IFLA_EXT_MASK, _RTEXT_FILTER_SKIP_STATS)
+    if isinstance(link, str):
+        body += attribute_text(_IFLA_IFNAME, link)
+    return Message(RTM_GETLINK, 0, body)
 
 
 def _number(found: Mapping[int, bytes], kind: int) -> int:
