@@ -182,27 +182,32 @@ class NetlinkSocket:
 
     ``groups`` is the bit mask of multicast groups to hear. ``netns_fd`` is the network
     namespace to speak to, that of the calling thread by default; the socket keeps its
-    namespace wherever its user goes.
+    namespace wherever its user goes. ``send_buffer`` bounds the bytes of one datagram.
     """
 
     def __init__(
-        self, protocol: int = NETLINK_ROUTE, *, groups: int = 0, netns_fd: int | None = None
+        self,
+        protocol: int = NETLINK_ROUTE,
+        *,
+        groups: int = 0,
+        netns_fd: int | None = None,
+        send_buffer: int = _BUFFER,
     ) -> None:
         with in_namespace(netns_fd):
             self._socket = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
             )
         try:
-            self._set_up(groups)
+            self._set_up(groups, send_buffer)
         except BaseException:
             self._socket.close()
             raise
         self._sequence = 0
 
-    def _set_up(self, groups: int) -> None:
+    def _set_up(self, groups: int, send_buffer: int) -> None:
         own = self._socket
-        for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
-            own.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+        own.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, send_buffer)
+        own.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
         own.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         own.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
         own.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
@@ -245,6 +250,26 @@ class NetlinkSocket:
                 elif code := -_INT.unpack_from(body)[0]:
                     failures.append(Failure(index, code, _error_text(code, body, flags)))
         return failures, replies
+
+    def atomic(self, messages: Sequence[Message]) -> list[Failure]:
+        """Send the messages in one datagram, which the kernel takes as one transaction.
+
+        For nfnetlink's batches, whose first and last messages are the batch's begin and end.
+        Returns what the kernel refused, in order; if that is anything, it did nothing.
+        """
+        sent = self._send(messages, acknowledged=len(messages) - 2)
+        failures: list[Failure] = []
+        answers = self._read()
+        # All answers are there when send() returns; how many cannot be known.
+        while answers:
+            for sequence, kind, flags, body in answers:
+                if sequence in sent and kind == NLMSG_ERROR:
+                    code = -_INT.unpack_from(body)[0]
+                    if code:
+                        index = sequence - sent.start
+                        failures.append(Failure(index, code, _error_text(code, body, flags)))
+            answers = self._read(socket.MSG_DONTWAIT)
+        return failures
 
     def request(self, message: Message) -> bytes:
         """Send one message and return the body of the answer. Raises OSError if refused."""
@@ -293,8 +318,8 @@ class NetlinkSocket:
                 if error.errno != errno.ENOBUFS:
                     raise
 
-    def _send(self, messages: Sequence[Message]) -> range:
-        """Send in one datagram; only the last message asks for an acknowledgement.
+    def _send(self, messages: Sequence[Message], acknowledged: int | None = None) -> range:
+        """Send in one datagram; only one message, the last, asks for an acknowledgement.
 
         The kernel reports a failure unasked, and answers in order. Returns the sequence
         numbers.
@@ -302,7 +327,7 @@ class NetlinkSocket:
         first = self._sequence + 1
         parts: list[bytes] = []
         sequence = self._sequence
-        final = len(messages) - 1
+        final = len(messages) - 1 if acknowledged is None else acknowledged
         for index, (kind, flags, body) in enumerate(messages):
             sequence += 1
             flags |= NLM_F_REQUEST | (NLM_F_ACK if index == final else 0)
@@ -341,11 +366,16 @@ class NetlinkSocket:
                     return bodies, interrupted
                 bodies.append(body)
 
-    def _read(self) -> list[tuple[int, int, int, bytes]]:
-        """One datagram's messages as (sequence, type, flags, body)."""
+    def _read(self, flags: int = 0) -> list[tuple[int, int, int, bytes]]:
+        """One datagram's messages as (sequence, type, flags, body).
+
+        With MSG_DONTWAIT none where nothing waits.
+        """
         try:
-            size = self._socket.recv_into(_buffer.view)
+            size = self._socket.recv_into(_buffer.view, 0, flags)
         except BlockingIOError as error:
+            if flags & socket.MSG_DONTWAIT:
+                return []
             raise TimeoutError(
                 errno.ETIMEDOUT, f"netlink: no answer within {_ANSWER_SECONDS} s"
             ) from error
@@ -353,8 +383,8 @@ class NetlinkSocket:
         found = []
         offset = 0
         while offset + 16 <= len(data):
-            length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
-            found.append((sequence, kind, flags, data[offset + 16 : offset + length]))
+            length, kind, header_flags, sequence, _ = _HEADER.unpack_from(data, offset)
+            found.append((sequence, kind, header_flags, data[offset + 16 : offset + length]))
             offset += (length + 3) & ~3
         return found
 

@@ -1,0 +1,280 @@
+"""nftables expressions as netlink bytes: what a rule's conditions and statements are made of.
+
+A rule is expressions in a row. One that loads puts a value into a register; one that compares
+ends the rule where it does not hold. Values of a field stand as on the wire (network byte
+order), a mark and an interface index as the machine has them. See nft(8) for what they mean,
+and linux/netfilter/nf_tables.h for the numbers.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from enum import IntEnum
+
+from kernel.netlink import attribute, attribute_text, nested
+
+VERDICT_REGISTER = 0
+# The registers of 16 bytes; each is four of the 4-byte registers, whose numbers begin at 8.
+REGISTER = 1
+NARROW_REGISTER = 8
+
+_IFNAME_BYTES = 16
+
+_EXPRESSION_NAME = 1
+_EXPRESSION_DATA = 2
+_LIST_ELEMENT = 1
+_DATA_VALUE = 1
+_DATA_VERDICT = 2
+_VERDICT_CODE = 1
+_VERDICT_CHAIN = 2
+_LOOKUP_INVERTED = 1
+
+_BE32 = struct.Struct(">I")
+_BE64 = struct.Struct(">Q")
+
+
+class Verdict(IntEnum):
+    """What becomes of a packet (``enum nft_verdicts`` and netfilter's own)."""
+
+    DROP = 0
+    ACCEPT = 1
+    CONTINUE = -1
+    JUMP = -3
+    GOTO = -4
+    RETURN = -5
+
+
+class Meta(IntEnum):
+    """What a packet has beside its bytes (``enum nft_meta_keys``)."""
+
+    MARK = 3
+    IIF = 4
+    OIF = 5
+    IIFNAME = 6
+    OIFNAME = 7
+    NFPROTO = 15
+    L4PROTO = 16
+
+
+class Base(IntEnum):
+    """From where a payload offset counts (``enum nft_payload_bases``)."""
+
+    NETWORK = 1
+    TRANSPORT = 2
+
+
+class Compare(IntEnum):
+    """How a register is compared with a value (``enum nft_cmp_ops``)."""
+
+    EQUAL = 0
+    NOT_EQUAL = 1
+
+
+class ConntrackState(IntEnum):
+    """Bits of ``ct state`` (``enum ip_conntrack_info`` by way of nft(8))."""
+
+    INVALID = 1
+    ESTABLISHED = 2
+    RELATED = 4
+    NEW = 8
+    UNTRACKED = 64
+
+
+class FibResult(IntEnum):
+    """What the routing table is asked for (``enum nft_fib_result``)."""
+
+    OIF = 1
+    OIFNAME = 2
+    ADDRTYPE = 3
+
+
+class FibFlag(IntEnum):
+    """With what it is asked (``enum nft_fib_flags``)."""
+
+    SADDR = 1
+    DADDR = 2
+    MARK = 4
+    IIF = 8
+    OIF = 16
+    PRESENT = 32
+
+
+def number(kind: int, value: int) -> bytes:
+    """An attribute that holds an unsigned 32-bit number, as nf_tables wants it: big-endian."""
+    return attribute(kind, _BE32.pack(value & 0xFFFFFFFF))
+
+
+def host_order(value: int) -> bytes:
+    """A mark or the like as a register holds it: 32 bits in the machine's byte order."""
+    return value.to_bytes(4, sys.byteorder)
+
+
+def interface_name(name: str) -> bytes:
+    """An interface's name as a register holds it. A trailing ``*`` leaves the rest open."""
+    if name.endswith("*"):
+        return name[:-1].encode()
+    return name.encode().ljust(_IFNAME_BYTES, b"\0")
+
+
+def value(data: bytes) -> bytes:
+    """The content of an attribute that holds data: a value."""
+    return attribute(_DATA_VALUE, data)
+
+
+def verdict_data(verdict: Verdict, chain: str = "") -> bytes:
+    """The content of an attribute that holds data: a verdict, with the chain to walk."""
+    named = attribute_text(_VERDICT_CHAIN, chain) if chain else b""
+    return nested(_DATA_VERDICT, number(_VERDICT_CODE, verdict), named)
+
+
+def _expression(name: str, *data: bytes) -> bytes:
+    return nested(
+        _LIST_ELEMENT, attribute_text(_EXPRESSION_NAME, name), nested(_EXPRESSION_DATA, *data)
+    )
+
+
+def load_meta(key: Meta, register: int = REGISTER) -> bytes:
+    """``meta mark`` and the like."""
+    return _expression("meta", number(1, register), number(2, key))
+
+
+def store_mark(register: int = REGISTER) -> bytes:
+    """``meta mark set`` what the register holds."""
+    return _expression("meta", number(2, Meta.MARK), number(3, register))
+
+
+def load_payload(base: Base, offset: int, length: int, register: int = REGISTER) -> bytes:
+    """Bytes of a packet's network or transport header."""
+    return _expression(
+        "payload", number(1, register), number(2, base), number(3, offset), number(4, length)
+    )
+
+
+def load_conntrack_state(register: int = REGISTER) -> bytes:
+    """``ct state``: one bit of ``ConntrackState``, in host order."""
+    return _expression("ct", number(1, register), number(2, 0))
+
+
+def load_conntrack_status(register: int = REGISTER) -> bytes:
+    """``ct status``: the bits of ``enum ip_conntrack_status``, in host order."""
+    return _expression("ct", number(1, register), number(2, 2))
+
+
+def load_fib(result: FibResult, flags: int, register: int = REGISTER) -> bytes:
+    """``fib saddr . mark . iif oif``: what the routing table says (``FibFlag`` together)."""
+    return _expression("fib", number(1, register), number(2, result), number(3, flags))
+
+
+def compare(data: bytes, how: Compare = Compare.EQUAL, register: int = REGISTER) -> bytes:
+    """Go on if the register's first bytes are (or are not) ``data``."""
+    return _expression("cmp", number(1, register), number(2, how), nested(3, value(data)))
+
+
+def within(first: bytes, last: bytes, *, inverted: bool = False, register: int = REGISTER) -> bytes:
+    """Go on if the register is between the two, both included; ``inverted``: if it is not."""
+    return _expression(
+        "range",
+        number(1, register),
+        number(2, Compare.NOT_EQUAL if inverted else Compare.EQUAL),
+        nested(3, value(first)),
+        nested(4, value(last)),
+    )
+
+
+def mask(bits: bytes, toggle: bytes | None = None, register: int = REGISTER) -> bytes:
+    """Register = (register & ``bits``) ^ ``toggle``."""
+    return _expression(
+        "bitwise",
+        number(1, register),
+        number(2, register),
+        number(3, len(bits)),
+        nested(4, value(bits)),
+        nested(5, value(toggle or bytes(len(bits)))),
+    )
+
+
+def lookup(set_name: str, *, inverted: bool = False, register: int = REGISTER) -> bytes:
+    """Go on if the set holds (``inverted``: does not hold) what the register holds."""
+    flags = (number(5, _LOOKUP_INVERTED),) if inverted else ()
+    return _expression("lookup", attribute_text(1, set_name), number(2, register), *flags)
+
+
+def lookup_verdict(map_name: str, register: int = REGISTER) -> bytes:
+    """Do what the verdict map says about what the register holds; go on if it says nothing."""
+    return _expression(
+        "lookup", attribute_text(1, map_name), number(2, register), number(3, VERDICT_REGISTER)
+    )
+
+
+def set_register(data: bytes, register: int = REGISTER) -> bytes:
+    """Register = ``data``."""
+    return _expression("immediate", number(1, register), nested(2, value(data)))
+
+
+def verdict(code: Verdict, chain: str = "") -> bytes:
+    """``accept``, ``drop``, ``return``, ``jump CHAIN``, ``goto CHAIN``."""
+    return _expression(
+        "immediate", number(1, VERDICT_REGISTER), nested(2, verdict_data(code, chain))
+    )
+
+
+def counter() -> bytes:
+    """Count packets and bytes that come this far."""
+    return _expression("counter", attribute(1, _BE64.pack(0)), attribute(2, _BE64.pack(0)))
+
+
+def limit(per_second: int, burst: int) -> bytes:
+    """Go on for at most so many packets a second."""
+    return _expression(
+        "limit",
+        attribute(1, _BE64.pack(per_second)),
+        attribute(2, _BE64.pack(1)),
+        number(3, burst),
+        number(4, 0),
+    )
+
+
+def log(prefix: str) -> bytes:
+    """Write a line to the kernel log (syslog level info) and go on."""
+    return _expression("log", attribute_text(2, prefix[:127]), number(5, 6))
+
+
+def notrack() -> bytes:
+    """Keep the packet out of connection tracking."""
+    return _expression("notrack")
+
+
+def masquerade(*, ports: tuple[int, int] | None = None, random: bool = False) -> bytes:
+    """Replace the source by the address of the outgoing interface (chain type nat).
+
+    ``ports`` (first, last) bound the source ports. They go through registers 1 and 2.
+    """
+    if ports is None:
+        return _expression("masq", *((number(1, 1 << 4),) if random else ()))
+    return _ports(ports) + _expression("masq", number(2, REGISTER), number(3, REGISTER + 1))
+
+
+def source_nat(family: int, address: bytes, *, ports: tuple[int, int] | None = None) -> bytes:
+    """Replace the source address (chain type nat). ``family``: 2 (IPv4) or 10 (IPv6)."""
+    return _nat(0, family, address, ports)
+
+
+def destination_nat(family: int, address: bytes, *, ports: tuple[int, int] | None = None) -> bytes:
+    """Replace the destination address (chain type nat)."""
+    return _nat(1, family, address, ports)
+
+
+def _nat(kind: int, family: int, address: bytes, ports: tuple[int, int] | None) -> bytes:
+    target = REGISTER + 2
+    parts = set_register(address, target)
+    fields = [number(1, kind), number(2, family), number(3, target), number(4, target)]
+    if ports is not None:
+        parts += _ports(ports)
+        fields += [number(5, REGISTER), number(6, REGISTER + 1)]
+    return parts + _expression("nat", *fields)
+
+
+def _ports(ports: tuple[int, int]) -> bytes:
+    first, last = (struct.pack(">H", port) for port in ports)
+    return set_register(first, REGISTER) + set_register(last, REGISTER + 1)
