@@ -28,13 +28,20 @@ class EventBuffer:
         """Whether nothing more is taken: it was closed, or it has failed."""
         return self._closed or self._error is not None
 
-    def put(self, events: Iterable[Event]) -> None:
-        """Add events; wait while the consumer is far behind."""
+    @property
+    def error(self) -> StoreError | None:
+        """Why it has failed, if it has."""
+        return self._error
+
+    def put(self, events: Iterable[Event]) -> bool:
+        """Add events; wait while the consumer is far behind. False: it is over, none was taken."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._events) < _FULL or self.over)
-            if not self.over:
-                self._events.extend(events)
-                self._changed.notify_all()
+            if self.over:
+                return False
+            self._events.extend(events)
+            self._changed.notify_all()
+            return True
 
     def fail(self, error: StoreError) -> None:
         """Let ``next`` raise this once the events are out, and from then on."""

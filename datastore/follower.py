@@ -1,10 +1,10 @@
-"""From a store to a stream of updates: list, watch, and begin again when that breaks."""
+"""From a store to a stream of updates: list, watch, and go on when that breaks."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -36,8 +36,9 @@ class Follower:
     ``sink`` gets ``Update`` for every object and every change, in order for each object, and
     ``InSync`` after the first complete listing; it runs in the follower's thread, so it should
     be ``SimpleQueue.put``. Whatever goes wrong with the store is logged, and tried again with
-    a growing pause (0.1 to 10 s); meanwhile the consumer's last state stands. After that only
-    what differs is sent, with ``None`` for what disappeared.
+    a growing pause (0.1 to 10 s); meanwhile the consumer's last state stands. Kinds whose watch
+    can go on where it was are not listed again. After that only what differs is sent, with
+    ``None`` for what disappeared.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Follower:
         self._kinds = tuple(kinds)
         self._sink = sink
         self._known: dict[Key, str] = {}  # what the consumer has, and at which revision
+        self._resume: dict[str, str] = {}  # where the next watch can go on, by kind
         self._announced = False  # InSync was sent
         self._stopping = threading.Event()
         self._watch: Watch | None = None
@@ -81,12 +83,14 @@ class Follower:
         pause = _FIRST_PAUSE
         while not self._stopping.is_set():
             try:
-                positions = self._list()
+                positions = self._resume | self._list(set(self._kinds) - self._resume.keys())
+                self._resume = {}
                 with self._open(positions) as watch:
                     self._recovered()
                     pause = _FIRST_PAUSE
                     self._follow(watch)
             except StoreError as error:
+                self._resume |= error.resume
                 self._failed(str(error))
             except Exception as error:
                 # A bug, in the store or in the sink: keep the rest of the program going.
@@ -95,18 +99,17 @@ class Follower:
             self._stopping.wait(pause * _random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _list(self) -> dict[str, str]:
+    def _list(self, kinds: Collection[str]) -> dict[str, str]:
         """Send all that differs from what the consumer has; returns where to watch from."""
         positions = {}
-        for kind in self._kinds:
+        for kind in (kind for kind in self._kinds if kind in kinds):
             listing = self._store.list(kind)
             positions[kind] = listing.revision
             present = {entry.key for entry in listing.entries}
             for key in [key for key in self._known if key.kind == kind and key not in present]:
                 self._send(key, None)
             for entry in listing.entries:
-                if self._known.get(entry.key) != entry.revision:
-                    self._send(entry.key, entry)
+                self._send(entry.key, entry)
         return positions
 
     def _open(self, positions: dict[str, str]) -> Watch:
@@ -125,6 +128,8 @@ class Follower:
     def _send(self, key: Key, entry: Entry | None) -> None:
         # Known is only what the sink took, so that the rest is sent again after an error.
         if entry is not None:
+            if self._known.get(key) == entry.revision:
+                return
             self._sink(Update(key, entry.value))
             self._known[key] = entry.revision
         elif key in self._known:

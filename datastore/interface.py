@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 JSON = dict[str, Any]
@@ -60,7 +61,13 @@ class Event:
 
 
 class StoreError(Exception):
-    """What a store reports. ``key`` is the object concerned, where there is one."""
+    """What a store reports. ``key`` is the object concerned, where there is one.
+
+    ``resume``: of an error that ended a watch, by kind, from where another watch goes on after
+    all that this one has told. Kinds that are not in it must be listed again.
+    """
+
+    resume: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, message: str, key: Key | None = None) -> None:
         super().__init__(message)
@@ -94,7 +101,8 @@ class Watch(Protocol):
         """Wait for changes, at most ``timeout`` seconds (None: for ever), in commit order.
 
         Returns all that are ready, or an empty sequence at the timeout or after ``close``.
-        Raises RevisionGoneError or UnavailableError; the watch is then over.
+        Raises RevisionGoneError or UnavailableError; the watch is then over. Where the store
+        can tell, the error's ``resume`` says how another one goes on.
         """
 
     def close(self) -> None:
@@ -140,7 +148,8 @@ class Datastore(Protocol):
         """Every change of these kinds after ``revision``, which a ``list`` or event gave.
 
         With a mapping, each kind's changes begin after its own revision: lists of several
-        kinds are taken one after the other, and their revisions can't be compared.
+        kinds are taken one after the other, and their revisions can't be compared. What the
+        watch's ``next`` raises may be raised here already.
         """
 
     def close(self) -> None:

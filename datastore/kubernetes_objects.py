@@ -115,6 +115,10 @@ class _List(msgspec.Struct, gc=False):
     items: list[msgspec.Raw] = []
 
 
+class _Object(msgspec.Struct, gc=False):
+    metadata: _ListMeta
+
+
 class _Event(msgspec.Struct, gc=False):
     type: str
     object: msgspec.Raw
@@ -130,6 +134,7 @@ class Status(msgspec.Struct, rename="camel"):
 
 
 _LIST = msgspec.json.Decoder(_List)
+_OBJECT = msgspec.json.Decoder(_Object)
 _EVENT = msgspec.json.Decoder(_Event)
 _STATUS = msgspec.json.Decoder(Status)
 _WHOLE = msgspec.json.Decoder(dict[str, Any])
@@ -172,6 +177,17 @@ def decode(kind: str, data: bytes | msgspec.Raw) -> tuple[JSON, str]:
     value["apiVersion"] = KINDS[kind].api_version
     value["kind"] = KINDS[kind].kind
     return value, revision
+
+
+def revision_of(kind: str, data: msgspec.Raw) -> str:
+    """The resource version of an object, or of the bookmark it is. Raises UndecodableError."""
+    try:
+        revision = _OBJECT.decode(data).metadata.resource_version
+    except msgspec.MsgspecError as error:
+        raise UndecodableError(f"{kind}: {error}") from error
+    if not revision.isdecimal():
+        raise UndecodableError(f"{kind}: metadata.resourceVersion: {revision!r}: not a number")
+    return revision
 
 
 def decode_list(kind: str, data: bytes) -> tuple[Iterator[tuple[JSON, str]], str, str]:

@@ -1,12 +1,14 @@
-"""A watch on a Kubernetes API server: a stream for each kind of object, gone on with when cut."""
+"""A watch on a Kubernetes API server: a stream for each kind of object, resumed when cut."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 
 import msgspec
@@ -22,6 +24,7 @@ from datastore.kubernetes_objects import (
     decode_event,
     decode_list,
     decode_status,
+    revision_of,
 )
 from datastore.kubernetes_views import Source, collection, sources
 
@@ -37,29 +40,37 @@ _log = logging.getLogger(__name__)
 
 
 class KubernetesWatch:
-    """See ``datastore.interface.Watch``. Each kind's revision is counted on its own.
+    """See ``datastore.interface.Watch``. One stream for each kind of object of the API.
 
     A stream that is cut goes on after the last event or bookmark it brought. After 10 s without
-    any, the watch is over with UnavailableError.
+    any, the watch is over with UnavailableError; ``resume`` of that error keeps what was reached.
     """
 
     def __init__(
         self, server: ApiServer, kinds: Iterable[str], revision: str | Mapping[str, str]
     ) -> None:
         self._buffer = EventBuffer()
-        self._streams = []
+        self._positions: dict[str, list[str]] = {}
+        feeds: dict[str, list[_Feed]] = {}
         for kind in dict.fromkeys(kinds):
+            found = sources(kind)
             text = revision if isinstance(revision, str) else revision[kind]
-            positions = _positions(text, len(sources(kind)))
-            self._streams += [
-                _Stream(server, self._buffer, kind, place, positions)
-                for place in range(len(positions))
-            ]
+            self._positions[kind] = positions = _positions(text, len(found))
+            for place, source in enumerate(found):
+                feeds.setdefault(source.kind, []).append(_Feed(kind, source, positions, place))
+        self._streams = [
+            _Stream(server, self._buffer, kind, tuple(of)) for kind, of in feeds.items()
+        ]
         for stream in self._streams:
             stream.start()
         deadline = time.monotonic() + server.settings.timeout
         for stream in self._streams:
-            stream.begun.wait(max(0, deadline - time.monotonic()))
+            if not stream.begun.wait(max(0, deadline - time.monotonic())):
+                self._buffer.fail(UnavailableError(f"{server}: no answer to {stream.name}"))
+        if error := self._buffer.error:
+            self.close()
+            self._note_resume(error)
+            raise error
 
     def next(self, timeout: float | None = None) -> Sequence[Event]:
         """Wait for changes, at most ``timeout`` seconds (None: for ever).
@@ -68,7 +79,11 @@ class KubernetesWatch:
         after ``close``. Raises RevisionGoneError or UnavailableError; the watch is then over
         and goes on raising it.
         """
-        return self._buffer.next(timeout)
+        try:
+            return self._buffer.next(timeout)
+        except StoreError as error:
+            self._note_resume(error)
+            raise
 
     def close(self) -> None:
         """End the watch and wake whoever waits in ``next``."""
@@ -84,21 +99,65 @@ class KubernetesWatch:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _note_resume(self, error: StoreError) -> None:
+        """Say what another watch can go on from: all but what the server forgot."""
+        gone = {feed.kind for stream in self._streams if stream.gone for feed in stream.feeds}
+        error.resume = {
+            kind: ",".join(positions)
+            for kind, positions in self._positions.items()
+            if kind not in gone
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Feed:
+    """What a stream of ``source`` tells about a kind.
+
+    ``positions`` are those reached in all sources of the kind; this is the one at ``place``.
+    """
+
+    kind: str
+    source: Source
+    positions: list[str]
+    place: int
+
+    @property
+    def position(self) -> str:
+        return self.positions[self.place]
+
+    def event(self, type_: str, data: msgspec.Raw) -> Event | None:
+        """The change, None when it is none of the kind, or old. Raises UndecodableError."""
+        value, revision = decode(self.source.kind, data)
+        if int(revision) <= int(self.position):
+            return None
+        view = self.source.convert(value)
+        if view is None:
+            return None
+        key = self.source.key(self.kind, view)
+        entry = None if type_ == "DELETED" else Entry(key, view, revision)
+        reached = [*self.positions]
+        reached[self.place] = revision
+        return Event(key, entry, ",".join(reached))
+
+    def advance(self, revision: str) -> None:
+        """Everything until ``revision`` is told."""
+        if int(revision) > int(self.position):
+            self.positions[self.place] = revision
+
 
 class _Stream(threading.Thread):
-    """Follows one source of a kind. ``positions`` are those of all sources of the kind."""
+    """Follows the objects of one kind of the API, for all ``feeds``."""
 
     def __init__(
-        self, server: ApiServer, buffer: EventBuffer, kind: str, place: int, positions: list[str]
+        self, server: ApiServer, buffer: EventBuffer, kind: str, feeds: tuple[_Feed, ...]
     ) -> None:
-        self._source: Source = sources(kind)[place]
-        super().__init__(name=f"watch-{self._source.kind}", daemon=True)
-        self.begun = threading.Event()  # the server has taken the watch on, or failed
+        super().__init__(name=f"watch-{kind}", daemon=True)
+        self.feeds = feeds
+        self.begun = threading.Event()  # the server has taken the watch on, or it has failed
+        self.gone = False  # the server has forgotten where we were
+        self._kind = kind
         self._server = server
         self._buffer = buffer
-        self._kind = kind
-        self._place = place
-        self._positions = positions
         self._lock = threading.Lock()
         self._response: urllib3.BaseHTTPResponse | None = None
 
@@ -114,13 +173,13 @@ class _Stream(threading.Thread):
         try:
             self._follow()
         except Exception as error:  # a bug: the consumer must not wait for ever
-            _log.exception("unexpected error in the watch of %s", self._source.kind)
-            self._buffer.fail(UnavailableError(f"watch of {self._source.kind}: {error!r}"))
+            _log.exception("unexpected error in the watch of %s", self._kind)
+            self._buffer.fail(UnavailableError(f"watch of {self._kind}: {error!r}"))
         finally:
             self.begun.set()
 
     def _follow(self) -> None:
-        pause, last_heard, check, strangers = _FIRST_PAUSE, time.monotonic(), True, 0
+        pause, last_heard, check, strangers = _FIRST_PAUSE, -math.inf, True, 0
         while not self._buffer.over:
             try:
                 if check:
@@ -136,29 +195,37 @@ class _Stream(threading.Thread):
             except UnavailableError as error:
                 problem = error
             except RequestError as error:
-                problem = self._server.explain(error, None, self._source.kind)
+                problem = self._server.explain(error, None, self._kind)
                 strangers += error.status.code == 401  # once may be an old token
                 if error.status.code != 401 or strangers > 1:
-                    self._buffer.fail(problem)
+                    self._fail(problem)
                     return
             except StoreError as error:
-                self._buffer.fail(error)
+                self._fail(error)
                 return
-            self.begun.set()
-            if time.monotonic() > last_heard + _OUTAGE_SECONDS:
-                self._buffer.fail(problem)
+            if time.monotonic() > last_heard + _OUTAGE_SECONDS and not strangers:
+                self._fail(problem)
                 return
             self._buffer.pause(pause * _random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
+    def _fail(self, problem: StoreError) -> None:
+        self.gone = isinstance(problem, RevisionGoneError)
+        self._buffer.fail(problem)
+
+    @property
+    def _position(self) -> str:
+        """From where on all feeds have heard everything."""
+        return min((feed.position for feed in self.feeds), key=int)
+
     def _check_history(self) -> None:
         """Refuse a cluster that is behind our position: its data were restored from a backup."""
-        answer = self._server.request("GET", collection(self._source.kind), query={"limit": "1"})
-        _, _, revision = decode_list(self._source.kind, answer.body)
-        mine = self._positions[self._place]
+        answer = self._server.request("GET", collection(self._kind), query={"limit": "1"})
+        _, _, revision = decode_list(self._kind, answer.body)
+        mine = max((feed.position for feed in self.feeds), key=int)
         if revision.isdecimal() and int(revision) < int(mine):
             raise RevisionGoneError(
-                f"{self._server}: {self._source.kind} is at {revision}, before {mine}: it was"
+                f"{self._server}: {self._kind} is at {revision}, before {mine}: it was"
                 " restored from a backup; list again and watch from there"
             )
 
@@ -167,10 +234,10 @@ class _Stream(threading.Thread):
         query = {
             "watch": "true",
             "allowWatchBookmarks": "true",
-            "resourceVersion": self._positions[self._place],
+            "resourceVersion": self._position,
             "timeoutSeconds": str(_random.randint(*_STREAM_SECONDS)),
         }
-        path = collection(self._source.kind)
+        path = collection(self._kind)
         response = self._server.stream(path, query, _SILENCE_SECONDS)
         try:
             with self._lock:
@@ -179,39 +246,40 @@ class _Stream(threading.Thread):
                 return
             self.begun.set()
             for line in _lines(response):
-                self._take(line)
+                if not self._take(line):
+                    return
         except (HTTPError, OSError, ValueError, AttributeError) as error:
             # also what reading a socket raises when another thread has shut it down
             if not self._buffer.over:
-                raise _CutError(f"watch of {self._source.kind}: {error}", True) from error
+                raise _CutError(f"watch of {self._kind}: {error}", True) from error
         finally:
             with self._lock:
                 self._response = None
             response.close()
 
-    def _take(self, line: bytes) -> None:
+    def _take(self, line: bytes) -> bool:
+        """Pass on one line of the stream; False: nobody takes anything any more."""
         type_, data = decode_event(line)
         if type_ == "ERROR":
             self._refused(data)
         try:
-            value, revision = decode(self._source.kind, data)
+            revision = revision_of(self._kind, data)
+            told = [] if type_ == "BOOKMARK" else [feed.event(type_, data) for feed in self.feeds]
         except UndecodableError as error:
             _log.error("%s: an object that can't be read is left out: %s", self._server, error)
-            return
-        positions = [*self._positions]
-        positions[self._place] = revision
-        view = None if type_ == "BOOKMARK" else self._source.convert(value)
-        if view is not None:
-            key = self._source.key(self._kind, view)
-            entry = None if type_ == "DELETED" else Entry(key, view, revision)
-            self._buffer.put([Event(key, entry, ",".join(positions))])
-        self._positions[self._place] = revision
+            return True
+        if not self._buffer.put([event for event in told if event is not None]):
+            return False
+        # Only now: what another watch resumes from may be told twice, but not be skipped.
+        for feed in self.feeds:
+            feed.advance(revision)
+        return True
 
     def _refused(self, data: msgspec.Raw) -> None:
         status = decode_status(data)
         if status.code == 410:
             raise RequestError(status)
-        raise _CutError(f"watch of {self._source.kind}: {status.code} {status.message}", False)
+        raise _CutError(f"watch of {self._kind}: {status.code} {status.message}", False)
 
 
 class _CutError(Exception):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from kubernetes.config import incluster_config
 
+from datastore import kubernetes_watch
 from datastore.connect import connect
 from datastore.follower import Follower, InSync, Update
 from datastore.interface import (
@@ -30,6 +31,8 @@ from datastore.interface import (
 )
 from datastore.kubernetes import KubernetesDatastore
 from datastore.kubernetes_client import KubernetesSettings
+from datastore.kubernetes_views import sources
+from felix import snapshot
 from ipam.allocator import Allocator
 from tests.contracts.backends import policy, policy_key
 from tests.support.crds import install_crds
@@ -144,6 +147,41 @@ def test_an_endpoint_from_pod_to_addresses_and_back(
         store.update(key, entry.value)
     with pytest.raises(NotFoundError):
         store.create(key, entry.value)
+
+
+def test_each_kind_is_told_what_came_after_its_own_listing(
+    server: KubeApiserver, store: KubernetesDatastore
+) -> None:
+    """Also when two kinds are made of the same objects, which come in one stream."""
+    pod = Key("Pod", "shared", NAMESPACE)
+    positions = {"Pod": store.list("Pod").revision}
+    key = make_pod(server, "shared")
+    positions["WorkloadEndpoint"] = store.list("WorkloadEndpoint").revision
+    with store.watch(positions, positions) as watch:
+        relabelled = store.get(pod)
+        relabelled.value["metadata"]["labels"] = {"app": "other"}
+        store.update(pod, relabelled.value)
+        told = events(watch, 3)
+        assert not watch.next(timeout=0.1)
+    assert [event.key for event in told] == [pod, pod, key]
+    delete_pod(server, "shared")
+
+
+def test_an_agent_needs_no_more_connections_than_kinds_of_objects(
+    server: KubeApiserver, tmp_path: Path
+) -> None:
+    """HTTP/1.1 has one stream a connection; questions go over those that are free."""
+    relay = Relay(server.url.removeprefix("https://"))
+    with closing(through(server, relay, tmp_path / "relayed")) as store:
+        positions = {kind: store.list(kind).revision for kind in snapshot.KINDS}
+        assert relay.connections == 1
+        with store.watch(snapshot.KINDS, positions) as watch:
+            assert not watch.next(timeout=0)
+            store.get(Key("Namespace", NAMESPACE))
+            origins = {source.kind for kind in snapshot.KINDS for source in sources(kind)}
+            assert relay.connections <= len(origins) + 1
+            assert len(origins) == len(snapshot.KINDS) - 1
+    relay.close()
 
 
 def test_what_is_no_pods_endpoint(server: KubeApiserver, store: KubernetesDatastore) -> None:
@@ -346,12 +384,12 @@ def test_who_may_not(server: KubeApiserver, tmp_path: Path) -> None:
     with closing(connect(f"kubernetes://?kubeconfig={nobody}")) as store:
         with pytest.raises(UnavailableError, match=r"cannot list resource .* ClusterRole"):
             store.list("IPPool")
-        with store.watch(["IPPool"], "1") as watch, pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError), store.watch(["IPPool"], "1") as watch:
             watch.next(timeout=30)
     with closing(connect(f"kubernetes://?kubeconfig={stranger}")) as store:
         with pytest.raises(UnavailableError, match="does not know us"):
             store.get(policy_key("a"))
-        with store.watch(["IPPool"], "1") as watch, pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError), store.watch(["IPPool"], "1") as watch:
             watch.next(timeout=30)
 
 
@@ -443,29 +481,59 @@ def test_a_watch_cut_in_a_burst_goes_on_where_it_was(
     relay.close()
 
 
+class Listing(KubernetesDatastore):
+    """Notes which kinds are listed."""
+
+    def __init__(self, server: KubeApiserver, relay: Relay, path: Path) -> None:
+        super().__init__(through(server, relay, path).settings)
+        self.listed: list[str] = []
+
+    def list(self, kind: str, *args: Any, **options: Any) -> Any:
+        self.listed.append(kind)
+        return super().list(kind, *args, **options)
+
+
+@pytest.mark.parametrize(
+    "seconds", [0, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(200)])]
+)
 def test_an_outage_is_caught_up_with_exactly(
-    server: KubeApiserver, store: KubernetesDatastore, tmp_path: Path
+    server: KubeApiserver,
+    store: KubernetesDatastore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: int,
 ) -> None:
+    """And without listing anything again, which would cost every node's whole state."""
+    if not seconds:
+        monkeypatch.setattr(kubernetes_watch, "_OUTAGE_SECONDS", 0.1)
     keys = [policy_key(f"k8s-store-{name}") for name in ("deleted", "changed", "same", "new")]
     deleted, changed, same, new = keys
     delete_if_there(store, *keys)
     for key in keys[:3]:
         store.create(key, policy(key.name, 1))
     relay = Relay(server.url.removeprefix("https://"))
-    with closing(through(server, relay, tmp_path / "relayed")) as distant:
+    with closing(Listing(server, relay, tmp_path / "relayed")) as distant:
         heard: queue.SimpleQueue[Update | InSync] = queue.SimpleQueue()
-        follower = Follower(distant, ["GlobalNetworkPolicy"], heard.put)
+        follower = Follower(distant, ["GlobalNetworkPolicy", "Namespace"], heard.put)
         follower.start()
         while heard.get(timeout=30) != InSync():
             pass
         with relay.cut():
             store.delete(deleted)
             store.update(changed, policy(changed.name, 2))
+            began = time.monotonic()
+            eventually(lambda: "no answer" in (follower.problem or ""), 30)
+            eventually(lambda: time.monotonic() >= began + seconds, seconds + 1)
+            assert not follower.in_sync
+            assert heard.empty()
             store.create(new, policy(new.name, 3))
         told = [heard.get(timeout=60) for _ in range(3)]
         assert {brief(update) for update in told} == {(deleted, None), (changed, 2), (new, 3)}
         store.update(same, policy(same.name, 4))
         assert brief(heard.get(timeout=30)) == (same, 4)
+        assert heard.empty()
+        eventually(lambda: follower.in_sync)
+        assert distant.listed == ["GlobalNetworkPolicy", "Namespace"]
         follower.stop()
     relay.close()
 
@@ -477,11 +545,16 @@ def brief(update: Update | InSync) -> tuple[Key, int | None]:
 
 def test_a_revision_of_the_future_is_not_waited_for(store: KubernetesDatastore) -> None:
     """As after the cluster's data were restored from a backup."""
+    reached = store.list("BGPPeer").revision
     with (
-        store.watch(["GlobalNetworkPolicy"], "9999999999") as watch,
-        pytest.raises(RevisionGoneError, match="restored from a backup"),
+        pytest.raises(RevisionGoneError, match="restored from a backup") as caught,
+        store.watch(
+            ["GlobalNetworkPolicy", "BGPPeer"],
+            {"GlobalNetworkPolicy": "9999999999", "BGPPeer": reached},
+        ) as watch,
     ):
         watch.next(timeout=30)
+    assert caught.value.resume == {"BGPPeer": reached}
     for revision in ("", "x", "1,2,3"):
         with pytest.raises(RevisionGoneError):
             store.watch(["GlobalNetworkPolicy"], revision)
