@@ -8,19 +8,21 @@ from api.metadata import Resource
 from datastore.interface import AlreadyExistsError, Datastore, Entry, NotFoundError
 from manxctl import writing
 from manxctl.documents import Document, DocumentsError
-from manxctl.options import file_options, open_store, read_or_fail
+from manxctl.options import file_options, open_store, read_or_fail, warn
 
 
 @click.command("apply")
 @file_options()
-def command(filenames: tuple[str, ...], recursive: bool, namespace: str | None) -> None:
+def command(
+    filenames: tuple[str, ...], recursive: bool, skip_empty: bool, namespace: str | None
+) -> None:
     """Create or update the resources in files.
 
     Everything is checked before anything is written.
     """
-    found = read_or_fail(filenames, namespace, recursive)
+    found = read_or_fail(filenames, namespace, recursive, skip_empty)
     with open_store() as store:
-        writing.write_all(store, found, _objection, _apply, click.echo)
+        writing.write_all(store, found, _objection, _apply, click.echo, warn)
 
 
 def _objection(document: Document, resource: Resource, stored: Entry | None) -> str | None:

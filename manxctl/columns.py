@@ -131,6 +131,7 @@ def _wide(title: str, path: str, otherwise: str = "") -> Column:
     return Column(title, _at(path, otherwise), narrow=False)
 
 
+_NAMESPACE = Column("NAMESPACE", _at("metadata.namespace"))
 _NAME = Column("NAME", _at("metadata.name"))
 _NETS = (_NAME, Column("NETS", _short("spec.nets"), narrow=False))
 _POLICY = (
@@ -275,6 +276,12 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
 }
 
 
+def all_columns(kind: Kind) -> list[Column]:
+    """Every column a kind's tables may have."""
+    found = list(COLUMNS.get(kind.id, (_NAME,)))
+    return [_NAMESPACE, *found] if kind.namespaced else found
+
+
 def columns(kind: Kind, *, wide: bool, namespace: bool) -> list[Column]:
     """The columns of a kind's table; ``namespace`` puts that first."""
     chosen = [
@@ -283,5 +290,5 @@ def columns(kind: Kind, *, wide: bool, namespace: bool) -> list[Column]:
         if (column.wide if wide else column.narrow)
     ]
     if namespace and kind.namespaced:
-        chosen.insert(0, Column("NAMESPACE", _at("metadata.namespace")))
+        chosen.insert(0, _NAMESPACE)
     return chosen

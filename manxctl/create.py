@@ -8,14 +8,18 @@ from api.metadata import Resource
 from datastore.interface import Datastore, Entry
 from manxctl import writing
 from manxctl.documents import Document
-from manxctl.options import file_options, open_store, read_or_fail
+from manxctl.options import file_options, open_store, read_or_fail, warn
 
 
 @click.command("create")
 @file_options()
 @click.option("--skip-exists", is_flag=True, help="Leave alone what exists already.")
 def command(
-    filenames: tuple[str, ...], recursive: bool, namespace: str | None, skip_exists: bool
+    filenames: tuple[str, ...],
+    recursive: bool,
+    skip_empty: bool,
+    namespace: str | None,
+    skip_exists: bool,
 ) -> None:
     """Create the resources in files.
 
@@ -32,6 +36,6 @@ def command(
             return writing.SKIPPED
         return writing.create(store, document, resource)
 
-    found = read_or_fail(filenames, namespace, recursive)
+    found = read_or_fail(filenames, namespace, recursive, skip_empty)
     with open_store() as store:
-        writing.write_all(store, found, objection, create, click.echo)
+        writing.write_all(store, found, objection, create, click.echo, warn)

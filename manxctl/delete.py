@@ -26,6 +26,7 @@ def command(
     names: tuple[str, ...],
     filenames: tuple[str, ...],
     recursive: bool,
+    skip_empty: bool,
     namespace: str | None,
     skip_not_exists: bool,
     force: bool,
@@ -39,7 +40,7 @@ def command(
         wanted = _named(kind, names, namespace or DEFAULT_NAMESPACE)
     else:
         wanted = {}
-        for document in read_or_fail(filenames, namespace, recursive):
+        for document in read_or_fail(filenames, namespace, recursive, skip_empty):
             if not document.key.name:
                 raise click.ClickException(document.complain("metadata.name: required"))
             version = (document.value.get("metadata") or {}).get("resourceVersion")

@@ -26,11 +26,12 @@ def command() -> None:
 def show(show_blocks: bool, ip: str | None) -> None:
     """Show how many addresses of each pool are in use, or who holds one."""
     with open_store() as store:
-        text = _utilisation(store, show_blocks) if ip is None else _holder(store, ip)
+        text = table_of_use(store, show_blocks=show_blocks) if ip is None else _holder(store, ip)
     click.echo(text)
 
 
-def _utilisation(store: Datastore, show_blocks: bool) -> str:
+def table_of_use(store: Datastore, *, show_blocks: bool) -> str:
+    """Every pool, perhaps with its blocks, and how much of it is in use."""
     rows: list[Sequence[str]] = []
     for pool in utilisation(store):
         if pool.net is not None:

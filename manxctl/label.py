@@ -22,19 +22,29 @@ from manxctl.writing import ATTEMPTS
 @click.argument("changes", nargs=-1, required=True, metavar="KEY=VALUE|KEY-...")
 @namespace_option
 @click.option("--overwrite", is_flag=True, help="Change labels that have another value.")
+@click.option("--remove", is_flag=True, help="Remove the labels KEY....")
 def command(
-    kind: Kind, name: str, changes: tuple[str, ...], namespace: str | None, overwrite: bool
+    kind: Kind,
+    name: str,
+    changes: tuple[str, ...],
+    namespace: str | None,
+    overwrite: bool,
+    remove: bool,
 ) -> None:
     """Set (KEY=VALUE) or remove (KEY-) labels of a resource."""
     key = Key(kind.id, name, (namespace or DEFAULT_NAMESPACE) if kind.namespaced else "")
-    wanted = dict(_change(text) for text in changes)
+    wanted = dict(_change(text, remove) for text in changes)
     with open_store() as store:
         _label(store, key, wanted, overwrite)
     click.echo(f"{kind.kind} {name} labelled")
 
 
-def _change(text: str) -> tuple[str, str | None]:
+def _change(text: str, remove: bool) -> tuple[str, str | None]:
     key, equals, value = text.partition("=")
+    if remove:
+        if equals:
+            raise click.UsageError(f"{text!r}: expected KEY alone with --remove")
+        return key.removesuffix("-"), None
     if equals:
         return key, value
     if key.endswith("-"):

@@ -10,16 +10,18 @@ import click
 # verb -> module and one line of help, so that help and start-up import no verb
 VERBS = {
     "apply": ("manxctl.apply", "Create or update resources from files."),
+    "cluster": ("manxctl.cluster", "Collect what the cluster is, for a report."),
     "create": ("manxctl.create", "Create resources from files."),
     "datastore": ("manxctl.datastore", "Move the data to another datastore."),
     "delete": ("manxctl.delete", "Delete resources by file or by kind and name."),
     "get": ("manxctl.get", "Show resources."),
     "ipam": ("manxctl.ipam", "Show how addresses are used."),
     "label": ("manxctl.label", "Set or remove labels of a resource."),
-    "node": ("manxctl.node", "Show what this node's programs do."),
+    "node": ("manxctl.node", "Show what this node's programs do, and collect it."),
+    "patch": ("manxctl.patch", "Change some fields of a resource."),
     "replace": ("manxctl.replace", "Replace resources from files."),
     "validate": ("manxctl.validate", "Check files without a datastore."),
-    "version": ("manxctl.version", "Show the version."),
+    "version": ("manxctl.version", "Show the versions of manxctl and of the cluster."),
 }
 
 

@@ -1,4 +1,4 @@
-"""``manxctl node status``: what this node's programs say of themselves."""
+"""``manxctl node``: what this node's programs say of themselves, and all of it in one file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +15,7 @@ from bird_glue.status import BgpStatus, PeerStatus, StatusError
 from bird_glue.status import query as ask_bgp
 from felix.status import query as ask_felix
 from manxctl import table
+from manxctl.diags import node_parts, output_option, write_archive
 from manxctl.options import environment
 
 TITLES = ("PEER ADDRESS", "PEER TYPE", "STATE", "SINCE", "INFO")
@@ -60,6 +62,25 @@ def status(output: str) -> None:
         raise SystemExit(1)
 
 
+@command.command("diags")
+@output_option
+@click.option(
+    "--log-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("/var/log/manx"),
+    show_default=True,
+    help="Where the programs' logs are; the ends of *.log in it are taken.",
+)
+def diags(output: Path | None, log_dir: Path) -> None:
+    """Collect status, kernel tables, logs and versions of this node in a tar file.
+
+    Nothing secret is in it. What can't be had is noted in its place. To be run as root.
+    """
+    found = environment()
+    told = node_parts(found.run_dir, log_dir)
+    click.echo(f"wrote {write_archive(output, f'manx-node-{found.node}', told)}")
+
+
 def _felix(status: dict[str, Any]) -> Iterator[str]:
     counts = ", ".join(
         f"{len(value) if isinstance(value, dict) else value} {name}"
@@ -69,6 +90,8 @@ def _felix(status: dict[str, Any]) -> Iterator[str]:
     state = "ready" if status.get("ready") else "not ready"
     if not status.get("in_sync", True):
         state += ", still reading the datastore"
+    if (problem := status.get("datastore", "followed")) != "followed":
+        state += f", datastore not followed: {problem}"
     yield f"felix: {state}{f' ({counts})' if counts else ''}"
     for error in status.get("errors", []):
         yield f"  {error['object']}: {error['message']}"
@@ -81,6 +104,8 @@ def _bgp(status: BgpStatus) -> Iterator[str]:
         state = "ExaBGP does not run" if status.peers else "no peers to talk to"
     if not status.in_sync:
         state += ", still reading the datastore"
+    if status.datastore != "followed":
+        state += f", datastore not followed: {status.datastore}"
     if status.holding:
         state += ", keeps the routes of an earlier run until the peers are heard"
     blocks = ", ".join(status.blocks) or "none"

@@ -50,7 +50,7 @@ def open_store() -> Iterator[Datastore]:
 
 
 def file_options(*, required: bool = True) -> Callable[[F], F]:
-    """``-f``, ``-R``, ``-n``."""
+    """``-f``, ``-R``, ``--skip-empty``, ``-n``."""
 
     def decorate(function: F) -> F:
         function = click.option(
@@ -65,9 +65,17 @@ def file_options(*, required: bool = True) -> Callable[[F], F]:
         function = click.option(
             "-R", "--recursive", is_flag=True, help="Directories with all below them."
         )(function)
+        function = click.option(
+            "--skip-empty", is_flag=True, help="Files without any resource are no error."
+        )(function)
         return namespace_option(function)
 
     return decorate
+
+
+def warn(text: str) -> None:
+    """Tell of what is done though it is hardly meant."""
+    click.echo(f"Warning: {text}", err=True)
 
 
 def namespace_option(function: F) -> F:
@@ -81,10 +89,10 @@ def namespace_option(function: F) -> F:
 
 
 def read_or_fail(
-    filenames: tuple[str, ...], namespace: str | None, recursive: bool
+    filenames: tuple[str, ...], namespace: str | None, recursive: bool, skip_empty: bool
 ) -> list[Document]:
-    """As ``documents.read``; no resource at all is an error."""
+    """As ``documents.read``; no resource at all is an error, unless that may be skipped."""
     found = read(filenames, namespace, recursive=recursive)
-    if not found:
+    if not found and not skip_empty:
         raise click.ClickException(f"no resource in {', '.join(filenames)}")
     return found

@@ -21,6 +21,7 @@ from datastore.interface import (
     NotFoundError,
 )
 from manxctl.documents import Document, DocumentsError, check
+from manxctl.doubts import doubts
 from manxctl.overlaps import overlaps
 
 # What a node's agent writes into the spec; to leave it out of a document is not to remove it.
@@ -45,11 +46,12 @@ def write_all(
     objection: Objection,
     write: Write,
     report: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> None:
     """Check every document, alone and against what is stored; then write one after the other.
 
-    ``report`` gets a line for each. Raises DocumentsError; when it does before the first
-    report, nothing was written.
+    ``report`` gets a line for each, ``warn`` what is allowed and hardly meant. Raises
+    DocumentsError; when it does before the first report, nothing was written.
     """
     resources = check(found)
     complaints = []
@@ -66,6 +68,8 @@ def write_all(
     complaints += _new_pool_complaints(store, new)
     if complaints:
         raise DocumentsError(complaints)
+    for warning in doubts(store, found, resources):
+        warn(warning)
     for document, resource in zip(found, resources, strict=True):
         report(f"{document.title} {write(store, document, resource)}")
 
@@ -94,19 +98,34 @@ def update(store: Datastore, document: Document, resource: Resource) -> str:
     retried. Raises DocumentsError, NotFoundError.
     """
     for _ in range(ATTEMPTS):
-        stored = store.get(document.key)
-        complaint = stale(resource, stored)
-        complaints = [document.complain(complaint)] if complaint else []
-        complaints += _update_complaints(document, resource, stored)
-        if complaints:
-            raise DocumentsError(complaints)
-        value = _merged(resource, stored)
-        if value == _bare(stored.value):
-            return UNCHANGED
-        with suppress(ConflictError):
-            store.update(document.key, value, stored.revision)
-            return CONFIGURED
+        outcome = swap(store, document, resource, store.get(document.key))
+        if outcome is not None:
+            return outcome
     raise DocumentsError([document.complain(f"changed by others {ATTEMPTS} times; try again")])
+
+
+def swap(
+    store: Datastore, document: Document, resource: Resource, stored: Entry, *, whole: bool = False
+) -> str | None:
+    """Replace the stored object; None when another writer was faster.
+
+    ``whole``: what the document leaves out goes, also where an agent or the store wrote it.
+
+    Raises DocumentsError, NotFoundError.
+    """
+    complaint = stale(resource, stored)
+    complaints = [document.complain(complaint)] if complaint else []
+    complaints += _update_complaints(document, resource, stored)
+    if complaints:
+        raise DocumentsError(complaints)
+    value = _merged(resource, stored, whole=whole)
+    if value == _bare(stored.value):
+        return UNCHANGED
+    try:
+        store.update(document.key, value, stored.revision)
+    except ConflictError:
+        return None
+    return CONFIGURED
 
 
 def stale(resource: Resource, stored: Entry | None) -> str | None:
@@ -158,7 +177,7 @@ def _new(resource: Resource) -> JSON:
     return value
 
 
-def _merged(resource: Resource, stored: Entry) -> JSON:
+def _merged(resource: Resource, stored: Entry, *, whole: bool) -> JSON:
     """The document, with what belongs to the stored object: identity, status, an agent's fields."""
     value = _bare(dump(resource))
     old: dict[str, Any] = stored.value.get("metadata") or {}
@@ -166,6 +185,8 @@ def _merged(resource: Resource, stored: Entry) -> JSON:
         value["metadata"].pop(field, None)
         if field in old:
             value["metadata"][field] = old[field]
+    if whole:
+        return value
     if "status" in stored.value:
         value.setdefault("status", stored.value["status"])
     for field, kept in (stored.value.get("spec") or {}).items():

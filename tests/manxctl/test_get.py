@@ -157,8 +157,8 @@ def test_yaml_and_json(run: Run, store: SqliteDatastore) -> None:
     assert one["metadata"] == {"name": "pods", "resourceVersion": revision}
     many = json.loads(run("get", "pools", "-o", "json").stdout)
     assert (many["kind"], many["items"]) == ("IPPoolList", [one])
-    empty = yaml.safe_load(run("get", "tiers", "-o", "yaml").stdout)
-    assert (empty["kind"], empty["items"]) == ("TierList", [])
+    empty = yaml.safe_load(run("get", "bgppeers", "-o", "yaml").stdout)
+    assert (empty["kind"], empty["items"]) == ("BGPPeerList", [])
 
 
 def test_what_is_missing(run: Run, store: SqliteDatastore) -> None:

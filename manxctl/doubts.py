@@ -1,0 +1,118 @@
+"""What is allowed, as in Calico, and hardly meant: said as warnings, and done all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from api.bgp import BGPPeer
+from api.metadata import Resource
+from api.net import format_address, parse_interface
+from api.node import Node
+from api.policy import BUILT_IN_TIERS
+from api.registry import dump
+from datastore.interface import JSON, Datastore
+from manxctl.documents import Document
+
+_IN_TIERS = frozenset(
+    (
+        *("NetworkPolicy", "GlobalNetworkPolicy"),
+        *("StagedNetworkPolicy", "StagedGlobalNetworkPolicy"),
+    )
+)
+
+
+def doubts(
+    store: Datastore, found: Sequence[Document], resources: Sequence[Resource]
+) -> Iterator[str]:
+    """The warnings about what is about to be written, each with its document and object."""
+    pairs = list(zip(found, resources, strict=True))
+    yield from _tiers(store, pairs)
+    yield from _peers(store, pairs)
+    yield from _addresses(store, pairs)
+
+
+def _tiers(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iterator[str]:
+    """Policies in tiers that don't exist: they are enforced nowhere until those do."""
+    wanted = [
+        (document, tier)
+        for document, resource in pairs
+        if document.key.kind in _IN_TIERS
+        and (tier := getattr(getattr(resource, "spec", None), "tier", None))
+        and tier not in BUILT_IN_TIERS
+    ]
+    if not wanted:
+        return
+    known = _names(store, "Tier", pairs)
+    for document, tier in wanted:
+        if tier not in known:
+            yield document.complain(
+                f"spec.tier: {tier!r}: there is no such tier, so the policy does nothing until"
+                " there is"
+            )
+
+
+def _peers(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iterator[str]:
+    """BGPPeers of nodes that don't exist."""
+    wanted = [
+        (document, peer.spec.node)
+        for document, peer in pairs
+        if isinstance(peer, BGPPeer) and peer.spec.node
+    ]
+    if not wanted:
+        return
+    known = _names(store, "Node", pairs)
+    for document, node in wanted:
+        if node not in known:
+            yield document.complain(
+                f"spec.node: {node!r}: there is no such node, so nobody has this session;"
+                f" expected one of {_few(known)}"
+            )
+
+
+def _addresses(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iterator[str]:
+    """Nodes with the address of another: BGP sessions and tunnels would meet the wrong one."""
+    nodes = [(document, node) for document, node in pairs if isinstance(node, Node)]
+    if not nodes:
+        return
+    written = {node.name for _, node in nodes}
+    holders: dict[str, str] = {}
+    for entry in store.list("Node").entries:
+        if entry.key.name not in written:
+            for _, host in _hosts(_bgp(entry.value)):
+                holders.setdefault(host, entry.key.name)
+    for document, node in nodes:
+        for field, host in _hosts(_bgp(dump(node))):
+            other = holders.setdefault(host, node.name)
+            if other != node.name:
+                yield document.complain(
+                    f"spec.bgp.{field}: {host!r}: node {other} has this address, too"
+                )
+
+
+def _bgp(node: JSON) -> JSON:
+    spec = node.get("spec")
+    bgp = spec.get("bgp") if isinstance(spec, dict) else None
+    return bgp if isinstance(bgp, dict) else {}
+
+
+def _hosts(bgp: JSON) -> Iterator[tuple[str, str]]:
+    """Field and address; of a broken object none, as nobody's sessions go there."""
+    for field in ("ipv4Address", "ipv6Address"):
+        try:
+            host, _ = parse_interface(str(bgp.get(field)))
+        except ValueError:
+            continue
+        yield field, format_address(*host[:2])
+
+
+def _names(store: Datastore, kind: str, pairs: Sequence[tuple[Document, Resource]]) -> set[str]:
+    """The objects of a kind that exist, or will in a moment."""
+    stored = (entry.key.name for entry in store.list(kind).entries)
+    written = (document.key.name for document, _ in pairs if document.key.kind == kind)
+    return set(chain(stored, written))
+
+
+def _few(names: set[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:5]) + (", …" if len(shown) > 5 else "") if shown else "none yet"
