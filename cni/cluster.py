@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from api.kubernetes import Pod
+from api.names import workload_endpoint_name
 from api.net import V4, V6, Net
-from cni.attachment import Attachment
+from cni.attachment import Attachment, from_alias
 from cni.errors import INVALID_CONFIGURATION, TRY_AGAIN_LATER, CniError
 from datastore.interface import (
     JSON,
@@ -23,6 +25,10 @@ from datastore.interface import (
 )
 from policy import labels
 from policy.convert import pod_labels, pod_ports, pod_profiles
+
+# An annotation of endpoints whose addresses are another plugin's: the whole attachment, which
+# the handle and the attributes of the addresses say otherwise.
+ATTACHMENT = "cni.manx.dev/attachment"
 
 _CLUSTER_INFORMATION = Key("ClusterInformation", "default")
 DEFAULT_PREFIX = "cali"
@@ -78,6 +84,11 @@ class Cluster:
         """The labels of this node; none if it is not registered."""
         return self._labels(Key("Node", self.node))
 
+    def pod_cidrs(self) -> list[str]:
+        """The ranges for pods that the cluster's controller gave this node."""
+        status = self._value(Key("Node", self.node)).get("status") or {}
+        return list(status.get("podCIDRs") or [])
+
     def namespace_labels(self, attachment: Attachment) -> dict[str, str] | None:
         """The labels of the pod's namespace; None for a container that is in none."""
         if not attachment.pod:
@@ -111,6 +122,18 @@ class Cluster:
             return self.store.get(attachment.endpoint_key(self.node))
         except NotFoundError:
             return None
+
+    def delegated(self) -> Iterator[Attachment]:
+        """The attachments of this node whose addresses are another plugin's."""
+        prefix = workload_endpoint_name(self.node, "", "", "").rstrip("-") + "-"
+        for entry in self.store.list("WorkloadEndpoint", prefix=prefix).entries:
+            spec, metadata = entry.value.get("spec") or {}, entry.value.get("metadata") or {}
+            alias = (metadata.get("annotations") or {}).get(ATTACHMENT, "")
+            attachment = from_alias(alias)
+            if attachment is not None and spec.get("node") == self.node:
+                pod = spec.get("pod") or ""
+                namespace = entry.key.namespace if pod else ""
+                yield replace(attachment, pod=pod, namespace=namespace)
 
     def record(self, attachment: Attachment, endpoint: JSON) -> None:
         """Write the WorkloadEndpoint; that of a container before us gives way."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import orjson
 from pydantic import (
@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from api.errors import Problem
-from api.net import parse_interface
+from api.net import parse_interface, parse_net
 from cni.attachment import CONTAINER_ID_LENGTH, NAME_LENGTH, Attachment
 from cni.errors import (
     DECODING_FAILURE,
@@ -43,6 +43,9 @@ VALID_ATTACHMENTS = "cni.dev/valid-attachments"
 # The first version of the spec that knows the command.
 SINCE = {"CHECK": "0.4.0", "STATUS": "1.1.0", "GC": "1.1.0"}
 
+IPAM_TYPES = ("manx-ipam", "calico-ipam")  # our own
+
+_EXECUTABLE = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
 # The kernel would take eth%d for a pattern to number.
 _IFNAME = re.compile(r"[^/:%\s\0]{1,15}")
@@ -71,18 +74,44 @@ class _Model(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
-class Ipam(_Model):
-    """``ipam``: which families and pools. The keys are Calico's."""
+class IpamRoute(_Model):
+    """One of ``ipam.routes``: what ``manx-ipam`` under another plugin passes on."""
 
-    type: Literal["manx-ipam", "calico-ipam"] = "manx-ipam"
+    dst: str
+    gw: str | None = None
+
+    @field_validator("dst")
+    @classmethod
+    def _is_net(cls, text: str) -> str:
+        parse_net(text)
+        return text
+
+    @field_validator("gw")
+    @classmethod
+    def _is_address(cls, text: str | None) -> str | None:
+        if text is not None and not parse_net(text).is_host:
+            raise PydanticCustomError("address", "expected an address")
+        return text
+
+
+class Ipam(_Model):
+    """``ipam``: which families and pools, with Calico's keys; or which other plugin to ask."""
+
+    type: Annotated[str, Field(pattern=f"^{_EXECUTABLE.pattern}$")] = "manx-ipam"
     assign_ipv4: Switch = True
     assign_ipv6: Switch = False
     ipv4_pools: list[str] = Field(default_factory=list)
     ipv6_pools: list[str] = Field(default_factory=list)
+    routes: list[IpamRoute] = Field(default_factory=list)
+
+    @property
+    def delegated(self) -> bool:
+        """Whether another plugin gives the addresses: ``type`` is its executable."""
+        return self.type not in IPAM_TYPES
 
     @model_validator(mode="after")
     def _some_family(self) -> Self:
-        if not self.families:
+        if not self.delegated and not self.families:
             raise PydanticCustomError("family", "expected assign_ipv4, assign_ipv6 or both")
         return self
 

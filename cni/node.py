@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from api.net import Net
 from cni import wiring
 from cni.attachment import Attachment
-from cni.cluster import Cluster, owns, workload_endpoint
+from cni.cluster import ATTACHMENT, Cluster, owns, workload_endpoint
+from cni.delegate import Delegate, Lease
 from cni.errors import invalid_environment
 from cni.locks import KeyedLocks
 from cni.reaper import Reaper
@@ -43,10 +44,12 @@ class Wanted:
     """What an attachment shall have. ``mtu`` in bytes, 0: what the uplink carries.
 
     ``families``: IP versions, each with the pools to take from (none named: any that fits).
+    ``delegate``: another plugin to take addresses from instead.
     """
 
     families: Families
     mtu: int = 0
+    delegate: Delegate | None = None
 
 
 class Node:
@@ -100,9 +103,12 @@ class Node:
                 ):
                     raise
 
-    def attach(self, attachment: Attachment, netns_fd: int, wanted: Wanted) -> Wire:
+    def attach(
+        self, attachment: Attachment, netns_fd: int, wanted: Wanted
+    ) -> tuple[Wire, Lease | None]:
         """Wire a container; one that is wired already, all in order, stays as it is.
 
+        With what a delegate gave, if one was asked: then the wire is always made anew.
         A failure leaves nothing behind. Raises CniError, IpamError.
         """
         name = self.host_interface(attachment)
@@ -110,21 +116,25 @@ class Node:
             held = self._addresses(attachment)
             wire = self._complete(attachment, held, host, netns_fd, wanted) if held else None
             if wire is not None:
-                return wire
+                return wire, None
             try:
-                return self._attach(attachment, held, host, netns_fd, wanted)
+                lease = wanted.delegate.add() if wanted.delegate else None
+                return self._attach(attachment, held, host, netns_fd, wanted, lease), lease
             except BaseException:
-                self._roll_back(attachment, name)
+                self._roll_back(attachment, name, wanted.delegate)
                 raise
 
-    def detach(self, attachment: Attachment, name: str = "") -> None:
+    def detach(
+        self, attachment: Attachment, name: str = "", delegate: Delegate | None = None
+    ) -> None:
         """Take everything of an attachment back; what is gone already is no error.
 
         ``name``: the node's interface, where it is known to be another than it would be now.
+        ``delegate``: the plugin that gave its addresses, if another did.
         """
         name = name or self.host_interface(attachment)
         with self._locks.hold(name):
-            self._detach(attachment, name)
+            self._detach(attachment, name, delegate)
 
     def faults(
         self,
@@ -133,15 +143,18 @@ class Node:
         expected: Collection[Net],
         mac: str,
         mtu: int,
+        lease: Lease | None = None,
     ) -> list[str]:
         """In which points it is not as it ought to be. Raises CniError.
 
-        ``expected``: the addresses its ADD returned. ``mtu`` in bytes, 0: any.
+        ``expected``: the addresses its ADD returned. ``mtu`` in bytes, 0: any. ``lease``: what
+        another plugin gave it, if one did.
         """
         name = self.host_interface(attachment)
         with self._locks.hold(name), self.sockets.borrow() as host:
-            addresses = self._addresses(attachment)
-            wire = Wire(name, attachment.ifname, mac, attachment.alias, addresses, mtu)
+            addresses = lease.addresses if lease else self._addresses(attachment)
+            routes = lease.routes if lease else ()
+            wire = Wire(name, attachment.ifname, mac, attachment.alias, addresses, mtu, routes)
             faults = self._endpoint_faults(attachment, addresses)
             if not addresses:
                 faults.append(f"IPAM: handle {attachment.handle} holds no address")
@@ -210,10 +223,13 @@ class Node:
         host: NetlinkSocket,
         netns_fd: int,
         wanted: Wanted,
+        lease: Lease | None,
     ) -> Wire:
         pod = self.cluster.pod(attachment)
-        addresses = self._assign(attachment, held, wanted)
+        addresses = lease.addresses if lease else self._assign(attachment, held, wanted)
         wire = self._wire(attachment, addresses, host, wanted)
+        if lease:
+            wire = replace(wire, routes=lease.routes)
         link = self._create(host, netns_fd, wire)
         wiring.configure(host, netns_fd, wire, link)
         endpoint = workload_endpoint(
@@ -223,6 +239,8 @@ class Node:
             host_interface=wire.host_interface,
             addresses=addresses,
         )
+        if lease:
+            endpoint["metadata"]["annotations"] = {ATTACHMENT: attachment.alias}
         self.cluster.record(attachment, endpoint)
         wiring.finish(host, link.index)
         wiring.wait_for_carrier(host, link.index)
@@ -272,12 +290,14 @@ class Node:
                 "CNI_IFNAME", wire.interface, "expected a name that is free in the container"
             ) from None
 
-    def _detach(self, attachment: Attachment, name: str) -> None:
+    def _detach(self, attachment: Attachment, name: str, delegate: Delegate | None = None) -> None:
         endpoint = self.cluster.forget(attachment)
         if endpoint is not None:
             name = endpoint.value["spec"].get("interfaceName", name)
         self._remove_wire(attachment, name, recorded=endpoint is not None)
         self._allocator.release(attachment.handle)
+        if delegate is not None:
+            delegate.delete()
 
     def _remove_wire(self, attachment: Attachment, name: str, *, recorded: bool) -> None:
         """Delete the node's end if it is the attachment's, not that of a later container.
@@ -293,12 +313,12 @@ class Node:
         if nameless or link.alias == attachment.alias:
             self._reaper.remove(link.index)
 
-    def _roll_back(self, attachment: Attachment, name: str) -> None:
+    def _roll_back(self, attachment: Attachment, name: str, delegate: Delegate | None) -> None:
         """After a failed ADD. What can't be taken back now, the runtime's DEL will."""
         try:
             # first, because it can be done without the datastore
             self._remove_wire(attachment, name, recorded=False)
-            self._detach(attachment, name)
+            self._detach(attachment, name, delegate)
         except Exception as error:
             _log.warning("%s: not taken back after a failed ADD: %s", attachment, error)
 

@@ -11,6 +11,7 @@ from api.errors import InvalidObjectError, Problem
 from api.net import parse_interface
 from cni.attachment import Attachment
 from cni.config import VALID_ATTACHMENTS, Call, find_version, parse_call
+from cni.delegate import Delegate, Lease
 from cni.errors import (
     ADDRESSES,
     INTERNAL,
@@ -25,7 +26,7 @@ from cni.errors import (
 from cni.node import Node, Wanted
 from cni.protocol import Request
 from cni.repair import known_attachments
-from cni.result import result
+from cni.result import previous_routes, result
 from datastore.interface import StoreError
 from ipam.errors import IpamError
 from kernel.netns import is_network_namespace, own_namespace, same_namespace
@@ -60,27 +61,36 @@ class Plugin:
 
     def _answer(self, request: Request) -> dict[str, Any] | None:
         call = parse_call(request.environment, request.configuration)
+        delegate = self._delegate(call, request)
         if call.attachment is None:
             if call.command == "STATUS":
-                self._status(call)
+                self._status(call, delegate)
             else:
                 self._node.cluster.require_unlocked()
-                self._collect_garbage(call)
+                self._collect_garbage(call, delegate)
             return None
         if call.command != "CHECK":
             self._node.cluster.require_unlocked()
         if call.command == "DEL":
-            self._node.detach(call.attachment)
+            self._node.detach(call.attachment, delegate=delegate)
             _log.info("DEL %s", call.attachment)
             return None
         self._require_namespace(request)
         if call.command == "CHECK":
-            self._check(call, call.attachment, request.netns_fd)
+            self._check(call, call.attachment, request.netns_fd, delegate)
             return None
-        wanted = Wanted(call.configuration.ipam.families, call.configuration.mtu)
-        wire = self._node.attach(call.attachment, request.netns_fd, wanted)
+        wanted = Wanted(call.configuration.ipam.families, call.configuration.mtu, delegate)
+        wire, lease = self._node.attach(call.attachment, request.netns_fd, wanted)
         _log.info("ADD %s: %s", call.attachment, ", ".join(map(str, wire.addresses)))
-        return result(call, wire)
+        return result(call, wire, lease.dns if lease else {})
+
+    def _delegate(self, call: Call, request: Request) -> Delegate | None:
+        """The plugin that gives the addresses, where the configuration names another."""
+        ipam = call.configuration.ipam
+        if not ipam.delegated:
+            return None
+        pod_cidrs = self._node.cluster.pod_cidrs
+        return Delegate(ipam.type, request.environment, request.configuration, pod_cidrs)
 
     def _require_namespace(self, request: Request) -> None:
         """CNI_NETNS must be a network namespace, and not the node's. Raises CniError."""
@@ -95,7 +105,9 @@ class Plugin:
                 "CNI_NETNS", path, "expected a namespace other than the node's own"
             )
 
-    def _check(self, call: Call, attachment: Attachment, netns_fd: int) -> None:
+    def _check(
+        self, call: Call, attachment: Attachment, netns_fd: int, delegate: Delegate | None
+    ) -> None:
         """The wire against ``prevResult``: what plugins after us changed there is right."""
         assert call.previous is not None
         interfaces = call.previous.interfaces or []
@@ -115,19 +127,27 @@ class Plugin:
             if address.interface == index
         }
         mac = interface.mac or attachment.mac
-        faults = self._node.faults(attachment, netns_fd, addresses, mac, interface.mtu or 0)
+        mtu = interface.mtu or 0
+        lease = None
+        if delegate is not None:
+            delegate.check()
+            lease = Lease(tuple(sorted(addresses)), previous_routes(call.previous))
+        faults = self._node.faults(attachment, netns_fd, addresses, mac, mtu, lease)
         if faults:
             raise CniError(NOT_AS_ADDED, "; ".join(faults))
 
-    def _status(self, call: Call) -> None:
+    def _status(self, call: Call, delegate: Delegate | None) -> None:
         """Whether an ADD could be served now. Raises CniError with code 50."""
         try:
             self._node.cluster.require_unlocked()
-            self._node.require_pools(call.configuration.ipam.families)
+            if delegate is not None:
+                delegate.status()
+            else:
+                self._node.require_pools(call.configuration.ipam.families)
         except (StoreError, IpamError, CniError) as error:
             raise CniError(NOT_AVAILABLE, str(error)) from error
 
-    def _collect_garbage(self, call: Call) -> None:
+    def _collect_garbage(self, call: Call, delegate: Delegate | None) -> None:
         """Detach all of this network that the runtime does not list. Raises CniError.
 
         libcni writes an empty list as null; without the key nothing is known to be stale.
@@ -144,10 +164,13 @@ class Plugin:
             if (attachment.container_id, attachment.ifname) in valid:
                 continue
             try:
-                self._node.detach(attachment, found.interface)
+                of_container = delegate.of(attachment) if delegate else None
+                self._node.detach(attachment, found.interface, of_container)
                 _log.info("GC %s: detached", attachment)
-            except (StoreError, OSError) as error:
+            except (StoreError, OSError, CniError) as error:
                 errors.append(f"{attachment}: {error}")
+        if delegate is not None:
+            delegate.collect_garbage()
         if errors:
             raise CniError(TRY_AGAIN_LATER, f"{len(errors)} not collected", "; ".join(errors))
 

@@ -34,6 +34,7 @@ def known_attachments(node: Node) -> list[Known]:
     Raises StoreError, OSError.
     """
     holders = {attachment.alias: attachment for attachment in _holders(node)}
+    holders |= {attachment.alias: attachment for attachment in node.cluster.delegated()}
     known = {alias: Known(attachment) for alias, attachment in holders.items()}
     for link in _links(node):
         attachment = from_alias(link.alias)
@@ -48,13 +49,14 @@ def repair(node: Node) -> None:
     Raises StoreError, OSError; what was not reached is reached when it is called again.
     """
     holders = {attachment.alias: attachment for attachment in _holders(node)}
+    owners = holders | {attachment.alias: attachment for attachment in node.cluster.delegated()}
     for link in _links(node):
         if link.group == wiring.DELETING:
             _log.info("interface %s: its deletion was cut off; deleting it", link.name)
             node.remove_interface(link)
         elif link.group == wiring.UNFINISHED:
             _log.info("interface %s: its ADD was cut off", link.name)
-            node.repair_interface(link, holders.get(link.alias, from_alias(link.alias)))
+            node.repair_interface(link, owners.get(link.alias, from_alias(link.alias)))
     for attachment in holders.values():
         node.repair_address(attachment)
     for handle in delete_orphans(node.cluster.store, node.cluster.node):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from api.net import format_address
-from cni.config import Call
-from cni.wiring import DEFAULT_NETS, GATEWAYS, HOST_MAC, Wire
+from api.errors import Problem
+from api.net import Net, format_address, parse_net
+from cni.config import Call, Result
+from cni.errors import invalid_configuration
+from cni.wiring import GATEWAYS, HOST_MAC, Wire
 from kernel.routes import SCOPE_LINK
 
 # Up to 0.4.0 an address says which IP version it is of; 1.1.0 brought MTU and scope.
@@ -14,11 +17,15 @@ _WITH_IP_VERSION = ("0.3.0", "0.3.1", "0.4.0")
 _WITH_MTU_AND_SCOPE = ("1.1.0",)
 
 
-def result(call: Call, wire: Wire) -> dict[str, Any]:
-    """What was made. A plugin that ran before us comes first, as it said it (prevResult)."""
+def result(call: Call, wire: Wire, dns: Mapping[str, Any]) -> dict[str, Any]:
+    """What was made. A plugin that ran before us comes first, as it said it (prevResult).
+
+    ``dns``: settings for where neither it nor the configuration has any.
+    """
     version = call.configuration.cni_version
     previous = call.previous.model_dump(exclude_unset=True) if call.previous else {}
     interfaces = previous.get("interfaces") or []
+    own = call.configuration.dns.model_dump(exclude_none=True)
     node_end: dict[str, Any] = {"name": wire.host_interface, "mac": HOST_MAC}
     container_end: dict[str, Any] = {"name": wire.interface, "mac": wire.mac}
     if version in _WITH_MTU_AND_SCOPE:
@@ -29,8 +36,25 @@ def result(call: Call, wire: Wire) -> dict[str, Any]:
         "interfaces": [*interfaces, node_end, container_end],
         "ips": [*(previous.get("ips") or []), *_addresses(wire, version, len(interfaces) + 1)],
         "routes": [*(previous.get("routes") or []), *_routes(wire, version)],
-        "dns": previous.get("dns") or call.configuration.dns.model_dump(exclude_none=True),
+        "dns": previous.get("dns") or own or dict(dns),
     }
+
+
+def previous_routes(previous: Result) -> tuple[Net, ...]:
+    """Where a ``prevResult`` says that a container's traffic goes through our gateway.
+
+    Raises CniError.
+    """
+    gateways = [format_address(net.version, net.address) for net in GATEWAYS.values()]
+    nets = []
+    for index, route in enumerate(previous.routes or []):
+        if route.get("gw") in gateways:
+            try:
+                nets.append(parse_net(str(route.get("dst"))))
+            except ValueError as error:
+                path = f"prevResult.routes[{index}].dst"
+                raise invalid_configuration([Problem(path, route.get("dst"), str(error))]) from None
+    return tuple(nets)
 
 
 def _addresses(wire: Wire, version: str, interface: int) -> list[dict[str, Any]]:
@@ -56,5 +80,6 @@ def _routes(wire: Wire, version: str) -> list[dict[str, Any]]:
         if version in _WITH_MTU_AND_SCOPE:
             link["scope"] = SCOPE_LINK
         address = format_address(gateway.version, gateway.address)
-        routes += [link, {"dst": str(DEFAULT_NETS[family]), "gw": address}]
+        routes.append(link)
+        routes += [{"dst": str(net), "gw": address} for net in wire.destinations(family)]
     return routes

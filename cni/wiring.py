@@ -51,7 +51,10 @@ Step = tuple[object, Message]  # what a message is about, for the error
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """A wire as it ought to be. ``addresses``: host Nets. ``mtu`` in bytes, 0: any."""
+    """A wire as it ought to be. ``addresses``: host Nets. ``mtu`` in bytes, 0: any.
+
+    ``routes``: where the container's traffic may go; none of a family: everywhere.
+    """
 
     host_interface: str
     interface: str
@@ -59,11 +62,18 @@ class Wire:
     alias: str
     addresses: tuple[Net, ...]
     mtu: int
+    routes: tuple[Net, ...] = ()
 
     @property
     def versions(self) -> list[int]:
         """The IP versions of its addresses."""
         return sorted({net.version for net in self.addresses})
+
+    def destinations(self, version: int) -> tuple[Net, ...]:
+        """Where the container's traffic of a family goes through the gateway."""
+        return tuple(net for net in self.routes if net.version == version) or (
+            DEFAULT_NETS[version],
+        )
 
 
 class HostInterfaceExistsError(Exception):
@@ -190,7 +200,11 @@ def faults(host: NetlinkSocket, netns_fd: int, wire: Wire) -> list[str]:
             *_link_faults("container", far, wire.mac, wire.mtu),
             *(fault for net in wire.addresses for fault in _node_faults(host, near, net, far.mac)),
             *(fault for net in wire.addresses for fault in _address_faults(container, far, net)),
-            *(fault for version in wire.versions for fault in _exits(container, far, version)),
+            *(
+                fault
+                for version in wire.versions
+                for fault in _exits(container, far, wire, version)
+            ),
         ]
 
 
@@ -216,18 +230,19 @@ def _container_steps(wire: Wire, index: int) -> list[Step]:
     for version in wire.versions:
         gateway = GATEWAYS[version]
         neighbour = Neighbour(index, gateway, HOST_MAC, _PROTO_BOOT)
-        routes = _container_routes(version, index)
+        routes = _container_routes(wire, version, index)
         steps += [(route, route_add(route)) for route in routes]
         steps.append((neighbour, neighbour_replace(neighbour)))
     return steps
 
 
-def _container_routes(version: int, index: int) -> tuple[Route, Route]:
+def _container_routes(wire: Wire, version: int, index: int) -> list[Route]:
     gateway = GATEWAYS[version]
-    return (
+    through = (Hop(index, gateway.address),)
+    return [
         Route(gateway, (Hop(index),), protocol=_PROTO_BOOT),
-        Route(DEFAULT_NETS[version], (Hop(index, gateway.address),), protocol=_PROTO_BOOT),
-    )
+        *(Route(net, through, protocol=_PROTO_BOOT) for net in wire.destinations(version)),
+    ]
 
 
 def _do(socket: NetlinkSocket, steps: Sequence[Step]) -> None:
@@ -260,10 +275,10 @@ def _address_faults(container: NetlinkSocket, link: Link, net: Net) -> Iterator[
         yield f"container: interface {link.name} does not have address {net}"
 
 
-def _exits(container: NetlinkSocket, link: Link, version: int) -> Iterator[str]:
+def _exits(container: NetlinkSocket, link: Link, wire: Wire, version: int) -> Iterator[str]:
     """The way out: a chained plugin may have added routes, so only ours are looked for."""
     found = Routes(container).read(version=version)
-    for wanted in _container_routes(version, link.index):
+    for wanted in _container_routes(wire, version, link.index):
         route = found.get(wanted.key)
         if route is None or route.hops != wanted.hops:
             yield f"container: no route {wanted.net} on {link.name}"
