@@ -16,6 +16,7 @@ NOT_AVAILABLE = 50
 ADDRESSES = 100  # no address can be given
 WIRING = 101  # the kernel refused
 NOT_AS_ADDED = 102  # CHECK found a difference
+ANNOTATIONS = 103  # the pod asks for something that can't be
 INTERNAL = 999  # a fault of ours; the daemon's log has the traceback
 
 
