@@ -18,6 +18,7 @@ CALICO = "projectcalico.org/v3"
 CORE = "v1"
 NETWORKING = "networking.k8s.io/v1"
 DISCOVERY = "discovery.k8s.io/v1"
+COORDINATION = "coordination.k8s.io/v1"
 CLUSTER_POLICY = "policy.networking.k8s.io/v1alpha2"
 
 
@@ -171,6 +172,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 namespaced=True,
                 api_version=DISCOVERY,
             ),
+            _kind("lease", "Lease", "leases", namespaced=True, api_version=COORDINATION),
             _kind(
                 "kubernetes",
                 "KubernetesNetworkPolicy",

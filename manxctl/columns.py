@@ -267,6 +267,7 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("PORTS", _slice_ports),
         Column("ENDPOINTS", _slice_addresses),
     ),
+    "Lease": (_NAME, Column("HOLDER", _at("spec.holderIdentity"))),
     "KubernetesNetworkPolicy": (_NAME, Column("POD-SELECTOR", _selected_pods)),
     "ClusterNetworkPolicy": (
         _NAME,

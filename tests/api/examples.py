@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from api.kinds import CALICO, CLUSTER_POLICY, CORE, DISCOVERY, NETWORKING
+from api.kinds import CALICO, CLUSTER_POLICY, COORDINATION, CORE, DISCOVERY, NETWORKING
 
 JSON = dict[str, Any]
 
@@ -563,6 +563,18 @@ KUBERNETES_EXAMPLES: list[JSON] = [
             }
         ],
         ports=[{"name": "http", "protocol": "TCP", "port": 80}],
+    ),
+    kubernetes(
+        COORDINATION,
+        "Lease",
+        "kube-system",
+        spec={
+            "holderIdentity": "controllers-1",
+            "leaseDurationSeconds": 15,
+            "acquireTime": "2030-01-31T12:00:00.000000Z",
+            "renewTime": "2030-01-31T12:00:02.000000Z",
+            "leaseTransitions": 3,
+        },
     ),
     kubernetes(NETWORKING, "NetworkPolicy", "shop", spec=KUBERNETES_POLICY),
     kubernetes(
