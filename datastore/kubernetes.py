@@ -132,7 +132,7 @@ class KubernetesDatastore:
                     raise StoreError(
                         f"{key}: is Kubernetes' {origin_key}, and goes when that is deleted", key
                     )
-                body = {"preconditions": {"resourceVersion": entry.revision}}
+                body = {"preconditions": _preconditions(entry)}
                 self._request("DELETE", item(key), key, body)
                 return entry
             except ConflictError as error:
@@ -300,6 +300,12 @@ class KubernetesDatastore:
 
 def _metadata(value: JSON) -> JSON:
     return dict(value.get("metadata") or {})
+
+
+def _preconditions(entry: Entry) -> JSON:
+    """Of a deletion: that it is this very object, as it was read."""
+    uid = (entry.value.get("metadata") or {}).get("uid")
+    return {"resourceVersion": entry.revision} | ({"uid": uid} if uid else {})
 
 
 def _patch(patch: JSON, revision: str) -> JSON:

@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 
 import orjson
 import urllib3
-from urllib3.exceptions import HTTPError, NewConnectionError, ProxyError
+from urllib3.exceptions import EmptyPoolError, HTTPError, NewConnectionError, ProxyError
 
 from datastore.interface import (
     JSON,
@@ -41,9 +41,11 @@ _random = Random()  # of its own: the global one belongs to programs
 _CONNECT_SECONDS = 3.0
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 1.0
-_CONNECTIONS = 8  # kept open for the next request
+_CONNECTIONS = 8  # at most, for requests; more at a time wait for a free one
+_STREAMS = 64  # kept for the next stream; each that is open has a connection of its own
 _ASK_LATER = (429, 500, 502, 503, 504)
 _NOT_DONE = (429,)  # the server turned the request away
+_NOT_SENT = (EmptyPoolError, NewConnectionError, ProxyError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +116,12 @@ class ApiServer:
             except HTTPError as error:
                 problem = _reason(error)
                 self.renew(connection)  # perhaps it moved, or our certificate was replaced
-                if method != "GET" and not isinstance(error, (NewConnectionError, ProxyError)):
+                if method != "GET" and not isinstance(error, _NOT_SENT):
                     raise self._down(
                         f"{problem}; whether it carried out the {method} is not known: read again"
                     ) from error
             else:
-                if code == 401 and not renewed:
+                if not renewed and connection.unknown(code):
                     renewed = True
                     self.renew(connection)
                     continue
@@ -162,7 +164,7 @@ class ApiServer:
         finally:
             response.release_conn()
         status.code = response.status
-        if response.status == 401:
+        if connection.unknown(response.status):
             self.renew(connection)
         if response.status in _ASK_LATER:
             raise self._down(f"{response.status} {status.message}")
@@ -185,6 +187,13 @@ class ApiServer:
 
     def explain(self, error: RequestError, key: Key | None, what: str = "") -> StoreError:
         """A refusal as an error of stores: object, field, value and what would be right."""
+        connection = self._connection
+        if error.status.code in (401, 403) and connection is not None and connection.anonymous:
+            return UnavailableError(
+                f"{self}: {error.status.message}; the configuration gives no credentials (when it"
+                " names an exec plugin, the log says what went wrong with that)",
+                key,
+            )
         return explain(str(self), error.status, key, what)
 
     def _connected(self) -> _Connection:
@@ -204,16 +213,14 @@ class ApiServer:
 
 
 class _Connection:
-    """A configuration, and the pool of connections it makes."""
+    """A configuration, and the connections it makes: a few for requests, one for each stream."""
 
     def __init__(self, configuration: Configuration) -> None:
-        from kubernetes.client.rest import RESTClientObject
-
-        configuration.connection_pool_maxsize = _CONNECTIONS
         self.host: str = configuration.host
         self._configuration = configuration
         self._lock = threading.Lock()
-        self._pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
+        self._requests = _pool(configuration, _CONNECTIONS, block=True)
+        self._streams = _pool(configuration, _STREAMS, block=False)
 
     def open(
         self,
@@ -229,12 +236,10 @@ class _Connection:
         headers = {"Accept": "application/json", "User-Agent": "manx"}
         if data is not None:
             headers["Content-Type"] = media_type
-        with self._lock:  # the hook that reads token files again is not made for threads
-            settings: Mapping[str, Any] = self._configuration.auth_settings()
-        for setting in settings.values():
+        for setting in self._credentials().values():
             if setting["value"]:
                 headers[setting["key"]] = setting["value"]
-        return self._pool.request(
+        return (self._streams if stream else self._requests).request(
             method,
             f"{self.host}{path}{'?' + urlencode(query) if query else ''}",
             body=data,
@@ -243,11 +248,44 @@ class _Connection:
             retries=False,
             redirect=False,
             timeout=urllib3.Timeout(connect=min(_CONNECT_SECONDS, seconds), read=seconds),
+            pool_timeout=seconds,
         )
 
     def retire(self) -> None:
         """Close the connections that are idle; the others when their requests are done."""
-        self._pool.clear()
+        self._requests.clear()
+        self._streams.clear()
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether nothing says who we are."""
+        known = self._configuration
+        return not (known.api_key or known.cert_file or known.username)
+
+    def unknown(self, code: int) -> bool:
+        """Whether that answer may be for want of credentials, or of newer ones."""
+        return code == 401 or (code == 403 and self.anonymous)
+
+    def _credentials(self) -> Mapping[str, Any]:
+        from kubernetes.config import ConfigException
+
+        try:
+            with self._lock:  # the hook that reads token files again is not made for threads
+                settings: Mapping[str, Any] = self._configuration.auth_settings()
+        except (ConfigException, OSError, ValueError) as error:
+            raise UnavailableError(
+                f"Kubernetes {self.host}: credentials can't be read: {error}"
+            ) from error
+        return settings
+
+
+def _pool(configuration: Configuration, size: int, *, block: bool) -> urllib3.PoolManager:
+    from kubernetes.client.rest import RESTClientObject
+
+    configuration.connection_pool_maxsize = size
+    pool: urllib3.PoolManager = RESTClientObject(configuration).pool_manager
+    pool.connection_pool_kw["block"] = block
+    return pool
 
 
 def _configuration(settings: KubernetesSettings) -> Configuration:

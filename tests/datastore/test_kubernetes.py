@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def test_each_kind_is_told_what_came_after_its_own_listing(
 def test_an_agent_needs_no_more_connections_than_kinds_of_objects(
     server: KubeApiserver, tmp_path: Path
 ) -> None:
-    """HTTP/1.1 has one stream a connection; questions go over those that are free."""
+    """HTTP/1.1 has one stream a connection. Requests have eight connections at most."""
     relay = Relay(server.url.removeprefix("https://"))
     with closing(through(server, relay, tmp_path / "relayed")) as store:
         positions = {kind: store.list(kind).revision for kind in snapshot.KINDS}
@@ -179,7 +180,7 @@ def test_an_agent_needs_no_more_connections_than_kinds_of_objects(
             assert not watch.next(timeout=0)
             store.get(Key("Namespace", NAMESPACE))
             origins = {source.kind for kind in snapshot.KINDS for source in sources(kind)}
-            assert relay.connections <= len(origins) + 1
+            assert relay.connections <= len(origins) + 8
             assert len(origins) == len(snapshot.KINDS) - 1
     relay.close()
 
@@ -393,6 +394,53 @@ def test_who_may_not(server: KubeApiserver, tmp_path: Path) -> None:
             watch.next(timeout=30)
 
 
+PLUGIN = """#!/bin/sh
+echo run >>"{folder}/runs"
+[ -z "$KUBERNETES_EXEC_INFO" ] && exit 2
+read -r token expiry <"{folder}/credentials" || exit 3
+printf '{{"kind":"ExecCredential","apiVersion":"client.authentication.k8s.io/v1",'
+printf '"status":{{"token":"%s","expirationTimestamp":"%s"}}}}' "$token" "$expiry"
+"""
+
+
+def test_a_plugin_tells_who_we_are(
+    server: KubeApiserver, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a kubeconfig from a cloud: asked again when its token expires or is refused."""
+    later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    soon = (datetime.now(UTC) + timedelta(seconds=5)).isoformat()
+    credentials, runs = tmp_path / "credentials", tmp_path / "runs"
+    script = tmp_path / "plugin"
+    script.write_text(PLUGIN.format(folder=tmp_path))
+    script.chmod(0o755)
+    plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": "./plugin"}
+    config = kubeconfig(server, tmp_path / "config", {"exec": plugin})
+
+    def asked() -> int:
+        return len(runs.read_text().splitlines())
+
+    with closing(connect(f"kubernetes://?kubeconfig={config}")) as store:
+        with pytest.raises(UnavailableError, match=r"no credentials .*exec plugin"):
+            store.list("Namespace")
+        assert "process returned 3" in caplog.text
+        credentials.write_text(f"expired {later}\n")
+        with pytest.raises(UnavailableError, match="does not know us"):
+            store.list("Namespace")
+        credentials.write_text(f"{ADMIN} {later}\n")
+        assert store.list("Namespace").entries
+        before = asked()
+        with store.watch(["Namespace"], store.list("Namespace").revision) as watch:
+            assert not watch.next(timeout=0)
+        assert asked() == before
+    with closing(connect(f"kubernetes://?kubeconfig={config}")) as store:
+        credentials.write_text(f"{ADMIN} {soon}\n")
+        assert store.list("Namespace").entries
+        before = asked()
+        credentials.write_text(f"{NEXT_ADMIN} {later}\n")
+        assert store.list("Namespace").entries
+        assert asked() == before + 1
+
+
 def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text("{}")
@@ -402,20 +450,46 @@ def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
             store.get(policy_key("a"))
 
 
-def test_in_a_pod_the_service_account_is_used(
-    server: KubeApiserver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And its token file is read again when the server does not know the old one any more."""
+class Impatient(incluster_config.InClusterConfigLoader):
+    """Reads the token file again each time, instead of once a minute."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+        self._token_refresh_period = timedelta(0)
+
+
+@pytest.fixture
+def token(server: KubeApiserver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The token file of a pod that these tests are in."""
     token = tmp_path / "token"
-    token.write_text("expired")
     host, _, port = server.url.removeprefix("https://").rpartition(":")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
     monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(token))
     monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(server.ca))
+    return token
+
+
+def test_in_a_pod_the_service_account_is_used(token: Path) -> None:
+    """And its token file is read again when the server does not know the old one any more."""
+    token.write_text("expired")
     with closing(connect("kubernetes://", {})) as store:
         with pytest.raises(UnavailableError, match="does not know us"):
             store.list("Namespace")
+        token.write_text(ADMIN)
+        assert store.list("Namespace").entries
+
+
+def test_a_token_file_that_goes_is_an_outage(token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(incluster_config, "InClusterConfigLoader", Impatient)
+    token.write_text(ADMIN)
+    with closing(connect("kubernetes://", {})) as store:
+        revision = store.list("Namespace").revision
+        token.unlink()
+        with pytest.raises(UnavailableError, match=r"credentials can't be read: .*token"):
+            store.list("Namespace")
+        with pytest.raises(UnavailableError, match="credentials can't be read"):
+            store.watch(["Namespace"], revision)
         token.write_text(ADMIN)
         assert store.list("Namespace").entries
 
