@@ -81,8 +81,9 @@ class EtcdDatastore:
     def create(self, key: Key, value: JSON) -> Entry:
         """Store a new object. Raises AlreadyExistsError."""
         path, data = _encoded(key, value)
-        new = pb.Compare(target=pb.Compare.CREATE, key=path, create_revision=0)
-        answer = self._write(key, [new], _put(path, data))
+        request = pb.TxnRequest()
+        _condition(request, path.encode(), pb.Compare.CREATE).create_revision = 0
+        answer = self._put(key, path, data, request)
         if not answer.succeeded:
             raise AlreadyExistsError(f"{key}: exists already", key)
         return self._written(key, path, data, answer)
@@ -93,9 +94,9 @@ class EtcdDatastore:
         Raises NotFoundError, ConflictError.
         """
         path, data = _encoded(key, value)
-        answer = self._write(key, [_unchanged(path, revision)], _put(path, data))
+        answer = self._put(key, path, data, _if_unchanged(path.encode(), revision))
         if not answer.succeeded:
-            raise self._refusal(key, path, revision)
+            raise _refusal(key, revision, answer)
         return self._written(key, path, data, answer)
 
     def delete(self, key: Key, revision: str | None = None) -> Entry:
@@ -108,10 +109,12 @@ class EtcdDatastore:
             path = paths[0].encode()
         else:
             path = self._find(key).key
-        remove = pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=path, prev_kv=True))
-        answer = self._write(key, [_unchanged(path, revision)], remove)
+        request = _if_unchanged(path, revision)
+        remove = request.success.add().request_delete_range
+        remove.key, remove.prev_kv = path, True
+        answer = self._write(key, request)
         if not answer.succeeded:
-            raise self._refusal(key, path, revision)
+            raise _refusal(key, revision, answer)
         return _entry(key, answer.responses[0].response_delete_range.prev_kvs[0])
 
     def watch(self, kinds: Iterable[str], revision: str | Mapping[str, str]) -> EtcdWatch:
@@ -172,29 +175,55 @@ class EtcdDatastore:
                 found.extend(part.kvs)
         return found, revision
 
-    def _write(
-        self, key: Key, conditions: Sequence[pb.Compare], action: pb.RequestOp
-    ) -> pb.TxnResponse:
+    def _put(self, key: Key, path: str, data: bytes, request: pb.TxnRequest) -> pb.TxnResponse:
+        put = request.success.add().request_put
+        put.key, put.value = path.encode(), data
+        return self._write(key, request)
+
+    def _write(self, key: Key, request: pb.TxnRequest) -> pb.TxnResponse:
         try:
-            request = pb.TxnRequest(compare=conditions, success=[action])
             return self._client.call(TXN, request, writes=True)
         except StoreError as error:
             error.key = key
             raise
 
-    def _refusal(self, key: Key, path: bytes, revision: str | None) -> StoreError:
-        """Why a write did not succeed: what is there now, an instant later, tells."""
-        for kv in self._first([path.decode()]):
-            return ConflictError(
-                f"{key}: is at revision {kv.mod_revision}, not {revision}; read it again and retry",
-                key,
-            )
-        return NotFoundError(f"{key}: does not exist", key)
-
-    def _written(self, key: Key, path: bytes, data: bytes, answer: pb.TxnResponse) -> Entry:
+    def _written(self, key: Key, path: str, data: bytes, answer: pb.TxnResponse) -> Entry:
         if key.kind == "IPAMHandle":
-            self._handles.note(path.decode())
-        return Entry(key, decode(key, path.decode(), data), str(answer.header.revision))
+            self._handles.note(path)
+        return _Written(key, str(answer.header.revision), path, data)
+
+
+class _Written(Entry):
+    """What was written. Few who write read it again: its value is decoded when it is asked for."""
+
+    __slots__ = ("_data", "_path")
+    _data: bytes
+    _path: str
+
+    def __init__(self, key: Key, revision: str, path: str, data: bytes) -> None:
+        set_ = object.__setattr__  # an Entry is frozen
+        set_(self, "key", key)
+        set_(self, "revision", revision)
+        set_(self, "_path", path)
+        set_(self, "_data", data)
+
+    def __getattr__(self, name: str) -> JSON:
+        """The value, as long as there is none."""
+        if name != "value":
+            raise AttributeError(name)
+        value = decode(self.key, self._path, self._data)
+        object.__setattr__(self, "value", value)
+        return value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Entry):
+            return NotImplemented
+        return (self.key, self.value, self.revision) == (other.key, other.value, other.revision)
+
+    __hash__ = Entry.__hash__
+
+    def __reduce__(self) -> tuple[type[Entry], tuple[Key, JSON, str]]:
+        return Entry, (self.key, self.value, self.revision)
 
 
 class _CapitalHandles:
@@ -234,9 +263,9 @@ class _CapitalHandles:
             self._paths[handle.lower()] = path
 
 
-def _encoded(key: Key, value: JSON) -> tuple[bytes, bytes]:
+def _encoded(key: Key, value: JSON) -> tuple[str, bytes]:
     try:
-        return path_of(key, value).encode(), encode(key, value)
+        return path_of(key, value), encode(key, value)
     except (TypeError, ValueError) as error:
         raise StoreError(f"{key}: can't be stored in etcd: {error}", key) from error
 
@@ -256,15 +285,41 @@ def _get(path: bytes) -> pb.RequestOp:
     return pb.RequestOp(request_range=pb.RangeRequest(key=path))
 
 
-def _put(path: bytes, data: bytes) -> pb.RequestOp:
-    return pb.RequestOp(request_put=pb.PutRequest(key=path, value=data))
+def _condition(request: pb.TxnRequest, path: bytes, target: pb.Compare.CompareTarget) -> pb.Compare:
+    """A condition that ``request`` is under; the caller says what the target must be."""
+    # Attribute by attribute is a third of the time that messages of messages take to make.
+    condition = request.compare.add()
+    condition.target, condition.key = target, path
+    return condition
 
 
-def _unchanged(path: bytes, revision: str | None) -> pb.Compare:
-    """That the object is there, at ``revision`` when one is given."""
+def _if_unchanged(path: bytes, revision: str | None) -> pb.TxnRequest:
+    """A request for the case that the object is there, at ``revision`` when one is given.
+
+    In the other case the answer tells what is there instead, of the same moment.
+    """
+    request = pb.TxnRequest()
     if revision is None:
-        return pb.Compare(
-            target=pb.Compare.CREATE, result=pb.Compare.GREATER, key=path, create_revision=0
+        existing = _condition(request, path, pb.Compare.CREATE)
+        existing.result, existing.create_revision = pb.Compare.GREATER, 0
+    else:
+        _condition(request, path, pb.Compare.MOD).mod_revision = _number(revision)
+    found = request.failure.add().request_range
+    found.key, found.keys_only = path, True
+    return request
+
+
+def _number(revision: str) -> int:
+    """One that no object has for a revision of another store: 0 is that of what is absent."""
+    number = int(revision) if revision.isdecimal() else 0
+    return number if 0 < number < 1 << 63 else -1
+
+
+def _refusal(key: Key, revision: str | None, answer: pb.TxnResponse) -> StoreError:
+    """Why the write of an object that had to be unchanged was not carried out."""
+    for kv in answer.responses[0].response_range.kvs:
+        return ConflictError(
+            f"{key}: is at revision {kv.mod_revision}, not {revision}; read it again and retry",
+            key,
         )
-    number = int(revision) if revision.isdecimal() else -1  # of another store: never matches
-    return pb.Compare(target=pb.Compare.MOD, key=path, mod_revision=number)
+    return NotFoundError(f"{key}: does not exist", key)

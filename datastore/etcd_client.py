@@ -23,20 +23,26 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Method(Generic[Q, A]):
-    """A method of etcd's API, with the classes of its messages."""
+    """A method of etcd's API, and how its messages become bytes and back."""
 
     path: str
-    request: type[Q]
-    response: type[A]
+    write: Callable[[Q], bytes]
+    read: Callable[[bytes], A]
 
 
-RANGE = Method("/etcdserverpb.KV/Range", pb.RangeRequest, pb.RangeResponse)
-TXN = Method("/etcdserverpb.KV/Txn", pb.TxnRequest, pb.TxnResponse)
-WATCH = Method("/etcdserverpb.Watch/Watch", pb.WatchRequest, pb.WatchResponse)
+RANGE = Method(
+    "/etcdserverpb.KV/Range", pb.RangeRequest.SerializeToString, pb.RangeResponse.FromString
+)
+TXN = Method("/etcdserverpb.KV/Txn", pb.TxnRequest.SerializeToString, pb.TxnResponse.FromString)
+WATCH = Method(
+    "/etcdserverpb.Watch/Watch", pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
+)
 AUTHENTICATE = Method(
-    "/etcdserverpb.Auth/Authenticate", pb.AuthenticateRequest, pb.AuthenticateResponse
+    "/etcdserverpb.Auth/Authenticate",
+    pb.AuthenticateRequest.SerializeToString,
+    pb.AuthenticateResponse.FromString,
 )
 
 _TURN_PAUSE = 0.1  # after all members failed
@@ -59,7 +65,8 @@ _OPTIONS = (
 # member at first, and of watches always; of every swap it would cost a fifteenth of them. A member
 # that loses the others later is found out by its watches, or by the time-out.
 _REQUIRE_LEADER = (("hasleader", "true"),)
-_UNSAID = ("context ", "raft proposal dropped")  # that etcd gives no status code of its own
+# What passes, and has no status code of its own: etcd's, and gRPC's for a connection that ended.
+_UNSAID = ("context ", "raft proposal dropped", "Stream removed")
 _NOT_SENT = ("failed to connect to all addresses", "connections to all backends failing")
 _NOT_DONE = ("etcdserver: no leader", "etcdserver: too many requests", "raft proposal dropped")
 _BAD_TOKEN = ("invalid auth token", "auth store is old", "revision in header is old")
@@ -107,26 +114,22 @@ class _Member:
             self._channel = grpc.insecure_channel(endpoint, _OPTIONS)
         else:
             self._channel = grpc.secure_channel(endpoint, _credentials(settings.tls), _OPTIONS)
-        self._calls: dict[str, Callable[..., Any]] = {}
+        self._calls: dict[Method[Any, Any], Callable[..., Any]] = {}
 
     def unary(self, method: Method[Q, A]) -> Callable[..., A]:
         """The method as a function."""
-        call = self._calls.get(method.path)
+        call = self._calls.get(method)
         if call is None:
             call = self._channel.unary_unary(
-                method.path,
-                request_serializer=method.request.SerializeToString,  # type: ignore[attr-defined]
-                response_deserializer=method.response.FromString,  # type: ignore[attr-defined]
+                method.path, request_serializer=method.write, response_deserializer=method.read
             )
-            self._calls[method.path] = call
+            self._calls[method] = call
         return call
 
     def stream(self, method: Method[Q, A]) -> Callable[..., Any]:
         """The method as a function of an iterator of requests, returning one of responses."""
         stream: Callable[..., Any] = self._channel.stream_stream(
-            method.path,
-            request_serializer=method.request.SerializeToString,  # type: ignore[attr-defined]
-            response_deserializer=method.response.FromString,  # type: ignore[attr-defined]
+            method.path, request_serializer=method.write, response_deserializer=method.read
         )
         return stream
 
@@ -152,14 +155,15 @@ class EtcdClient:
         tries, token_tries = 0, 0
         while True:
             left = deadline - time.monotonic()
-            member = self._connected()
-            token = ""
+            member = self._member or self._connected()
+            token = self._token
             try:
-                token = self._authenticated(member, left)
+                if not token and self.settings.user:
+                    token = self._authenticate(member, left)
                 answer = member.unary(method)(
                     request,
                     timeout=min(left, _MEMBER_SECONDS),
-                    metadata=_metadata(token, require_leader=not member.led),
+                    metadata=_metadata(token, member.led) if token or not member.led else None,
                 )
                 member.led = True
                 return answer
@@ -192,7 +196,9 @@ class EtcdClient:
         Raises grpc.RpcError, as iterating over it does, and UnavailableError.
         """
         member = self._connected()
-        token = self._authenticated(member, self.settings.timeout)
+        token = self._token
+        if not token and self.settings.user:
+            token = self._authenticate(member, self.settings.timeout)
         responses = member.stream(WATCH)(requests, metadata=_metadata(token))
 
         def failed() -> None:
@@ -232,9 +238,7 @@ class EtcdClient:
                 self._member = _Member(self.settings, endpoints[self._turn % len(endpoints)])
             return self._member
 
-    def _authenticated(self, member: _Member, timeout: float) -> str:
-        if not self.settings.user or self._token:
-            return self._token
+    def _authenticate(self, member: _Member, timeout: float) -> str:
         request = pb.AuthenticateRequest(name=self.settings.user, password=self.settings.password)
         token: str = member.unary(AUTHENTICATE)(
             request, timeout=min(timeout, _MEMBER_SECONDS), metadata=_REQUIRE_LEADER
@@ -291,10 +295,10 @@ def explain(settings: EtcdSettings, error: grpc.RpcError, *, closed: bool = Fals
     return StoreError(f"{settings}: refused: {details} ({code.name})")
 
 
-def _metadata(token: str, *, require_leader: bool = True) -> tuple[tuple[str, str], ...] | None:
-    """Headers of a request; None, which is cheapest, for none."""
-    require = _REQUIRE_LEADER if require_leader else ()
-    return (*require, ("token", token)) if token else require or None
+def _metadata(token: str, led: bool = False) -> tuple[tuple[str, str], ...]:
+    """Headers of a request. One without any is the cheapest."""
+    require = () if led else _REQUIRE_LEADER
+    return (*require, ("token", token)) if token else require
 
 
 def _is_passing(error: grpc.RpcError) -> bool:

@@ -33,9 +33,6 @@ CONFIGURATION_NAME = "default"
 
 _IPAM = "/calico/ipam/v2/"
 _AFFINITY_TYPES = ("host", "virtual")
-# A few blocks are written again and again.
-_parse = lru_cache(maxsize=4096)(parse_net)
-_name = lru_cache(maxsize=4096)(cidr_name)
 _V4_NAME = re.compile(r"(\d+)-(\d+)-(\d+)-(\d+)-(\d+)")
 _BLOCK_PATH = re.compile(r"/calico/ipam/v2/assignment/ipv[46]/block/([^/]+)")
 _AFFINITY_PATH = re.compile(r"/calico/ipam/v2/(?:host|virtual)/([^/]+)/ipv[46]/block/([^/]+)")
@@ -66,11 +63,9 @@ def path_of(key: Key, value: Mapping[str, Any]) -> str:
     spec = value.get("spec") or {}
     match key.kind:
         case "IPAMBlock":
-            net = _parse(str(spec.get("cidr")))
-            _agree(key, _name(net), "spec.cidr")
-            return _block_path(net)
+            return _path_of_block(key.name, str(spec.get("cidr")))
         case "BlockAffinity":
-            net, node = _parse(str(spec.get("cidr"))), spec.get("node") or ""
+            net, node = parse_net(str(spec.get("cidr"))), spec.get("node") or ""
             _agree(key, f"{node}-{cidr_name(net)}", "spec.node and spec.cidr")
             return _affinity_path(spec.get("type") or _AFFINITY_TYPES[0], node, net)
         case "IPAMHandle":
@@ -163,7 +158,13 @@ def _resource_path(key: Key) -> str:
     return f"{_root(key.kind)}{namespace}{key.name}"
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)  # a few blocks are written again and again
+def _path_of_block(name: str, cidr: str) -> str:
+    net = parse_net(cidr)
+    _agree(Key("IPAMBlock", name), cidr_name(net), "spec.cidr")
+    return _block_path(net)
+
+
 def _block_path(net: Net) -> str:
     return f"{BLOCKS}ipv{net.version}/block/{_segment(net)}"
 

@@ -85,10 +85,11 @@ def _decode(key: Key, path: str, found: JSON) -> JSON:
 
 
 def _object(key: Key, metadata: JSON, spec: JSON) -> JSON:
+    kind = KINDS[key.kind]
     names = {"name": key.name, "namespace": key.namespace} if key.namespace else {"name": key.name}
     return {
-        "apiVersion": KINDS[key.kind].api_version,
-        "kind": KINDS[key.kind].kind,
+        "apiVersion": kind.api_version,
+        "kind": kind.kind,
         "metadata": names | metadata,
         "spec": spec,
     }
