@@ -31,11 +31,17 @@ class StatusRequest:
 
 
 class StatusServer:
-    """A thread that hands requests to the loop and its answers to those who asked."""
+    """A thread that hands requests to the loop and its answers to those who asked.
 
-    def __init__(self, run_dir: Path, ask: Callable[[StatusRequest], None]) -> None:
+    ``name``: the socket's file; another program than felix has one of its own.
+    """
+
+    def __init__(
+        self, run_dir: Path, ask: Callable[[StatusRequest], None], name: str = SOCKET
+    ) -> None:
         self._ask = ask
-        self._door = Door(run_dir / SOCKET, 0o660, self._serve)
+        self._program = name.removesuffix(".sock")
+        self._door = Door(run_dir / name, 0o660, self._serve)
 
     def start(self) -> None:
         """Start answering."""
@@ -59,14 +65,17 @@ class StatusServer:
         try:
             return request.reply.get(timeout=_ANSWER_SECONDS)
         except queue.Empty:
-            return {"ready": False, "errors": [{"object": "felix", "message": "busy: no answer"}]}
+            busy = {"object": self._program, "message": "busy: no answer"}
+            return {"ready": False, "errors": [busy]}
 
 
-def query(run_dir: Path, timeout: float = 2 * _ANSWER_SECONDS) -> dict[str, Any]:
+def query(
+    run_dir: Path, timeout: float = 2 * _ANSWER_SECONDS, name: str = SOCKET
+) -> dict[str, Any]:
     """The status of the agent that runs here. Raises OSError when none does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(timeout)
-        client.connect(str(run_dir / SOCKET))
+        client.connect(str(run_dir / name))
         data = b""
         while part := client.recv(65536):
             data += part
