@@ -1,6 +1,7 @@
-"""The etcd store, beside grpcio with nothing around it; both in turn on one server.
+"""The etcd store, beside grpcio with nothing around it; all sides in turn on one server.
 
-Both change a block of 2 KB, write it as JSON where it is unchanged, and know its new revision.
+Each side has a block of 2 KB, changes its sequence number, writes it as JSON where it is
+unchanged, and knows its new revision.
 """
 
 from __future__ import annotations
@@ -13,66 +14,120 @@ from functools import partial
 import grpc
 import orjson
 
-from bench import datastore
+from bench._measure import OBJECTS, Connect, cost_of_list, measure
+from bench._objects import block, endpoint
 from datastore import etcd_pb2 as pb
 from datastore.etcd import EtcdDatastore
 from datastore.etcd_client import TXN, EtcdSettings
 from datastore.etcd_keys import path_of
+from datastore.interface import Datastore
 from tests.support.etcd import single_node
 
-_SLICE_SECONDS = 0.25
-_SLICES = 20  # of each side
+_SLICE_SECONDS = 0.1
+_SLICES = 50  # of each side
+
+Side = Callable[[], None]
+Txn = Callable[[pb.TxnRequest], pb.TxnResponse]
 
 
 def run() -> dict[str, float]:
     """Measure."""
-    with single_node() as server:
-        settings = EtcdSettings(tuple(server.endpoints))
-        connect = partial(EtcdDatastore, settings)
-        figures = datastore.measure(connect)
-        figures |= _beside_grpcio(connect, server.endpoints[0])
-        _fill(server.endpoints[0])
-        return figures | datastore.cost_of_list(connect, "WorkloadEndpoint").named("list_10k")
+    with single_node() as etcd:
+        (server,) = etcd.endpoints
+        connect = partial(EtcdDatastore, EtcdSettings((server,)))
+        figures = measure(connect)
+        figures |= _beside_grpcio(connect, server)
+        _fill(server)
+        return figures | cost_of_list(connect, "WorkloadEndpoint").named("list_10k")
 
 
-def _beside_grpcio(connect: datastore.Connect, endpoint: str) -> dict[str, float]:
+def _beside_grpcio(connect: Connect, server: str) -> dict[str, float]:
     store = connect()
-    entry = store.create(*datastore.block(10))
+    with grpc.insecure_channel(server) as channel:
+        txn = _txn(channel)
+        sides = {
+            "ours": _ours(store, 10),
+            "read_back": _read_back(store, 11),
+            "raw": _raw(txn, 12),
+            "fixed_bytes": _fixed_bytes(txn, 13),
+        }
+        rounds = [{name: _rate(side) for name, side in sides.items()} for _ in range(_SLICES)]
+    store.close()
 
-    def ours() -> None:
+    def ratio(ours: str, theirs: str) -> float:
+        return statistics.median(rates[ours] / rates[theirs] for rates in rounds)
+
+    return {
+        "cas_one_client_per_s": statistics.median(rates["ours"] for rates in rounds),
+        "raw_cas_per_s": statistics.median(rates["raw"] for rates in rounds),
+        "cas_ratio": ratio("ours", "raw"),
+        "cas_ratio_read_back": ratio("read_back", "raw"),
+        "cas_ratio_fixed_bytes": ratio("ours", "fixed_bytes"),
+    }
+
+
+def _ours(store: Datastore, number: int) -> Side:
+    """The store, as Manx's programs use it: the value is the writer's own."""
+    key, value = block(number)
+    revision = store.create(key, value).revision
+
+    def swap() -> None:
+        nonlocal revision
+        value["spec"]["sequenceNumber"] += 1
+        revision = store.update(key, value, revision).revision
+
+    return swap
+
+
+def _read_back(store: Datastore, number: int) -> Side:
+    """The store, when the next value is made of the one that an update returns."""
+    entry = store.create(*block(number))
+
+    def swap() -> None:
         nonlocal entry
         entry.value["spec"]["sequenceNumber"] += 1
         entry = store.update(entry.key, entry.value, entry.revision)
 
-    with grpc.insecure_channel(endpoint) as channel:
-        txn = _txn(channel)
-        key, value = datastore.block(11)
-        path, spec = path_of(key, value).encode(), value["spec"]
-
-        def put() -> pb.RequestOp:
-            return pb.RequestOp(request_put=pb.PutRequest(key=path, value=orjson.dumps(spec)))
-
-        revision = txn(pb.TxnRequest(success=[put()])).header.revision
-
-        def plain() -> None:
-            nonlocal revision
-            spec["sequenceNumber"] += 1
-            same = pb.Compare(target=pb.Compare.MOD, key=path, mod_revision=revision)
-            answer = txn(pb.TxnRequest(compare=[same], success=[put()]))
-            if not answer.succeeded:
-                raise RuntimeError("somebody else writes to this etcd")
-            revision = answer.header.revision
-
-        pairs = [(_rate(ours), _rate(plain)) for _ in range(_SLICES)]
-    store.close()
-    return {
-        "cas_one_client_per_s": statistics.median(mine for mine, _ in pairs),
-        "raw_cas_per_s": statistics.median(raw for _, raw in pairs),
-        "cas_ratio": statistics.median(mine / raw for mine, raw in pairs),
-    }
+    return swap
 
 
-def _rate(side: Callable[[], None]) -> float:
+def _raw(txn: Txn, number: int) -> Side:
+    """Grpcio, and orjson for the value."""
+    key, value = block(number)
+    path, spec = path_of(key, value).encode(), value["spec"]
+    swap_bytes = _swap_bytes(txn, path)
+
+    def swap() -> None:
+        spec["sequenceNumber"] += 1
+        swap_bytes(orjson.dumps(spec))
+
+    return swap
+
+
+def _fixed_bytes(txn: Txn, number: int) -> Side:
+    """Grpcio alone: the value is the same bytes every time."""
+    key, value = block(number)
+    return partial(_swap_bytes(txn, path_of(key, value).encode()), orjson.dumps(value["spec"]))
+
+
+def _swap_bytes(txn: Txn, path: bytes) -> Callable[[bytes], None]:
+    def put(data: bytes) -> pb.RequestOp:
+        return pb.RequestOp(request_put=pb.PutRequest(key=path, value=data))
+
+    revision = txn(pb.TxnRequest(success=[put(b"{}")])).header.revision
+
+    def swap(data: bytes) -> None:
+        nonlocal revision
+        same = pb.Compare(target=pb.Compare.MOD, key=path, mod_revision=revision)
+        answer = txn(pb.TxnRequest(compare=[same], success=[put(data)]))
+        if not answer.succeeded:
+            raise RuntimeError("somebody else writes to this etcd")
+        revision = answer.header.revision
+
+    return swap
+
+
+def _rate(side: Side) -> float:
     count, start = 0, time.monotonic()
     while time.monotonic() < start + _SLICE_SECONDS:
         side()
@@ -81,7 +136,7 @@ def _rate(side: Callable[[], None]) -> float:
 
 
 def _txn(channel: grpc.Channel) -> Callable[[pb.TxnRequest], pb.TxnResponse]:
-    txn: Callable[[pb.TxnRequest], pb.TxnResponse] = channel.unary_unary(
+    txn: Txn = channel.unary_unary(
         TXN.path,
         request_serializer=pb.TxnRequest.SerializeToString,
         response_deserializer=pb.TxnResponse.FromString,
@@ -89,15 +144,15 @@ def _txn(channel: grpc.Channel) -> Callable[[pb.TxnRequest], pb.TxnResponse]:
     return txn
 
 
-def _fill(endpoint: str) -> None:
+def _fill(server: str) -> None:
     """The WorkloadEndpoints to list, a hundred a transaction."""
     puts = [
         pb.RequestOp(
             request_put=pb.PutRequest(key=path_of(key, value).encode(), value=orjson.dumps(value))
         )
-        for key, value in map(datastore.endpoint, range(datastore.OBJECTS))
+        for key, value in map(endpoint, range(OBJECTS))
     ]
-    with grpc.insecure_channel(endpoint) as channel:
+    with grpc.insecure_channel(server) as channel:
         txn = _txn(channel)
         for first in range(0, len(puts), 100):
             txn(pb.TxnRequest(success=puts[first : first + 100]))

@@ -10,7 +10,8 @@ from typing import Any
 import grpc
 import orjson
 
-from bench import datastore
+from bench._measure import OBJECTS, Connect, cost, cost_of_list, measure
+from bench._objects import block
 from datastore import etcd_pb2 as pb
 from datastore.etcd_client import TXN
 from datastore.interface import JSON
@@ -29,24 +30,24 @@ def run() -> dict[str, float]:
         server.request("POST", "/api/v1/namespaces", {"metadata": {"name": "shop"}})
         kubeconfig = str(server.kubeconfig)
         connect = partial(KubernetesDatastore, KubernetesSettings(kubeconfig))
-        figures = datastore.measure(connect)
+        figures = measure(connect)
         figures |= _swaps_in_turn(connect, kubeconfig)
         _fill(server)
-        figures |= datastore.cost_of_list(connect, "WorkloadEndpoint").named("list_10k")
-        figures |= datastore.cost_of_list(connect, "Pod").named("list_10k_pods")
-        return figures | datastore.cost(partial(_plain_list, kubeconfig)).named("plain_list_10k")
+        figures |= cost_of_list(connect, "WorkloadEndpoint").named("list_10k")
+        figures |= cost_of_list(connect, "Pod").named("list_10k_pods")
+        return figures | cost(partial(_plain_list, kubeconfig)).named("plain_list_10k")
 
 
-def _swaps_in_turn(connect: datastore.Connect, kubeconfig: str) -> dict[str, float]:
+def _swaps_in_turn(connect: Connect, kubeconfig: str) -> dict[str, float]:
     """Swaps a second of one client: ours, and the package's."""
     from kubernetes import client, config
 
     store = connect()
-    entry = store.create(*datastore.block(10))
+    entry = store.create(*block(10))
     config.load_kube_config(kubeconfig)  # type: ignore[no-untyped-call]
     api = client.CustomObjectsApi()
     where = ("projectcalico.org", "v3", "ipamblocks")
-    key, value = datastore.block(11)
+    key, value = block(11)
     theirs: Any = api.create_cluster_custom_object(*where, value)
 
     def ours() -> None:
@@ -99,7 +100,7 @@ def _fill(server: KubeApiserver) -> None:
                 key=f"/registry/pods/shop/web-{number}".encode(), value=orjson.dumps(_pod(number))
             )
         )
-        for number in range(datastore.OBJECTS)
+        for number in range(OBJECTS)
     ]
     with grpc.insecure_channel(server.etcd.endpoints[0]) as channel:
         txn = channel.unary_unary(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import orjson
 
-from bench import datastore
+from bench._measure import CAS_SECONDS, OBJECTS, cost_of_list, measure
+from bench._objects import block, endpoint
 from datastore.sqlite import SqliteDatastore
 
 
@@ -19,13 +20,13 @@ def run() -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="manx-bench-") as name:
         path = Path(name) / "datastore.db"
         connect = partial(SqliteDatastore, path)
-        figures = datastore.measure(connect)
+        figures = measure(connect)
         figures["plain_cas_per_s"] = _plain_swaps(Path(name) / "plain.db")
         store = connect()
-        for number in range(datastore.OBJECTS):
-            store.create(*datastore.endpoint(number))
+        for number in range(OBJECTS):
+            store.create(*endpoint(number))
         store.close()
-        return figures | datastore.cost_of_list(connect, "WorkloadEndpoint").named("list_10k")
+        return figures | cost_of_list(connect, "WorkloadEndpoint").named("list_10k")
 
 
 def _plain_swaps(path: Path) -> float:
@@ -34,10 +35,10 @@ def _plain_swaps(path: Path) -> float:
     connection.execute("PRAGMA journal_mode = WAL").fetchone()
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("CREATE TABLE objects (name TEXT PRIMARY KEY, revision INT, value BLOB)")
-    _, value = datastore.block(0)
+    _, value = block(0)
     connection.execute("INSERT INTO objects VALUES ('a', 0, ?)", (orjson.dumps(value),))
     revision, start = 0, time.monotonic()
-    while time.monotonic() < start + datastore.CAS_SECONDS:
+    while time.monotonic() < start + CAS_SECONDS:
         connection.execute(
             "UPDATE objects SET revision = ?, value = ? WHERE name = 'a' AND revision = ?",
             (revision + 1, orjson.dumps(value), revision),
