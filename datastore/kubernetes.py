@@ -8,6 +8,7 @@ a new one, by an annotation that is not shown. Unknown fields are refused, never
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
@@ -47,6 +48,12 @@ _MADE_BY = {
     "WorkloadEndpoint": "Kubernetes has no such Pod on that node",
 }
 
+_log = logging.getLogger(__name__)
+
+
+class UnselectableError(Exception):
+    """The API server can't select by that field."""
+
 
 class KubernetesDatastore:
     """A ``Datastore`` in a Kubernetes API server. Nothing is opened before the first operation.
@@ -60,6 +67,7 @@ class KubernetesDatastore:
         self._server = ApiServer(settings)
         self._watches: weakref.WeakSet[KubernetesWatch] = weakref.WeakSet()
         self._watches_lock = threading.Lock()
+        self._unselectable: set[tuple[str, str]] = set()  # kinds and fields
 
     @property
     def given(self) -> frozenset[str]:
@@ -82,6 +90,24 @@ class KubernetesDatastore:
             entries |= {key: entry for key, entry in found.items() if key.name.startswith(prefix)}
             revisions.append(revision)
         return Listing([entries[key] for key in sorted(entries)], ",".join(revisions))
+
+    def list_by_field(self, kind: str, path: str, value: str) -> Listing:
+        """The objects of a cluster-scoped kind with that value at ``path``: ``spec.node``.
+
+        The API server sends these alone, where the CRD has the field among its selectableFields.
+        Calico's CRDs don't: then it sends all.
+        """
+        (source,) = sources(kind)
+        if (kind, path) not in self._unselectable:
+            try:
+                found, revision = self._list(kind, source, None, f"{path}={value}")
+                return Listing([found[key] for key in sorted(found)], revision)
+            except UnselectableError:
+                _log.info("%s: the CRD of %s can't be selected by %s", self._server, kind, path)
+                self._unselectable.add((kind, path))
+        listing = self.list(kind)
+        of_value = [entry for entry in listing.entries if _at(entry.value, path) == value]
+        return Listing(of_value, listing.revision)
 
     def create(self, key: Key, value: JSON) -> Entry:
         """Store a new object. Raises AlreadyExistsError; NotFoundError: a view of nothing."""
@@ -172,14 +198,16 @@ class KubernetesDatastore:
         return origin_key, Entry(key, view, revision)
 
     def _list(
-        self, kind: str, source: Source, namespace: str | None
+        self, kind: str, source: Source, namespace: str | None, selector: str = ""
     ) -> tuple[dict[Key, Entry], str]:
+        """``selector``: of fields; raises UnselectableError where there is no such choice."""
+        fixed = {"limit": str(_PART)} | ({"fieldSelector": selector} if selector else {})
         for _ in range(_ATTEMPTS):
             entries: dict[Key, Entry] = {}
             after = ""
             try:
                 while True:
-                    query = {"limit": str(_PART)} | ({"continue": after} if after else {})
+                    query = fixed | ({"continue": after} if after else {})
                     path = collection(source.kind, namespace)
                     answer = self._server.request("GET", path, query=query)
                     values, after, revision = decode_list(source.kind, answer.body)
@@ -191,6 +219,8 @@ class KubernetesDatastore:
                     if not after:
                         return entries, revision
             except RequestError as error:
+                if selector and error.status.code == 400:
+                    raise UnselectableError(selector) from error
                 explained = self._server.explain(error, None, kind)
                 if not isinstance(explained, RevisionGoneError):  # between two parts
                     raise explained from error
@@ -296,6 +326,13 @@ class KubernetesDatastore:
             return decode(kind, body)
         except UndecodableError as error:
             raise UnavailableError(f"{self._server}: {error}") from error
+
+
+def _at(value: JSON, path: str) -> object:
+    found: object = value
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
 
 
 def _metadata(value: JSON) -> JSON:

@@ -96,7 +96,9 @@ SELECTABLE: Mapping[str, tuple[str, ...]] = dict.fromkeys(
         *("StagedNetworkPolicy", "StagedGlobalNetworkPolicy"),
     ),
     (".spec.tier",),
-)
+) | {
+    "BlockAffinity": (".spec.node",)  # of which every node lists its own
+}
 
 # Short names beyond those of Calico's CRDs are for manxctl: in a cluster they would be others'.
 SHORT_NAMES: Mapping[str, tuple[str, ...]] = {

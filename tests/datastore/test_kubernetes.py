@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from kubernetes.config import incluster_config
 
+from api.net import parse_net
 from datastore import kubernetes_watch
 from datastore.connect import connect
 from datastore.follower import Follower, InSync, Update
@@ -26,15 +27,17 @@ from datastore.interface import (
     Key,
     NotFoundError,
     RevisionGoneError,
+    SelectingDatastore,
     StoreError,
     UnavailableError,
     Watch,
 )
 from datastore.kubernetes import KubernetesDatastore
-from datastore.kubernetes_client import KubernetesSettings
+from datastore.kubernetes_client import ApiServer, KubernetesSettings
 from datastore.kubernetes_views import sources
 from felix import snapshot
 from ipam.allocator import Allocator
+from ipam.records import Records
 from tests.contracts.backends import policy, policy_key
 from tests.support.crds import install_crds
 from tests.support.kube import ADMIN, NEXT_ADMIN, NOBODY, KubeApiserver, api_server
@@ -314,6 +317,40 @@ def test_ipam_works_on_custom_resources(store: KubernetesDatastore) -> None:
     store.delete(pool)
     for kind in ("IPAMBlock", "BlockAffinity", "IPAMHandle"):
         delete_if_there(store, *(entry.key for entry in store.list(kind).entries))
+
+
+def test_what_a_node_claims_is_asked_for_alone(
+    server: KubeApiserver, store: KubernetesDatastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every assignment asks: in a large cluster others have thousands."""
+    kind = "BlockAffinity"
+    names = ["k8s-store-own", "k8s-store-own-too", *(f"k8s-store-{n}" for n in range(60))]
+    for number, name in enumerate(names):
+        Records(store).create_affinity(name, parse_net(f"10.97.{number}.0/26"), "confirmed")
+    asked: list[tuple[str, int]] = []
+
+    def noted(self: ApiServer, method: str, path: str, **options: Any) -> Any:
+        answer = request(self, method, path, **options)
+        asked.append((f"{path}?{options['query']['fieldSelector']}", len(answer.body)))
+        return answer
+
+    request = ApiServer.request
+    with monkeypatch.context() as patched:
+        patched.setattr(ApiServer, "request", noted)
+        found = store.list_by_field(kind, "spec.node", names[0])
+    assert [entry.value["spec"]["cidr"] for entry in found.entries] == ["10.97.0.0/26"]
+    path = "/apis/projectcalico.org/v3/blockaffinities?spec.node=k8s-store-own"
+    assert [what for what, _ in asked] == [path]
+    assert asked[0][1] < 2000
+    assert isinstance(store, SelectingDatastore)
+    assert [own.thing.net for own in Records(store).affinities(names[0])] == [
+        parse_net("10.97.0.0/26")
+    ]
+    # a CRD without that field, as Calico's own: the same answer, at more cost
+    one = store.list_by_field(kind, "spec.cidr", "10.97.1.0/26")
+    assert [entry.value["spec"]["node"] for entry in one.entries] == [names[1]]
+    assert one == store.list_by_field(kind, "spec.cidr", "10.97.1.0/26")
+    delete_if_there(store, *(entry.key for entry in store.list(kind).entries))
 
 
 # --- refusals ---
