@@ -3,20 +3,25 @@
 A block is a small CIDR. Its addresses are numbered from 0 (ordinals). ``allocations`` says for
 each ordinal which element of ``attributes`` (who holds it) counts; ``unallocated`` is the queue
 of free ordinals: taken from the head, given back at the tail, so that an address rests as long
-as possible. Source of the behaviour: libcalico-go/lib/ipam/ipam_block.go; of the JSON: the
-IPAMBlock CRD.
+as possible. An address that was released while there is a cooldown stays allocated until that
+is over, to an element that says only ``releasedAt``.
+
+Source of the behaviour: libcalico-go/lib/ipam/ipam_block.go; of the JSON: the IPAMBlock CRD.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from api.errors import InvalidObjectError, Problem
 from api.net import Net, format_address, host_net, parse_net
 
 JSON = dict[str, Any]
+
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 WINDOWS_RESERVED = "windows-reserved-ipam-handle"
 
@@ -41,6 +46,29 @@ class OutsideError(BlockError):
     """The address does not lie in the block."""
 
 
+@dataclass(frozen=True, slots=True)
+class Cooldown:
+    """How long an address rests after its release, in seconds, and what time it is now."""
+
+    seconds: int = 0
+    now: datetime = _LONG_AGO
+
+    def over(self, released_at: str) -> bool:
+        """Whether an address that was released then (RFC 3339) may be given again."""
+        if not self.seconds:
+            return True
+        return self.now - _time(released_at) >= timedelta(seconds=self.seconds)
+
+    def stamp(self) -> str:
+        """Now, as RFC 3339; the next full second, so that none rests for too short a time."""
+        if self.now.microsecond and self.seconds:
+            return _stamp(self.now + timedelta(seconds=1))
+        return _stamp(self.now)
+
+
+NO_COOLDOWN = Cooldown()
+
+
 @dataclass(slots=True)
 class Released:
     """What a release did: addresses given back, those that were free, and counts by handle."""
@@ -54,7 +82,8 @@ class Released:
 class Block:
     """One block. ``affinity`` is ``host:<node>``, another owner, or None.
 
-    ``attributes``: ``{"handle_id": …, "secondary": {…}}``, as stored, without absent keys.
+    ``attributes``: ``{"handle_id": …, "secondary": {…}}`` or ``{"releasedAt": …}``, as stored,
+    without absent keys.
     ``sequence`` grows by one with every write; ``sequences`` remembers, for each allocated
     ordinal, what it was before the write that allocated it. ``claimed``: RFC 3339, or None.
     """
@@ -120,12 +149,20 @@ class Block:
 
     @property
     def empty(self) -> bool:
-        """Whether no address is allocated, but for those a Windows node reserves in its blocks."""
-        holders = [attribute.get("handle_id") or "" for attribute in self.attributes]
+        """Whether no address is allocated, but for those a Windows node reserves in its blocks.
+
+        As in Calico, one whose cooldown is not over, or was not looked at, counts as allocated.
+        """
+        holders = [_handle(attribute) or "" for attribute in self.attributes]
         return all(
             index is None or holders[index].lower() == WINDOWS_RESERVED
             for index in self.allocations
         )
+
+    @property
+    def resting(self) -> bool:
+        """Whether an address waits for the end of its cooldown."""
+        return any("releasedAt" in attribute for attribute in self.attributes)
 
     def address(self, ordinal: int) -> Net:
         """The address of an ordinal, as a /32 or /128."""
@@ -186,41 +223,71 @@ class Block:
         self._allocate([ordinal], handle, secondary)
 
     def release(
-        self, addresses: Iterable[Net], *, handle: str | None = None, sequence: int | None = None
+        self,
+        addresses: Iterable[Net],
+        *,
+        handle: str | None = None,
+        sequences: Mapping[Net, int] | None = None,
+        cooldown: Cooldown = NO_COOLDOWN,
     ) -> Released:
         """Give addresses back; those that are free already are reported as skipped.
 
-        With ``handle`` or ``sequence`` every address must have that holder, or have been
-        allocated at that sequence number; else ReleaseError is raised for all of them.
+        With ``handle`` every address must have that holder, and one in ``sequences`` must have
+        been allocated at that sequence number; else ReleaseError is raised for all of them.
         """
         released = Released()
         ordinals: list[int] = []
         for address in dict.fromkeys(addresses):  # each once
             ordinal = self.ordinal(address)
+            sequence = (sequences or {}).get(address)
             if sequence is not None and self.sequences.get(ordinal) != sequence:
                 raise ReleaseError(
                     f"{_text(address)} was allocated at sequence number"
                     f" {self.sequences.get(ordinal)}, not {sequence}"
                 )
             index = self.allocations[ordinal]
-            if index is None:
+            if index is None or "releasedAt" in self.attributes[index]:
                 released.skipped.append(address)
                 continue
-            holder = self.attributes[index].get("handle_id")
+            holder = _handle(self.attributes[index])
             if handle is not None and holder != handle:
                 raise ReleaseError(f"{_text(address)} is held by {holder!r}, not by {handle!r}")
             ordinals.append(ordinal)
             released.addresses.append(address)
             if holder is not None:
                 released.by_handle[holder] = released.by_handle.get(holder, 0) + 1
-        self._free(ordinals)
+        self._retire(ordinals, cooldown)
+        for ordinal in ordinals:
+            if ordinal in self.sequences:  # it rests
+                self.sequences[ordinal] = self.sequence
         return released
 
-    def release_handle(self, handle: str) -> list[Net]:
+    def release_handle(self, handle: str, cooldown: Cooldown = NO_COOLDOWN) -> list[Net]:
         """Give back all that a handle holds, in the order of the addresses."""
         ordinals = self._held_by(handle)
-        self._free(ordinals)
+        self._retire(ordinals, cooldown)
         return [self.address(ordinal) for ordinal in ordinals]
+
+    def collect(self, cooldown: Cooldown) -> bool:
+        """Free the addresses whose cooldown is over; whether there were any.
+
+        To the tail of the queue, in the order of the addresses; attributes nobody needs any more
+        go, the rest move up.
+        """
+        ready = {
+            index
+            for index, attribute in enumerate(self.attributes)
+            if "releasedAt" in attribute and cooldown.over(attribute["releasedAt"])
+        }
+        if not ready:
+            return False
+        for ordinal, index in enumerate(self.allocations):
+            if index in ready:
+                self.allocations[ordinal] = None
+                self.sequences.pop(ordinal, None)
+                self.unallocated.append(ordinal)
+        self._compact()
+        return True
 
     def held_by(self, handle: str) -> list[Net]:
         """The addresses a handle holds."""
@@ -233,9 +300,7 @@ class Block:
 
     def _held_by(self, handle: str) -> list[int]:
         indexes = {
-            index
-            for index, attribute in enumerate(self.attributes)
-            if attribute.get("handle_id") == handle
+            index for index, attribute in enumerate(self.attributes) if _handle(attribute) == handle
         }
         return [ordinal for ordinal, index in enumerate(self.allocations) if index in indexes]
 
@@ -266,12 +331,17 @@ class Block:
             self.allocations[ordinal] = index
             self.sequences[ordinal] = self.sequence
 
-    def _free(self, ordinals: Sequence[int]) -> None:
-        """To the tail of the queue; attributes nobody needs any more go, the rest move up."""
+    def _retire(self, ordinals: Sequence[int], cooldown: Cooldown) -> None:
+        """Let addresses rest, and free those that have."""
+        if not ordinals:
+            return
+        self.attributes.append({"releasedAt": cooldown.stamp()})
         for ordinal in ordinals:
-            self.allocations[ordinal] = None
-            self.sequences.pop(ordinal, None)
-            self.unallocated.append(ordinal)
+            self.allocations[ordinal] = len(self.attributes) - 1
+        if not self.collect(cooldown):
+            self._compact()
+
+    def _compact(self) -> None:
         used = sorted({index for index in self.allocations if index is not None})
         place = {index: position for position, index in enumerate(used)}
         self.attributes = [self.attributes[index] for index in used]
@@ -290,6 +360,9 @@ class Block:
                 raise _invalid(
                     name, f"spec.allocations[{ordinal}]", index, "the index of one of attributes"
                 )
+        for place, attribute in enumerate(self.attributes):
+            if "releasedAt" in attribute:
+                _check_time(name, f"spec.attributes[{place}].releasedAt", attribute["releasedAt"])
         free = {ordinal for ordinal, index in enumerate(self.allocations) if index is None}
         if len(self.unallocated) != len(free) or set(self.unallocated) != free:
             raise _invalid(
@@ -298,6 +371,28 @@ class Block:
                 self.unallocated,
                 f"each ordinal without allocation once: {sorted(free)}",
             )
+
+
+def _handle(attribute: JSON) -> str | None:
+    """Who holds it. Handles that came from host-local's files may go on after a carriage return."""
+    handle: str | None = attribute.get("handle_id")
+    return handle.partition("\r")[0] if handle else handle
+
+
+def _time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _stamp(time: datetime) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _check_time(name: str, path: str, text: object) -> None:
+    try:
+        _time(str(text))
+    except ValueError:
+        raise _invalid(name, path, text, "a time such as 2026-01-02T03:04:05Z") from None
 
 
 def _text(address: Net) -> str:

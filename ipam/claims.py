@@ -22,6 +22,7 @@ from ipam.errors import ContentionError
 from ipam.records import (
     ATTEMPTS,
     CONFIRMED,
+    HOST,
     PENDING,
     PENDING_DELETION,
     Affinity,
@@ -34,22 +35,28 @@ _GROUP = 8  # bits of the addresses whose text begins alike: 10.0.0.x, fd00::12x
 _LARGEST = 12  # bits of the largest block there may be: /20, /116
 
 
-def claim(records: Records, node: str, net: Net) -> Stored[Block] | None:
+def claim(records: Records, node: str, net: Net, *, type_: str = HOST) -> Stored[Block] | None:
     """Make a block the node's own, or finish an earlier attempt to.
 
     None when it can't be: it is another's, or blocks of another size lie there. Then the node
-    has no affinity to it (any more).
+    has no affinity to it (any more). ``type_``: ``virtual`` for an owner that is no node.
     """
+    affine = owner(node, type_)
     for _ in range(ATTEMPTS):
         try:
-            affinity = _pending(records, node, net)
+            affinity = _pending(records, node, net, type_)
             block = records.block(net)
-            if block is None and next(overlapping(records, net), None) is None:
+            if block is None and not any(overlapping(records, net)):
                 now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-                block = records.create_block(Block.new(net, owner(node), time.time_ns(), now))
-            elif block is not None and block.thing.affinity == owner(node):
+                block = records.create_block(Block.new(net, affine, time.time_ns(), now))
+            elif block is not None and block.thing.affinity == affine:
                 block = records.write_block(block)
             else:
+                records.delete_affinity(affinity)
+                return None
+            if block.thing.empty and any(overlapping(records, net)):
+                # Of another who had another block size in mind, and was as quick as we.
+                records.delete_block(block)
                 records.delete_affinity(affinity)
                 return None
             records.write_affinity(affinity, CONFIRMED)
@@ -59,24 +66,28 @@ def claim(records: Records, node: str, net: Net) -> Stored[Block] | None:
     raise _contended(net)
 
 
-def release(records: Records, node: str, net: Net, *, only_empty: bool = False) -> bool:
+def release(
+    records: Records, node: str, net: Net, *, only_empty: bool = False, type_: str = HOST
+) -> bool:
     """Give a block of the node up; addresses in use stay allocated, in a block without owner.
 
     False when ``only_empty`` and an address is in use: then the block stays the node's.
+    ``type_``: ``virtual`` for an owner that is no node.
     """
+    affine = owner(node, type_)
     for _ in range(ATTEMPTS):
         try:
             affinity = records.affinity(node, net)
-            if only_empty and _in_use(records.block(net), node):
+            if only_empty and _in_use(records.block(net), affine):
                 if affinity is None or affinity.thing.state != CONFIRMED:
-                    claim(records, node, net)
+                    claim(records, node, net, type_=type_)
                 return False
             if affinity is not None:
                 affinity = records.write_affinity(affinity, PENDING_DELETION)
             block = records.block(net)
-            if only_empty and _in_use(block, node):
+            if only_empty and _in_use(block, affine):
                 continue  # since we looked
-            if block is not None and block.thing.affinity == owner(node):
+            if block is not None and block.thing.affinity == affine:
                 _disown(records, block)
             if affinity is not None:
                 records.delete_affinity(affinity)
@@ -117,16 +128,16 @@ def block_holding(records: Records, address: Net) -> Stored[Block] | None:
     return next((stored for stored in near if stored.thing.net.contains(address)), None)
 
 
-def _pending(records: Records, node: str, net: Net) -> Stored[Affinity]:
+def _pending(records: Records, node: str, net: Net, type_: str) -> Stored[Affinity]:
     """The node's affinity, pending, at a revision that only we know."""
     affinity = records.affinity(node, net)
     if affinity is None:
-        return records.create_affinity(node, net, PENDING)
+        return records.create_affinity(node, net, PENDING, type_)
     return records.write_affinity(affinity, PENDING)
 
 
-def _in_use(block: Stored[Block] | None, node: str) -> bool:
-    return block is not None and block.thing.affinity == owner(node) and not block.thing.empty
+def _in_use(block: Stored[Block] | None, affine: str) -> bool:
+    return block is not None and block.thing.affinity == affine and not block.thing.empty
 
 
 def _disown(records: Records, block: Stored[Block]) -> None:

@@ -24,12 +24,22 @@ def delete_orphans(store: Datastore, node: str) -> list[str]:
     ]
 
 
-def _unused(handle: Handle, blocks: Mapping[Net, Block], node: str) -> bool:
+def delete_orphan(store: Datastore, id_: str) -> bool:
+    """Delete a handle without addresses, whosever blocks it names; whether it was one.
+
+    Harmless to every assign that is under way.
+    """
+    return _delete(Records(store), id_, None)
+
+
+def _unused(handle: Handle, blocks: Mapping[Net, Block], node: str | None) -> bool:
     named = [blocks[net] for net in handle.counts if net in blocks]
-    return all(block.affinity == owner(node) and not block.held_by(handle.id) for block in named)
+    if node is not None and any(block.affinity != owner(node) for block in named):
+        return False
+    return not any(block.held_by(handle.id) for block in named)
 
 
-def _delete(records: Records, id_: str, node: str) -> bool:
+def _delete(records: Records, id_: str, node: str | None) -> bool:
     """Delete the handle if it still holds nothing.
 
     Its blocks are written although nothing in them changes: an assign that has counted the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from api.errors import InvalidObjectError
@@ -41,19 +41,28 @@ class Pool:
         shift = BITS[self.net.version] - self.block_length
         return Net(self.net.version, address.address >> shift << shift, self.block_length)
 
-    def blocks(self, node: str) -> Iterator[Net]:
-        """Every block of the pool once, in an order of the node's own.
+    def selects(self, node_labels: Labels) -> bool:
+        """Whether a node with these labels may have blocks of it."""
+        return self.node_selector is None or self.node_selector.matches(node_labels)
+
+    @property
+    def block_count(self) -> int:
+        """How many blocks it has."""
+        return 1 << (self.block_length - self.net.length)
+
+    def blocks(self, node: str, skip: int = 0) -> Iterator[Net]:
+        """Every block of the pool once, in an order of the node's own, from a place in it on.
 
         Nodes start at different places and make different steps, so they seldom meet: the
         number of blocks tried before a free one depends on how full the pool is, not on how
         large.
         """
-        count = 1 << (self.block_length - self.net.length)
+        count = self.block_count
         seed = hashlib.sha256(f"{node} {self.net}".encode()).digest()
         start = int.from_bytes(seed[:16])
         step = int.from_bytes(seed[16:]) | 1  # odd, and count is a power of two: all are reached
         size = 1 << (BITS[self.net.version] - self.block_length)
-        for number in range(count):
+        for number in range(skip, skip + count):
             place = (start + number * step) % count
             yield Net(self.net.version, self.net.address + place * size, self.block_length)
 
@@ -84,19 +93,8 @@ class Pools:
         return [pool for _, pool in self._parsed.values() if pool is not None]
 
     def usable(self, request: Request) -> list[Pool]:
-        """The pools that may serve a request, in the order to try them. Raises NoPoolError."""
-        pools = [pool for pool in self.all() if pool.net.version == request.version]
-        if request.pools:
-            return [_requested(text, pools, request) for text in dict.fromkeys(request.pools)]
-        verdicts = {pool: _unsuitable(pool, request) for pool in pools}
-        usable = [pool for pool, reason in verdicts.items() if reason is None]
-        if not usable:
-            reasons = [f"{pool} {reason}" for pool, reason in verdicts.items()] or ["there is none"]
-            raise NoPoolError(
-                f"no IPv{request.version} pool for {request.use} addresses of node"
-                f" {request.node}: {'; '.join(reasons)}. Create an IPPool, or change one of these"
-            )
-        return usable
+        """``usable`` of all. Raises NoPoolError."""
+        return usable(self.all(), request)
 
     def _parse(self, entry: Entry) -> tuple[str, Pool | None]:
         known = self._parsed.get(entry.key.name)
@@ -107,6 +105,22 @@ class Pools:
         except (InvalidObjectError, ValueError) as error:
             _log.error("pool not used: %s", error)
             return entry.revision, None
+
+
+def usable(pools: Iterable[Pool], request: Request) -> list[Pool]:
+    """The pools that may serve a request, in the order to try them. Raises NoPoolError."""
+    pools = [pool for pool in pools if pool.net.version == request.version]
+    if request.pools:
+        return [_requested(text, pools, request) for text in dict.fromkeys(request.pools)]
+    verdicts = {pool: _unsuitable(pool, request) for pool in pools}
+    usable = [pool for pool, reason in verdicts.items() if reason is None]
+    if not usable:
+        reasons = [f"{pool} {reason}" for pool, reason in verdicts.items()] or ["there is none"]
+        raise NoPoolError(
+            f"no IPv{request.version} pool for {request.use} addresses of node"
+            f" {request.node}: {'; '.join(reasons)}. Create an IPPool, or change one of these"
+        )
+    return usable
 
 
 def _pool(entry: Entry) -> Pool:
@@ -166,7 +180,7 @@ def _unsuitable(pool: Pool, request: Request) -> str | None:
         return reason
     if not pool.automatic:
         return "must be asked for (assignmentMode: Manual)"
-    if pool.node_selector is not None and not pool.node_selector.matches(request.node_labels()):
+    if pool.node_selector is not None and not pool.selects(request.node_labels()):
         return f"selects other nodes (nodeSelector: {pool.node_selector})"
     if pool.namespace_selector is not None and (
         request.namespace_labels is None

@@ -9,19 +9,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import takewhile
 from typing import Generic, TypeVar
 
 from api.ipam import IPAMConfigurationSpec
 from api.kinds import KINDS
 from api.names import cidr_name
-from api.net import Net, parse_net
+from api.net import V4, Net, parse_net
 from api.registry import parse_as
-from datastore.interface import JSON, Datastore, Entry, Key, NotFoundError
+from datastore.interface import (
+    JSON,
+    Datastore,
+    Entry,
+    Key,
+    Listing,
+    NotFoundError,
+    SelectingDatastore,
+)
 from ipam.block import Block
 
 PENDING = "pending"
 CONFIRMED = "confirmed"
 PENDING_DELETION = "pendingDeletion"
+
+HOST = "host"  # the owner of a block is a node
+VIRTUAL = "virtual"  # or somebody who is no machine, as the one all load balancers share
+LOAD_BALANCER = "load-balancer"
 
 ATTEMPTS = 100  # at a compare-and-swap that others keep changing
 
@@ -40,11 +53,12 @@ class Stored(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Affinity:
-    """A node's claim on a block."""
+    """A node's claim on a block. ``type``: ``host``, or ``virtual`` for one that is no node."""
 
     node: str
     net: Net
     state: str
+    type: str = HOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +69,9 @@ class Handle:
     counts: Mapping[Net, int]
 
 
-def owner(node: str) -> str:
+def owner(node: str, type_: str = HOST) -> str:
     """The affinity of a node's blocks."""
-    return f"host:{node}"
+    return f"{type_}:{node}"
 
 
 class Records:
@@ -94,6 +108,12 @@ class Records:
         for entry in self._list("IPAMBlock", prefix):
             yield _block(entry)
 
+    def blocks_within(self, net: Net) -> Iterator[Stored[Block]]:
+        """All blocks inside a network."""
+        for stored in self.blocks(_name_prefix(net)):
+            if net.contains(stored.thing.net):
+                yield stored
+
     def create_block(self, block: Block) -> Stored[Block]:
         """Store a new block. Raises AlreadyExistsError."""
         entry = self._store.create(
@@ -117,16 +137,23 @@ class Records:
         entry = self._get(_affinity_key(node, net))
         return None if entry is None else _affinity(entry)
 
-    def affinities(self, node: str) -> list[Stored[Affinity]]:
+    def affinities(self, node: str, type_: str = HOST) -> list[Stored[Affinity]]:
         """All claims of the node, in the order of their names."""
-        found = [_affinity(entry) for entry in self._list("BlockAffinity", f"{node}-")]
-        return [stored for stored in found if stored.thing.node == node]
+        found = [_affinity(entry) for entry in self._affinities(node)]
+        return [s for s in found if s.thing.node == node and s.thing.type == type_]
 
-    def create_affinity(self, node: str, net: Net, state: str) -> Stored[Affinity]:
+    def claimed(self) -> set[Net]:
+        """All blocks that anybody claims."""
+        return {_affinity(entry).thing.net for entry in self._list("BlockAffinity", "")}
+
+    def create_affinity(
+        self, node: str, net: Net, state: str, type_: str = HOST
+    ) -> Stored[Affinity]:
         """Store a new claim. Raises AlreadyExistsError."""
         key = _affinity_key(node, net)
-        spec = {"state": state, "node": node, "type": "host", "cidr": str(net), "deleted": False}
-        return Stored(self._store.create(key, _object(key, spec)), Affinity(node, net, state))
+        spec = {"state": state, "node": node, "type": type_, "cidr": str(net), "deleted": False}
+        entry = self._store.create(key, _object(key, spec))
+        return Stored(entry, Affinity(node, net, state, type_))
 
     def write_affinity(self, stored: Stored[Affinity], state: str) -> Stored[Affinity]:
         """Give the claim a state, and in any case a new revision."""
@@ -148,20 +175,25 @@ class Records:
         """All handles."""
         return map(_handle, self._list("IPAMHandle", ""))
 
-    def create_handle(self, handle: Handle) -> None:
+    def create_handle(self, handle: Handle) -> Stored[Handle]:
         """Store a new handle. Raises AlreadyExistsError."""
         key = _handle_key(handle.id)
-        self._store.create(key, _object(key, _handle_spec(handle)))
+        return Stored(self._store.create(key, _object(key, _handle_spec(handle))), handle)
 
-    def write_handle(self, stored: Stored[Handle], handle: Handle) -> None:
+    def write_handle(self, stored: Stored[Handle], handle: Handle) -> Stored[Handle]:
         """Replace the handle."""
-        self._update(stored.entry, _handle_spec(handle))
+        return Stored(self._update(stored.entry, _handle_spec(handle)), handle)
 
     def delete_handle(self, stored: Stored[Handle]) -> None:
         """Delete the handle."""
         self._store.delete(stored.entry.key, stored.entry.revision)
 
     # any
+
+    def _affinities(self, node: str) -> Iterator[Entry]:
+        if isinstance(self._store, SelectingDatastore):
+            return self._all_present(self._store.list_by_field("BlockAffinity", "spec.node", node))
+        return self._list("BlockAffinity", f"{node}-")
 
     def _get(self, key: Key) -> Entry | None:
         try:
@@ -170,7 +202,10 @@ class Records:
             return None
 
     def _list(self, kind: str, prefix: str) -> Iterator[Entry]:
-        for entry in self._store.list(kind, prefix=prefix).entries:
+        return self._all_present(self._store.list(kind, prefix=prefix))
+
+    def _all_present(self, listing: Listing) -> Iterator[Entry]:
+        for entry in listing.entries:
             if present := self._present(entry):
                 yield present
 
@@ -197,6 +232,17 @@ def _block_key(net: Net) -> Key:
     return Key("IPAMBlock", cidr_name(net))
 
 
+def _name_prefix(net: Net) -> str:
+    """How the names of all blocks inside a network begin, as far as that is certain."""
+    if net.version == V4:
+        groups = str(net).split(".")[: net.length // 8]
+    else:
+        # Up to the first zero: from there on a run of zeros may be left out, or not.
+        words = [net.address >> shift & 0xFFFF for shift in range(112, -1, -16)]
+        groups = [f"{word:x}" for word in takewhile(bool, words[: net.length // 16])]
+    return "".join(f"{group}-" for group in groups)
+
+
 def _affinity_key(node: str, net: Net) -> Key:
     return Key("BlockAffinity", f"{node}-{cidr_name(net)}")
 
@@ -212,7 +258,8 @@ def _block(entry: Entry) -> Stored[Block]:
 def _affinity(entry: Entry) -> Stored[Affinity]:
     spec = entry.value["spec"]
     state = spec.get("state") or CONFIRMED  # as the oldest versions of Calico wrote it
-    return Stored(entry, Affinity(spec["node"], net_of(spec["cidr"]), state))
+    affinity = Affinity(spec["node"], net_of(spec["cidr"]), state, spec.get("type") or HOST)
+    return Stored(entry, affinity)
 
 
 def _handle(entry: Entry) -> Stored[Handle]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from api.net import Net, parse_net
 from api.registry import parse_as
-from datastore.interface import JSON, ConflictError, Entry, Key, UnavailableError
+from datastore.interface import JSON, ConflictError, Datastore, Entry, Key, UnavailableError
 from datastore.sqlite import SqliteDatastore
 from ipam import claims
 from ipam.allocator import (
@@ -34,6 +37,8 @@ from tests.ipam.world import (
     configure,
     handles,
     overtaken_at,
+    reserve,
+    until,
 )
 
 HANDLE = "k8s-pod-network.0123abc"
@@ -482,4 +487,63 @@ def test_cost_of_an_address_does_not_grow_with_the_cluster(store: SqliteDatastor
         counting.reads = counting.writes = 0
         allocator.assign(f"{HANDLE}-{nodes}-b", POD)
         costs.append((counting.reads, counting.writes))
-    assert costs == [(4, 2)] * 3  # pools, affinities, block, handle; handle, block
+    assert costs == [(3, 2)] * 3  # pools, reservations, affinities; handle, block
+
+
+def test_a_followed_store_is_only_written_to(store: SqliteDatastore) -> None:
+    add_pool(store, "pool", "10.0.0.0/16", 26)
+    counting = Interposed(store)
+    with following(counting, "n1") as allocator:
+        until(lambda: reads(allocator, counting) == 0)  # the news of its claim has come back
+        counting.reads = counting.writes = 0
+        allocator.assign("second", POD)
+        assert (counting.reads, counting.writes) == (0, 2)  # handle, block
+        allocator.release("second")
+        assert (counting.reads, counting.writes) == (0, 4)  # block, handle
+
+
+def test_what_was_followed_is_asked_for_before_a_refusal(store: SqliteDatastore) -> None:
+    with following(store, "n1") as allocator:
+        with pytest.raises(NoPoolError):
+            allocator.assign(HANDLE, POD)
+        add_pool(store, "pool", "10.0.0.0/24", 26)
+        assert allocator.assign(HANDLE, POD).pool == "pool"
+
+
+def test_changes_are_followed(store: SqliteDatastore) -> None:
+    add_pool(store, "a", "10.0.0.0/24", 26)
+    add_pool(store, "b", "10.1.0.0/24", 26)
+    with following(store, "n1") as allocator:
+        assert allocator.assign("first", POD).pool == "a"
+        pool = store.get(Key("IPPool", "a"))
+        pool.value["spec"]["disabled"] = True
+        store.update(pool.key, pool.value)
+        until(lambda: allocator.assign(str(time.monotonic()), POD).pool == "b")
+        reserve(store, "10.1.0.0/24")
+        until(lambda: refuses(allocator))
+
+
+def reads(allocator: Allocator, counting: Interposed) -> int:
+    """What an assign costs."""
+    before = counting.reads
+    allocator.assign("first", POD)
+    return counting.reads - before
+
+
+def refuses(allocator: Allocator) -> bool:
+    try:
+        allocator.assign(HANDLE, POD)
+    except PoolExhaustedError:
+        return True
+    return False
+
+
+@contextmanager
+def following(store: Datastore, node: str) -> Iterator[Allocator]:
+    allocator = Allocator(store, node, follow=True)
+    allocator.start()
+    try:
+        until(lambda: allocator.following)
+        yield allocator
+    finally:
+        allocator.stop()

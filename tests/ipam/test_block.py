@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ipam.block import (
     AssignedError,
     Block,
     BlockError,
+    Cooldown,
     OutsideError,
     ReleaseError,
 )
@@ -50,10 +52,12 @@ def replay(block: Block, op: dict[str, Any]) -> dict[str, Any]:
             block.take_address(parse_net(op["address"]), handle, secondary, only_for=only_for)
             return {}
         case "release":
+            addresses = [parse_net(text) for text in op["addresses"]]
+            sequence = op.get("sequence_number")
             released = block.release(
-                [parse_net(text) for text in op["addresses"]],
+                addresses,
                 handle=handle,
-                sequence=op.get("sequence_number"),
+                sequences={} if sequence is None else dict.fromkeys(addresses, sequence),
             )
             report: dict[str, Any] = {}
             if released.skipped:
@@ -182,11 +186,70 @@ def test_release_is_all_or_nothing() -> None:
     with pytest.raises(ReleaseError, match="held by 'i', not by 'h'"):
         block.release([one, two], handle="h")
     with pytest.raises(ReleaseError, match="sequence number 1, not 2"):
-        block.release([one], sequence=2)
+        block.release([one], sequences={one: 2})
     assert block.to_spec() == before
-    released = block.release([one, one, parse_net("10.0.0.3")], handle="h", sequence=None)
+    released = block.release([one, one, parse_net("10.0.0.3")], handle="h")
     assert released.addresses == [one]
     assert released.skipped == [parse_net("10.0.0.3")]
+
+
+def test_several_released_at_once_rest_in_the_order_of_addresses() -> None:
+    block = block_of("10.0.0.0/30")
+    given = block.take(4, "h", {})
+    block.release(reversed(given[1:]))
+    assert block.unallocated == [1, 2, 3]
+
+
+NOON = datetime(2026, 1, 2, 12, 0, 0, 500_000, tzinfo=UTC)
+
+
+def after(seconds: float) -> Cooldown:
+    return Cooldown(60, NOON + timedelta(seconds=seconds))
+
+
+def test_an_address_rests_for_the_cooldown() -> None:
+    block = block_of("10.0.0.0/30")
+    one, two, three = block.take(3, "h", {"pod": "p"})
+    block.sequence = 7
+    assert block.release([two], cooldown=after(0)).by_handle == {"h": 1}
+    assert block.release_handle("h", after(10)) == [one, three]
+    spec = block.to_spec()
+    assert spec["attributes"] == [
+        {"releasedAt": "2026-01-02T12:00:01Z"},
+        {"releasedAt": "2026-01-02T12:00:11Z"},
+    ]
+    assert (spec["allocations"], spec["unallocated"]) == ([1, 0, 1, None], [3])
+    assert spec["sequenceNumberForAllocation"] == {"0": 1, "1": 7, "2": 1}
+    parse_as("IPAMBlock", {"metadata": {"name": "10-0-0-0-30"}, "spec": spec})
+    block = Block.from_spec("b", spec)
+    assert not block.empty
+    assert block.held_by("h") == []
+    assert block.release([one]).skipped == [one]
+    with pytest.raises(AssignedError):
+        block.take_address(one, "i", {})
+    assert not block.collect(after(60))
+    assert block.collect(after(60.5))
+    assert block.unallocated == [3, 1]
+    assert not block.collect(after(70))
+    assert block.collect(Cooldown(0, NOON))  # the setting was taken back
+    assert block.unallocated == [3, 1, 0, 2]
+    assert (block.attributes, block.sequences) == ([], {})
+
+
+def test_a_release_frees_what_has_rested() -> None:
+    block = block_of("10.0.0.0/30")
+    block.take(2, "h", {})
+    block.take(2, "i", {})
+    block.release_handle("i", after(0))
+    block.release_handle("h", after(61))
+    assert block.unallocated == [2, 3]
+
+
+def test_a_handle_from_a_file_with_carriage_returns() -> None:
+    block = block_of("10.0.0.0/30")
+    address = block.take(1, "net.0123\r\neth0", {})
+    assert block.held_by("net.0123") == address
+    assert block.release(address, handle="net.0123").by_handle == {"net.0123": 1}
 
 
 def test_a_windows_block_in_which_nobody_is_counts_as_empty() -> None:
@@ -243,6 +306,7 @@ def replaced(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (replaced("unallocated", [0, 1, 2, 3]), "spec.unallocated"),  # one given twice
         (replaced("unallocated", [1, 2, 2, 3]), "spec.unallocated"),
         (replaced("unallocated", [1, 2, 3, 4]), "spec.unallocated"),
+        (replaced("attributes", [{"releasedAt": "noon"}]), "spec.attributes[0].releasedAt"),
     ],
 )
 def test_a_block_that_makes_no_sense_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -36,6 +37,27 @@ def configure(store: Datastore, **spec: Any) -> None:
             "spec": spec,
         },
     )
+
+
+def reserve(store: Datastore, *cidrs: str) -> None:
+    """Create an IPReservation."""
+    store.create(
+        Key("IPReservation", f"r-{'-'.join(cidrs).replace('/', '-').replace(':', '-')}"),
+        {
+            "apiVersion": "projectcalico.org/v3",
+            "kind": "IPReservation",
+            "metadata": {"name": "r"},
+            "spec": {"reservedCIDRs": list(cidrs)},
+        },
+    )
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for something that must come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
 
 
 class Died(BaseException):

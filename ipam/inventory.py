@@ -1,0 +1,382 @@
+"""Everything that has to do with addresses, read from a store: the ground for audit and collection.
+
+What gives addresses is read before those who use them, so that an address which nobody seems to
+use had no user at a moment after it was given. Nothing is written, and one object that makes no
+sense does not hide the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from api import pods
+from api.errors import InvalidObjectError, Problem
+from api.names import workload_endpoint_name
+from api.net import Net, parse_interface, parse_net
+from datastore.interface import JSON, Datastore, Entry, Key, NotFoundError
+from ipam.block import WINDOWS_RESERVED, Block
+from ipam.pools import Pool, Pools
+from ipam.records import CONFIRMED, Affinity, Handle, Stored
+
+_TUNNEL = re.compile(r"(?:ipip|vxlan|vxlan-v6|wireguard|wireguard-v6)-tunnel-addr-(.+)")
+_HOST = "host:"
+# where a Node names the addresses of its tunnels
+_TUNNELS = (
+    ("bgp", "ipv4IPIPTunnelAddr"),
+    ("ipv4VXLANTunnelAddr",),
+    ("ipv6VXLANTunnelAddr",),
+    ("wireguard", "interfaceIPv4Address"),
+    ("wireguard", "interfaceIPv6Address"),
+)
+_CONTAINER_ID = "cni.projectcalico.org/containerID"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """An address that IPAM gave to somebody.
+
+    ``sequence`` is the block's when it was given (None: not recorded). Two that are equal are
+    the same allocation, not one that was given back and given again.
+    """
+
+    address: Net
+    block: Net
+    handle: str
+    sequence: int | None
+    attributes: tuple[tuple[str, str], ...]
+
+    def attribute(self, name: str) -> str:
+        """What its holder said of itself; empty when it did not."""
+        return dict(self.attributes).get(name, "")
+
+    @property
+    def tunnel_of(self) -> str:
+        """The node whose tunnel's address it is; empty when it is not a tunnel's."""
+        found = _TUNNEL.fullmatch(self.handle)
+        return (self.attribute("node") or found[1]) if found else ""
+
+    @property
+    def workload(self) -> bool:
+        """Whether a pod or another container holds it, of which the CNI plugin told."""
+        return bool(self.handle and (self.attribute("pod") or self.attribute("attachment")))
+
+    @property
+    def containers(self) -> frozenset[str]:
+        """What the container that holds it may be called in its WorkloadEndpoint."""
+        attachment = self.attribute("attachment").split("/")
+        if len(attachment) == 3:
+            return frozenset((attachment[1], hashlib.sha256(attachment[1].encode()).hexdigest()))
+        return frozenset(self.handle.split(".")[1:])
+
+    @property
+    def holder(self) -> str:
+        """Who has it, for people: the handle, and the pod and node that are known of it."""
+        name, node = self.attribute("pod"), self.attribute("node")
+        pod = f" (pod {self.attribute('namespace')}/{name})" if name else ""
+        return f"{self.handle or 'nobody known'}{pod}{f' on {node}' if node else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """An object that says it has addresses: a WorkloadEndpoint, a Pod, or a Node with tunnels."""
+
+    key: Key
+    node: str
+    addresses: tuple[Net, ...]
+    pod: tuple[str, str] | None = None  # namespace and name
+    container: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An object that makes no sense. ``user``: it may use addresses nobody can tell."""
+
+    key: Key
+    reason: str
+    user: bool = False
+
+
+@dataclass
+class Inventory:
+    """One reading. ``handles`` by id; ``affinities``: those of nodes; ``nodes``: their names."""
+
+    blocks: Mapping[Net, Stored[Block]]
+    handles: Mapping[str, Stored[Handle]]
+    affinities: Sequence[Stored[Affinity]]
+    users: Sequence[User]
+    nodes: frozenset[str]
+    pools: Sequence[Pool] = ()
+    reserved: Sequence[Net] = ()
+    unreadable: Sequence[Unreadable] = ()
+    half_deleted: Sequence[Key] = field(default_factory=list)
+
+    @property
+    def blind(self) -> bool:
+        """Whether somebody may use addresses that can't be told."""
+        return any(problem.user for problem in self.unreadable)
+
+    @cached_property
+    def allocations(self) -> Mapping[Net, Allocation]:
+        """Every address that somebody holds; not those that only rest after their release."""
+        return {
+            allocation.address: allocation
+            for stored in self.blocks.values()
+            for allocation in allocations_of(stored.thing)
+        }
+
+    @cached_property
+    def by_handle(self) -> Mapping[str, list[Allocation]]:
+        """The allocations of each handle; "" for those that have none."""
+        found: dict[str, list[Allocation]] = defaultdict(list)
+        for allocation in self.allocations.values():
+            found[allocation.handle].append(allocation)
+        return found
+
+    @cached_property
+    def used(self) -> Mapping[Net, list[User]]:
+        """Who uses an address."""
+        found: dict[Net, list[User]] = defaultdict(list)
+        for user in self.users:
+            for address in user.addresses:
+                found[address].append(user)
+        return found
+
+    @cached_property
+    def _containers(self) -> frozenset[str]:
+        return frozenset(user.container for user in self.users if user.container)
+
+    @cached_property
+    def _expecting(self) -> frozenset[tuple[str, tuple[str, str]]]:
+        return frozenset(
+            (user.node, user.pod) for user in self.users if user.pod and not user.addresses
+        )
+
+    def unused(self, allocation: Allocation) -> bool:
+        """Whether whoever holds the address is known, and is not there (any more).
+
+        In doubt it is in use: while its container has an endpoint, whatever addresses that
+        names, and while its pod has no address yet.
+        """
+        if allocation.address in self.used:
+            return False
+        if allocation.tunnel_of:
+            return bool(self.nodes) and allocation.tunnel_of not in self.nodes
+        if not allocation.workload or allocation.containers & self._containers:
+            return False
+        pod = (allocation.attribute("namespace"), allocation.attribute("pod"))
+        return (allocation.attribute("node"), pod) not in self._expecting
+
+    def gone(self, nodes: set[str]) -> set[str]:
+        """Those of the nodes that do not exist. When no node does, that is not believed."""
+        return nodes - self.nodes - {""} if self.nodes else set()
+
+    def pool_of(self, net: Net) -> Pool | None:
+        """The pool a block or an address lies in."""
+        return next((pool for pool in self.pools if pool.net.contains(net)), None)
+
+
+def allocations_of(block: Block) -> Iterator[Allocation]:
+    """Every address of a block that somebody holds."""
+    holders = []
+    for attribute in block.attributes:
+        handle = attribute.get("handle_id") or ""
+        said = attribute.get("secondary") or {}
+        free = "releasedAt" in attribute or handle.lower() == WINDOWS_RESERVED
+        holders.append(None if free else (handle, tuple(sorted(said.items()))))
+    for ordinal, index in enumerate(block.allocations):
+        holder = None if index is None else holders[index]
+        if holder is not None:
+            sequence = block.sequences.get(ordinal)
+            yield Allocation(block.address(ordinal), block.net, holder[0], sequence, holder[1])
+
+
+def host_of(block: Block) -> str:
+    """The node whose block it is; empty when it is nobody's, or no node's."""
+    affinity = block.affinity or ""
+    return affinity.removeprefix(_HOST) if affinity.startswith(_HOST) else ""
+
+
+def read(store: Datastore, kubernetes: Datastore | None = None) -> Inventory:
+    """Read everything; the pods from ``kubernetes`` where that is another store.
+
+    Raises StoreError.
+    """
+    reader = _Reader(store, kubernetes)
+    blocks = {stored.thing.net: stored for stored in reader.all("IPAMBlock", _block)}
+    handles = {stored.thing.id: stored for stored in reader.all("IPAMHandle", _handle)}
+    affinities = reader.all("BlockAffinity", _affinity)
+    users = reader.users()
+    nodes = reader.all("Node", _tunnels, user=True)
+    return Inventory(
+        blocks=blocks,
+        handles=handles,
+        affinities=[stored for stored in affinities if stored is not None],
+        users=[*users, *(node for node in nodes if node.addresses)],
+        nodes=frozenset(node.key.name for node in nodes),
+        pools=Pools(store).all(),
+        reserved=[net for nets in reader.all("IPReservation", _reserved) for net in nets],
+        unreadable=reader.unreadable,
+        half_deleted=reader.half_deleted,
+    )
+
+
+def users_of(
+    store: Datastore, allocation: Allocation, kubernetes: Datastore | None = None
+) -> list[User]:
+    """The objects by whose names the holder of an address is found, as they are now.
+
+    Raises StoreError; InvalidObjectError when one of them can't be understood.
+    """
+    reader = _Reader(store, kubernetes)
+    found: list[User | None] = []
+    if allocation.tunnel_of:
+        found += reader.one(Key("Node", allocation.tunnel_of), _tunnels)
+    else:
+        namespace, pod = allocation.attribute("namespace"), allocation.attribute("pod")
+        if pod:
+            found += reader.one(Key("Pod", pod, namespace), _pod)
+        names = [("k8s", pod)] if pod else [("cni", name) for name in allocation.containers]
+        if "WorkloadEndpoint" in store.given:
+            names = []  # they are views of pods
+        for orchestrator, name in names:
+            prefix = workload_endpoint_name(allocation.attribute("node"), orchestrator, name, "")
+            found += reader.all("WorkloadEndpoint", _endpoint, prefix, user=True)
+    for unreadable in reader.unreadable:
+        problem = Problem("", None, unreadable.reason)
+        raise InvalidObjectError(unreadable.key.kind, unreadable.key.name, [problem])
+    return [user for user in found if user is not None]
+
+
+class _Reader:
+    def __init__(self, store: Datastore, kubernetes: Datastore | None) -> None:
+        self._store = store
+        self._kubernetes = kubernetes or store
+        self.unreadable: list[Unreadable] = []
+        self.half_deleted: list[Key] = []
+
+    def all(
+        self, kind: str, convert: Callable[[Entry], T], prefix: str = "", *, user: bool = False
+    ) -> list[T]:
+        """What became of all objects of a kind that make sense."""
+        found = []
+        for entry in self._of(kind).list(kind, prefix=prefix).entries:
+            found += self._converted(entry, convert, user)
+        return found
+
+    def one(self, key: Key, convert: Callable[[Entry], T]) -> list[T]:
+        """What became of one object; nothing when there is none."""
+        try:
+            return self._converted(self._of(key.kind).get(key), convert, True)
+        except NotFoundError:
+            return []
+
+    def users(self) -> list[User]:
+        """The endpoints, and the pods. Where the one are views of the other, only the pods."""
+        found: list[User | None] = list(self.all("Pod", _pod, user=True))
+        if "WorkloadEndpoint" not in self._store.given:
+            found += self.all("WorkloadEndpoint", _endpoint, user=True)
+        return [user for user in found if user is not None]
+
+    def _of(self, kind: str) -> Datastore:
+        return self._kubernetes if kind == "Pod" else self._store
+
+    def _converted(self, entry: Entry, convert: Callable[[Entry], T], user: bool) -> list[T]:
+        spec = entry.value.get("spec")
+        if isinstance(spec, dict) and spec.get("deleted") is True:
+            self.half_deleted.append(entry.key)
+            return []
+        try:
+            return [convert(entry)]
+        except (InvalidObjectError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error) if isinstance(error, InvalidObjectError) else repr(error)
+            self.unreadable.append(Unreadable(entry.key, reason, user))
+            return []
+
+
+def _block(entry: Entry) -> Stored[Block]:
+    return Stored(entry, Block.from_spec(entry.key.name, entry.value["spec"]))
+
+
+def _handle(entry: Entry) -> Stored[Handle]:
+    spec = entry.value["spec"]
+    counts = {parse_net(cidr): count for cidr, count in (spec.get("block") or {}).items()}
+    return Stored(entry, Handle(spec["handleID"], counts))
+
+
+def _affinity(entry: Entry) -> Stored[Affinity] | None:
+    spec = entry.value["spec"]
+    if (spec.get("type") or "host") != "host":
+        return None
+    state = spec.get("state") or CONFIRMED
+    return Stored(entry, Affinity(spec["node"], parse_net(spec["cidr"]), state))
+
+
+def _reserved(entry: Entry) -> list[Net]:
+    cidrs = (entry.value.get("spec") or {}).get("reservedCIDRs") or []
+    return [parse_net(cidr, strict=False) for cidr in cidrs]
+
+
+def _endpoint(entry: Entry) -> User:
+    spec = entry.value["spec"]
+    pod = spec.get("pod")
+    return User(
+        entry.key,
+        spec.get("node") or "",
+        tuple(_address(text) for text in spec.get("ipNetworks") or ()),
+        (entry.key.namespace, pod) if pod else None,
+        spec.get("containerID") or "",
+    )
+
+
+def _pod(entry: Entry) -> User | None:
+    """A pod that has, or will have, an address of its own.
+
+    The status and the CNI plugin's annotations both count: the one may be older than the other.
+    """
+    metadata, spec = entry.value["metadata"], entry.value.get("spec") or {}
+    status = entry.value.get("status") or {}
+    annotations = metadata.get("annotations") or {}
+    deleting = bool(metadata.get("deletionTimestamp"))
+    node = spec.get("nodeName")
+    if not node or spec.get("hostNetwork"):
+        return None
+    if pods.finished(status.get("phase"), deleting, annotations):
+        return None
+    ips = [ip["ip"] for ip in status.get("podIPs") or () if ip.get("ip")]
+    known = [_address(text) for text in pods.addresses(status.get("podIP"), ips, {})]
+    for text in pods.addresses(None, (), annotations):
+        try:
+            known.append(_address(text))
+        except ValueError:
+            continue  # an annotation anybody may write; the status follows
+    return User(
+        entry.key,
+        node,
+        tuple(dict.fromkeys(known)),
+        (entry.key.namespace, entry.key.name),
+        annotations.get(_CONTAINER_ID) or "",
+    )
+
+
+def _tunnels(entry: Entry) -> User:
+    spec: JSON = entry.value.get("spec") or {}
+    found = []
+    for path in _TUNNELS:
+        value: Any = spec
+        for name in path:
+            value = (value or {}).get(name)
+        if value:
+            found.append(_address(value))
+    return User(entry.key, entry.key.name, tuple(found))
+
+
+def _address(text: str) -> Net:
+    return parse_interface(text)[0]

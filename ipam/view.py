@@ -1,0 +1,141 @@
+"""What an allocator looks up before it writes: pools, reservations, configuration, claims.
+
+Followed, that is remembered until the store tells of a change, so an assign reads nothing.
+Not followed, or while the store can't be followed, everything is read when it is wanted.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+from api.errors import InvalidObjectError
+from api.ipam import IPAMConfigurationSpec
+from api.ipreservation import IPReservation
+from api.net import Net, parse_net
+from api.registry import parse_as
+from datastore.follower import Follower, InSync, Update
+from datastore.interface import Datastore
+from ipam.pools import Pool, Pools
+from ipam.records import Affinity, Records, net_of
+
+T = TypeVar("T")
+
+_KINDS = ("IPPool", "IPReservation", "IPAMConfiguration", "BlockAffinity")
+
+_log = logging.getLogger(__name__)
+
+
+class View:
+    """Safe to use from several threads. All methods may raise StoreError."""
+
+    def __init__(self, store: Datastore, records: Records, *, follow: bool = False) -> None:
+        self._store = store
+        self._records = records
+        self._pools = Pools(store)
+        self._follower = Follower(store, _KINDS, self._notice) if follow else None
+        self._lock = threading.Lock()
+        self._remembered: dict[str, object] = {}
+        self._changes = 0
+        self._claimed: dict[str, Net] = {}  # by the names of the affinities
+
+    def start(self) -> None:
+        """Begin to follow the store."""
+        if self._follower is not None:
+            self._follower.start()
+
+    def stop(self) -> None:
+        """Follow it no longer."""
+        if self._follower is not None:
+            self._follower.stop()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what we say may be a moment old."""
+        return self._follower is not None and self._follower.in_sync
+
+    def forget(self) -> None:
+        """Look everything up anew."""
+        with self._lock:
+            self._remembered.clear()
+            self._changes += 1
+
+    def pools(self) -> list[Pool]:
+        """Every pool, by name."""
+        return self._recall("IPPool", self._pools.all)
+
+    def reservations(self) -> list[Net]:
+        """What must not be given out by itself. A malformed one is left out and logged."""
+        return self._recall("IPReservation", self._read_reservations)
+
+    def configuration(self) -> IPAMConfigurationSpec:
+        """The IPAMConfiguration. Raises InvalidObjectError."""
+        return self._recall("IPAMConfiguration", self._records.configuration)
+
+    def claims(self, node: str, type_: str) -> list[Affinity]:
+        """What an owner claims."""
+        return self._recall(
+            f"{node}-",
+            lambda: [stored.thing for stored in self._records.affinities(node, type_)],
+        )
+
+    def forget_claims(self, node: str) -> None:
+        """Look up anew what an owner claims."""
+        with self._lock:
+            self._remembered.pop(f"{node}-", None)
+            self._changes += 1
+
+    def claimed(self) -> set[Net] | None:
+        """All blocks that anybody claims; None when it is not at hand: see ``Records.claimed``."""
+        if not self.remembers:
+            return None
+        with self._lock:
+            return set(self._claimed.values())
+
+    def _recall(self, topic: str, read: Callable[[], T]) -> T:
+        if not self.remembers:
+            return read()
+        with self._lock:
+            if topic in self._remembered:
+                return cast(T, self._remembered[topic])
+            before = self._changes
+        value = read()
+        with self._lock:
+            if self._changes == before:
+                self._remembered[topic] = value
+        return value
+
+    def _notice(self, update: Update | InSync) -> None:
+        """In the follower's thread."""
+        if isinstance(update, InSync):
+            return
+        key = update.key
+        with self._lock:
+            self._changes += 1
+            if key.kind == "BlockAffinity":
+                self._notice_claim(key.name, (update.value or {}).get("spec") or {})
+            else:
+                self._remembered.pop(key.kind, None)
+
+    def _notice_claim(self, name: str, spec: dict[str, str]) -> None:
+        for topic in [topic for topic in self._remembered if name.startswith(topic)]:
+            del self._remembered[topic]
+        self._claimed.pop(name, None)
+        try:
+            if spec:
+                self._claimed[name] = net_of(spec["cidr"])
+        except (KeyError, TypeError, ValueError) as error:
+            _log.error("BlockAffinity %s: not taken into account: spec.cidr: %s", name, error)
+
+    def _read_reservations(self) -> list[Net]:
+        nets = []
+        for entry in self._store.list("IPReservation").entries:
+            try:
+                reservation = cast(IPReservation, parse_as("IPReservation", entry.value))
+            except InvalidObjectError as error:
+                _log.error("reservation not honoured: %s", error)
+                continue
+            nets += [parse_net(cidr, strict=False) for cidr in reservation.spec.reserved_cidrs]
+        return nets

@@ -1,0 +1,291 @@
+"""One writer a block: what several threads want of a block is done in one swap of it.
+
+The block is remembered with its revision and written without being read again: the swap fails
+if another has written it since. While one thread waits for the store, the wishes of the others
+gather; the next of them writes them all.
+
+An assign counts its handle between ``offer`` and ``run``. What makes that safe is that the block
+was read before: whoever released the handle in between has written the block. So an offer bears
+the number of that reading (``epoch``), and is void when the block had to be read again.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from api.net import Net
+from datastore.interface import ConflictError, NotFoundError
+from ipam.block import NO_COOLDOWN, Block, BlockError, Cooldown, Released
+from ipam.errors import ContentionError
+from ipam.records import ATTEMPTS, Records, Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a block may have for us: so many addresses, as it was at the reading ``epoch``."""
+
+    epoch: int
+    count: int
+
+
+@dataclass(slots=True)
+class Wish(ABC):
+    """Something to be done to a block. ``problem``: why it was not."""
+
+    problem: BaseException | None = field(default=None, init=False)
+    done: bool = field(default=False, init=False)
+
+    @abstractmethod
+    def fulfil(self, block: Block | None, cooldown: Cooldown) -> bool:
+        """Do it to the block, if there is one; whether that must be written. On each try anew."""
+
+
+@dataclass(slots=True)
+class Take(Wish):
+    """Addresses for a handle, or this very ``address``. ``void``: the offer did not hold."""
+
+    offer: Offer
+    handle: str
+    attributes: Mapping[str, str]
+    only_for: str | None = None
+    reserved: Sequence[Net] = ()
+    address: Net | None = None
+    taken: list[Net] = field(default_factory=list, init=False)
+    void: bool = field(default=False, init=False)
+
+    def fulfil(self, block: Block | None, cooldown: Cooldown) -> bool:
+        """Take them; none when the block is no longer ``only_for``'s, or has none."""
+        self.taken = []
+        if block is None:
+            return False
+        try:
+            if self.address is not None:
+                block.take_address(
+                    self.address, self.handle, self.attributes, only_for=self.only_for
+                )
+                self.taken = [self.address]
+            else:
+                self.taken = block.take(
+                    self.offer.count,
+                    self.handle,
+                    self.attributes,
+                    only_for=self.only_for,
+                    reserved=self.reserved,
+                )
+        except BlockError:
+            return False
+        return bool(self.taken)
+
+
+@dataclass(slots=True)
+class GiveBack(Wish):
+    """All addresses of a handle."""
+
+    handle: str
+    released: list[Net] = field(default_factory=list, init=False)
+
+    def fulfil(self, block: Block | None, cooldown: Cooldown) -> bool:
+        """Release them. The block is written even if there are none.
+
+        An assign for this handle that has counted it up, and was overtaken by us, must fail.
+        """
+        self.released = block.release_handle(self.handle, cooldown) if block else []
+        return True
+
+
+@dataclass(slots=True)
+class GiveBackSome(Wish):
+    """Some addresses: see ``Block.release``."""
+
+    addresses: Sequence[Net]
+    handle: str | None
+    sequences: Mapping[Net, int]
+    released: Released = field(default_factory=Released, init=False)
+
+    def fulfil(self, block: Block | None, cooldown: Cooldown) -> bool:
+        """Release them."""
+        self.problem, self.released = None, Released()
+        if block is None:
+            return False
+        try:
+            self.released = block.release(
+                self.addresses, handle=self.handle, sequences=self.sequences, cooldown=cooldown
+            )
+        except BlockError as error:
+            self.problem = error
+        return bool(self.released.addresses)
+
+
+class BlockWriter:
+    """The writer of one block, for all threads of an allocator.
+
+    ``cooldown`` tells how long addresses rest, and the time; it may raise StoreError.
+    """
+
+    def __init__(self, records: Records, net: Net, cooldown: Callable[[], Cooldown]) -> None:
+        self.net = net
+        self._records = records
+        self._cooldown = cooldown
+        self._turn = threading.Lock()  # held by the thread that talks to the store
+        self._stored: Stored[Block] | None = None
+        self._revision: str | None = None  # as last seen
+        self._epoch = 0
+        self._lock = threading.Lock()  # for what follows; held for moments only
+        self._waiting: list[Wish] = []
+        self._known: tuple[int, str | None, int] | None = None  # epoch, affinity, free
+        self._offered = 0
+
+    @property
+    def affinity(self) -> str | None:
+        """Whose the block is, as last seen."""
+        with self._lock:
+            return self._known and self._known[1]
+
+    def adopt(self, stored: Stored[Block]) -> None:
+        """The block as it was just written by others than ``run``."""
+        with self._turn, self._lock:
+            self._stored, self._revision = stored, stored.entry.revision
+            self._epoch += 1
+            self._note()
+
+    def offer(
+        self, count: int, *, only_for: str | None = None, reserved: Sequence[Net] = ()
+    ) -> Offer | None:
+        """Up to ``count`` addresses that may be taken; None when the block has none for us.
+
+        Followed by ``run`` of a Take, or by ``decline``. ``only_for``: the affinity the block
+        must have.
+        """
+        near = [net for net in reserved if net.overlaps(self.net)]
+        with self._lock:
+            if self._known and not near:
+                epoch, affinity, free = self._known
+                if free and (only_for is None or affinity == only_for):
+                    return self._offer(epoch, free, count)
+        with self._turn:
+            # Nothing to be had, as far as we know: look.
+            block = self._read()
+            if block is None:
+                return None
+            block.collect(self._cooldown())
+            if only_for is not None and block.affinity != only_for:
+                return None
+            with self._lock:
+                return self._offer(self._epoch, block.free(near), count)
+
+    def offer_address(self) -> Offer | None:
+        """An offer of one address that must be named; None when there is no such block."""
+        with self._turn:
+            if self._stored is None:
+                self._read()
+            if self._stored is None:
+                return None
+            with self._lock:
+                self._offered += 1
+            return Offer(self._epoch, 1)
+
+    def decline(self, offer: Offer) -> None:
+        """It is not taken after all."""
+        with self._lock:
+            self._offered -= offer.count
+
+    def run(self, wish: Wish) -> None:
+        """Do it, with what others wait for. Raises what hinders it; StoreError: outcome unknown."""
+        with self._lock:
+            self._waiting.append(wish)
+        with self._turn:
+            if not wish.done:
+                with self._lock:
+                    wishes, self._waiting = self._waiting, []
+                try:
+                    self._write(wishes)
+                except BaseException as error:
+                    self._stored = None
+                    for wish_ in wishes:
+                        wish_.problem = wish_.problem or error
+                finally:
+                    self._finish(wishes)
+        if wish.problem is not None:
+            raise wish.problem
+
+    def _write(self, wishes: Sequence[Wish]) -> None:
+        fresh = False
+        for _ in range(ATTEMPTS):
+            if self._stored is None:
+                fresh = True
+                self._read()
+            stored = self._stored
+            now = [wish for wish in wishes if not self._is_void(wish)]
+            if stored is None:
+                for wish in now:
+                    wish.fulfil(None, NO_COOLDOWN)
+                return
+            cooldown = NO_COOLDOWN
+            if stored.thing.resting or not all(isinstance(wish, Take) for wish in now):
+                cooldown = self._cooldown()
+                stored.thing.collect(cooldown)
+            changed = [wish.fulfil(stored.thing, cooldown) for wish in now]
+            try:
+                if any(changed):
+                    # A swap that succeeds also proves right what was found without one.
+                    self._swap(stored)
+                    return
+                if fresh or not now:
+                    return
+            except (ConflictError, NotFoundError):
+                pass
+            self._stored = None
+        raise ContentionError(
+            f"block {self.net}: changed by others {ATTEMPTS} times while we tried; try again"
+        )
+
+    def _is_void(self, wish: Wish) -> bool:
+        if isinstance(wish, Take):
+            wish.void = wish.offer.epoch != self._epoch
+            return wish.void
+        return False
+
+    def _swap(self, stored: Stored[Block]) -> None:
+        if stored.thing.empty and stored.thing.affinity is None:
+            self._records.delete_block(stored)
+            self._stored = None
+        else:
+            self._stored = self._records.write_block(stored)
+            self._revision = self._stored.entry.revision
+
+    def _read(self) -> Block | None:
+        """The block as it is. Another revision than ours begins a new epoch."""
+        self._stored = None
+        stored = self._records.block(self.net)
+        revision = None if stored is None else stored.entry.revision
+        if revision is None or revision != self._revision:
+            self._epoch += 1
+        self._stored, self._revision = stored, revision
+        with self._lock:
+            self._note()
+        return None if stored is None else stored.thing
+
+    def _finish(self, wishes: Sequence[Wish]) -> None:
+        with self._lock:
+            self._note()
+            for wish in wishes:
+                wish.done = True
+                if isinstance(wish, Take):
+                    self._offered -= wish.offer.count
+
+    def _note(self) -> None:
+        if self._stored is None:
+            self._known = None
+        else:
+            block = self._stored.thing
+            self._known = (self._epoch, block.affinity, len(block.unallocated))
+
+    def _offer(self, epoch: int, free: int, count: int) -> Offer | None:
+        count = min(count, free - self._offered)
+        if count <= 0:
+            return None
+        self._offered += count
+        return Offer(epoch, count)
