@@ -26,6 +26,7 @@ from cni.attachment import DEFAULT_NETWORK
 from cni.config import VERSIONS
 
 PLUGIN = "manx"
+IPAM_PLUGIN = "manx-ipam"  # the same executable: addresses alone, for other main plugins
 CONFIGURATION = "10-manx.conflist"
 
 _CLIENT = Path(__file__).parent / "client"
@@ -46,7 +47,7 @@ _log = logging.getLogger(__name__)
 def install(
     bin_dir: Path, conf_dir: Path, socket: Path, *, mtu: int = 0, chain: Iterable[str] = ()
 ) -> list[Path]:
-    """Install, or bring up to date; returns the two files.
+    """Install, or bring up to date; returns the files.
 
     ``socket``: where the daemon listens. ``mtu`` in bytes, 0: what the uplink carries.
     ``chain``: configurations (JSON) of plugins to run after this one.
@@ -60,17 +61,19 @@ def install(
     configuration = configuration_list(mtu, [_chained(text) for text in chain], bin_dir)
     for directory in (bin_dir, conf_dir):
         directory.mkdir(parents=True, exist_ok=True)
-    plugin, conflist = bin_dir / PLUGIN, conf_dir / CONFIGURATION
+    plugins, conflist = [bin_dir / PLUGIN, bin_dir / IPAM_PLUGIN], conf_dir / CONFIGURATION
+    client = executable(socket)
     # The executable first: from the moment the configuration is there it may be run.
-    _write(plugin, executable(socket), 0o755)
+    for plugin in plugins:
+        _write(plugin, client, 0o755)
     _write(conflist, configuration, 0o644)
-    return [plugin, conflist]
+    return [*plugins, conflist]
 
 
 def uninstall(bin_dir: Path, conf_dir: Path) -> list[Path]:
     """Remove what ``install`` made; returns what was there. Raises OSError."""
     removed = []
-    for path in (conf_dir / CONFIGURATION, bin_dir / PLUGIN):
+    for path in (conf_dir / CONFIGURATION, bin_dir / PLUGIN, bin_dir / IPAM_PLUGIN):
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
             removed.append(path)
@@ -85,7 +88,7 @@ def preferred(conf_dir: Path) -> list[Path]:
 
 def configuration_list(mtu: int, chain: Sequence[Mapping[str, Any]], bin_dir: Path) -> bytes:
     """The network configuration list, in versions that every plugin of the chain speaks."""
-    plugin = {"type": PLUGIN, "mtu": mtu, "ipam": {"type": "manx-ipam"}}
+    plugin = {"type": PLUGIN, "mtu": mtu, "ipam": {"type": IPAM_PLUGIN}}
     spoken = [_versions(bin_dir / chained["type"]) for chained in chain]
     versions = [version for version in VERSIONS if all(version in each for each in spoken)]
     if not versions:

@@ -9,6 +9,7 @@ import orjson
 
 from api.errors import InvalidObjectError, Problem
 from api.net import parse_interface
+from cni import ipam_plugin
 from cni.attachment import Attachment
 from cni.config import VALID_ATTACHMENTS, Call, find_version, parse_call
 from cni.delegate import Delegate, Lease
@@ -23,6 +24,7 @@ from cni.errors import (
     invalid_configuration,
     invalid_environment,
 )
+from cni.ipam_plugin import IpamPlugin
 from cni.node import Node, Wanted
 from cni.protocol import Request
 from cni.repair import known_attachments
@@ -35,6 +37,8 @@ _log = logging.getLogger(__name__)
 
 # Where the client says why it could not open CNI_NETNS.
 _NETNS_ERROR = "MANX_NETNS_ERROR"
+# Where it says by which name it was run.
+_PLUGIN = "MANX_PLUGIN"
 
 
 class Plugin:
@@ -42,6 +46,7 @@ class Plugin:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._ipam = IpamPlugin(node.cluster)
         self._own_namespace = own_namespace()
 
     def handle(self, request: Request) -> tuple[int, bytes]:
@@ -61,6 +66,8 @@ class Plugin:
 
     def _answer(self, request: Request) -> dict[str, Any] | None:
         call = parse_call(request.environment, request.configuration)
+        if request.environment.get(_PLUGIN) == ipam_plugin.NAME and call.command != "STATUS":
+            return self._answer_ipam(call)
         delegate = self._delegate(call, request)
         if call.attachment is None:
             if call.command == "STATUS":
@@ -83,6 +90,13 @@ class Plugin:
         wire, lease = self._node.attach(call.attachment, request.netns_fd, wanted)
         _log.info("ADD %s: %s", call.attachment, ", ".join(map(str, wire.addresses)))
         return result(call, wire, lease.dns if lease else {})
+
+    def _answer_ipam(self, call: Call) -> dict[str, Any] | None:
+        if call.command != "CHECK":
+            self._node.cluster.require_unlocked()
+        if call.command == "GC":
+            _require_valid_attachments(call)
+        return self._ipam.answer(call)
 
     def _delegate(self, call: Call, request: Request) -> Delegate | None:
         """The plugin that gives the addresses, where the configuration names another."""
@@ -148,12 +162,8 @@ class Plugin:
             raise CniError(NOT_AVAILABLE, str(error)) from error
 
     def _collect_garbage(self, call: Call, delegate: Delegate | None) -> None:
-        """Detach all of this network that the runtime does not list. Raises CniError.
-
-        libcni writes an empty list as null; without the key nothing is known to be stale.
-        """
-        if "valid_attachments" not in call.configuration.model_fields_set:
-            raise invalid_configuration([Problem(VALID_ATTACHMENTS, None, "required")])
+        """Detach all of this network that the runtime does not list. Raises CniError."""
+        _require_valid_attachments(call)
         listed = call.configuration.valid_attachments or []
         valid = {(item.container_id, item.ifname) for item in listed}
         errors = []
@@ -173,6 +183,12 @@ class Plugin:
             delegate.collect_garbage()
         if errors:
             raise CniError(TRY_AGAIN_LATER, f"{len(errors)} not collected", "; ".join(errors))
+
+
+def _require_valid_attachments(call: Call) -> None:
+    """libcni writes an empty list as null; without the key nothing is known to be stale."""
+    if "valid_attachments" not in call.configuration.model_fields_set:
+        raise invalid_configuration([Problem(VALID_ATTACHMENTS, None, "required")])
 
 
 def _explain(error: Exception) -> CniError:

@@ -13,7 +13,7 @@ from cni.wiring import GATEWAYS, HOST_MAC, Wire
 from kernel.routes import SCOPE_LINK
 
 # Up to 0.4.0 an address says which IP version it is of; 1.1.0 brought MTU and scope.
-_WITH_IP_VERSION = ("0.3.0", "0.3.1", "0.4.0")
+WITH_IP_VERSION = ("0.3.0", "0.3.1", "0.4.0")
 _WITH_MTU_AND_SCOPE = ("1.1.0",)
 
 
@@ -66,7 +66,7 @@ def _addresses(wire: Wire, version: str, interface: int) -> list[dict[str, Any]]
             "address": str(net),
             "gateway": format_address(gateway.version, gateway.address),
         }
-        if version in _WITH_IP_VERSION:
+        if version in WITH_IP_VERSION:
             entry["version"] = str(net.version)
         addresses.append(entry)
     return addresses

@@ -132,6 +132,7 @@ def main() -> None:
     for name, value in environment.items():
         if name[:4] == b"CNI_":
             block += name + b"=" + value + b"\0"
+    block += b"MANX_PLUGIN=" + sys.argv[0].rpartition("/")[2].encode(errors="replace") + b"\0"
     descriptor = -1
     netns = environment.get(b"CNI_NETNS")
     if netns:

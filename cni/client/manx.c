@@ -5,7 +5,8 @@
  * repeated without harm, so a request that a restart of the daemon cut off is sent again.
  *
  *   request  "MNX1", u32 size of environment, u32 size of stdin (big endian), then both;
- *            environment: KEY=VALUE\0 ...; the namespace's descriptor rides on the first byte
+ *            environment: KEY=VALUE\0 ..., and MANX_PLUGIN, the name it was run by (manx-ipam:
+ *            addresses alone); the namespace's descriptor rides on the first byte
  *   answer   "MNX1", u32 exit code, u32 size, then what goes to stdout
  *
  * VERSION is answered here. fallback.py does the same in Python where there is no compiler.
@@ -266,6 +267,8 @@ int main(void) {
         append_text(&request, "MANX_NETNS_ERROR=");
         append(&request, strerror(errno), strlen(strerror(errno)) + 1);
     }
+    append_text(&request, "MANX_PLUGIN=");
+    append(&request, program_invocation_short_name, strlen(program_invocation_short_name) + 1);
     size_t environment = request.size - HEADER;
     if (environment > LIMIT)
         return fail(ERR_ENVIRONMENT, "CNI_* variables", "longer than 1 MiB", "shorten CNI_ARGS");

@@ -137,7 +137,7 @@ def test_everything_arrives(client: Path, serve: Callable[..., Path], tmp_path: 
     assert answer.ok() is None
     variables, configuration, status = seen
     assert variables == {"CNI_COMMAND": "ADD", "CNI_NETNS": str(netns), "CNI_ARGS": "a=b;c==",
-                         "CNI_X": ""}  # fmt: skip
+                         "CNI_X": "", "MANX_PLUGIN": client.name}  # fmt: skip
     assert configuration == stdin
     assert os.path.samestat(status, netns.stat())
 

@@ -66,7 +66,7 @@ def test_what_is_right_is_not_touched(tmp_path: Path) -> None:
     first = install.install(tmp_path, tmp_path, SOCKET)
     before = [path.stat().st_ino for path in first]
     assert [path.stat().st_ino for path in install.install(tmp_path, tmp_path, SOCKET)] == before
-    plugin, conflist = install.install(tmp_path, tmp_path, SOCKET, mtu=1400)
+    plugin, _, conflist = install.install(tmp_path, tmp_path, SOCKET, mtu=1400)
     assert plugin.stat().st_ino == before[0]
     assert json.loads(conflist.read_text())["plugins"][0]["mtu"] == 1400
     plugin.chmod(0o700)
@@ -76,7 +76,7 @@ def test_what_is_right_is_not_touched(tmp_path: Path) -> None:
 
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    plugin, _ = install.install(tmp_path, tmp_path, SOCKET)
+    plugin, *_ = install.install(tmp_path, tmp_path, SOCKET)
     assert plugin.read_bytes().startswith(b"#!/")
     assert str(SOCKET) in str(status(plugin)["msg"])
 
@@ -87,7 +87,7 @@ def test_with_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    plugin, _ = install.install(tmp_path / "bin", tmp_path / "conf", SOCKET)
+    plugin, *_ = install.install(tmp_path / "bin", tmp_path / "conf", SOCKET)
     assert plugin.read_bytes().startswith(b"#!/")
 
 

@@ -1,0 +1,213 @@
+"""``manx-ipam`` by itself, and under ``ptp`` and ``bridge`` of the reference set."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from ipaddress import ip_interface
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cni.config import VALID_ATTACHMENTS
+from cni.errors import ADDRESSES, INVALID_CONFIGURATION, NOT_AS_ADDED
+from datastore.interface import JSON
+from kernel.netns import inside
+from tests.cni.rig import NETWORK, Answer, Container, Rig, configuration, running
+
+REFERENCE = "/usr/lib/cni"
+VERSION = "1.0.0"  # the newest that Debian's plugins speak
+POOL = "10.66.0.0/24"
+BLOCK_SIZE = 29  # eight addresses, of which five are for containers
+DEFAULT_ROUTE = [{"dst": "0.0.0.0/0"}]
+
+
+class Caller:
+    """Runs a plugin of ``bin_dir`` or the reference set, as a runtime or a main plugin does."""
+
+    def __init__(self, rig: Rig, bin_dir: Path) -> None:
+        self.rig = rig
+        self.bin_dir = bin_dir
+
+    def __call__(
+        self, command: str, pod: Container | None, conf: JSON, plugin: str = "manx-ipam"
+    ) -> Answer:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "CNI_COMMAND": command,
+            "CNI_PATH": f"{self.bin_dir}:{REFERENCE}",
+            "MANX_CNI_SOCKET": str(self.rig.socket),
+        }
+        if pod is not None:
+            environment |= {
+                "CNI_CONTAINERID": pod.id,
+                "CNI_IFNAME": pod.ifname,
+                "CNI_NETNS": pod.netns,
+                "CNI_ARGS": pod.arguments,
+            }
+        program = self.bin_dir / plugin if plugin == "manx-ipam" else Path(REFERENCE, plugin)
+        with inside(self.rig.namespace.fd):
+            done = subprocess.run(
+                [program],
+                env=environment,
+                input=json.dumps(conf).encode(),
+                capture_output=True,
+                timeout=30,
+                check=False,
+            )
+        return Answer(done.returncode, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def _subnet_node(c_client: Path) -> Iterator[Rig]:
+    with running(c_client, pool="10.67.0.0/24") as rig:
+        rig.create("IPPool", "subnets", spec={"cidr": POOL, "blockSize": BLOCK_SIZE})
+        rig.create("IPPool", "six", spec={"cidr": "fd00:66::/112"})
+        yield rig
+
+
+@pytest.fixture
+def call(_subnet_node: Rig, client: Path, tmp_path: Path) -> Iterator[Caller]:
+    """The plugin under its name, as each client; afterwards no container holds anything."""
+    shutil.copy(client, tmp_path / "manx-ipam")
+    caller = Caller(_subnet_node, tmp_path)
+    yield caller
+    left = held(_subnet_node)
+    caller("GC", None, conf("1.1.0") | {VALID_ATTACHMENTS: []})
+    assert left == {}
+
+
+def conf(version: str = VERSION, **ipam: Any) -> JSON:
+    """A main plugin's configuration, as the IPAM plugin gets it too."""
+    ipam = {"type": "manx-ipam", "ipv4_pools": ["subnets"], **ipam}
+    return configuration(version) | {"type": "bridge", "ipam": ipam}
+
+
+def held(rig: Rig) -> dict[str, int]:
+    """How many addresses each container has."""
+    return {k: n for k, n in rig.held().items() if not k.startswith("manx-ipam-subnet")}
+
+
+def addresses(result: Any) -> list[str]:
+    return [entry["address"] for entry in result["ips"]]
+
+
+def test_the_result_is_that_of_an_ipam_plugin(call: Caller) -> None:
+    pod = call.rig.container()
+    configured = conf(routes=[*DEFAULT_ROUTE, {"dst": "10.0.0.0/8", "gw": "10.66.0.5"}])
+    result = call("ADD", pod, configured).ok()
+    assert set(result) == {"cniVersion", "ips", "routes", "dns"}  # no interfaces
+    (entry,) = result["ips"]
+    assert entry["address"].endswith(f"/{BLOCK_SIZE}")  # the block's mask
+    network = ip_interface(entry["address"]).network
+    assert entry["gateway"] == str(network[1])
+    assert result["routes"] == configured["ipam"]["routes"]
+    assert call("ADD", pod, configured).ok() == result  # the same again
+    previous = configured | {"prevResult": result}
+    call("CHECK", pod, previous).ok()
+    other = configured | {"prevResult": result | {"ips": []}}
+    assert call("CHECK", pod, other).error == NOT_AS_ADDED
+    call("STATUS", None, conf("1.1.0")).ok()
+    for _ in range(2):
+        assert call("DEL", pod, configured).ok() is None
+    assert call("CHECK", pod, previous).error == NOT_AS_ADDED
+
+
+def test_versions(call: Caller) -> None:
+    assert "1.1.0" in call("VERSION", None, conf()).ok()["supportedVersions"]
+    pod = call.rig.container()
+    result = call("ADD", pod, conf("0.4.0")).ok()
+    assert (result["cniVersion"], result["ips"][0]["version"]) == ("0.4.0", "4")
+    call("DEL", pod, conf("0.4.0")).ok()
+
+
+def test_both_families(call: Caller) -> None:
+    pod = call.rig.container()
+    result = call("ADD", pod, conf(assign_ipv6=True, ipv6_pools=["six"])).ok()
+    four, six = result["ips"]
+    assert four["address"].endswith(f"/{BLOCK_SIZE}")
+    assert six["address"].endswith("/122")
+    assert six["gateway"].startswith("fd00:66:")
+    call("DEL", pod, conf()).ok()
+
+
+def test_when_one_family_fails_the_other_is_released(call: Caller) -> None:
+    pod = call.rig.container()
+    answer = call("ADD", pod, conf(assign_ipv6=True, ipv6_pools=["nowhere"]))
+    assert answer.error == ADDRESSES
+
+
+def test_no_container_gets_what_a_subnet_keeps(call: Caller) -> None:
+    """Twelve containers, blocks of eight: never a first, second or last address of a block."""
+    pods = [call.rig.container() for _ in range(12)]
+    given = [addresses(call("ADD", pod, conf()).ok())[0] for pod in pods]
+    assert len(set(given)) == 12
+    ordinals = {int(address.split("/")[0].split(".")[3]) % 8 for address in given}
+    assert ordinals <= {2, 3, 4, 5, 6}
+    for pod in pods:
+        call("DEL", pod, conf()).ok()
+
+
+def test_gc_releases_what_is_not_listed(call: Caller) -> None:
+    one, two = call.rig.container(), call.rig.container(pod=False)
+    for pod in (one, two):
+        call("ADD", pod, conf()).ok()
+    assert call("GC", None, conf("1.1.0")).error == INVALID_CONFIGURATION
+    listed = [{"containerID": two.id, "ifname": "eth0"}]
+    call("GC", None, conf("1.1.0") | {VALID_ATTACHMENTS: listed}).ok()
+    assert list(held(call.rig)) == [f"{NETWORK}.{two.id}"]
+    call("GC", None, conf("1.1.0") | {"name": "other", VALID_ATTACHMENTS: []}).ok()
+    assert len(held(call.rig)) == 1
+    call("GC", None, conf("1.1.0") | {VALID_ATTACHMENTS: []}).ok()
+
+
+def test_a_daemon_that_restarts_leaves_them_alone(call: Caller) -> None:
+    """They have neither endpoint nor interface of ours, and are no leftovers all the same."""
+    pod = call.rig.container()
+    result = call("ADD", pod, conf()).ok()
+    call.rig.kill()
+    call.rig.start()
+    call("CHECK", pod, conf() | {"prevResult": result}).ok()
+    call("GC", None, conf("1.1.0") | {"type": "manx", "name": "other", VALID_ATTACHMENTS: []}).ok()
+    assert len(held(call.rig)) == 1
+    call("DEL", pod, conf()).ok()
+
+
+def test_a_pool_shared_with_routed_pods_is_refused(call: Caller, client: Path) -> None:
+    """The gateway of a subnet, or what the subnet keeps for itself, can't be a pod's address."""
+    rig, routed = call.rig, call.rig.container()
+    rig.create("IPPool", client.name, spec={"cidr": f"10.68.{len(client.name)}.0/24"})
+    rig.add(routed, ipam={"type": "manx-ipam", "ipv4_pools": [client.name]})
+    answer = call("ADD", rig.container(), conf(ipv4_pools=[client.name]))
+    assert answer.error == ADDRESSES
+    assert "IPPool of their own" in answer.json["msg"]
+    rig.delete(routed)
+
+
+def test_another_plugins_configuration_is_refused(call: Caller) -> None:
+    configured = conf() | {"ipam": {"type": "host-local"}}
+    answer = call("ADD", call.rig.container(), configured)
+    assert answer.error == INVALID_CONFIGURATION
+
+
+@pytest.mark.parametrize("main", ["ptp", "bridge"])
+def test_under_a_main_plugin(call: Caller, main: str) -> None:
+    """Containers wired by others have our addresses, and reach each other and the node."""
+    rig = call.rig
+    keys = {"bridge": f"br-{main}", "isGateway": True} if main == "bridge" else {}
+    configured = conf(routes=DEFAULT_ROUTE) | {"type": main} | keys
+    one, two = rig.container(), rig.container()
+    results = [call("ADD", pod, configured, main).ok() for pod in (one, two)]
+    for pod, result in zip((one, two), results, strict=True):
+        call("CHECK", pod, configured | {"prevResult": result}, main).ok()
+        assert pod.pings(result["ips"][0]["gateway"])
+    assert one.pings(addresses(results[1])[0].split("/")[0])
+    assert two.pings(addresses(results[0])[0].split("/")[0])
+    assert len(held(rig)) == 2
+    for pod in (one, two):
+        call("DEL", pod, configured, main).ok()
+    assert held(rig) == {}
