@@ -209,7 +209,7 @@ class Node:
             return None
         if self._endpoint_faults(attachment, held):
             return None
-        wire = self._wire(attachment, held, host, wanted)
+        wire = self._wire(attachment, held, wanted)
         link = wiring.find(host, wire.host_interface)
         if link is None or wiring.faults(host, netns_fd, wire):
             return None
@@ -227,7 +227,7 @@ class Node:
     ) -> Wire:
         pod = self.cluster.pod(attachment)
         addresses = lease.addresses if lease else self._assign(attachment, held, wanted)
-        wire = self._wire(attachment, addresses, host, wanted)
+        wire = self._wire(attachment, addresses, wanted)
         if lease:
             wire = replace(wire, routes=lease.routes)
         link = self._create(host, netns_fd, wire)
@@ -242,8 +242,8 @@ class Node:
         if lease:
             endpoint["metadata"]["annotations"] = {ATTACHMENT: attachment.alias}
         self.cluster.record(attachment, endpoint)
-        wiring.finish(host, link.index)
-        wiring.wait_for_carrier(host, link.index)
+        if not wiring.finish(host, link.index):
+            wiring.wait_for_carrier(host, link.index)
         return wire
 
     def _assign(self, attachment: Attachment, held: Addresses, wanted: Wanted) -> Addresses:
@@ -267,12 +267,10 @@ class Node:
     def _addresses(self, attachment: Attachment) -> Addresses:
         return tuple(sorted(self._allocator.addresses(attachment.handle)))
 
-    def _wire(
-        self, attachment: Attachment, addresses: Addresses, host: NetlinkSocket, wanted: Wanted
-    ) -> Wire:
+    def _wire(self, attachment: Attachment, addresses: Addresses, wanted: Wanted) -> Wire:
         mtu = wanted.mtu
         if not mtu:
-            mtu = wiring.uplink_mtu(host) - self.cluster.encapsulation_bytes()
+            mtu = wiring.uplink_mtu() - self.cluster.encapsulation_bytes()
         name = self.host_interface(attachment)
         return Wire(name, attachment.ifname, attachment.mac, attachment.alias, addresses, mtu)
 

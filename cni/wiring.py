@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from api.net import V4, V6, Net, parse_net
 from kernel.addresses import Address, Addresses, AddressKey, address_add
-from kernel.links import Link, Links, link_set, link_up, parse_link, set_inet_conf, veth
+from kernel.links import Link, Links, link_get, link_set, link_up, parse_link, set_inet_conf, veth
 from kernel.neighbours import Neighbour, Neighbours, neighbour_replace
 from kernel.netlink import Message, NetlinkSocket
 from kernel.routes import PROTO_FELIX, SCOPE_LINK, Hop, Route, Routes, route_add, route_replace
@@ -44,7 +45,9 @@ DEFAULT_MTU = 1500
 _CARRIER_SECONDS = 5
 _PROTO_BOOT = 3  # as `ip route` writes it: nobody's in particular
 _HOST_CONF = {"rp_filter": 1, "forwarding": 1, "proxy_arp": 1}
-_ANYWHERE = parse_net("192.0.2.1")  # RFC 5737: no network has a route of its own to it
+_ANYWHERE = "192.0.0.8"  # RFC 7600, IPv4 dummy address: nobody has it, or a route of its own to it
+_IP_MTU = 14  # linux/in.h
+_LARGEST_MTU = 65535  # of a veth; loopback has one byte more
 
 Step = tuple[object, Message]  # what a message is about, for the error
 
@@ -146,9 +149,16 @@ def configure(host: NetlinkSocket, netns_fd: int, wire: Wire, link: Link) -> Non
         _do(container, _container_steps(wire, link.peer_index))
 
 
-def finish(host: NetlinkSocket, index: int) -> None:
-    """Take the wire out of group ``UNFINISHED``: its endpoint is recorded. Raises OSError."""
-    _do(host, [(f"interface #{index}", link_set(index, group=0))])
+def finish(host: NetlinkSocket, index: int) -> bool:
+    """Take the wire out of group ``UNFINISHED``: its endpoint is recorded. Raises OSError.
+
+    Returns whether the node's end can send already.
+    """
+    messages = [link_set(index, group=0), link_get(index)]
+    failures, replies = host.transact(messages)
+    if failures:
+        raise failures[0].error(f"interface #{index}")
+    return parse_link(replies[0].body).running
 
 
 def wait_for_carrier(host: NetlinkSocket, index: int) -> None:
@@ -175,12 +185,20 @@ def find(host: NetlinkSocket, name: str) -> Link | None:
         raise
 
 
-def uplink_mtu(host: NetlinkSocket) -> int:
-    """The MTU of the interface that leads out of the node; 1500 when none does."""
-    route = Routes(host).lookup(_ANYWHERE)
-    if route is None or not route.hops:
-        return DEFAULT_MTU
-    return Links(host).get(route.hops[0].ifindex).mtu
+def uplink_mtu() -> int:
+    """The MTU of the way out of the node that this thread is in; 1500 when there is none.
+
+    ``ip route get 192.0.0.8``: what a UDP socket that is connected, and sends nothing, is told
+    (ip(7), IP_MTU), at most what an interface can have. It takes a third of asking for the
+    route and then its interface, which every ADD would.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((_ANYWHERE, 9))
+            mtu = probe.getsockopt(socket.IPPROTO_IP, _IP_MTU)
+        except OSError:
+            return DEFAULT_MTU
+    return min(mtu, _LARGEST_MTU)
 
 
 def faults(host: NetlinkSocket, netns_fd: int, wire: Wire) -> list[str]:
