@@ -236,8 +236,8 @@ def limit(per_second: int, burst: int) -> bytes:
 
 
 def log(prefix: str) -> bytes:
-    """Write a line to the kernel log (syslog level info) and go on."""
-    return _expression("log", attribute_text(2, prefix[:127]), number(5, 6))
+    """Write a line to the kernel log (syslog level notice) and go on."""
+    return _expression("log", attribute_text(2, prefix[:127]), number(5, 5))
 
 
 def notrack() -> bytes:

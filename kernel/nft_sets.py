@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
-from api.net import BITS, V4, Net
+from api.net import BITS, Net
 from kernel.netlink import (
     attribute_list,
     attribute_text,
@@ -98,9 +98,12 @@ class Target(NamedTuple):
 
 
 class Range(NamedTuple):
-    """Addresses from ``first`` to ``last``, both included, as numbers."""
+    """Keys from ``first`` to ``last``, both included, as numbers of ``bits`` bits.
 
-    version: int
+    32 for IPv4 addresses, 128 for IPv6 addresses, 16 for ports.
+    """
+
+    bits: int
     first: int
     last: int
 
@@ -114,19 +117,22 @@ def key(*fields: bytes) -> bytes:
 
 def ranges(nets: Iterable[Net]) -> list[Range]:
     """Networks as ranges in order, those that overlap or touch merged."""
+    return merge(
+        Range(BITS[version], address, address + (1 << BITS[version] - length) - 1)
+        for version, address, length in nets
+    )
+
+
+def merge(spans: Iterable[Range]) -> list[Range]:
+    """Ranges in order, those that overlap or touch merged."""
     merged: list[Range] = []
-    for version, address, length in sorted(nets, key=_by_address):
-        last = address + (1 << BITS[version] - length) - 1
+    for span in sorted(spans):
         before = merged[-1] if merged else None
-        if before and before.version == version and address <= before.last + 1:
-            merged[-1] = Range(version, before.first, max(before.last, last))
+        if before and before.bits == span.bits and span.first <= before.last + 1:
+            merged[-1] = Range(span.bits, before.first, max(before.last, span.last))
         else:
-            merged.append(Range(version, address, last))
+            merged.append(span)
     return merged
-
-
-def _by_address(net: Net) -> tuple[int, int]:
-    return net.version, net.address
 
 
 def declaration(wanted: NftSet, identity: int) -> bytes:
@@ -196,11 +202,11 @@ def verdict_elements(targets: Mapping[bytes, Target]) -> Iterator[bytes]:
 
 
 def range_elements(wanted: Iterable[Range]) -> Iterator[bytes]:
-    """Elements of a set of ranges. One that reaches the last address has no end."""
-    for version, first, last in wanted:
-        size = BITS[version] // 8
+    """Elements of a set of ranges. One that reaches the last key has no end."""
+    for bits, first, last in wanted:
+        size = bits // 8
         yield nested(1, nested(_ELEMENT_KEY, value(first.to_bytes(size, "big"))))
-        if last + 1 < 1 << BITS[version]:
+        if last + 1 < 1 << bits:
             yield nested(
                 1,
                 nested(_ELEMENT_KEY, value((last + 1).to_bytes(size, "big"))),
@@ -259,8 +265,8 @@ def parse_ranges(elements: Iterable[tuple[bytes, bool, Target | None]]) -> set[R
     begin: bytes | None = None
     for raw, is_begin in chain(points, [(None, False)]):
         if begin is not None:
-            version = V4 if len(begin) == 4 else 6
-            last = int.from_bytes(raw, "big") - 1 if raw is not None else (1 << BITS[version]) - 1
-            found.add(Range(version, int.from_bytes(begin, "big"), last))
+            bits = 8 * len(begin)
+            last = int.from_bytes(raw, "big") - 1 if raw is not None else (1 << bits) - 1
+            found.add(Range(bits, int.from_bytes(begin, "big"), last))
         begin = raw if is_begin else None
     return found

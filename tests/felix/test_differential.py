@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +25,10 @@ from api.net import parse_net
 from api.registry import dump
 from datastore.interface import Key
 from felix.calculate import Calculator
-from felix.dataplane import Dataplane
+from felix.dataplane import Dataplane, Enforcer, Members
 from felix.iptables_dataplane import IptablesDataplane
+from felix.nftables_dataplane import NftablesDataplane
+from felix.settings import Settings
 from felix.snapshot import Snapshot
 from kernel.netns import inside
 from policy.evaluate import Flow, evaluate
@@ -38,6 +40,10 @@ from tests.support.netns import run
 TCP, UDP, ICMP = socket.IPPROTO_TCP, socket.IPPROTO_UDP, socket.IPPROTO_ICMP
 PORTS = (80, 81, 8005)
 PATIENCE = 5.0  # for what must arrive
+BACKENDS: dict[str, Callable[[Settings, Members], Enforcer]] = {
+    "iptables": IptablesDataplane,
+    "nftables": NftablesDataplane,
+}
 POLICIES = tuple(id for id in drawn.POLICIES if id.name in "pg")
 
 
@@ -74,7 +80,7 @@ FENCE = 9  # a port on which only the node itself sends
 class World:
     """Three pods, and a dataplane in this process."""
 
-    def __init__(self, node: Node, stack: ExitStack) -> None:
+    def __init__(self, node: Node, stack: ExitStack, backend: str) -> None:
         self.node = node
         self.snapshot = Snapshot()
         self.calculator = Calculator(node.name)
@@ -83,8 +89,9 @@ class World:
             self.snapshot.update(Key("Namespace", name), namespace)
         delta = self.calculator.calculate(self.snapshot)
         with inside(node.netns.fd):
-            enforcer = IptablesDataplane(self.calculator.settings, self.calculator.ruleset.members)
-            self.dataplane = Dataplane(enforcer)
+            enforcer = BACKENDS[backend]
+            members = self.calculator.ruleset.members
+            self.dataplane = Dataplane(enforcer(self.calculator.settings, members))
             stack.callback(self.dataplane.close)
             self.dataplane.want(delta)
             self.dataplane.read()
@@ -220,11 +227,11 @@ def _echo_request(serial: int) -> bytes:
     return struct.pack("!BBHHH", 8, 0, ~total & 0xFFFF, serial, 1)
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+@pytest.fixture(scope="module", params=BACKENDS)
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
     with cluster("node1") as (node,), ExitStack() as stack:
         run(node.netns, "ip", "address", "add", "172.31.1.11/32", "dev", "lo")
-        yield World(node, stack)
+        yield World(node, stack, request.param)
 
 
 @st.composite

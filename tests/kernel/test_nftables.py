@@ -100,7 +100,7 @@ def rules_listed(namespace: Namespace, family: str) -> list[str]:
         (nft.counter() + nft.verdict(Verdict.DROP), "counter packets 0 bytes 0 drop"),
         (
             nft.limit(5, 10) + nft.log("calico-packet: "),
-            'limit rate 5/second burst 10 packets log prefix "calico-packet: " level info',
+            'limit rate 5/second burst 10 packets log prefix "calico-packet: " level notice',
         ),
         (
             nft.load_fib(
@@ -322,7 +322,7 @@ def test_a_table_that_is_not_there_is_empty(namespace: Namespace) -> None:
 def test_large_transactions_are_one(table: Nftables) -> None:
     address = ADDRESS4 if table.version == 4 else ADDRESS6
     keys = {number.to_bytes(address.length, "big") for number in range(1, 20_001)}
-    spans = {Range(table.version, first, first + 4) for first in range(0, 60_000, 10)}
+    spans = {Range(BITS[table.version], first, first + 4) for first in range(0, 60_000, 10)}
     transaction = table.transaction()
     transaction.create_set(NftSet("s", (address,)))
     transaction.create_set(NftSet("r", (address,), ranges=True))

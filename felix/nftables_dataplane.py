@@ -1,0 +1,402 @@
+"""Policy enforced by nftables: one table an IP version, changed in one transaction at a time.
+
+Ours is the table ``calico`` of families ip and ip6, and all that is in it. A transaction takes
+everything that became different, so packets never see a new chain beside an old set.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+
+from api.net import V4, V6
+from felix import names
+from felix.chains import Chain, ChainRule, Dispatch, Drop, Hook, Table
+from felix.dataplane import Members
+from felix.desired import Delta, SetKey
+from felix.nftables_renderer import (
+    RenderedChain,
+    Renderer,
+    chain_name,
+    dispatch_map,
+)
+from felix.nftables_sets import NftablesSets
+from felix.settings import Settings
+from kernel.nft_expressions import interface_name
+from kernel.nft_sets import NftSet, Target
+from kernel.nftables import BaseChain, ChainState, Nftables, NftablesError, Transaction
+from policy.model import Direction
+from reconcile.backoff import Backoff
+
+TABLE = "calico"
+
+# nft(8): raw, filter and srcnat; ours comes after others' there, whose translations stand.
+_KINDS = {Table.RAW: "filter", Table.FILTER: "filter", Table.NAT: "nat"}
+_PRIORITIES = {
+    (Table.RAW, "PREROUTING"): -300,
+    (Table.FILTER, "FORWARD"): 0,
+    (Table.FILTER, "INPUT"): 0,
+    (Table.NAT, "POSTROUTING"): 110,
+}
+
+_DISPATCHES = {
+    Direction.EGRESS: names.FROM_WORKLOAD,
+    Direction.INGRESS: names.TO_WORKLOAD,
+}
+
+_log = logging.getLogger(__name__)
+
+
+class _Family:
+    """The table of one IP version: what is wanted, what is there, and what may differ."""
+
+    def __init__(self, version: int, settings: Settings, members: Members) -> None:
+        self._nftables = Nftables(version, TABLE)
+        self._version = version
+        self._members = members
+        self._sets = NftablesSets(self._nftables)
+        self._renderer = self._make_renderer(settings)
+        self._neutral: dict[str, tuple[Table, Chain | Dispatch]] = {}
+        self._rendered: dict[str, RenderedChain] = {}
+        self._bases: dict[str, BaseChain] = {}
+        self._maps: dict[str, tuple[NftSet, dict[bytes, Target]]] = {}
+        self._users: dict[str, set[str]] = {}  # set -> the chains that look it up
+        self._chains: Mapping[str, ChainState] = {}  # in the kernel
+        self._targets: dict[str, dict[bytes, Target]] = {}  # of the maps in the kernel
+        self._exists = False
+        self._dirty: set[str] = set()  # chains
+        self._dirty_maps: set[str] = set()
+        self._refused: dict[str, RenderedChain] = {}  # as which the kernel refused a chain
+        self._backoff: Backoff[str] = Backoff()
+        self.errors: dict[str, str] = {}
+
+    def close(self) -> None:
+        self._nftables.close()
+
+    def remove(self) -> None:
+        """Delete the table: nothing of ours stays."""
+        if self._nftables.exists():
+            transaction = self._nftables.transaction()
+            transaction.delete_table()
+            self._nftables.commit(transaction)
+
+    def configure(self, settings: Settings) -> None:
+        """Marks may have changed: everything is rendered again."""
+        self._renderer = self._make_renderer(settings)
+        for name in self._neutral:
+            self._render(name)
+
+    def want_set(self, key: SetKey, delta: Delta) -> None:
+        change = delta.sets[key]
+        if change is not None:
+            self._sets.want(key.id, change, lambda: self._members(key))
+
+    def reshape(self) -> None:
+        """Render again the chains that look up a set which took another shape."""
+        for set_name in self._sets.reshaped:
+            for name in tuple(self._users.get(set_name, ())):
+                self._render(name)
+        self._sets.reshaped.clear()
+
+    def want_chain(self, table: Table, name: str, chain: Chain | Dispatch | None) -> None:
+        full = chain_name(table, name)
+        if chain is None:
+            self._forget(full)
+            return
+        self._neutral[full] = table, chain
+        self._render(full)
+        if isinstance(chain, Dispatch):
+            self._maps[full] = dispatch_map(table, chain)
+            self._dirty_maps.add(full)
+
+    def want_hook(self, hook: Hook, rule: ChainRule | None) -> None:
+        full = chain_name(hook.table, hook.chain)
+        if rule is None:
+            self._forget(full)
+            del self._bases[full]
+            return
+        kind, priority = _KINDS[hook.table], _PRIORITIES[hook.table, hook.chain]
+        self._bases[full] = BaseChain(kind, hook.chain.lower(), priority)
+        self._neutral[full] = hook.table, Chain(hook.chain, (rule,))
+        self._render(full)
+
+    def read(self) -> None:
+        """See what is in the kernel. Raises OSError."""
+        state = self._nftables.read()
+        self._exists = bool(state.chains or state.sets) or self._nftables.exists()
+        self._chains = state.chains
+        maps = {name for name, found in state.sets.items() if found.verdicts}
+        self._targets = {name: self._nftables.targets(name) for name in maps}
+        self._sets.found({name: s for name, s in state.sets.items() if name not in maps})
+        self._dirty = self._rendered.keys() | state.chains.keys()
+        self._dirty_maps = self._maps.keys() | maps
+
+    def preload(self, now: float) -> int:
+        """Fill large new sets."""
+        if not self._is_due(now):
+            return 0
+        try:
+            return self._sets.preload()
+        except OSError as error:
+            self._failed(error, now)
+            return 0
+
+    def apply(self, now: float) -> int:
+        """Everything that is due, in one transaction; the number of its steps."""
+        if not self._is_due(now) or not self._pending():
+            return 0
+        try:
+            steps = self._commit()
+        except NftablesError:
+            # Perhaps somebody else changed our table: begin from what is there.
+            try:
+                self.read()
+                steps = self._commit_in_part()
+            except OSError as error:
+                self._failed(error, now)
+                return 0
+        except OSError as error:
+            self._failed(error, now)
+            return 0
+        self._note(now)
+        return steps
+
+    def next_retry(self) -> float | None:
+        return self._backoff.next_due()
+
+    def enforces(self, interface: str) -> bool | None:
+        """Whether the chains of an interface stand and are gone to; None: it has none here."""
+        chosen: list[bool] = []
+        for direction, dispatch in _DISPATCHES.items():
+            full = chain_name(Table.FILTER, names.endpoint_chain(direction, interface))
+            if full in self._rendered:
+                entry = self._targets.get(chain_name(Table.FILTER, dispatch), {})
+                known = interface_name(interface) in entry
+                chosen.append(known and full not in self._dirty and not self._differs(full))
+        return all(chosen) if chosen else None
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for what, message in self.errors.items():
+            yield f"nftables {self._nftables} {what}".rstrip(), message
+
+    def _make_renderer(self, settings: Settings) -> Renderer:
+        return Renderer(
+            self._version, settings.accept_mark, settings.pass_mark, self._sets.holds_networks
+        )
+
+    def _render(self, full: str) -> None:
+        table, chain = self._neutral[full]
+        before = self._rendered.get(full)
+        after = self._renderer.render(table, chain)
+        for constant in after.constants:
+            self._sets.want_constant(constant)
+        for constant in before.constants if before else ():
+            self._sets.unwant_constant(constant)
+        self._use(full, before.sets if before else frozenset(), after.sets)
+        self._rendered[full] = after
+        self._refused.pop(full, None)
+        self._dirty.add(full)
+
+    def _forget(self, full: str) -> None:
+        del self._neutral[full]
+        before = self._rendered.pop(full)
+        for constant in before.constants:
+            self._sets.unwant_constant(constant)
+        self._use(full, before.sets, frozenset())
+        self._refused.pop(full, None)
+        self._dirty.add(full)
+        if self._maps.pop(full, None) is not None:
+            self._dirty_maps.add(full)
+
+    def _use(self, full: str, before: frozenset[str], after: frozenset[str]) -> None:
+        for name in before - after:
+            self._users[name].discard(full)
+            if not self._users[name]:
+                del self._users[name]
+        for name in after - before:
+            self._users.setdefault(name, set()).add(full)
+
+    def _pending(self) -> bool:
+        return bool(self._dirty or self._dirty_maps) or self._sets.pending()
+
+    def _is_due(self, now: float) -> bool:
+        return not len(self._backoff) or bool(self._backoff.due(now))
+
+    def _commit(self) -> int:
+        """Build the transaction and have it carried out. Raises OSError."""
+        transaction = self._transaction()
+        self._nftables.commit(transaction)
+        self._committed()
+        return len(transaction.messages)
+
+    def _commit_in_part(self) -> int:
+        """As ``_commit``, but a chain that the kernel refuses stays as it is, or drops if new."""
+        while True:
+            try:
+                return self._commit()
+            except NftablesError as error:
+                guilty = self._guilty(error)
+                if not guilty:
+                    raise
+                for full, why in guilty.items():
+                    self.errors[f"chain {full}"] = why
+                    self._refused[full] = self._rendered[full]
+
+    def _guilty(self, error: NftablesError) -> dict[str, str]:
+        """The chains that were refused for what they are, and were not before."""
+        found = {}
+        for what, why in error.refused:
+            kind, _, full = what.partition(" ")
+            if kind == "chain" and full in self._rendered and full not in self._refused:
+                found[full] = why
+        return found
+
+    def _transaction(self) -> Transaction:
+        transaction = self._nftables.transaction()
+        if not self._exists:
+            transaction.create_table()
+        changed = {name for name in self._dirty if self._differs(name)}
+        gone = [name for name in self._dirty if name in self._chains.keys() - self._rendered.keys()]
+        # A chain can't become a base chain, nor cease to be one: it is made anew.
+        for name in sorted(changed):
+            if name in self._chains and self._chains[name].base != self._bases.get(name):
+                transaction.flush_chain(name)
+                transaction.delete_chain(name)
+                transaction.create_chain(name, self._bases.get(name))
+            elif name not in self._chains:
+                transaction.create_chain(name, self._bases.get(name))
+        self._sets.fill(transaction)
+        for name in sorted(self._dirty_maps & self._maps.keys() - self._targets.keys()):
+            transaction.create_set(self._maps[name][0])
+        for name in sorted(changed):
+            if name in self._chains and self._chains[name].comments:
+                transaction.flush_chain(name)
+            transaction.append_rules(name, self._wanted(name).rules)
+        for name in sorted(self._dirty_maps & self._maps.keys()):
+            wanted, present = self._maps[name][1], self._targets.get(name, {})
+            unlike = [k for k, target in present.items() if wanted.get(k) != target]
+            transaction.delete_keys(name, unlike)
+            fresh = {k: target for k, target in wanted.items() if present.get(k) != target}
+            transaction.add_targets(name, fresh)
+        for name in gone:
+            transaction.flush_chain(name)
+        # The map of a dispatch goes after the rule that looks it up, before what it leads to.
+        for name in sorted(self._targets.keys() - self._maps.keys()):
+            transaction.delete_set(name)
+        for name in gone:
+            transaction.delete_chain(name)
+        self._sets.trim(transaction)
+        return transaction
+
+    def _differs(self, name: str) -> bool:
+        if name not in self._rendered:
+            return False
+        if name in self._refused and name in self._chains:
+            return False
+        present = self._chains.get(name)
+        wanted = ChainState(self._bases.get(name), self._wanted(name).comments)
+        return present != wanted
+
+    def _wanted(self, name: str) -> RenderedChain:
+        """A chain as it is to be: one that was refused drops."""
+        if name in self._refused:
+            table, _ = self._neutral[name]
+            drop = Chain(name, (ChainRule(Drop(), comment="refused by the kernel"),))
+            return self._renderer.render(table, drop)
+        return self._rendered[name]
+
+    def _committed(self) -> None:
+        present = dict(self._chains)
+        for name in self._dirty:
+            if name not in self._rendered:
+                present.pop(name, None)
+            elif self._differs(name):
+                present[name] = ChainState(self._bases.get(name), self._wanted(name).comments)
+        self._chains = present
+        for name in self._dirty_maps & self._maps.keys():
+            self._targets[name] = dict(self._maps[name][1])
+        for name in self._targets.keys() - self._maps.keys():
+            del self._targets[name]
+        self._exists = True
+        self._dirty.clear()
+        self._dirty_maps.clear()
+        self._sets.committed()
+
+    def _note(self, now: float) -> None:
+        if self._refused:
+            self._backoff.failed(TABLE, now)
+            self._dirty |= self._refused.keys()
+        else:
+            self._backoff.succeeded(TABLE)
+            self.errors.clear()
+
+    def _failed(self, error: OSError, now: float) -> None:
+        """Nothing of the transaction is in force; all of it is tried again, later."""
+        if self.errors.get("") != str(error):
+            _log.warning("%s; will be tried again", error)
+        self.errors[""] = str(error)
+        self._backoff.failed(TABLE, now)
+
+
+class NftablesDataplane:
+    """The ``Enforcer`` that speaks to nftables."""
+
+    def __init__(self, settings: Settings, members: Members) -> None:
+        self._families = {version: _Family(version, settings, members) for version in (V4, V6)}
+
+    def close(self) -> None:
+        """Close the sockets. What is in the kernel stays."""
+        for family in self._families.values():
+            family.close()
+
+    def want(self, delta: Delta) -> None:
+        """Take what became different."""
+        if delta.settings is not None:
+            for family in self._families.values():
+                family.configure(delta.settings)
+        for key in delta.sets:
+            self._families[key.version].want_set(key, delta)
+        for chain_key, chain in delta.chains.items():
+            family = self._families[chain_key.version]
+            family.want_chain(chain_key.table, chain_key.name, chain)
+        for hook_key, rule in delta.hooks.items():
+            self._families[hook_key.version].want_hook(hook_key.hook, rule)
+        for family in self._families.values():
+            family.reshape()
+
+    def read(self) -> None:
+        """See what is in the kernel. Raises OSError."""
+        for family in self._families.values():
+            family.read()
+
+    def fill_sets(self, now: float) -> int:
+        """Fill large new sets, which nothing refers to yet."""
+        return sum(family.preload(now) for family in self._families.values())
+
+    def apply_chains(self, now: float) -> int:
+        """Sets, chains and hooks, in one transaction an IP version."""
+        return sum(family.apply(now) for family in self._families.values())
+
+    def trim_sets(self, now: float) -> int:
+        """Nothing: members go in the same transaction as all else."""
+        return 0
+
+    def enforces(self, interface: str) -> bool:
+        """Whether the chains of a workload's interface stand, and packets are sent there."""
+        found = {family.enforces(interface) for family in self._families.values()}
+        return True in found and False not in found
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """(object, what the kernel said)."""
+        for family in self._families.values():
+            yield from family.problems()
+
+    def next_retry(self) -> float | None:
+        """When something that failed is due again."""
+        times = [family.next_retry() for family in self._families.values()]
+        return min((time for time in times if time is not None), default=None)
+
+    def remove(self) -> None:
+        """Delete both tables. Raises OSError."""
+        for family in self._families.values():
+            family.remove()

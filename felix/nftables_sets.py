@@ -1,0 +1,254 @@
+"""Neutral sets → nftables: a hash of hosts, and beside it, where there are any, ranges.
+
+An address in a tree of ranges costs a search, one in a hash does not; so hosts are kept in a
+hash of their own, and the second set is there only while there are networks. What a set holds
+is not kept here, but for its ranges: after a change went well it holds what was wanted; when
+one failed, and at a resync, it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from felix.nftables_renderer import (
+    ConstantSet,
+    network_declaration,
+    networks_name,
+    set_declarations,
+    set_name,
+)
+from kernel.nft_sets import NftSet, Range, key, ranges
+from kernel.nftables import Nftables, Transaction
+from policy.engine import SetDelta
+from policy.model import Member, NamedPortMember, SetKind
+
+# So many elements are put into a new set by a transaction of their own, before anything refers
+# to it: the kernel does other things in between.
+_BULK = 20_000
+
+_NONE: frozenset[Member] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A set that should be there, and where to learn what it should hold."""
+
+    kind: SetKind
+    members: Callable[[], frozenset[Member]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a set in the kernel should hold: keys, or ranges."""
+
+    declaration: NftSet
+    keys: frozenset[bytes] = frozenset()
+    spans: frozenset[Range] = frozenset()
+
+
+class NftablesSets:
+    """The sets of one IP version. A transaction is told of all of them before it is committed.
+
+    ``reshaped`` are the sets that began or ceased to hold networks since it was last cleared.
+    """
+
+    def __init__(self, nftables: Nftables) -> None:
+        self._nftables = nftables
+        self._version = nftables.version
+        self._wanted: dict[str, _Wanted] = {}
+        self._constants: dict[str, ConstantSet] = {}
+        self._uses: dict[str, int] = {}  # of constant sets, by chains
+        self._spans: dict[str, frozenset[Range]] = {}  # of those that hold networks
+        self._present: dict[str, NftSet] = {}
+        self._known: dict[str, frozenset[Range]] = {}  # ranges in the kernel
+        self._compare: set[str] = set()  # what these hold is not known, or they are not there
+        self._renetted: set[str] = set()  # whose ranges may have changed
+        self._add: dict[str, set[bytes]] = {}
+        self._remove: dict[str, set[bytes]] = {}
+        self.reshaped: set[str] = set()
+
+    def holds_networks(self, name: str) -> bool:
+        """Whether a set's networks stand in a second set of the kernel's."""
+        return name in self._spans
+
+    def found(self, present: Mapping[str, NftSet]) -> None:
+        """The sets in the kernel, just read; what they hold is compared at the next ``fill``."""
+        self._present = dict(present)
+        self._compare = {*self._wanted, *self._constants}
+        self._known.clear()
+        self._add.clear()
+        self._remove.clear()
+
+    def want(self, set_id: str, change: SetDelta, members: Callable[[], frozenset[Member]]) -> None:
+        """A set came, changed or went."""
+        name = set_name(set_id)
+        if change.deleted:
+            del self._wanted[name]
+            self._spans.pop(name, None)
+            self._compare.discard(name)
+            self._add.pop(name, None)
+            self._remove.pop(name, None)
+            return
+        if change.created:
+            self._wanted[name] = _Wanted(change.kind, members)
+            self._compare.add(name)
+        elif name not in self._compare:
+            added, removed = _keys(change.added), _keys(change.removed)
+            add = self._add.setdefault(name, set())
+            remove = self._remove.setdefault(name, set())
+            # What came and went, or went and came, since the last transaction, is nothing.
+            self._add[name] = (add - removed) | (added - remove)
+            self._remove[name] = (remove - added) | (removed - add)
+        if change.created or any(map(_is_network, (*change.added, *change.removed))):
+            self._update_spans(name)
+
+    def want_constant(self, constant: ConstantSet) -> None:
+        """A chain refers to a list. One of several that do."""
+        name = constant.declaration.name
+        self._uses[name] = self._uses.get(name, 0) + 1
+        if self._uses[name] == 1:
+            self._constants[name] = constant
+            self._compare.add(name)
+
+    def unwant_constant(self, constant: ConstantSet) -> None:
+        """A chain no longer refers to it."""
+        name = constant.declaration.name
+        self._uses[name] -= 1
+        if not self._uses[name]:
+            del self._uses[name], self._constants[name]
+            self._compare.discard(name)
+
+    def preload(self) -> int:
+        """Fill new sets that are large, outside of the transaction to come. Raises OSError."""
+        changes = 0
+        for name in self._compare - self._present.keys():
+            for contents in self._contents(name):
+                if len(contents.keys) <= _BULK or contents.declaration.name in self._present:
+                    continue
+                every = list(contents.keys)
+                for first in range(0, len(every), _BULK):
+                    transaction = self._nftables.transaction()
+                    transaction.create_table()
+                    transaction.create_set(contents.declaration)
+                    transaction.add_keys(contents.declaration.name, every[first : first + _BULK])
+                    self._nftables.commit(transaction)
+                self._present[contents.declaration.name] = contents.declaration
+                changes += len(every)
+        return changes
+
+    def fill(self, transaction: Transaction) -> None:
+        """Make the sets that are missing, and give all of them what they should hold."""
+        for name in sorted(self._compare):
+            for contents in self._contents(name):
+                self._compare_one(transaction, contents)
+        for name, keys in self._remove.items():
+            transaction.delete_keys(name, keys)
+        for name, keys in self._add.items():
+            transaction.add_keys(name, keys)
+        for name in self._renetted - self._compare:
+            self._change_ranges(transaction, name)
+
+    def trim(self, transaction: Transaction) -> None:
+        """Remove the sets that nobody wants, once no rule refers to them."""
+        for name in sorted(self._present.keys() - self._all_names()):
+            transaction.delete_set(name)
+
+    def committed(self) -> None:
+        """The transaction is in force."""
+        wanted = {
+            contents.declaration.name: contents.declaration
+            for name in self._compare
+            for contents in self._contents(name)
+        }
+        self._present.update(wanted)
+        for name in self._renetted & self._spans.keys():
+            declaration = network_declaration(self._version, name)
+            self._present[declaration.name] = declaration
+        for name in self._present.keys() - self._all_names():
+            del self._present[name]
+        self._known = dict(self._spans)
+        for work in (self._compare, self._renetted, self._add, self._remove):
+            work.clear()
+
+    def pending(self) -> bool:
+        """Whether anything is to be done."""
+        return bool(
+            self._compare
+            or self._renetted
+            or any(self._add.values())
+            or any(self._remove.values())
+            or self._present.keys() - self._all_names()
+        )
+
+    def _all_names(self) -> set[str]:
+        networks = (networks_name(name) for name in self._spans)
+        return {*self._wanted, *self._constants, *networks}
+
+    def _contents(self, name: str) -> Iterator[_Contents]:
+        """The kernel's sets that a set takes."""
+        constant = self._constants.get(name)
+        if constant is not None:
+            spans = frozenset(constant.spans)
+            yield _Contents(constant.declaration, frozenset(constant.keys), spans)
+            return
+        wanted = self._wanted[name]
+        declaration = set_declarations(self._version, name, wanted.kind)
+        yield _Contents(declaration, _keys(wanted.members()))
+        if name in self._spans:
+            yield _Contents(network_declaration(self._version, name), spans=self._spans[name])
+
+    def _compare_one(self, transaction: Transaction, contents: _Contents) -> None:
+        """Make one set of the kernel's, or change what is wrong about it."""
+        name = contents.declaration.name
+        if name not in self._present:
+            transaction.create_set(contents.declaration)
+            transaction.add_keys(name, contents.keys)
+            transaction.add_ranges(name, contents.spans)
+        elif contents.declaration.ranges:
+            actual = self._nftables.ranges(name)
+            transaction.delete_ranges(name, actual - contents.spans)
+            transaction.add_ranges(name, contents.spans - actual)
+        else:
+            keys = self._nftables.keys(name)
+            transaction.delete_keys(name, keys - contents.keys)
+            transaction.add_keys(name, contents.keys - keys)
+
+    def _change_ranges(self, transaction: Transaction, name: str) -> None:
+        spans = self._spans.get(name)
+        if spans is None:
+            return  # the set goes
+        if networks_name(name) not in self._present:
+            transaction.create_set(network_declaration(self._version, name))
+        before = self._known.get(name, frozenset())
+        transaction.delete_ranges(networks_name(name), before - spans)
+        transaction.add_ranges(networks_name(name), spans - before)
+
+    def _update_spans(self, name: str) -> None:
+        wanted = self._wanted[name]
+        networks = [net for net in wanted.members() if _is_network(net)]
+        had = name in self._spans
+        if networks:
+            self._spans[name] = frozenset(ranges(networks))  # type: ignore[arg-type]
+        else:
+            self._spans.pop(name, None)
+        if had != bool(networks):
+            self.reshaped.add(name)
+        if had or networks:
+            self._renetted.add(name)
+
+
+def _is_network(member: Member) -> bool:
+    return not isinstance(member, NamedPortMember) and not member.is_host
+
+
+def _keys(members: Iterable[Member]) -> frozenset[bytes]:
+    """The keys of hosts and of named ports."""
+    found: set[bytes] = set()
+    for member in members:
+        if isinstance(member, NamedPortMember):
+            port = member.port.to_bytes(2, "big")
+            found.add(key(member.net.packed(), bytes((member.protocol,)), port))
+        elif member.is_host:
+            found.add(member.packed())
+    return frozenset(found)
