@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from api.kubernetes import Pod
 from api.names import workload_endpoint_name
-from api.net import V4, V6, Net
+from api.net import V4, V6, Net, format_address
 from cni.attachment import Attachment, from_alias
 from cni.errors import INVALID_CONFIGURATION, TRY_AGAIN_LATER, CniError
+from cni.features import Features
+from cni.wiring import Wire
 from datastore.interface import (
     JSON,
     AlreadyExistsError,
@@ -38,6 +40,14 @@ _PREFIX = re.compile(r"[a-zA-Z0-9_.-]{1,4}")  # 11 hex digits follow, 15 is the 
 _VXLAN_BYTES = {V4: 50, V6: 70}
 _IPIP_BYTES = 20
 _ATTEMPTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """A Kubernetes namespace as far as its pods' addresses are concerned."""
+
+    labels: Mapping[str, str]
+    annotations: Mapping[str, str]
 
 
 class Cluster:
@@ -89,11 +99,19 @@ class Cluster:
         status = self._value(Key("Node", self.node)).get("status") or {}
         return list(status.get("podCIDRs") or [])
 
-    def namespace_labels(self, attachment: Attachment) -> dict[str, str] | None:
-        """The labels of the pod's namespace; None for a container that is in none."""
+    def namespace(self, attachment: Attachment) -> Namespace | None:
+        """The pod's namespace; None for a container that is in none."""
         if not attachment.pod:
             return None
-        return self._labels(Key("Namespace", attachment.namespace))
+        metadata = self._value(Key("Namespace", attachment.namespace)).get("metadata") or {}
+        return Namespace(
+            dict(metadata.get("labels") or {}), dict(metadata.get("annotations") or {})
+        )
+
+    def namespace_labels(self, attachment: Attachment) -> Mapping[str, str] | None:
+        """The labels of the pod's namespace; None for a container that is in none."""
+        namespace = self.namespace(attachment)
+        return namespace.labels if namespace else None
 
     def pod(self, attachment: Attachment) -> Pod | None:
         """The pod; None if there is no such object, as outside Kubernetes. Raises CniError."""
@@ -188,8 +206,8 @@ def workload_endpoint(
     pod: Pod | None,
     *,
     node: str,
-    host_interface: str,
-    addresses: Sequence[Net],
+    wire: Wire,
+    features: Features,
 ) -> JSON:
     """The WorkloadEndpoint of a wired container, as JSON."""
     key = attachment.endpoint_key(node)
@@ -198,9 +216,9 @@ def workload_endpoint(
         "node": node,
         "containerID": attachment.endpoint_container_id,
         "endpoint": attachment.endpoint,
-        "interfaceName": host_interface,
-        "mac": attachment.mac,
-        "ipNetworks": [str(net) for net in addresses],
+        "interfaceName": wire.host_interface,
+        "mac": wire.mac,
+        "ipNetworks": [str(net) for net in wire.addresses],
         "profiles": [f"kns.{key.namespace}"],
     }
     own = {labels.NAMESPACE: key.namespace, labels.ORCHESTRATOR: attachment.orchestrator}
@@ -212,9 +230,22 @@ def workload_endpoint(
         spec["ports"] = [port.model_dump(mode="json") for port in pod_ports(pod)]
         if account := pod.spec.service_account_name:
             spec["serviceAccountName"] = account
+    if nats := features.nats(wire.addresses):
+        spec["ipNATs"] = [
+            {"internalIP": _address(internal), "externalIP": _address(external)}
+            for external, internal in nats
+        ]
+    if features.sources:
+        spec["allowSpoofedSourcePrefixes"] = [str(net) for net in features.sources]
+    if features.controls:
+        spec["qosControls"] = dict(features.controls)
     return {
         "apiVersion": "projectcalico.org/v3",
         "kind": "WorkloadEndpoint",
         "metadata": {"name": key.name, "namespace": key.namespace, "labels": own},
         "spec": spec,
     }
+
+
+def _address(net: Net) -> str:
+    return format_address(net.version, net.address)

@@ -43,6 +43,11 @@ VALID_ATTACHMENTS = "cni.dev/valid-attachments"
 # The first version of the spec that knows the command.
 SINCE = {"CHECK": "0.4.0", "STATUS": "1.1.0", "GC": "1.1.0"}
 
+# Seconds that an ADD waits for the pod's policy at most, unless told otherwise; and as long as
+# it may be told: the client gives up after 90.
+POLICY_WAIT = 10
+LONGEST_WAIT = 60
+
 IPAM_TYPES = ("manx-ipam", "calico-ipam")  # our own
 
 _EXECUTABLE = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
@@ -122,6 +127,19 @@ class Ipam(_Model):
         return tuple((version, tuple(pools)) for version, assign, pools in wanted if assign)
 
 
+class ContainerSettings(_Model):
+    """``container_settings``: of the container's own network. The keys are Calico's."""
+
+    allow_ip_forwarding: Switch = False
+
+
+class FeatureControl(_Model):
+    """``feature_control``: what pods may ask for by annotation. The keys are Calico's."""
+
+    ip_addrs_no_ipam: Switch = False
+    floating_ips: Switch = False
+
+
 class Dns(_Model):
     """``dns``: passed on to the runtime in the result."""
 
@@ -184,6 +202,9 @@ class NetworkConfiguration(_Model):
     mtu: Annotated[int, AfterValidator(_mtu)] = 0
     ipam: Ipam = Ipam()
     dns: Dns = Dns()
+    container_settings: ContainerSettings = ContainerSettings()
+    feature_control: FeatureControl = FeatureControl()
+    policy_setup_timeout_seconds: Annotated[int, Field(ge=0, le=LONGEST_WAIT)] = POLICY_WAIT
     previous: Any = Field(default=None, alias="prevResult")  # a Result where it matters
     valid_attachments: list[ValidAttachment] | None = Field(default=None, alias=VALID_ATTACHMENTS)
 

@@ -10,6 +10,7 @@ import threading
 import time
 
 from api.errors import InvalidObjectError
+from cni.enforcement import Enforcement
 from cni.node import Node
 from cni.plugin import Plugin
 from cni.repair import repair
@@ -37,8 +38,10 @@ def run(environment: Environment) -> None:
     stop = threading.Event()
     store = connect(environment.datastore)
     node = Node(store, environment.node)
-    server = Server(socket_path(environment), Plugin(node).handle)
+    enforcement = Enforcement(environment.run_dir)
+    server = Server(socket_path(environment), Plugin(node, enforcement).handle)
     node.start()
+    enforcement.start()
     repairs = threading.Thread(target=_repair, args=(node, stop), name="cni-repair", daemon=True)
     repairs.start()
     gc.collect()
@@ -49,6 +52,7 @@ def run(environment: Environment) -> None:
     stop.set()
     server.stop()
     repairs.join()
+    enforcement.stop()
     node.stop()
     store.close()
     _log.info("stopped")

@@ -15,12 +15,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from api.kubernetes import Pod
 from api.net import Net
 from cni import wiring
 from cni.attachment import Attachment
-from cni.cluster import ATTACHMENT, Cluster, owns, workload_endpoint
+from cni.cluster import ATTACHMENT, Cluster, Namespace, owns, workload_endpoint
 from cni.delegate import Delegate, Lease
 from cni.errors import invalid_environment
+from cni.features import Families, Features
 from cni.locks import KeyedLocks
 from cni.reaper import Reaper
 from cni.wiring import Sockets, Wire
@@ -32,7 +34,6 @@ from kernel.links import Link
 from kernel.netlink import NetlinkSocket
 
 Addresses = tuple[Net, ...]
-Families = tuple[tuple[int, tuple[str, ...]], ...]  # IP version, names or CIDRs of pools
 
 _USE = "Workload"
 
@@ -43,13 +44,25 @@ _log = logging.getLogger(__name__)
 class Wanted:
     """What an attachment shall have. ``mtu`` in bytes, 0: what the uplink carries.
 
-    ``families``: IP versions, each with the pools to take from (none named: any that fits).
-    ``delegate``: another plugin to take addresses from instead.
+    ``pod`` and ``namespace`` are as the datastore has them. ``delegate``: another plugin to
+    take addresses from. ``forwarding``: the container may forward.
     """
 
-    families: Families
+    features: Features
+    pod: Pod | None = None
+    namespace: Namespace | None = None
     mtu: int = 0
     delegate: Delegate | None = None
+    forwarding: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """``lease``: what another plugin gave. ``fresh``: it was not complete already."""
+
+    wire: Wire
+    lease: Lease | None = None
+    fresh: bool = True
 
 
 class Node:
@@ -61,18 +74,20 @@ class Node:
     def __init__(self, store: Datastore, name: str) -> None:
         self.cluster = Cluster(store, name)
         self.sockets = Sockets()
-        self._allocator = Allocator(store, name)
+        self._allocator = Allocator(store, name, follow=True)
         self._pools = Pools(store)
         self._locks = KeyedLocks()
         self._reaper = Reaper()
 
     def start(self) -> None:
         """Start what works in the background."""
+        self._allocator.start()
         self._reaper.start()
 
     def stop(self) -> None:
         """Stop it again. Nothing may be attached or detached any more."""
         self._reaper.stop()
+        self._allocator.stop()
         self.sockets.close()
 
     def host_interface(self, attachment: Attachment) -> str:
@@ -103,12 +118,10 @@ class Node:
                 ):
                     raise
 
-    def attach(
-        self, attachment: Attachment, netns_fd: int, wanted: Wanted
-    ) -> tuple[Wire, Lease | None]:
+    def attach(self, attachment: Attachment, netns_fd: int, wanted: Wanted) -> Attached:
         """Wire a container; one that is wired already, all in order, stays as it is.
 
-        With what a delegate gave, if one was asked: then the wire is always made anew.
+        Where the addresses are not from IPAM, the wire is always made anew.
         A failure leaves nothing behind. Raises CniError, IpamError.
         """
         name = self.host_interface(attachment)
@@ -116,10 +129,10 @@ class Node:
             held = self._addresses(attachment)
             wire = self._complete(attachment, held, host, netns_fd, wanted) if held else None
             if wire is not None:
-                return wire, None
+                return Attached(wire, fresh=False)
             try:
                 lease = wanted.delegate.add() if wanted.delegate else None
-                return self._attach(attachment, held, host, netns_fd, wanted, lease), lease
+                return self._attach(attachment, held, host, netns_fd, wanted, lease)
             except BaseException:
                 self._roll_back(attachment, name, wanted.delegate)
                 raise
@@ -135,6 +148,12 @@ class Node:
         name = name or self.host_interface(attachment)
         with self._locks.hold(name):
             self._detach(attachment, name, delegate)
+
+    def take_back(self, attachment: Attachment, attached: Attached, wanted: Wanted) -> None:
+        """Undo an ``attach`` after all; what can't be taken back now, the runtime's DEL will."""
+        name = attached.wire.host_interface
+        with self._locks.hold(name):
+            self._roll_back(attachment, name, wanted.delegate)
 
     def faults(
         self,
@@ -205,7 +224,10 @@ class Node:
         wanted: Wanted,
     ) -> Wire | None:
         """The wire of an attachment that has all it shall have; None if anything is missing."""
-        if {net.version for net in held} != {version for version, _ in wanted.families}:
+        features = wanted.features
+        if {net.version for net in held} != features.versions:
+            return None
+        if features.addresses and features.addresses != held:
             return None
         if self._endpoint_faults(attachment, held):
             return None
@@ -224,38 +246,52 @@ class Node:
         netns_fd: int,
         wanted: Wanted,
         lease: Lease | None,
-    ) -> Wire:
-        pod = self.cluster.pod(attachment)
-        addresses = lease.addresses if lease else self._assign(attachment, held, wanted)
+    ) -> Attached:
+        features = wanted.features
+        if lease:
+            addresses = lease.addresses
+        elif features.outside_ipam:
+            addresses = features.addresses
+        else:
+            addresses = self._assign(attachment, held, wanted)
         wire = self._wire(attachment, addresses, wanted)
         if lease:
             wire = replace(wire, routes=lease.routes)
         link = self._create(host, netns_fd, wire)
         wiring.configure(host, netns_fd, wire, link)
+        if wire.forwarding:
+            wiring.allow_forwarding(netns_fd, wire)
         endpoint = workload_endpoint(
             attachment,
-            pod,
+            wanted.pod,
             node=self.cluster.node,
-            host_interface=wire.host_interface,
-            addresses=addresses,
+            wire=wire,
+            features=features,
         )
-        if lease:
+        if lease or features.outside_ipam:
             endpoint["metadata"]["annotations"] = {ATTACHMENT: attachment.alias}
         self.cluster.record(attachment, endpoint)
         if not wiring.finish(host, link.index):
             wiring.wait_for_carrier(host, link.index)
-        return wire
+        return Attached(wire, lease)
 
     def _assign(self, attachment: Attachment, held: Addresses, wanted: Wanted) -> Addresses:
         """The addresses it holds since an ADD that died, and new ones where it holds none."""
         addresses = list(held)
-        namespace_labels = self.cluster.namespace_labels(attachment)
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f +0000 UTC")
-        for version, pools in wanted.families:
+        attributes = attachment.attributes(self.cluster.node, now)
+        features = wanted.features
+        for address in features.addresses:
+            if address not in held:
+                self._allocator.assign_specific(address, attachment.handle, attributes)
+        if features.addresses:
+            return features.addresses
+        namespace_labels = wanted.namespace.labels if wanted.namespace else None
+        for version, pools in features.families:
             if all(net.version != version for net in held):
                 assignment = self._allocator.assign(
                     attachment.handle,
-                    attachment.attributes(self.cluster.node, now),
+                    attributes,
                     version=version,
                     pools=pools,
                     use=_USE,
@@ -272,7 +308,15 @@ class Node:
         if not mtu:
             mtu = wiring.uplink_mtu() - self.cluster.encapsulation_bytes()
         name = self.host_interface(attachment)
-        return Wire(name, attachment.ifname, attachment.mac, attachment.alias, addresses, mtu)
+        return Wire(
+            name,
+            attachment.ifname,
+            wanted.features.mac or attachment.mac,
+            attachment.alias,
+            addresses,
+            mtu,
+            forwarding=wanted.forwarding,
+        )
 
     def _create(self, host: NetlinkSocket, netns_fd: int, wire: Wire) -> Link:
         """The pair; an interface of a container before us gives way."""

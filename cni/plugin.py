@@ -13,6 +13,7 @@ from cni import ipam_plugin
 from cni.attachment import Attachment
 from cni.config import VALID_ATTACHMENTS, Call, find_version, parse_call
 from cni.delegate import Delegate, Lease
+from cni.enforcement import Enforcement
 from cni.errors import (
     ADDRESSES,
     INTERNAL,
@@ -24,6 +25,8 @@ from cni.errors import (
     invalid_configuration,
     invalid_environment,
 )
+from cni.features import OUTSIDE_IPAM, Allowed
+from cni.features import read as read_features
 from cni.ipam_plugin import IpamPlugin
 from cni.node import Node, Wanted
 from cni.protocol import Request
@@ -44,8 +47,9 @@ _PLUGIN = "MANX_PLUGIN"
 class Plugin:
     """Answers requests about one node."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, enforcement: Enforcement) -> None:
         self._node = node
+        self._enforcement = enforcement
         self._ipam = IpamPlugin(node.cluster)
         self._own_namespace = own_namespace()
 
@@ -86,17 +90,65 @@ class Plugin:
         if call.command == "CHECK":
             self._check(call, call.attachment, request.netns_fd, delegate)
             return None
-        wanted = Wanted(call.configuration.ipam.families, call.configuration.mtu, delegate)
-        wire, lease = self._node.attach(call.attachment, request.netns_fd, wanted)
-        _log.info("ADD %s: %s", call.attachment, ", ".join(map(str, wire.addresses)))
-        return result(call, wire, lease.dns if lease else {})
+        return self._add(call, call.attachment, request.netns_fd, delegate)
 
     def _answer_ipam(self, call: Call) -> dict[str, Any] | None:
+        """As the IPAM plugin of another main plugin."""
         if call.command != "CHECK":
             self._node.cluster.require_unlocked()
         if call.command == "GC":
             _require_valid_attachments(call)
         return self._ipam.answer(call)
+
+    def _add(
+        self, call: Call, attachment: Attachment, netns_fd: int, delegate: Delegate | None
+    ) -> dict[str, Any]:
+        wanted = self._wanted(call, attachment, delegate)
+        attached = self._node.attach(attachment, netns_fd, wanted)
+        seconds = call.configuration.policy_setup_timeout_seconds
+        if not self._is_enforced(attachment, seconds):
+            if attached.fresh:
+                self._node.take_back(attachment, attached, wanted)
+            raise self._unprotected(seconds)
+        wire, lease = attached.wire, attached.lease
+        _log.info("ADD %s: %s", attachment, ", ".join(map(str, wire.addresses)))
+        return result(call, wire, lease.dns if lease else {})
+
+    def _wanted(self, call: Call, attachment: Attachment, delegate: Delegate | None) -> Wanted:
+        configuration = call.configuration
+        pod = self._node.cluster.pod(attachment)
+        namespace = self._node.cluster.namespace(attachment)
+        permitted = configuration.feature_control
+        features = read_features(
+            f"{attachment.namespace}/{attachment.pod}",
+            pod.metadata.annotations if pod else {},
+            namespace.annotations if namespace else {},
+            configuration.ipam.families,
+            Allowed(permitted.ip_addrs_no_ipam, permitted.floating_ips),
+        )
+        return Wanted(
+            features,
+            pod,
+            namespace,
+            configuration.mtu,
+            delegate,
+            configuration.container_settings.allow_ip_forwarding,
+        )
+
+    def _is_enforced(self, attachment: Attachment, seconds: int) -> bool:
+        """Wait until felix enforces the pod's policy, ``seconds`` at most; 0: don't wait."""
+        endpoint = attachment.endpoint_key(self._node.cluster.node)
+        container = attachment.endpoint_container_id
+        return not seconds or self._enforcement.wait(endpoint, container, seconds)
+
+    def _unprotected(self, seconds: int) -> CniError:
+        away = self._enforcement.away()
+        felix = f"has been away for {away:.0f} s" if away else "runs, and has not done it"
+        return CniError(
+            TRY_AGAIN_LATER,
+            f"the pod's policy is not enforced after {seconds} s (policy_setup_timeout_seconds):"
+            f" felix {felix}; see manxctl node status",
+        )
 
     def _delegate(self, call: Call, request: Request) -> Delegate | None:
         """The plugin that gives the addresses, where the configuration names another."""
@@ -145,6 +197,8 @@ class Plugin:
         lease = None
         if delegate is not None:
             delegate.check()
+        pod = self._node.cluster.pod(attachment)
+        if delegate is not None or (pod and pod.metadata.annotations.get(OUTSIDE_IPAM)):
             lease = Lease(tuple(sorted(addresses)), previous_routes(call.previous))
         faults = self._node.faults(attachment, netns_fd, addresses, mac, mtu, lease)
         if faults:
@@ -158,6 +212,9 @@ class Plugin:
                 delegate.status()
             else:
                 self._node.require_pools(call.configuration.ipam.families)
+            seconds = call.configuration.policy_setup_timeout_seconds
+            if seconds and self._enforcement.away() > seconds:
+                raise self._unprotected(seconds)
         except (StoreError, IpamError, CniError) as error:
             raise CniError(NOT_AVAILABLE, str(error)) from error
 

@@ -27,10 +27,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from api.net import V4, V6, Net, parse_net
+from kernel import sysctl
 from kernel.addresses import Address, Addresses, AddressKey, address_add
-from kernel.links import Link, Links, link_get, link_set, link_up, parse_link, set_inet_conf, veth
+from kernel.links import (
+    Link,
+    Links,
+    link_get,
+    link_set,
+    link_up,
+    parse_link,
+    set_inet_conf,
+    veth,
+)
 from kernel.neighbours import Neighbour, Neighbours, neighbour_replace
 from kernel.netlink import Message, NetlinkSocket
+from kernel.netns import inside
 from kernel.routes import PROTO_FELIX, SCOPE_LINK, Hop, Route, Routes, route_add, route_replace
 
 HOST_MAC = "ee:ee:ee:ee:ee:ee"
@@ -44,6 +55,10 @@ DELETING = 0x6D616E02
 DEFAULT_MTU = 1500
 _CARRIER_SECONDS = 5
 _PROTO_BOOT = 3  # as `ip route` writes it: nobody's in particular
+_FORWARDING = {
+    V4: ("net", "ipv4", "ip_forward"),
+    V6: ("net", "ipv6", "conf", "all", "forwarding"),
+}
 _HOST_CONF = {"rp_filter": 1, "forwarding": 1, "proxy_arp": 1}
 _ANYWHERE = "192.0.0.8"  # RFC 7600, IPv4 dummy address: nobody has it, or a route of its own to it
 _IP_MTU = 14  # linux/in.h
@@ -57,6 +72,7 @@ class Wire:
     """A wire as it ought to be. ``addresses``: host Nets. ``mtu`` in bytes, 0: any.
 
     ``routes``: where the container's traffic may go; none of a family: everywhere.
+    ``forwarding``: the container may forward what it receives.
     """
 
     host_interface: str
@@ -66,6 +82,7 @@ class Wire:
     addresses: tuple[Net, ...]
     mtu: int
     routes: tuple[Net, ...] = ()
+    forwarding: bool = False
 
     @property
     def versions(self) -> list[int]:
@@ -147,6 +164,13 @@ def configure(host: NetlinkSocket, netns_fd: int, wire: Wire, link: Link) -> Non
     _do(host, _node_steps(wire, link.index))
     with NetlinkSocket(netns_fd=netns_fd) as container:
         _do(container, _container_steps(wire, link.peer_index))
+
+
+def allow_forwarding(netns_fd: int, wire: Wire) -> None:
+    """``sysctl net.ipv4.ip_forward=1`` in the container, and the same of IPv6. Raises OSError."""
+    with inside(netns_fd):
+        for version in wire.versions:
+            sysctl.write(_FORWARDING[version], "1")
 
 
 def finish(host: NetlinkSocket, index: int) -> bool:
@@ -241,7 +265,12 @@ def _node_steps(wire: Wire, index: int) -> list[Step]:
 
 
 def _container_steps(wire: Wire, index: int) -> list[Step]:
-    steps: list[Step] = [(f"interface {wire.interface}", link_up(index))]
+    forwarding = set_inet_conf(index, {"forwarding": int(wire.forwarding)})
+    steps: list[Step] = [
+        # IPv4's is what the node has, IPv6's is 0 in a namespace that is new
+        (f"sysctl net.ipv4.conf.{wire.interface}.forwarding", forwarding),
+        (f"interface {wire.interface}", link_up(index)),
+    ]
     for net in wire.addresses:
         address = Address(index, net, net.length)
         steps.append((address, address_add(address)))

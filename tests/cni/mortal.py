@@ -14,6 +14,7 @@ import traceback
 from typing import Any
 
 from cni.attachment import Attachment
+from cni.features import Features
 from cni.node import Node, Wanted
 from cni.repair import repair
 from datastore.connect import connect
@@ -78,7 +79,7 @@ def _do(url: str, node_name: str, job: dict[str, Any]) -> None:
         node.detach(attachment)
         return
     netns = os.open(job["netns"], os.O_RDONLY)
-    node.attach(attachment, netns, Wanted(families=((4, ()),)))
+    node.attach(attachment, netns, Wanted(Features(families=((4, ()),))))
 
 
 def main(url: str, node_name: str) -> None:

@@ -31,8 +31,14 @@ NODE = "node-1"
 
 
 def configuration(version: str = "1.1.0", **keys: Any) -> JSON:
-    """A network configuration as the runtime gives it to the plugin."""
-    return {"cniVersion": version, "name": NETWORK, "type": "manx", **keys}
+    """A network configuration as the runtime gives it to the plugin; no felix is waited for."""
+    return {
+        "cniVersion": version,
+        "name": NETWORK,
+        "type": "manx",
+        "policy_setup_timeout_seconds": 0,
+        **keys,
+    }
 
 
 @dataclass(frozen=True, slots=True)
