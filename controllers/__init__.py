@@ -1,4 +1,5 @@
-"""Loops that run once in a cluster: operator, IPAM garbage collection, node controllers.
+"""Loops that run once in a cluster: IPAM garbage collection and audit, nodes that are gone.
 
-Not inside: node-local work.
+Inside: leader election by a lease in the datastore, and the loops that the leader runs.
+Not inside: node-local work; what is garbage (``ipam.collector``), what disagrees (``ipam.audit``).
 """
