@@ -1,0 +1,236 @@
+"""One request for addresses: from which blocks, and what happens when those are full."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from api.net import Net
+from ipam import claims
+from ipam.block import Cooldown
+from ipam.errors import BlockLimitError, ContentionError, IpamError, PoolExhaustedError
+from ipam.holdings import Holdings
+from ipam.pools import Pool, Request, usable
+from ipam.records import ATTEMPTS, CONFIRMED, HOST, Records, owner
+from ipam.search import Search, deserted
+from ipam.view import View
+
+MAX_BLOCKS = 20  # of a node in the pools of a request, unless maxBlocksPerHost says otherwise
+_BORROW_FROM = 16  # blocks to try to borrow from
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """An address (a /32 or /128), the block it comes from, and the name of its pool."""
+
+    address: Net
+    block: Net
+    pool: str
+
+
+class Owner:
+    """Who owns blocks: a node, or (``virtual``) somebody who is no machine."""
+
+    def __init__(self, records: Records, node: str, type_: str) -> None:
+        self.node = node
+        self.type = type_
+        self.affinity = owner(node, type_)
+        self.search = Search(records, node, self.affinity)
+        self.last: dict[int, Net] = {}  # by version: the block of the last success, tried first
+        self.turn = threading.Lock()  # of the thread that looks for another block
+        self.found = 0  # blocks since the start
+
+    @property
+    def is_node(self) -> bool:
+        """Whether the limits of nodes concern it."""
+        return self.type == HOST
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """For whom, in whose blocks, by what knowledge of the store."""
+
+    handle: str
+    attributes: Mapping[str, str]
+    owner: Owner
+    view: View
+    reserved: Sequence[Net] = ()
+
+
+class Assigner:
+    """Finds addresses. ``cooldown`` tells how long they rest, and the time."""
+
+    def __init__(
+        self, records: Records, holdings: Holdings, cooldown: Callable[[], Cooldown]
+    ) -> None:
+        self._records = records
+        self._holdings = holdings
+        self._cooldown = cooldown
+
+    def assign(self, request: Request, count: int, wanted: Wanted) -> list[Assignment]:
+        """``count`` addresses. Raises IpamError, and then gives back those it had."""
+        found: list[Assignment] = []
+        try:
+            for _ in range(ATTEMPTS):
+                self._assign_once(request, count, wanted, found)
+                if len(found) == count:
+                    return found
+            raise ContentionError(
+                f"node {request.node}: others took {ATTEMPTS} times what we found; try again"
+            )
+        except IpamError:
+            self._give_back(found, wanted.handle)
+            raise
+        finally:
+            self._holdings.settle(wanted.handle)
+
+    def _assign_once(
+        self, request: Request, count: int, wanted: Wanted, found: list[Assignment]
+    ) -> None:
+        """More addresses to ``found``; perhaps none, when others were quicker."""
+        found_before = wanted.owner.found
+        pools = usable(wanted.view.pools(), request)
+        own = self._own_blocks(pools, request.version, wanted)
+        for net, pool, confirmed in own:
+            found += self._from_own(net, pool, confirmed, count - len(found), wanted)
+            if len(found) == count:
+                return
+        with wanted.owner.turn:
+            if found_before == wanted.owner.found:  # else another thread found a block meanwhile
+                found += self._from_other(request, pools, len(own), count - len(found), wanted)
+
+    def _own_blocks(
+        self, pools: Sequence[Pool], version: int, wanted: Wanted
+    ) -> list[tuple[Net, Pool, bool]]:
+        """The owner's blocks in these pools, with whether the claim is confirmed."""
+        own = [
+            (claim.net, pool, claim.state == CONFIRMED)
+            for claim in wanted.view.claims(wanted.owner.node, wanted.owner.type)
+            for pool in pools
+            if pool.net.contains(claim.net)
+        ]
+        last = wanted.owner.last.get(version)
+        order = {pool: place for place, pool in enumerate(pools)}
+        return sorted(own, key=lambda block: (block[0] != last, order[block[1]]))
+
+    def _from_own(
+        self, net: Net, pool: Pool, confirmed: bool, count: int, wanted: Wanted
+    ) -> list[Assignment]:
+        if confirmed:
+            found = self._take(net, pool, count, wanted, only_for=wanted.owner.affinity)
+            if found or self._holdings.affinity(net) == wanted.owner.affinity:
+                return found
+        return self._claim_and_take(net, pool, count, wanted)  # it was left half-done
+
+    def _from_other(
+        self,
+        request: Request,
+        pools: Sequence[Pool],
+        own: int,
+        count: int,
+        wanted: Wanted,
+    ) -> list[Assignment]:
+        """From a new block, from an empty one of another node, or borrowed."""
+        configuration = wanted.view.configuration()
+        limit = configuration.max_blocks_per_host or MAX_BLOCKS
+        if wanted.owner.is_node and own >= limit:
+            raise BlockLimitError(
+                f"node {request.node}: its {own} blocks in {_names(pools)} are full, and"
+                f" it may have no more than {limit}; raise maxBlocksPerHost in the"
+                " IPAMConfiguration 'default', or run fewer pods on this node"
+            )
+        if not configuration.auto_allocate_blocks:
+            raise PoolExhaustedError(
+                f"node {request.node}: its blocks in {_names(pools)} are full, and"
+                " autoAllocateBlocks is false in the IPAMConfiguration 'default'"
+            )
+        self._give_up_unselected(request, wanted)
+        for pool in pools:
+            for net in wanted.owner.search.free(wanted.view, pool, wanted.reserved):
+                if found := self._claim_and_take(net, pool, count, wanted):
+                    return found
+        strict = configuration.strict_affinity
+        if found := self._from_blocks_of_others(pools, strict, count, wanted):
+            return found
+        raise PoolExhaustedError(
+            f"node {request.node}: pool {_names(pools)} has no free address"
+            f"{' of this node (strictAffinity)' if strict else ''}: every block is taken;"
+            " create another IPPool, or find what holds them with: manxctl ipam show"
+        )
+
+    def _from_blocks_of_others(
+        self, pools: Sequence[Pool], strict: bool, count: int, wanted: Wanted
+    ) -> list[Assignment]:
+        """From a deserted block, which becomes ours; else, unless ``strict``, borrowed."""
+        samples = [(pool, wanted.owner.search.of_others(pool)) for pool in pools]
+        for _ in range(2):  # some of each pool, then all
+            others = [(pool, stored) for pool, sample in samples for stored in next(sample, ())]
+            cooldown = self._cooldown()
+            for pool, stored in others:
+                if stored.thing.collect(cooldown) and stored.thing.empty:
+                    stored = self._records.write_block(stored)
+                host = deserted(stored.thing, cooldown)
+                net = stored.thing.net
+                if (
+                    host
+                    and claims.release(self._records, host, net, only_empty=True)
+                    and (found := self._claim_and_take(net, pool, count, wanted))
+                ):
+                    return found
+            if strict:
+                continue
+            open_ = [(p, s) for p, s in others if s.thing.free(wanted.reserved)]
+            for pool, stored in open_[:_BORROW_FROM]:
+                if found := self._take(stored.thing.net, pool, count, wanted):
+                    return found
+        return []
+
+    def _give_up_unselected(self, request: Request, wanted: Wanted) -> None:
+        """Empty blocks of the node in pools that no longer select it are for others."""
+        if not wanted.owner.is_node:
+            return
+        pools = [pool for pool in wanted.view.pools() if pool.node_selector and not pool.disabled]
+        if not pools:
+            return
+        labels = request.node_labels()
+        for claim in wanted.view.claims(wanted.owner.node, HOST):
+            if any(pool.net.contains(claim.net) and not pool.selects(labels) for pool in pools):
+                stored = self._records.block(claim.net)
+                if stored is None or stored.thing.empty:
+                    claims.release(self._records, wanted.owner.node, claim.net, only_empty=True)
+                    wanted.view.forget_claims(wanted.owner.node)
+
+    def _claim_and_take(self, net: Net, pool: Pool, count: int, wanted: Wanted) -> list[Assignment]:
+        stored = claims.claim(self._records, wanted.owner.node, net, type_=wanted.owner.type)
+        wanted.view.forget_claims(wanted.owner.node)
+        if stored is None:
+            return []
+        wanted.owner.found += 1
+        self._holdings.adopt(stored)
+        return self._take(net, pool, count, wanted, only_for=wanted.owner.affinity)
+
+    def _take(
+        self, net: Net, pool: Pool, count: int, wanted: Wanted, *, only_for: str | None = None
+    ) -> list[Assignment]:
+        taken = self._holdings.take(
+            net,
+            count,
+            wanted.handle,
+            wanted.attributes,
+            only_for=only_for,
+            reserved=wanted.reserved,
+        )
+        if taken:
+            wanted.owner.last[net.version] = net
+        return [Assignment(address, net, pool.name) for address in taken]
+
+    def _give_back(self, found: Sequence[Assignment], handle: str) -> None:
+        for assignment in found:
+            self._holdings.give_back_some(assignment.block, [assignment.address], handle)
+        if found:
+            self._holdings.recount(handle)
+
+
+def _names(pools: Sequence[Pool]) -> str:
+    return ", ".join(map(str, pools))
