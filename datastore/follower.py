@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from random import Random
@@ -82,12 +84,13 @@ class Follower:
     def _run(self) -> None:
         pause = _FIRST_PAUSE
         while not self._stopping.is_set():
+            followed_since = math.inf
             try:
                 positions = self._resume | self._list(set(self._kinds) - self._resume.keys())
                 self._resume = {}
                 with self._open(positions) as watch:
                     self._recovered()
-                    pause = _FIRST_PAUSE
+                    followed_since = time.monotonic()
                     self._follow(watch)
             except StoreError as error:
                 self._resume |= error.resume
@@ -96,6 +99,9 @@ class Follower:
                 # A bug, in the store or in the sink: keep the rest of the program going.
                 _log.exception("unexpected error while following the datastore")
                 self._failed(repr(error))
+            # One that always breaks at once must not make us list everything again and again.
+            if time.monotonic() - followed_since > _LONGEST_PAUSE:
+                pause = _FIRST_PAUSE
             self._stopping.wait(pause * _random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
 

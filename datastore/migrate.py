@@ -3,6 +3,7 @@
 An export is text, one JSON object a line: a header, every object, and at the end their number,
 so that half a file is not taken for a whole one. An import creates what is absent, leaves what is
 the same, and overwrites nothing: run again after any interruption, it goes on where it was.
+What calicoctl exported can be imported, too.
 
 A store is locked by ``ClusterInformation default``, ``spec.datastoreReady: false``, as Calico's
 programs understand it: agents keep what is in force and change nothing until it is true again.
@@ -21,6 +22,7 @@ from api import clusterinformation
 from api.errors import InvalidObjectError
 from api.kinds import CALICO, KINDS, key_parts
 from api.registry import dump, parse
+from datastore import calico_export
 from datastore.interface import (
     JSON,
     AlreadyExistsError,
@@ -43,6 +45,8 @@ _SERVERS_OWN = frozenset(
 _DERIVED_NODE_FIELDS = ("orchRefs", "addresses")
 # Those that others name come first; all others as api.kinds has them.
 _FIRST = ("Namespace", "ServiceAccount", "Tier", "IPPool", "Node", "KubernetesNode", "Pod")
+# Who leads at the moment: nothing to move.
+_TRANSIENT = frozenset(("Lease",))
 
 
 class Outcome(StrEnum):
@@ -87,10 +91,13 @@ def unlock(store: Datastore) -> None:
 def export(store: Datastore) -> Iterator[bytes]:
     """The lines of an export. Raises StoreError.
 
-    Nothing may write meanwhile, or the kinds are of different moments: lock the store before.
+    Lock the store before: the kinds are listed one after the other, and when something was
+    written meanwhile (by a program that began before the lock), ConflictError says so and the
+    export stays without its end, which no import takes.
     """
     yield orjson.dumps({"format": FORMAT}) + b"\n"
     count = 0
+    revisions: dict[str, dict[Key, str]] = {}
     for kind in _in_order():
         try:
             entries = store.list(kind).entries
@@ -101,11 +108,25 @@ def export(store: Datastore) -> Iterator[bytes]:
         for entry in entries:
             yield orjson.dumps(entry.value) + b"\n"
         count += len(entries)
+        if kind not in store.given:
+            revisions[kind] = {entry.key: entry.revision for entry in entries}
+    for kind, before in revisions.items():
+        now = {entry.key: entry.revision for entry in store.list(kind).entries}
+        changed = sorted(key for key, _ in before.items() ^ now.items())
+        if changed:
+            key = changed[0]
+            raise ConflictError(f"{key}: changed during the export; export again", key)
     yield orjson.dumps({"end": count}) + b"\n"
 
 
-def read(lines: Iterable[bytes]) -> list[JSON]:
-    """The objects of an export. Raises FormatError."""
+def read(file: Iterable[bytes]) -> list[JSON]:
+    """The objects of an export, of ours or of calicoctl, from its lines. Raises FormatError."""
+    lines = list(file)
+    if any(line.rstrip() == calico_export.SEPARATOR for line in lines):
+        try:
+            return calico_export.objects(lines)
+        except calico_export.CalicoExportError as error:
+            raise FormatError(f"an export of calicoctl: {error}") from error
     objects: list[JSON] = []
     ended = False
     for number, line in enumerate(lines, start=1):
@@ -168,7 +189,7 @@ def _bring(store: Datastore, key: Key, value: JSON, dry_run: bool) -> Result:
             except AlreadyExistsError:
                 found = _found(store, key)
         if found is None:
-            return _checked(key, value) if dry_run else Result(key, Outcome.CREATED)
+            return _planned(store, key, value) if dry_run else Result(key, Outcome.CREATED)
         different = sorted(differences(value, found))
         if different:
             return Result(key, Outcome.CONFLICT, f"differs in {', '.join(different)}")
@@ -179,7 +200,11 @@ def _bring(store: Datastore, key: Key, value: JSON, dry_run: bool) -> Result:
         return Result(key, Outcome.REFUSED, str(error))
 
 
-def _checked(key: Key, value: JSON) -> Result:
+def _planned(store: Datastore, key: Key, value: JSON) -> Result:
+    if key.namespace and "Namespace" in store.given:
+        namespace = Key("Namespace", key.namespace)
+        if _found(store, namespace) is None:
+            return Result(key, Outcome.REFUSED, f"namespace {key.namespace} does not exist")
     try:
         parse(value)
     except InvalidObjectError as error:
@@ -277,7 +302,7 @@ def _own_metadata(value: JSON) -> JSON:
 
 def _in_order() -> list[str]:
     kinds = [kind for kind in _FIRST if kind in KINDS]
-    return kinds + [kind for kind in KINDS if kind not in kinds]
+    return kinds + [kind for kind in KINDS if kind not in kinds and kind not in _TRANSIENT]
 
 
 def _found(store: Datastore, key: Key) -> JSON | None:

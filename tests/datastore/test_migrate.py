@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from api.net import parse_net
 from datastore import migrate
 from datastore.etcd import EtcdDatastore
 from datastore.etcd_client import EtcdSettings
-from datastore.interface import JSON, Datastore, Key, UnavailableError
+from datastore.interface import JSON, ConflictError, Datastore, Key, UnavailableError
 from datastore.kubernetes import KubernetesDatastore
 from datastore.kubernetes_client import KubernetesSettings
 from datastore.migrate import Outcome
@@ -22,6 +25,7 @@ from ipam.allocator import Allocator
 from tests.support.crds import install_crds
 from tests.support.etcd import Etcd
 from tests.support.kube import KubeApiserver
+from tests.support.netns import eventually
 
 CLUSTER_GUID = "0123456789abcdef0123456789abcdef"
 V3 = "projectcalico.org/v3"
@@ -89,8 +93,11 @@ def clear(store: Datastore) -> None:
         store.delete(key)
 
 
-def check_move(source: Datastore, target: Datastore) -> None:
-    """Export, dry run, interrupted import, import, again; then the data are in use."""
+def check_move(source: Datastore, target: Datastore, given: Collection[str] = ()) -> None:
+    """Export, dry run, interrupted import, import, again; then the data are in use.
+
+    ``given``: kinds whose objects the source has by itself.
+    """
     fill(source)
     migrate.lock(source)
     assert migrate.is_locked(source)
@@ -107,7 +114,7 @@ def check_move(source: Datastore, target: Datastore) -> None:
     again = migrate.import_all(target, objects)
     assert {r.outcome for r in again} <= {Outcome.PRESENT, Outcome.LEFT_OUT}
     before, after = contents(source), contents(target)
-    assert before.keys() == after.keys()
+    assert before.keys() == {key for key in after if key.kind not in given}
     for key, value in before.items():
         assert not migrate.differences(value, after[key]), key
     migrate.unlock(target)
@@ -136,6 +143,18 @@ def test_from_sqlite_to_kubernetes(
     sqlite: SqliteDatastore, kubernetes: KubernetesDatastore
 ) -> None:
     check_move(sqlite, kubernetes)
+
+
+def test_from_etcd_to_kubernetes(
+    etcd_store: EtcdDatastore, kubernetes: KubernetesDatastore
+) -> None:
+    check_move(etcd_store, kubernetes)
+
+
+def test_from_kubernetes_to_sqlite(
+    kubernetes: KubernetesDatastore, sqlite: SqliteDatastore
+) -> None:
+    check_move(kubernetes, sqlite, {"Namespace", "ServiceAccount", "Profile", "Service"})
 
 
 def test_from_kubernetes_to_etcd(
@@ -279,3 +298,81 @@ def test_lock_and_unlock_keep_the_rest(sqlite: SqliteDatastore) -> None:
         "clusterGUID": CLUSTER_GUID,
         "datastoreReady": True,
     }
+
+
+def test_what_is_written_during_an_export_spoils_it(sqlite: SqliteDatastore) -> None:
+    fill(sqlite)
+    lines = []
+    with pytest.raises(ConflictError, match=r"Tier\(security\): changed during the export"):
+        for line in migrate.export(sqlite):
+            lines.append(line)
+            if b'"kind":"Tier"' in line:
+                tier = sqlite.get(Key("Tier", "security"))
+                sqlite.update(tier.key, tier.value)
+    with pytest.raises(migrate.FormatError, match="ends before its end"):
+        migrate.read(lines)
+
+
+def test_a_dry_run_finds_that_a_namespace_is_missing(kubernetes: KubernetesDatastore) -> None:
+    _, policy = v3("NetworkPolicy", "web", {"selector": "all()"}, "nowhere")
+    for dry_run in (True, False):
+        (result,) = migrate.import_all(kubernetes, [policy], dry_run=dry_run)
+        assert result.outcome == Outcome.REFUSED
+        assert "nowhere" in result.reason
+
+
+# -- killed in the middle --------------------------------------------------------------------
+
+
+def check_killed_import(source: Datastore, target: Datastore, url: str, directory: Path) -> None:
+    """``import`` in a process of its own, killed half-way; run again, it finishes."""
+    fill(source)
+    for number in range(600):
+        source.create(*v3("GlobalNetworkSet", f"set-{number}", {"nets": ["192.0.2.0/24"]}))
+    migrate.lock(source)
+    file = directory / "everything"
+    file.write_bytes(b"".join(migrate.export(source)))
+    command = [
+        *(sys.executable, "-m", "manxctl", "datastore", "migrate", "import"),
+        *("--datastore", url, "-f", str(file)),
+    ]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL) as process:
+        try:
+            eventually(lambda: len(target.list("GlobalNetworkSet").entries) > 20, 30)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    half = contents(target)
+    assert len(half) < len(contents(source))
+    assert migrate.is_locked(target)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "still locked" in done.stdout
+    before, after = contents(source), contents(target)
+    assert before.keys() == after.keys()
+    assert not [key for key, value in before.items() if migrate.differences(value, after[key])]
+    del half[migrate.CLUSTER]  # the lock, to which the cluster's identity is added at its turn
+    assert {key: after[key] for key in half} == half  # what was there was not written again
+    assert migrate.is_locked(target)
+
+
+def test_killed_on_the_way_to_sqlite(sqlite: SqliteDatastore, tmp_path: Path) -> None:
+    with closing(SqliteDatastore(tmp_path / "target.db")) as target:
+        check_killed_import(sqlite, target, f"sqlite://{tmp_path}/target.db", tmp_path)
+
+
+def test_killed_on_the_way_to_etcd(
+    sqlite: SqliteDatastore, etcd: Etcd, etcd_store: EtcdDatastore, tmp_path: Path
+) -> None:
+    check_killed_import(sqlite, etcd_store, f"etcd://{etcd.endpoints[0]}", tmp_path)
+
+
+def test_killed_on_the_way_to_kubernetes(
+    sqlite: SqliteDatastore,
+    kubernetes: KubernetesDatastore,
+    kube_apiserver: KubeApiserver,
+    tmp_path: Path,
+) -> None:
+    url = f"kubernetes://?kubeconfig={kube_apiserver.kubeconfig}"
+    check_killed_import(sqlite, kubernetes, url, tmp_path)
