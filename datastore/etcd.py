@@ -73,7 +73,7 @@ class EtcdDatastore:
                     raise UnavailableError(str(error)) from error
         entries: dict[Key, Entry] = {}
         for kv in found:
-            key = key_of(kind, kv.key.decode())
+            key = _key(kind, kv)
             if key is not None and key.name.startswith(prefix):
                 entries[key] = _entry(key, kv)
         return Listing([entries[key] for key in sorted(entries)], str(revision))
@@ -248,7 +248,7 @@ class _CapitalHandles:
                 )
                 self._paths.clear()
                 for kv in self._client.call(RANGE, request).kvs:
-                    self._add(kv.key.decode())
+                    self._add(kv.key.decode(errors="replace"))
                 self._read_at = time.monotonic()
             return self._paths.get(name)
 
@@ -274,8 +274,15 @@ def _entry(key: Key, kv: pb.KeyValue) -> Entry:
     return Entry(key, decode(key, kv.key.decode(), kv.value), str(kv.mod_revision))
 
 
+def _key(kind: str, kv: pb.KeyValue) -> Key | None:
+    try:
+        return key_of(kind, kv.key.decode())
+    except UnicodeDecodeError:
+        return None  # no name of an object
+
+
 def _event(kind: str, kv: pb.KeyValue, deleted: bool) -> Event | None:
-    key = key_of(kind, kv.key.decode())
+    key = _key(kind, kv)
     if key is None:
         return None
     return Event(key, None if deleted else _entry(key, kv), str(kv.mod_revision))

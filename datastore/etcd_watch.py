@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -20,6 +21,8 @@ from datastore.interface import Event, RevisionGoneError, StoreError, Unavailabl
 _OUTAGE_SECONDS = 10.0  # a shorter one is not worth a word
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 1.0
+
+_log = logging.getLogger(__name__)
 
 Decode = Callable[[str, pb.KeyValue, bool], Event | None]
 
@@ -63,7 +66,8 @@ class EtcdWatch:
 
     A revision counts as seen once all its events are in the buffer: etcd never splits the events
     of one revision. So a new stream, to whichever member, goes on exactly where the last ended.
-    After 10 s without any, the watch is over with UnavailableError.
+    After 10 s without any, the watch is over with UnavailableError, whose ``resume`` another
+    watch goes on from.
     """
 
     def __init__(
@@ -75,13 +79,20 @@ class EtcdWatch:
     ) -> None:
         self._client = client
         self._decode = decode
-        self._places = [
-            _Place(kind, range_, _number(revision if isinstance(revision, str) else revision[kind]))
+        begins = {
+            kind: _parsed(revision if isinstance(revision, str) else revision[kind])
             for kind in dict.fromkeys(kinds)
+        }
+        clusters = {cluster for _, cluster in begins.values() if cluster is not None}
+        if len(clusters) > 1:
+            raise RevisionGoneError(f"{client.settings}: revisions of several clusters; list again")
+        self._cluster = clusters.pop() if clusters else None
+        self._places = [
+            _Place(kind, range_, after)
+            for kind, (after, _) in begins.items()
             for range_ in ranges(kind)
         ]
         self._buffer = EventBuffer()
-        self._cluster: int | None = None
         self._heard = False  # anything, on the present stream
         self._lock = threading.Lock()
         self._responses: Any = None
@@ -118,6 +129,15 @@ class EtcdWatch:
         self.close()
 
     def _run(self) -> None:
+        try:
+            self._follow()
+        except Exception as error:  # a bug: the consumer must not wait for ever
+            _log.exception("unexpected error in a watch of %s", self._client.settings)
+            self._buffer.fail(UnavailableError(f"{self._client.settings}: watch: {error!r}"))
+        finally:
+            self._begun.set()
+
+    def _follow(self) -> None:
         pause, last_heard, refused = _FIRST_PAUSE, time.monotonic(), False
         while not self._buffer.over:
             problem: StoreError
@@ -125,25 +145,37 @@ class EtcdWatch:
             try:
                 self._check_history()
                 self._stream()
-                continue
+                problem = UnavailableError(f"{self._client.settings}: a watch was ended")
             except grpc.RpcError as error:
                 problem = explain(self._client.settings, error)
             except UnavailableError as error:
                 problem = error
             except StoreError as error:
                 self._buffer.fail(error)
-                self._begun.set()
                 return
             if self._heard:
                 pause, last_heard, refused = _FIRST_PAUSE, time.monotonic(), False
             self._begun.set()
             refused_again = refused and isinstance(problem, RefusedError)
             refused = isinstance(problem, RefusedError)  # once may be an old token
-            if refused_again or time.monotonic() > last_heard + _OUTAGE_SECONDS:
+            over = time.monotonic() > last_heard + _OUTAGE_SECONDS
+            if refused_again or over or self._client.closed:
+                problem.resume = self._resume()
                 self._buffer.fail(problem)
                 return
             self._buffer.pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _resume(self, oldest: int = 0) -> dict[str, str]:
+        """From where another watch goes on, for kinds that need no change before ``oldest``."""
+        reached: dict[str, int] = {}
+        for place in self._places:
+            reached[place.kind] = min(place.after, reached.get(place.kind, place.after))
+        return {
+            kind: _position(after, self._cluster)
+            for kind, after in reached.items()
+            if after + 1 >= oldest
+        }
 
     def _check_history(self) -> None:
         """Refuse a cluster that is not the one our revisions are of, or was restored since.
@@ -199,26 +231,35 @@ class EtcdWatch:
             self._decode(place.kind, event.kv, event.type == pb.Event.DELETE)
             for event in response.events
         )
-        self._buffer.put([event for event in decoded if event is not None])
-        place.after = response.events[-1].kv.mod_revision
+        if self._buffer.put([event for event in decoded if event is not None]):
+            place.after = response.events[-1].kv.mod_revision
 
     def _refused(self, response: pb.WatchResponse) -> NoReturn:
         settings = self._client.settings
         if response.compact_revision:
-            raise RevisionGoneError(
+            gone = RevisionGoneError(
                 f"{settings}: has forgotten the changes before {response.compact_revision};"
                 " list again and watch from there"
             )
+            gone.resume = self._resume(response.compact_revision)
+            raise gone
         reason = response.cancel_reason or "no reason given"
         raise RefusedError(
             f"{settings}: the watch was refused ({reason}); the user needs to read below /calico/"
         )
 
 
-def _number(revision: str) -> int:
+def _position(revision: int, cluster: int | None) -> str:
+    """With the cluster, as far as it is known: another one's revisions may look alike."""
+    return str(revision) if cluster is None else f"{revision}@{cluster:x}"
+
+
+def _parsed(text: str) -> tuple[int, int | None]:
+    """Revision and, where it is said, cluster."""
+    revision, _, cluster = text.partition("@")
     try:
-        return int(revision)
+        return int(revision), int(cluster, 16) if cluster else None
     except ValueError as error:
         raise RevisionGoneError(
-            f"{revision!r} is no revision of etcd; list again and watch from there"
+            f"{text!r} is no revision of etcd; list again and watch from there"
         ) from error
