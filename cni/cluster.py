@@ -24,6 +24,7 @@ from datastore.interface import (
     Entry,
     Key,
     NotFoundError,
+    part,
 )
 from policy import labels
 from policy.convert import pod_labels, pod_ports, pod_profiles
@@ -60,7 +61,7 @@ class Cluster:
 
     def require_unlocked(self) -> None:
         """Raise CniError while the datastore is locked, as it is when it is moved."""
-        spec = self._value(_CLUSTER_INFORMATION).get("spec") or {}
+        spec = part(self._value(_CLUSTER_INFORMATION), "spec")
         if spec.get("datastoreReady") is False:
             raise CniError(
                 TRY_AGAIN_LATER,
@@ -75,7 +76,7 @@ class Cluster:
         """
         if not self._prefix:
             for name in (f"node.{self.node}", "default"):
-                spec = self._value(Key("FelixConfiguration", name)).get("spec") or {}
+                spec = part(self._value(Key("FelixConfiguration", name)), "spec")
                 if text := spec.get("interfacePrefix"):
                     prefix = text.split(",")[0]
                     break
@@ -126,8 +127,8 @@ class Cluster:
         """By how much packets grow in the tunnels that pools may use; 0 without tunnels."""
         sizes = [0]
         for entry in self.store.list("IPPool").entries:
-            spec = entry.value.get("spec") or {}
-            version = V6 if ":" in spec.get("cidr", "") else V4
+            spec = part(entry.value, "spec")
+            version = V6 if ":" in str(spec.get("cidr")) else V4
             if spec.get("vxlanMode", "Never") != "Never":
                 sizes.append(_VXLAN_BYTES[version])
             if spec.get("ipipMode", "Never") != "Never":
@@ -145,9 +146,8 @@ class Cluster:
         """The attachments of this node whose addresses are another plugin's."""
         prefix = workload_endpoint_name(self.node, "", "", "").rstrip("-") + "-"
         for entry in self.store.list("WorkloadEndpoint", prefix=prefix).entries:
-            spec, metadata = entry.value.get("spec") or {}, entry.value.get("metadata") or {}
-            alias = (metadata.get("annotations") or {}).get(ATTACHMENT, "")
-            attachment = from_alias(alias)
+            spec, metadata = part(entry.value, "spec"), part(entry.value, "metadata")
+            attachment = from_alias(str(part(metadata, "annotations").get(ATTACHMENT)))
             if attachment is not None and spec.get("node") == self.node:
                 pod = spec.get("pod") or ""
                 namespace = entry.key.namespace if pod else ""
@@ -197,7 +197,7 @@ class Cluster:
 
 def owns(attachment: Attachment, endpoint: Entry) -> bool:
     """Whether the WorkloadEndpoint is that of the attachment's container."""
-    spec = endpoint.value.get("spec") or {}
+    spec = part(endpoint.value, "spec")
     return spec.get("containerID") == attachment.endpoint_container_id
 
 

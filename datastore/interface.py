@@ -34,6 +34,15 @@ class Key:
         return f"{self.kind}({self.namespace + '/' if self.namespace else ''}{self.name})"
 
 
+def part(value: JSON | None, name: str) -> JSON:
+    """A mapping inside of an object, such as ``spec``; empty where there is none.
+
+    A store may hold whatever somebody wrote: what reads objects without a model reads them so.
+    """
+    found = (value or {}).get(name)
+    return found if isinstance(found, dict) else {}
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """An object as the store has it."""

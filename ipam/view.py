@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from typing import TypeVar, cast
 
 from api.errors import InvalidObjectError
@@ -17,7 +18,7 @@ from api.ipreservation import IPReservation
 from api.net import Net, parse_net
 from api.registry import parse_as
 from datastore.follower import Follower, InSync, Update
-from datastore.interface import Datastore
+from datastore.interface import Datastore, part
 from ipam.pools import Pool, Pools
 from ipam.records import Affinity, Records, net_of
 
@@ -39,7 +40,8 @@ class View:
         self._lock = threading.Lock()
         self._remembered: dict[str, object] = {}
         self._changes = 0
-        self._claimed: dict[str, Net] = {}  # by the names of the affinities
+        self._affinities: dict[str, Net] = {}  # what they claim, by their names
+        self._claimed: Counter[Net] = Counter()
 
     def start(self) -> None:
         """Begin to follow the store."""
@@ -87,12 +89,9 @@ class View:
             self._remembered.pop(f"{node}-", None)
             self._changes += 1
 
-    def claimed(self) -> set[Net] | None:
+    def claimed(self) -> Collection[Net] | None:
         """All blocks that anybody claims; None when it is not at hand: see ``Records.claimed``."""
-        if not self.remembers:
-            return None
-        with self._lock:
-            return set(self._claimed.values())
+        return self._claimed if self.remembers else None
 
     def _recall(self, topic: str, read: Callable[[], T]) -> T:
         if not self.remembers:
@@ -115,17 +114,23 @@ class View:
         with self._lock:
             self._changes += 1
             if key.kind == "BlockAffinity":
-                self._notice_claim(key.name, (update.value or {}).get("spec") or {})
+                self._notice_claim(key.name, part(update.value, "spec"))
             else:
                 self._remembered.pop(key.kind, None)
 
     def _notice_claim(self, name: str, spec: dict[str, str]) -> None:
         for topic in [topic for topic in self._remembered if name.startswith(topic)]:
             del self._remembered[topic]
-        self._claimed.pop(name, None)
+        old = self._affinities.pop(name, None)
+        if old is not None:
+            self._claimed[old] -= 1
+            if not self._claimed[old]:
+                del self._claimed[old]
         try:
             if spec:
-                self._claimed[name] = net_of(spec["cidr"])
+                net = net_of(spec["cidr"])
+                self._affinities[name] = net
+                self._claimed[net] += 1
         except (KeyError, TypeError, ValueError) as error:
             _log.error("BlockAffinity %s: not taken into account: spec.cidr: %s", name, error)
 
