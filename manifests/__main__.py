@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import click
 
-from manifests import crds
+from manifests import admission, crds, files
+
+CHECK = click.option("--check", is_flag=True, help="Write nothing; fail when a file is stale.")
 
 
 @click.group()
@@ -13,15 +18,26 @@ def main() -> None:
 
 
 @main.command("crds")
-@click.option("--check", is_flag=True, help="Write nothing; fail when a file is stale.")
+@CHECK
 def crds_command(check: bool) -> None:
     """CustomResourceDefinitions, into manifests/crds/."""
+    _make("crds", crds.DIRECTORY, crds.files, check)
+
+
+@main.command("admission")
+@CHECK
+def admission_command(check: bool) -> None:
+    """What the API server fills in and refuses beyond the CRDs, into manifests/admission/."""
+    _make("admission", admission.DIRECTORY, admission.files, check)
+
+
+def _make(name: str, directory: Path, wanted: Callable[[], dict[Path, str]], check: bool) -> None:
     if not check:
-        crds.write()
+        files.write(directory, wanted())
         return
-    stale = crds.stale()
+    stale = files.stale(directory, wanted())
     for path in stale:
-        click.echo(f"{path}: not what the models say; run: python -m manifests crds", err=True)
+        click.echo(f"{path}: not what the models say; run: python -m manifests {name}", err=True)
     if stale:
         raise SystemExit(1)
 

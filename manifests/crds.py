@@ -1,7 +1,6 @@
 """CustomResourceDefinitions, generated from the models of ``api``.
 
-``write`` puts one file a kind into ``manifests/crds/``; ``stale`` says which are not what the
-models say. The result depends on nothing but the models.
+One file a kind in ``manifests/crds/``. The result depends on nothing but the models.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from api.kinds import CALICO, CLUSTER_POLICY, KINDS, Kind
+from manifests.files import render
 from manifests.schema import resource_schema
 
 DIRECTORY = Path(__file__).parent / "crds"
@@ -167,42 +165,9 @@ def definition(kind: Kind) -> dict[str, Any]:
     }
 
 
-class _Dumper(yaml.SafeDumper):
-    """Without anchors, which kubectl reads but people do not."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def render(kind: Kind) -> str:
-    """The file of a kind."""
-    head = "# Generated from the models in api/ by: python -m manifests crds\n"
-    return head + yaml.dump(
-        definition(kind), Dumper=_Dumper, sort_keys=True, width=100, allow_unicode=True
-    )
-
-
 def files() -> dict[Path, str]:
     """Every file and its content."""
-    return {DIRECTORY / f"{kind.group}_{kind.resource}.yaml": render(kind) for kind in kinds()}
-
-
-def write() -> None:
-    """Make the directory what the models say."""
-    wanted = files()
-    DIRECTORY.mkdir(exist_ok=True)
-    for path in _present() - wanted.keys():
-        path.unlink()
-    for path, content in wanted.items():
-        path.write_text(content)
-
-
-def stale() -> list[Path]:
-    """Files that are missing, superfluous or not what the models say."""
-    wanted = files()
-    differ = (p for p, content in wanted.items() if not p.exists() or p.read_text() != content)
-    return sorted({*differ, *(_present() - wanted.keys())})
-
-
-def _present() -> set[Path]:
-    return set(DIRECTORY.glob("*.yaml"))
+    return {
+        DIRECTORY / f"{kind.group}_{kind.resource}.yaml": render([definition(kind)], "crds")
+        for kind in kinds()
+    }

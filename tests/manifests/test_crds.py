@@ -19,7 +19,7 @@ from api.kinds import KINDS, Kind, kind_of
 from api.metadata import Fault, ObjectMeta
 from api.policy import Tier
 from api.registry import dump, parse
-from manifests import crds
+from manifests import crds, files
 from manifests.__main__ import main
 from manifests.rules import rules_of
 from policy.selector import parse as parse_selector
@@ -30,8 +30,8 @@ from tests.support.kube import KubeApiserver
 V3 = "projectcalico.org/v3"
 CRD_KINDS = {kind.id for kind in crds.kinds()}
 
-# What is said neither by schema nor by CEL, and by what its problem is known. Everything else
-# that the models refuse, the API server refuses.
+# What CRDs don't say, and by what its problem is known. Everything else that the models refuse,
+# the API server refuses by them; of this, much by admission policies (test_admission.py).
 UNSAID = {
     "labels: a rule on an object sees none": r"(metadata\.labels|.*\.matchLabels|.*\.values)\b",
     "annotations: their keys cannot be named in a schema": r".*metadata\.annotations\b",
@@ -77,8 +77,9 @@ def tried(
     return code, answer.get("message", "")
 
 
-def test_files_are_what_the_models_say() -> None:
-    result = CliRunner().invoke(main, ["crds", "--check"])
+@pytest.mark.parametrize("what", ["crds", "admission"])
+def test_files_are_what_the_models_say(what: str) -> None:
+    result = CliRunner().invoke(main, [what, "--check"])
     assert (result.exit_code, result.output) == (0, "")
 
 
@@ -88,12 +89,12 @@ def test_a_stale_file_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) ->
     changed, superfluous = tmp_path / "projectcalico.org_tiers.yaml", tmp_path / "other.yaml"
     changed.write_text(changed.read_text() + "#\n")
     superfluous.write_text("")
-    assert crds.stale() == [superfluous, changed]
+    assert files.stale(tmp_path, crds.files()) == [superfluous, changed]
     result = CliRunner().invoke(main, ["crds", "--check"])
     assert result.exit_code == 1
     assert "projectcalico.org_tiers.yaml: not what the models say" in result.output
     assert CliRunner().invoke(main, ["crds"]).exit_code == 0
-    assert crds.stale() == []
+    assert files.stale(tmp_path, crds.files()) == []
 
 
 def test_all_of_calico_and_cluster_network_policy() -> None:
