@@ -121,7 +121,19 @@ class Assigner:
             found = self._take(net, pool, count, wanted, only_for=wanted.owner.affinity)
             if found or self._holdings.affinity(net) == wanted.owner.affinity:
                 return found
-        return self._claim_and_take(net, pool, count, wanted)  # it was left half-done
+        with wanted.owner.turn:
+            # Half-done: by somebody who died, or by a thread of ours that is ready by now.
+            if not self._is_ours(net, wanted.owner):
+                return self._claim_and_take(net, pool, count, wanted)
+        return self._take(net, pool, count, wanted, only_for=wanted.owner.affinity)
+
+    def _is_ours(self, net: Net, owner: Owner) -> bool:
+        """Whether a block is claimed in full, as the store has it now."""
+        claim = self._records.affinity(owner.node, net)
+        if claim is None or claim.thing.state != CONFIRMED:
+            return False
+        block = self._records.block(net)
+        return block is not None and block.thing.affinity == owner.affinity
 
     def _from_other(
         self,
