@@ -202,16 +202,18 @@ class Assigner:
         """Empty blocks of the node in pools that no longer select it are for others."""
         if not wanted.owner.is_node:
             return
-        pools = [pool for pool in wanted.view.pools() if pool.node_selector and not pool.disabled]
-        if not pools:
+        pools = [pool for pool in wanted.view.pools() if not pool.disabled]
+        if not any(pool.node_selector for pool in pools):
             return
         labels = request.node_labels()
         for claim in wanted.view.claims(wanted.owner.node, HOST):
-            if any(pool.net.contains(claim.net) and not pool.selects(labels) for pool in pools):
-                stored = self._records.block(claim.net)
-                if stored is None or stored.thing.empty:
-                    claims.release(self._records, wanted.owner.node, claim.net, only_empty=True)
-                    wanted.view.forget_claims(wanted.owner.node)
+            homes = [pool for pool in pools if pool.net.contains(claim.net)]
+            if not homes or any(pool.selects(labels) for pool in homes):
+                continue
+            stored = self._records.block(claim.net)
+            if stored is None or stored.thing.empty:
+                claims.release(self._records, wanted.owner.node, claim.net, only_empty=True)
+                wanted.view.forget_claims(wanted.owner.node)
 
     def _claim_and_take(self, net: Net, pool: Pool, count: int, wanted: Wanted) -> list[Assignment]:
         stored = claims.claim(self._records, wanted.owner.node, net, type_=wanted.owner.type)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, timedelta
 
 from api.net import Net
@@ -40,7 +40,7 @@ class Search:
 
     def free(self, view: View, pool: Pool, reserved: Sequence[Net]) -> Iterator[Net]:
         """Blocks of the pool to claim, the owner's own half-claimed ones among them."""
-        claimed = view.claimed()
+        claimed: Collection[Net] | None = view.claimed()
         probes = 0
         for net in pool.blocks(self._node):
             if claimed is not None and net in claimed:

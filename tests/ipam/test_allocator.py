@@ -258,6 +258,124 @@ def test_pool_made_again_with_another_block_size(store: SqliteDatastore) -> None
     check_consistency(store)
 
 
+def test_reserved_addresses_are_not_given_but_may_be_asked_for(store: SqliteDatastore) -> None:
+    add_pool(store, "pool", "10.0.0.0/29", 30)
+    reserve(store, "10.0.0.2/31", "10.0.0.5/32")
+    given = fill(store, "n1", 5)
+    assert not {parse_net("10.0.0.2"), parse_net("10.0.0.3"), parse_net("10.0.0.5")} & set(given)
+    with pytest.raises(PoolExhaustedError):
+        Allocator(store, "n1").assign(HANDLE, POD)
+    assert HANDLE not in handles(store)
+    found = Allocator(store, "n1").assign_specific(parse_net("10.0.0.2"), HANDLE, POD)
+    assert found.address == parse_net("10.0.0.2")
+
+
+def test_a_block_that_is_all_reserved_is_not_claimed(small: SqliteDatastore) -> None:
+    reserve(small, "10.0.0.0/29", "10.0.0.8/31", "10.0.0.10/31", "10.0.0.8/32")
+    assert {address.address & 12 for address in fill(small, "n1", 4)} == {12}
+    assert [str(net) for net in blocks(small)] == ["10.0.0.12/30"]
+    with pytest.raises(PoolExhaustedError):
+        Allocator(small, "n1").assign(HANDLE, POD)
+
+
+def test_a_malformed_reservation_is_left_out_and_told(
+    small: SqliteDatastore, caplog: pytest.LogCaptureFixture
+) -> None:
+    reserve(small, "10.0.0.0")
+    assert len(fill(small, "n1", 16)) == 16
+    assert "reservation not honoured" in caplog.text
+    assert "10.0.0.0" in caplog.text
+
+
+def test_addresses_rest_for_the_cooldown(small: SqliteDatastore) -> None:
+    configure(small, ipCooldownSeconds=600)
+    allocator = Allocator(small, "n1")
+    given = [allocator.assign(str(number), POD).address for number in range(16)]
+    assert allocator.release("3") == [given[3]]
+    assert "3" not in handles(small)
+    with pytest.raises(PoolExhaustedError):
+        allocator.assign(HANDLE, POD)
+    with pytest.raises(AddressInUseError, match=r"released at 20.* rests \(ipCooldownSeconds\)"):
+        allocator.assign_specific(given[3], HANDLE, POD)
+    [entry] = [e for e in small.list("IPAMBlock").entries if "releasedAt" in str(e.value)]
+    for attribute in entry.value["spec"]["attributes"]:
+        if "releasedAt" in attribute:
+            attribute["releasedAt"] = "2026-01-01T00:00:00Z"
+    small.update(entry.key, entry.value)
+    assert allocator.assign(HANDLE, POD).address == given[3]
+
+
+def test_an_empty_block_whose_addresses_have_rested_is_taken_over(small: SqliteDatastore) -> None:
+    configure(small, ipCooldownSeconds=600, strictAffinity=True)
+    for node in ("n2", "n3", "n4", "n5"):
+        fill(small, node, 1)
+    Allocator(small, "n3").release("n3-0")
+    [entry] = [e for e in small.list("IPAMBlock").entries if "releasedAt" in str(e.value)]
+    entry.value["spec"]["affinityClaimTime"] = "2026-01-01T00:00:00Z"
+    small.update(entry.key, entry.value)
+    with pytest.raises(PoolExhaustedError):
+        Allocator(small, "n1").assign(HANDLE, POD)
+    entry = small.get(entry.key)
+    entry.value["spec"]["attributes"] = [{"releasedAt": "2026-01-01T00:00:00Z"}]
+    small.update(entry.key, entry.value)
+    assert str(Allocator(small, "n1").assign(HANDLE, POD).block) == entry.value["spec"]["cidr"]
+    check_consistency(small)
+
+
+def test_load_balancers_have_blocks_of_their_own(store: SqliteDatastore) -> None:
+    add_pool(store, "lb", "10.0.0.0/28", 30, allowedUses=["LoadBalancer"])
+    allocator = Allocator(store, "n1")
+    found = allocator.assign("lb-0123", {"service": "web"}, use="LoadBalancer")
+    assert blocks(store)[found.block].affinity == "virtual:load-balancer"
+    name = f"load-balancer-{store.list('IPAMBlock').entries[0].key.name}"
+    affinity = store.get(Key("BlockAffinity", name)).value
+    parse_as("BlockAffinity", affinity)
+    assert affinity["spec"]["type"] == "virtual"
+    again = Allocator(store, "n2").assign("lb-4567", {}, use="LoadBalancer")
+    assert again.block == found.block, "whoever asks"
+    wanted = parse_net("10.0.0.15")
+    if wanted not in (found.address, again.address):
+        allocator.assign_specific(wanted, "lb-89", {}, use="LoadBalancer")
+    assert {block.affinity for block in blocks(store).values()} == {"virtual:load-balancer"}
+    with pytest.raises(AddressUnusableError, match="not for Workload addresses"):
+        allocator.assign_specific(parse_net("10.0.0.1"), HANDLE, POD, use="Workload")
+    with pytest.raises(NoPoolError):
+        allocator.assign(HANDLE, POD)
+
+
+def test_several_addresses_or_none(small: SqliteDatastore) -> None:
+    allocator = Allocator(small, "n1")
+    given = allocator.assign_many(10, HANDLE, POD)
+    assert len({assignment.address for assignment in given}) == 10
+    assert sorted(handles(small)[HANDLE].counts.values()) == [2, 4, 4]
+    before = allocated(small)
+    with pytest.raises(PoolExhaustedError):
+        allocator.assign_many(7, "other", POD)
+    with pytest.raises(PoolExhaustedError):
+        allocator.assign_many(7, HANDLE, POD)
+    assert allocated(small) == before
+    assert set(handles(small)) == {HANDLE}
+    assert sum(handles(small)[HANDLE].counts.values()) == 10
+    assert len(allocator.assign_many(6, "other", POD)) == 6
+
+
+def test_an_empty_block_is_given_up_when_its_pool_no_longer_selects_the_node(
+    store: SqliteDatastore,
+) -> None:
+    add_pool(store, "r1", "10.0.0.0/28", 30, nodeSelector="rack == 'r1'")
+    add_pool(store, "r2", "10.1.0.0/28", 30, nodeSelector="rack == 'r2'")
+    allocator = Allocator(store, "n1")
+    allocator.assign(HANDLE, POD, labels={"rack": "r1"})
+    allocator.assign("in r2", POD, labels={"rack": "r2"})
+    assert len(blocks(store)) == 2
+    allocator.release(HANDLE)
+    for number in range(4):
+        allocator.assign(str(number), POD, labels={"rack": "r2"})
+    r1 = parse_net("10.0.0.0/28")
+    assert not [net for net in blocks(store) if r1.contains(net)]
+    check_consistency(store)
+
+
 # --- release and addresses ---
 
 

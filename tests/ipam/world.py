@@ -169,7 +169,7 @@ def allocated(store: Datastore) -> dict[Net, str]:
         block.address(ordinal): block.attributes[index]["handle_id"]
         for block in blocks(store).values()
         for ordinal, index in enumerate(block.allocations)
-        if index is not None
+        if index is not None and "handle_id" in block.attributes[index]
     }
 
 
@@ -185,5 +185,7 @@ def check_consistency(store: Datastore) -> None:
     counted = handles(store)
     for net, block in by_net.items():
         for attribute in block.attributes:
+            if "releasedAt" in attribute:
+                continue
             handle = attribute["handle_id"]
             assert counted[handle].counts[net] >= len(block.held_by(handle))
