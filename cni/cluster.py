@@ -15,6 +15,7 @@ from api.net import V4, V6, Net, format_address
 from cni.attachment import Attachment, from_alias
 from cni.errors import INVALID_CONFIGURATION, TRY_AGAIN_LATER, CniError
 from cni.features import Features
+from cni.memory import Memory
 from cni.wiring import Wire
 from datastore.interface import (
     JSON,
@@ -54,14 +55,15 @@ class Namespace:
 class Cluster:
     """The datastore as the daemon of one node needs it. All methods may raise StoreError."""
 
-    def __init__(self, store: Datastore, node: str) -> None:
+    def __init__(self, store: Datastore, node: str, *, follow: bool = False) -> None:
         self.store = store
         self.node = node
+        self.memory = Memory(store, follow=follow)
         self._prefix = ""
 
     def require_unlocked(self) -> None:
         """Raise CniError while the datastore is locked, as it is when it is moved."""
-        spec = part(self._value(_CLUSTER_INFORMATION), "spec")
+        spec = part(self.memory.value(_CLUSTER_INFORMATION), "spec")
         if spec.get("datastoreReady") is False:
             raise CniError(
                 TRY_AGAIN_LATER,
@@ -76,7 +78,7 @@ class Cluster:
         """
         if not self._prefix:
             for name in (f"node.{self.node}", "default"):
-                spec = part(self._value(Key("FelixConfiguration", name)), "spec")
+                spec = part(self.memory.value(Key("FelixConfiguration", name)), "spec")
                 if text := spec.get("interfacePrefix"):
                     prefix = text.split(",")[0]
                     break
@@ -97,14 +99,14 @@ class Cluster:
 
     def pod_cidrs(self) -> list[str]:
         """The ranges for pods that the cluster's controller gave this node."""
-        status = self._value(Key("Node", self.node)).get("status") or {}
+        status = self.memory.value(Key("Node", self.node)).get("status") or {}
         return list(status.get("podCIDRs") or [])
 
     def namespace(self, attachment: Attachment) -> Namespace | None:
         """The pod's namespace; None for a container that is in none."""
         if not attachment.pod:
             return None
-        metadata = self._value(Key("Namespace", attachment.namespace)).get("metadata") or {}
+        metadata = self.memory.value(Key("Namespace", attachment.namespace)).get("metadata") or {}
         return Namespace(
             dict(metadata.get("labels") or {}), dict(metadata.get("annotations") or {})
         )
@@ -117,7 +119,7 @@ class Cluster:
     def pod(self, attachment: Attachment) -> Pod | None:
         """The pod; None if there is no such object, as outside Kubernetes. Raises CniError."""
         key = Key("Pod", attachment.pod, attachment.namespace)
-        value = self._value(key) if attachment.pod else {}
+        value = self.memory.value(key) if attachment.pod else {}
         try:
             return Pod.model_validate(value) if value else None
         except ValidationError as error:
@@ -126,8 +128,8 @@ class Cluster:
     def encapsulation_bytes(self) -> int:
         """By how much packets grow in the tunnels that pools may use; 0 without tunnels."""
         sizes = [0]
-        for entry in self.store.list("IPPool").entries:
-            spec = part(entry.value, "spec")
+        for pool in self.memory.values("IPPool"):
+            spec = part(pool, "spec")
             version = V6 if ":" in str(spec.get("cidr")) else V4
             if spec.get("vxlanMode", "Never") != "Never":
                 sizes.append(_VXLAN_BYTES[version])
@@ -185,14 +187,8 @@ class Cluster:
         raise ConflictError(f"{key}: changed by others {_ATTEMPTS} times in a row", key)
 
     def _labels(self, key: Key) -> dict[str, str]:
-        metadata = self._value(key).get("metadata") or {}
+        metadata = self.memory.value(key).get("metadata") or {}
         return dict(metadata.get("labels") or {})
-
-    def _value(self, key: Key) -> JSON:
-        try:
-            return self.store.get(key).value
-        except NotFoundError:
-            return {}
 
 
 def owns(attachment: Attachment, endpoint: Entry) -> bool:
@@ -227,7 +223,10 @@ def workload_endpoint(
     if pod is not None:
         own = pod_labels(pod)
         spec["profiles"] = list(pod_profiles(pod))
-        spec["ports"] = [port.model_dump(mode="json") for port in pod_ports(pod)]
+        spec["ports"] = [
+            port.model_dump(mode="json", by_alias=True, exclude_none=True)
+            for port in pod_ports(pod)
+        ]
         if account := pod.spec.service_account_name:
             spec["serviceAccountName"] = account
     if nats := features.nats(wire.addresses):

@@ -111,10 +111,11 @@ class Enforcement:
 
     def _take(self, line: bytes) -> None:
         told = orjson.loads(line)
+        everything, endpoints = told["all"], dict(told["endpoints"])
         with self._lock:
-            if told["all"]:
+            if everything:
                 self._enforced.clear()
-            for name, container in told["endpoints"].items():
+            for name, container in endpoints.items():
                 if container is None:
                     self._enforced.pop(name, None)
                     continue

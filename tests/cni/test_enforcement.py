@@ -1,0 +1,267 @@
+"""An ADD returns when the pod's policy is enforced: the daemon and felix together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cni.enforcement import SOCKET, Enforcement
+from cni.errors import NOT_AVAILABLE, TRY_AGAIN_LATER
+from datastore.interface import Key
+from felix.status import query
+from kernel.netns import inside
+from tests.cni.rig import NODE, ROOT, Container, Rig, configuration, running
+from tests.support.netns import eventually
+
+WAIT: dict[str, Any] = {"policy_setup_timeout_seconds": 20}
+SHORT: dict[str, Any] = {"policy_setup_timeout_seconds": 1}
+
+
+class Felix:
+    """The agent on a rig's node."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self._run_dir = rig.socket.parent
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {
+            **os.environ,
+            "MANX_NODENAME": NODE,
+            "MANX_DATASTORE": self._rig.url,
+            "MANX_RUN_DIR": str(self._run_dir),
+            "MANX_NODE_IP": "198.51.100.1/24",
+        }
+        log = (self._rig.directory / "felix.log").open("ab")
+        with log, inside(self._rig.namespace.fd):
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "felix"], cwd=ROOT, env=environment, stderr=log
+            )
+        eventually(self._ready, 30)
+
+    def _ready(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, (self._rig.directory / "felix.log").read_text()
+        try:
+            return bool(query(self._run_dir)["ready"])
+        except OSError:
+            return False
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(20)
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def _node(c_client: Path) -> Iterator[tuple[Rig, Felix]]:
+    with running(c_client) as rig:
+        felix = Felix(rig)
+        try:
+            rig.create("Namespace", "red")
+            rig.create(
+                "GlobalNetworkPolicy",
+                "only-web",
+                spec={
+                    "selector": "all()",
+                    "types": ["Ingress", "Egress"],
+                    "ingress": [
+                        {"action": "Allow", "protocol": "TCP", "destination": {"ports": [80]}}
+                    ],
+                    "egress": [{"action": "Allow"}],
+                },
+            )
+            felix.start()
+            yield rig, felix
+        finally:
+            felix.kill()
+
+
+@pytest.fixture
+def rig(_node: tuple[Rig, Felix]) -> Iterator[Rig]:
+    rig, _ = _node
+    yield rig
+    try:
+        rig.assert_empty()
+    finally:
+        rig.collect_all()
+
+
+@pytest.fixture
+def felix(_node: tuple[Rig, Felix]) -> Felix:
+    return _node[1]
+
+
+def ip(result: Any) -> str:
+    text: str = result["ips"][0]["address"]
+    return text.split("/")[0]
+
+
+@contextmanager
+def serving(pod: Container, port: int) -> Iterator[None]:
+    with inside(pod.namespace.fd):
+        server = socket.create_server(("", port))
+    with server:
+        yield
+
+
+def connects(pod: Container, address: str, port: int, seconds: float) -> bool:
+    with inside(pod.namespace.fd):
+        client = socket.socket()
+    with client:
+        client.settimeout(seconds)
+        try:
+            client.connect((address, port))
+        except OSError:
+            return False
+        return True
+
+
+def test_neither_unprotected_nor_before_a_closed_door(rig: Rig) -> None:
+    """The very first packets are judged by the policy. A connection is not tried again here:
+    what is dropped once is missed.
+    """
+    client = rig.container()
+    rig.add(client, **WAIT)
+    for _ in range(5):
+        pod = rig.container("web")
+        address = ip(rig.add(pod, **WAIT))
+        with serving(pod, 80), serving(pod, 81):
+            assert connects(client, address, 80, 0.9)
+            assert not connects(client, address, 81, 0.2)
+        # the next has the same name, and the old sandbox goes after it came
+        after = rig.container("web")
+        rig.add(after, **WAIT)
+        rig.delete(pod)
+        rig.delete(after)
+    rig.delete(client)
+
+
+def test_many_at_once(rig: Rig) -> None:
+    pods = [rig.container() for _ in range(20)]
+    adding = [rig.begin("ADD", pod, configuration(**WAIT)) for pod in pods]
+    addresses = [ip(rig.end(process).ok()) for process in adding]
+    with serving(pods[-1], 80):
+        assert all(connects(pod, addresses[-1], 80, 0.9) for pod in pods[:5])
+    for process in [rig.begin("DEL", pod) for pod in pods]:
+        rig.end(process).ok()
+
+
+def test_felix_hangs(rig: Rig, felix: Felix) -> None:
+    """The wait has an end, what was made is taken back, and the next ADD does it."""
+    pod = rig.container()
+    felix.signal(signal.SIGSTOP)
+    try:
+        answer = rig.call("ADD", pod, configuration(**SHORT))
+    finally:
+        felix.signal(signal.SIGCONT)
+    assert answer.error == TRY_AGAIN_LATER
+    assert all(word in answer.json["msg"] for word in ("policy", "1 s", "felix", "node status"))
+    assert pod.links() == set()
+    rig.assert_empty()
+    rig.add(pod, **WAIT)
+    rig.delete(pod)
+
+
+def test_felix_is_away(rig: Rig, felix: Felix) -> None:
+    standing, late, waiting = (rig.container() for _ in range(3))
+    result = rig.add(standing, **WAIT)
+    felix.kill()
+    try:
+        # as long as an ADD may still succeed, the answer is yes
+        assert rig.call("STATUS", conf=configuration(**WAIT)).ok() is None
+        assert rig.call("ADD", late, configuration(**SHORT)).error == TRY_AGAIN_LATER
+        eventually(lambda: rig.call("STATUS", conf=configuration(**SHORT)).code != 0)
+        status = rig.call("STATUS", conf=configuration(**SHORT))
+        assert status.error == NOT_AVAILABLE
+        assert "felix has been away" in status.json["msg"]
+        assert rig.call("STATUS").ok() is None
+        # what felix enforced stands, so an ADD of it that is repeated succeeds
+        assert rig.add(standing, **SHORT) == result
+        # a daemon that never heard of felix can't know, but takes nothing back
+        rig.kill()
+        rig.start()
+        assert rig.call("ADD", standing, configuration(**SHORT)).error == TRY_AGAIN_LATER
+        assert standing.links() == {"eth0"}
+        process = rig.begin("ADD", waiting, configuration(**WAIT))
+        eventually(lambda: len(rig.endpoints()) == 2)
+    finally:
+        felix.start()
+    rig.end(process).ok()
+    assert rig.add(standing, **WAIT) == result
+    for pod in (standing, waiting):
+        rig.delete(pod)
+
+
+ENDPOINT = Key("WorkloadEndpoint", "web", "red")
+
+
+@pytest.fixture
+def heard(tmp_path: Path) -> Iterator[tuple[Enforcement, socket.socket]]:
+    """The listener, and a socket on which the test plays felix."""
+    door = socket.socket(socket.AF_UNIX)
+    with door:
+        door.settimeout(20)
+        door.bind(str(tmp_path / SOCKET))
+        door.listen(4)
+        enforcement = Enforcement(tmp_path)
+        enforcement.start()
+        yield enforcement, door
+        enforcement.stop()
+
+
+def say(connection: socket.socket, everything: bool, **endpoints: str | None) -> None:
+    told = {"all": everything, "endpoints": {f"red/{k}": v for k, v in endpoints.items()}}
+    connection.sendall(json.dumps(told).encode() + b"\n")
+
+
+def test_only_the_very_container_counts(heard: tuple[Enforcement, socket.socket]) -> None:
+    enforcement, door = heard
+    connection, _ = door.accept()
+    with connection:
+        say(connection, True, web="old")
+        assert enforcement.wait(ENDPOINT, "old", 20)
+        assert not enforcement.wait(ENDPOINT, "new", 0.05)
+        threading.Timer(0.1, say, (connection, False), {"web": "new"}).start()
+        assert enforcement.wait(ENDPOINT, "new", 20)
+        assert not enforcement.wait(ENDPOINT, "old", 0.01)
+        say(connection, False, web=None)
+        say(connection, False, other="x")
+        assert enforcement.wait(Key("WorkloadEndpoint", "other", "red"), "x", 20)
+        assert not enforcement.wait(ENDPOINT, "new", 0.01)
+        assert enforcement.away() == 0
+
+
+@pytest.mark.parametrize("words", [b"", b"nonsense\n", b"[]\n", b'{"all": true}\n', b"\xff\xff"])
+def test_a_felix_that_breaks_off(heard: tuple[Enforcement, socket.socket], words: bytes) -> None:
+    """What it told stays true until it is back and tells all anew."""
+    enforcement, door = heard
+    connection, _ = door.accept()
+    with connection:
+        say(connection, True, web="c1")
+        assert enforcement.wait(ENDPOINT, "c1", 20)
+        connection.sendall(words)
+    eventually(lambda: enforcement.away() > 0)
+    assert enforcement.wait(ENDPOINT, "c1", 0)
+    again, _ = door.accept()
+    with again:
+        say(again, True, other="c2")
+        assert enforcement.wait(Key("WorkloadEndpoint", "other", "red"), "c2", 20)
+        assert not enforcement.wait(ENDPOINT, "c1", 0.01)
