@@ -1,7 +1,9 @@
 """ClusterNetworkPolicy (policy.networking.k8s.io/v1alpha2): policy of cluster administrators.
 
-As in a Kubernetes NetworkPolicy, a field that is not known is refused: a condition less would
-allow more than its author wrote.
+As in a Kubernetes NetworkPolicy, a field that is not known in ``spec`` is refused, and so the
+whole policy, which then fails closed: a condition less would allow more than its author wrote.
+An API server with our CRD stores no such field; one with a newer CRD may. ``status`` is what
+others say about the policy and changes nothing.
 """
 
 import re
@@ -151,6 +153,8 @@ class ClusterNetworkPolicySpec(Model):
 
 class ClusterNetworkPolicyStatus(Model):
     """status of a ClusterNetworkPolicy."""
+
+    model_config = ConfigDict(extra="ignore")
 
     kept: ClassVar[frozenset[str]] = frozenset(("conditions",))
 

@@ -286,7 +286,10 @@ def _as_number(value: object) -> int:
         if high < 1 << 16 and low < 1 << 16:
             number = (high << 16) + low
     if not 0 <= number < 1 << 32:
-        raise refuse("an AS number from 0 to 4294967295, or in dotted form such as 1.10")
+        raise refuse(
+            'an AS number from 0 to 4294967295, or in dotted form and in quotes, such as "1.10"'
+            " (without them YAML reads the number 1.1)"
+        )
     return number
 
 

@@ -181,7 +181,7 @@ def reason(problem: Problem) -> str | None:
         ("IPPool", {"cidr": "10.0.0.0/16", "blockSize": 33}, "blockSize: 20 to 32 for an IPv4"),
         ("IPPool", {"cidr": "10.0.0.0/16", "blokSize": 26}, 'unknown field "spec.blokSize"'),
         ("BGPPeer", {"peerIP": "192.0.2.1:0"}, r"an IP address, IPv4:port or \[IPv6\]:port"),
-        ("BGPPeer", {"peerIP": "peer", "asNumber": "1.2.3"}, "an AS number from 0 to 4294967295"),
+        ("BGPPeer", {"peerIP": "peer", "asNumber": "1.2.3"}, r"dotted form and in quotes.*YAML"),
         ("BGPPeer", {"node": "a", "nodeSelector": "b"}, "nodeSelector must be absent, because"),
         ("BGPPeer", {"nodeSelector": "rack = 'a'"}, "a selector such as app == 'web'"),
         ("FelixConfiguration", {"mtuIfacePattern": "["}, "mtuIfacePattern"),
@@ -291,6 +291,25 @@ def test_cluster_network_policy(server: KubeApiserver, connection: HTTPSConnecti
         changed = obj | {"spec": ADMIN | wrong}
         assert refused_by_model(changed), wrong
         assert tried(server, connection, changed)[0] in (400, 422), wrong
+
+
+def test_a_field_that_is_not_known(server: KubeApiserver, connection: HTTPSConnection) -> None:
+    """kubectl is told; from others the API server takes the rest, so nobody reads the field."""
+    kind = KINDS["ClusterNetworkPolicy"]
+    (out,) = ADMIN["egress"]
+    newer = {"spec": ADMIN | {"egress": [out | {"onlyAtNight": True}]}}
+    obj = {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": {"name": "x"}} | newer
+    (problem,) = refused_by_model(obj)
+    assert problem.field == "spec.egress[0].onlyAtNight"
+    code, message = tried(server, connection, obj)
+    assert code == 400
+    assert 'unknown field "spec.egress[0].onlyAtNight"' in message
+    code, stored = server.request("POST", f"{url(kind)}?dryRun=All&fieldValidation=Warn", obj)
+    assert code == 201, stored
+    assert stored["spec"]["egress"] == ADMIN["egress"]
+    assert refused_by_model(stored) == ()
+    stored["status"] = {"conditions": [], "newer": {}}
+    assert refused_by_model(stored) == ()
 
 
 def test_defaults_are_the_models(server: KubeApiserver) -> None:
