@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from api.net import Net
+from datastore.interface import ConflictError, NotFoundError
 from ipam import claims
-from ipam.block import Cooldown
+from ipam.block import Block, Cooldown
 from ipam.errors import BlockLimitError, ContentionError, IpamError, PoolExhaustedError
 from ipam.holdings import Holdings
 from ipam.pools import Pool, Request, usable
-from ipam.records import ATTEMPTS, CONFIRMED, HOST, Records, owner
+from ipam.records import ATTEMPTS, CONFIRMED, HOST, Records, Stored, owner
 from ipam.search import Search, deserted
 from ipam.view import View
 
@@ -180,14 +181,9 @@ class Assigner:
             others = [(pool, stored) for pool, sample in samples for stored in next(sample, ())]
             cooldown = self._cooldown()
             for pool, stored in others:
-                if stored.thing.collect(cooldown) and stored.thing.empty:
-                    stored = self._records.write_block(stored)
-                host = deserted(stored.thing, cooldown)
                 net = stored.thing.net
-                if (
-                    host
-                    and claims.release(self._records, host, net, only_empty=True)
-                    and (found := self._claim_and_take(net, pool, count, wanted))
+                if self._take_over(stored, cooldown) and (
+                    found := self._claim_and_take(net, pool, count, wanted)
                 ):
                     return found
             if strict:
@@ -197,6 +193,21 @@ class Assigner:
                 if found := self._take(stored.thing.net, pool, count, wanted):
                     return found
         return []
+
+    def _take_over(self, stored: Stored[Block], cooldown: Cooldown) -> bool:
+        """Whether an empty block that nobody needs was given up for us."""
+        block = stored.thing
+        rested = block.collect(cooldown)
+        host = deserted(block, cooldown)
+        try:
+            if block.affinity is None and block.empty:
+                self._records.delete_block(stored)
+                return True
+            if host and rested:
+                self._records.write_block(stored)
+        except (ConflictError, NotFoundError):
+            return False
+        return host is not None and claims.release(self._records, host, block.net, only_empty=True)
 
     def _give_up_unselected(self, request: Request, wanted: Wanted) -> None:
         """Empty blocks of the node in pools that no longer select it are for others."""

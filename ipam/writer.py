@@ -227,9 +227,10 @@ class BlockWriter:
             if stored.thing.resting or not all(isinstance(wish, Take) for wish in now):
                 cooldown = self._cooldown()
                 stored.thing.collect(cooldown)
+            deserted = stored.thing.affinity is None and stored.thing.empty
             changed = [wish.fulfil(stored.thing, cooldown) for wish in now]
             try:
-                if any(changed):
+                if any(changed) or deserted:
                     # A swap that succeeds also proves right what was found without one.
                     self._swap(stored)
                     return

@@ -1,4 +1,4 @@
-"""IPAM against a simple model: many nodes, deaths between any two writes, overtaking writers.
+"""IPAM against a simple model: many nodes, deaths at every write, others at work at every call.
 
 No address is given twice, and none is lost once everything half-done was done again.
 """
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -20,134 +21,277 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from api.net import Net
-from datastore.interface import Datastore
+from api.net import Net, parse_net
+from datastore.interface import Datastore, Key, NotFoundError
 from datastore.sqlite import SqliteDatastore
 from ipam import claims
-from ipam.allocator import Allocator, IpamError
+from ipam.allocator import Allocator, Assignment, IpamError
 from ipam.orphans import delete_orphans
-from ipam.records import Records
+from ipam.records import CONFIRMED, Records, owner
 from tests.ipam.world import (
     Died,
+    Interposed,
     add_pool,
+    affinities,
     allocated,
     blocks,
     check_consistency,
-    configure,
-    dies_after,
     handles,
-    overtaken_at,
+    reserve,
 )
 
 NODES = ("n1", "n2", "n3")
+POOLS = {4: ("four", "10.0.0.0/28"), 6: ("six", "fd00::/125")}
 CAPACITY = {4: 16, 6: 8}
+LONG_AGO = "2026-01-01T00:00:00Z"
 
 nodes = st.sampled_from(NODES)
 holders = st.sampled_from([f"h{number}" for number in range(6)])
 versions = st.sampled_from([4, 4, 6])
-moments = st.integers(0, 4)  # how many writes before it happens
+counts = st.sampled_from([1, 1, 1, 2, 3])
+places = st.integers(0, 15)  # in the IPv4 pool
+calls = st.integers(0, 24)  # how many calls before it happens; an assign makes five, or thirty
+writes = st.integers(0, 5)
+
+Action = Callable[[Allocator, Datastore], None]
+
+
+class Node:
+    """A node with two programs, each of which remembers what it knows."""
+
+    def __init__(self, store: Datastore, name: str) -> None:
+        self.name = name
+        self.store = store
+        self.hooks = Hooks()
+        self.restart()
+        self.agent = Allocator(store, name)
+
+    def restart(self) -> None:
+        """The daemon begins anew, and knows nothing."""
+        self.seen = Interposed(
+            self.store,
+            before=lambda number: self.hooks.before(),
+            after=lambda number: self.hooks.after(),
+            call=lambda number: self.hooks.call(),
+        )
+        self.daemon = Allocator(self.seen, self.name)
+
+
+class Hooks:
+    """What happens during one operation: others at some calls, death at a write."""
+
+    def __init__(self) -> None:
+        self.others: dict[int, Callable[[], None]] = {}
+        self.dies_at: int | None = None
+        self._calls = self._writes = 0
+
+    def call(self) -> None:
+        self._calls += 1
+        if action := self.others.pop(self._calls - 1, None):
+            action()
+
+    def before(self) -> None:
+        if self.dies_at is not None and self._writes >= self.dies_at:
+            raise Died
+
+    def after(self) -> None:
+        self._writes += 1
+        self.before()
 
 
 class IpamMachine(RuleBasedStateMachine):
-    """``held``: what each handle surely has. ``doubtful``: handles whose user died."""
+    """``held``: what each handle surely has. ``doubtful``: handles whose user died.
+
+    ``resting``: what must not be given again yet.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
         self.store = SqliteDatastore(Path(self.directory.name) / "datastore.db")
-        add_pool(self.store, "four", "10.0.0.0/28", 30)
-        add_pool(self.store, "six", "fd00::/125", 127)
+        add_pool(self.store, *POOLS[4], 30)
+        add_pool(self.store, *POOLS[6], 127)
+        self.nodes = {name: Node(self.store, name) for name in NODES}
         self.held: dict[str, set[Net]] = {}
         self.doubtful: set[str] = set()
+        self.resting: set[Net] = set()
+        self.reserved: set[Net] = set()
+        self.settings: dict[str, Any] = {}
+        self.in_use: set[Net] = set()  # before the operation
 
-    @initialize(strict=st.booleans())
-    def choose(self, strict: bool) -> None:
-        configure(self.store, strictAffinity=strict)
+    # what a program does
 
-    # what a node does; ``store`` is how it sees the store
+    def note_given(self, handle: str, found: list[Assignment]) -> None:
+        for assignment in found:
+            address = assignment.address
+            assert all(address not in addresses for addresses in self.held.values())
+            assert address not in self.resting
+            assert assignment.block.contains(address)
+            self.held.setdefault(handle, set()).add(address)
 
-    def do_assign(self, store: Datastore, node: str, handle: str, version: int) -> None:
+    def do_assign(self, allocator: Allocator, handle: str, version: int, count: int) -> None:
+        attributes = {"node": allocator.node}
         try:
-            found = Allocator(store, node).assign(handle, {"node": node}, version=version)
+            found = allocator.assign_many(count, handle, attributes, version=version)
         except IpamError:
             return
-        assert all(found.address not in addresses for addresses in self.held.values())
-        self.held.setdefault(handle, set()).add(found.address)
+        assert len(found) == count
+        assert not self.reserved & {assignment.address for assignment in found}
+        self.note_given(handle, found)
 
-    def do_release(self, store: Datastore, node: str, handle: str) -> None:
-        released = set(Allocator(store, node).release(handle))
+    def do_assign_specific(self, allocator: Allocator, handle: str, place: int) -> None:
+        address = Net(4, parse_net(POOLS[4][1]).address + place, 32)
+        try:
+            found = allocator.assign_specific(address, handle, {"node": allocator.node})
+        except IpamError:
+            return
+        assert found.address == address
+        self.note_given(handle, [found])
+
+    def note_released(self, released: set[Net]) -> None:
+        if self.settings.get("ipCooldownSeconds"):
+            self.resting |= released
+
+    def do_release(self, allocator: Allocator, handle: str) -> None:
+        released = set(allocator.release(handle))
         if handle not in self.doubtful:
             assert released <= self.held.get(handle, set())
         self.held[handle] = self.held.get(handle, set()) - released
+        self.note_released(released)
 
-    def do_give_up_blocks(self, store: Datastore, node: str) -> None:
+    def do_release_some(self, allocator: Allocator, handle: str) -> None:
+        wanted = sorted(self.held.get(handle, set()))[:2]
+        try:
+            released = set(allocator.release_addresses(wanted, handle=handle))
+        except IpamError:
+            return
+        assert released <= set(wanted)
+        self.held[handle] = self.held.get(handle, set()) - released
+        self.note_released(released)
+
+    def do_give_up_blocks(self, store: Datastore, node: str, *, only_empty: bool) -> None:
         """As garbage collection does with the blocks of a node."""
         records = Records(store)
         for stored in records.affinities(node):
-            claims.release(records, node, stored.thing.net)
+            claims.release(records, node, stored.thing.net, only_empty=only_empty)
 
     def do_sweep(self, store: Datastore, node: str) -> None:
         """As the CNI daemon of a node does when it starts."""
         delete_orphans(store, node)
 
-    @rule(node=nodes, handle=holders, version=versions, data=st.data())
-    def assign(self, node: str, handle: str, version: int, data: st.DataObject) -> None:
-        with self.disturbed(data, node, handle) as store:
-            self.do_assign(store, node, handle, version)
+    def do_remake_pool(self, version: int, longer: int) -> None:
+        """The pool as it was, but for the size of blocks."""
+        name, cidr = POOLS[version]
+        self.store.delete(Key("IPPool", name))
+        add_pool(self.store, name, cidr, {4: 29, 6: 126}[version] + longer)
 
-    @rule(node=nodes, handle=holders, data=st.data())
-    def release(self, node: str, handle: str, data: st.DataObject) -> None:
-        with self.disturbed(data, node, handle) as store:
-            self.do_release(store, node, handle)
+    # rules
 
-    @rule(node=nodes, data=st.data())
-    def give_up_blocks(self, node: str, data: st.DataObject) -> None:
-        with self.disturbed(data, node, "") as store:
-            self.do_give_up_blocks(store, node)
+    def draw_action(self, data: st.DataObject, handle: str) -> Action:
+        version, count = data.draw(versions), data.draw(counts)
+        place, empty = data.draw(places), data.draw(st.booleans())
+        actions: dict[str, Action] = {
+            "assign": lambda by, store: self.do_assign(by, handle, version, count),
+            "assign one": lambda by, store: self.do_assign(by, handle, version, 1),
+            "specific": lambda by, store: self.do_assign_specific(by, handle, place),
+            "release": lambda by, store: self.do_release(by, handle),
+            "release some": lambda by, store: self.do_release_some(by, handle),
+            "blocks": lambda by, store: self.do_give_up_blocks(store, by.node, only_empty=empty),
+            "sweep": lambda by, store: self.do_sweep(store, by.node),
+        }
+        return actions[data.draw(st.sampled_from(list(actions)), "action")]
 
-    @rule(node=nodes, data=st.data())
-    def sweep(self, node: str, data: st.DataObject) -> None:
-        with self.disturbed(data, node, "") as store:
-            self.do_sweep(store, node)
+    @rule(name=nodes, handle=holders, data=st.data())
+    def act(self, name: str, handle: str, data: st.DataObject) -> None:
+        """One program does something, in whose midst others do things, and dies, or not."""
+        node = self.nodes[name]
+        action = self.draw_action(data, handle)
+        involved = {handle}
+        with self.disturbed(data, node, involved):
+            action(node.daemon, node.seen)
 
-    @rule(node=nodes, handle=holders)
-    def release_undisturbed(self, node: str, handle: str) -> None:
-        self.do_release(self.store, node, handle)
+    @rule(name=nodes, handle=holders, version=versions)
+    def assign_undisturbed(self, name: str, handle: str, version: int) -> None:
+        node = self.nodes[name]
+        owned = self.owned(name, version)
+        self.do_assign(node.daemon, handle, version, 1)
+        limit = self.settings.get("maxBlocksPerHost") or 20
+        assert self.owned(name, version) <= max(owned, limit)
+        if self.settings.get("strictAffinity") and handle not in self.doubtful:
+            by_net = blocks(self.store)
+            for address in set(node.daemon.addresses(handle)) - self.in_use:
+                [block] = [block for net, block in by_net.items() if net.contains(address)]
+                assert block.affinity == owner(name)
+
+    @rule(name=nodes, handle=holders)
+    def release_undisturbed(self, name: str, handle: str) -> None:
+        self.do_release(self.nodes[name].daemon, handle)
         self.doubtful.discard(handle)
         assert not self.held.pop(handle, None)
 
+    @initialize(strict=st.booleans(), cooldown=st.sampled_from([0, 600]))
+    def begin(self, strict: bool, cooldown: int) -> None:
+        self.configure(strict, cooldown)
+
+    @rule(strict=st.booleans(), cooldown=st.sampled_from([0, 600]))
+    def configure(self, strict: bool, cooldown: int) -> None:
+        self.set_up(strictAffinity=strict, ipCooldownSeconds=cooldown, maxBlocksPerHost=3 * strict)
+        if not cooldown:
+            self.resting.clear()
+
+    @rule(version=versions, longer=st.integers(0, 1))
+    def remake_pool(self, version: int, longer: int) -> None:
+        self.do_remake_pool(version, longer)
+
+    @rule(place=places)
+    def reserve_or_not(self, place: int) -> None:
+        address = Net(4, parse_net(POOLS[4][1]).address + place, 32)
+        name = f"r-{str(address).replace('/', '-')}"
+        if address in self.reserved:
+            self.store.delete(Key("IPReservation", name))
+        else:
+            reserve(self.store, str(address))
+        self.reserved ^= {address}
+
+    @rule()
+    def time_passes(self) -> None:
+        """Addresses have rested, empty blocks are old enough to be taken over."""
+        self.resting.clear()
+        for entry in self.store.list("IPAMBlock").entries:
+            spec = entry.value["spec"]
+            if "affinityClaimTime" in spec:
+                spec["affinityClaimTime"] = LONG_AGO
+            for attribute in spec["attributes"]:
+                if "releasedAt" in attribute:
+                    attribute["releasedAt"] = LONG_AGO
+            self.store.update(entry.key, entry.value)
+
     @contextmanager
-    def disturbed(self, data: st.DataObject, node: str, handle: str) -> Iterator[Datastore]:
-        """The store, whose user is overtaken by another between two writes, or dies, or both."""
-        store: Datastore = self.store
-        if data.draw(st.booleans(), "overtaken"):
-            store = overtaken_at(store, data.draw(moments), self.another(data, node, handle))
+    def disturbed(self, data: st.DataObject, node: Node, involved: set[str]) -> Iterator[None]:
+        node.hooks = Hooks()
+        for _ in range(data.draw(st.integers(0, 2), "others")):
+            node.hooks.others[data.draw(calls)] = self.another(data, node, involved)
         if data.draw(st.booleans(), "dies"):
-            store = dies_after(store, data.draw(moments))
+            node.hooks.dies_at = data.draw(writes)
         try:
-            yield store
+            yield
         except Died:
-            if handle:
+            node.restart()
+            for handle in involved:
                 self.doubtful.add(handle)
                 self.held.pop(handle, None)
+        finally:
+            node.hooks = Hooks()
 
-    def another(self, data: st.DataObject, node: str, handle: str) -> Callable[[], None]:
-        """What another program does meanwhile; every other time for the same node and handle."""
-        if not handle or data.draw(st.booleans()):
-            handle = data.draw(holders)
-        if data.draw(st.booleans()):
-            node = data.draw(nodes)
-        version = data.draw(versions)
-        return data.draw(
-            st.sampled_from(
-                [
-                    lambda: self.do_assign(self.store, node, handle, version),
-                    lambda: self.do_release(self.store, node, handle),
-                    lambda: self.do_give_up_blocks(self.store, node),
-                    lambda: self.do_sweep(self.store, node),
-                ]
-            )
-        )
+    def another(self, data: st.DataObject, node: Node, involved: set[str]) -> Callable[[], None]:
+        """What another program does; every other time on the same node or for the same handle."""
+        handle = data.draw(st.one_of(st.sampled_from(sorted(involved)), holders))
+        if data.draw(st.integers(0, 5)) == 0:
+            version, longer = data.draw(versions), data.draw(st.integers(0, 1))
+            return lambda: self.do_remake_pool(version, longer)
+        other = self.nodes[data.draw(st.one_of(st.just(node.name), nodes))]
+        action = self.draw_action(data, handle)
+        return lambda: action(other.agent, self.store)
 
     # what must hold
 
@@ -165,23 +309,54 @@ class IpamMachine(RuleBasedStateMachine):
             assert set(allocator.addresses(handle)) == has
             if handle not in self.doubtful:
                 assert has == self.held.get(handle, set())
-                counts = counted[handle].counts if handle in counted else {}
-                assert sum(counts.values()) == len(has)
+                by_net = counted[handle].counts if handle in counted else {}
+                assert sum(by_net.values()) == len(has)
+        self.in_use = set(in_use)
+
+    def owned(self, node: str, version: int) -> int:
+        claims_ = affinities(self.store)
+        return sum(
+            claim.node == node and claim.net.version == version and claim.state == CONFIRMED
+            for claim in claims_
+        )
+
+    def set_up(self, **spec: Any) -> None:
+        key = Key("IPAMConfiguration", "default")
+        value = {
+            "apiVersion": "projectcalico.org/v3",
+            "kind": "IPAMConfiguration",
+            "metadata": {"name": "default"},
+            "spec": spec,
+        }
+        try:
+            self.store.update(key, value)
+        except NotFoundError:
+            self.store.create(key, value)
+        self.settings = spec
 
     def teardown(self) -> None:
         """Release everything once more: then all is free, and can be given again."""
+        self.set_up()
+        for address in list(self.reserved):
+            self.reserve_or_not(address.address & 15)
         allocator = Allocator(self.store, "n1")
         for handle in handles(self.store):
             allocator.release(handle)
         assert allocated(self.store) == {}
         assert handles(self.store) == {}
         check_consistency(self.store)
+        self.time_passes()
+        records = Records(self.store)
+        for stored in records.blocks():
+            # It goes when somebody looks at it: in a full pool, or for garbage collection.
+            if stored.thing.resting:
+                allocator.release_addresses([stored.thing.address(0)])
         for node in NODES:
-            self.do_give_up_blocks(self.store, node)
+            self.do_give_up_blocks(self.store, node, only_empty=False)
         for net, block in blocks(self.store).items():
-            # Made by one who was overtaken by a release of the claim, and then died.
-            assert block.affinity is not None
-            claims.release(Records(self.store), block.affinity.removeprefix("host:"), net)
+            if block.affinity is not None:
+                # Made by one who was overtaken by a release of the claim, and then died.
+                claims.release(records, block.affinity.removeprefix("host:"), net)
         assert blocks(self.store) == {}
         for version, capacity in CAPACITY.items():
             given = {allocator.assign("all", {}, version=version).address for _ in range(capacity)}
