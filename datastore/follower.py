@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -10,7 +11,16 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from random import Random
 
-from datastore.interface import JSON, Datastore, Entry, Key, StoreError, Watch
+from api.kinds import KINDS
+from datastore.interface import (
+    JSON,
+    Datastore,
+    Entry,
+    Key,
+    NotFoundError,
+    StoreError,
+    Watch,
+)
 
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 10.0
@@ -87,6 +97,8 @@ class Follower:
             followed_since = math.inf
             try:
                 positions = self._resume | self._list(set(self._kinds) - self._resume.keys())
+                if self._resume:
+                    self._probe()
                 self._resume = {}
                 with self._open(positions) as watch:
                     self._recovered()
@@ -117,6 +129,12 @@ class Follower:
             for entry in listing.entries:
                 self._send(entry.key, entry)
         return positions
+
+    def _probe(self) -> None:
+        """See that the store answers: opening a watch says nothing of that. Raises StoreError."""
+        kind = min(self._kinds, key=lambda kind: KINDS[kind].namespaced)
+        with contextlib.suppress(NotFoundError):
+            self._store.get(Key(kind, "default", "default" if KINDS[kind].namespaced else ""))
 
     def _open(self, positions: dict[str, str]) -> Watch:
         watch = self._store.watch(self._kinds, positions)
