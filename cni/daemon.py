@@ -24,6 +24,9 @@ from reconcile.backoff import Backoff
 # after this time, seconds; Python's default of 5 ms is five times a whole ADD.
 _SWITCH_INTERVAL = 0.0005
 
+# A file on this machine is read in less time than it takes to hear of each write to it.
+_LOCAL = "sqlite:"
+
 _END = (signal.SIGTERM, signal.SIGINT)
 
 _log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ def run(environment: Environment) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _END)
     stop = threading.Event()
     store = connect(environment.datastore)
-    node = Node(store, environment.node)
+    node = Node(store, environment.node, follow=not environment.datastore.startswith(_LOCAL))
     enforcement = Enforcement(environment.run_dir)
     server = Server(socket_path(environment), Plugin(node, enforcement).handle)
     node.start()

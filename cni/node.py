@@ -68,19 +68,22 @@ class Attached:
 class Node:
     """The attachments of one node. Its namespace is that of the thread that makes it.
 
-    All methods may raise StoreError and OSError.
+    ``follow``: what every ADD looks at is remembered between ``start`` and ``stop``, which is
+    for stores that take longer to ask than to follow. All methods may raise StoreError and
+    OSError.
     """
 
-    def __init__(self, store: Datastore, name: str) -> None:
-        self.cluster = Cluster(store, name)
+    def __init__(self, store: Datastore, name: str, *, follow: bool = False) -> None:
+        self.cluster = Cluster(store, name, follow=follow)
         self.sockets = Sockets()
-        self._allocator = Allocator(store, name, follow=True)
+        self._allocator = Allocator(store, name, follow=follow)
         self._pools = Pools(store)
         self._locks = KeyedLocks()
         self._reaper = Reaper()
 
     def start(self) -> None:
         """Start what works in the background."""
+        self.cluster.memory.start()
         self._allocator.start()
         self._reaper.start()
 
@@ -88,6 +91,7 @@ class Node:
         """Stop it again. Nothing may be attached or detached any more."""
         self._reaper.stop()
         self._allocator.stop()
+        self.cluster.memory.stop()
         self.sockets.close()
 
     def host_interface(self, attachment: Attachment) -> str:

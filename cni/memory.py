@@ -1,0 +1,76 @@
+"""The few objects that every ADD looks at, remembered instead of read each time.
+
+They are settings, pools and namespaces: seldom changed, by people. What is remembered may be a
+moment old, as what is read is by the time it is used. An object that is not remembered may be
+new, so it is for the datastore to say that there is none.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from datastore.follower import Follower, InSync, Update
+from datastore.interface import JSON, Datastore, Key, NotFoundError
+
+_KINDS = ("ClusterInformation", "FelixConfiguration", "IPPool", "Namespace")
+
+
+class Memory:
+    """Objects of a store. ``follow``: remember them between ``start`` and ``stop``.
+
+    Without, and while the store can't be followed, each is read when it is asked for. Safe to
+    use from several threads. ``value`` and ``values`` may raise StoreError; what they return
+    is not to be changed.
+    """
+
+    def __init__(self, store: Datastore, *, follow: bool = False) -> None:
+        self._store = store
+        self._follower = Follower(store, _KINDS, self._notice) if follow else None
+        self._lock = threading.Lock()
+        self._values: dict[str, dict[Key, JSON]] = {kind: {} for kind in _KINDS}
+        self._complete = False
+
+    def start(self) -> None:
+        """Begin to follow the store."""
+        if self._follower is not None:
+            self._follower.start()
+
+    def stop(self) -> None:
+        """Follow it no longer."""
+        if self._follower is not None:
+            self._follower.stop()
+
+    def value(self, key: Key) -> JSON:
+        """An object, empty when there is none."""
+        if self._remembers and key.kind in self._values:
+            with self._lock:
+                value = self._values[key.kind].get(key)
+            if value is not None:
+                return value
+        try:
+            return self._store.get(key).value
+        except NotFoundError:
+            return {}
+
+    def values(self, kind: str) -> list[JSON]:
+        """All objects of a kind, in no order."""
+        if self._remembers and kind in self._values:
+            with self._lock:
+                return list(self._values[kind].values())
+        return [entry.value for entry in self._store.list(kind).entries]
+
+    @property
+    def _remembers(self) -> bool:
+        return self._complete and self._follower is not None and self._follower.in_sync
+
+    def _notice(self, update: Update | InSync) -> None:
+        """In the follower's thread."""
+        if isinstance(update, InSync):
+            self._complete = True
+            return
+        with self._lock:
+            values = self._values[update.key.kind]
+            if update.value is None:
+                values.pop(update.key, None)
+            else:
+                values[update.key] = update.value
