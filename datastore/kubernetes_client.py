@@ -373,7 +373,9 @@ def explain(server: str, status: Status, key: Key | None, what: str = "") -> Sto
 def _invalid(status: Status) -> str:
     """Every field that is wrong, where the server tells; else its message."""
     causes = (status.details or {}).get("causes") or []
-    texts = [_cause(cause) for cause in causes if isinstance(cause, dict)]
+    told = [cause for cause in causes if isinstance(cause, dict)]
+    about_fields = [cause for cause in told if cause.get("field") not in (None, "", "<nil>")]
+    texts = [_cause(cause) for cause in about_fields or told]
     return "; ".join(texts) or f"refused: {status.message} ({status.code} {status.reason})"
 
 

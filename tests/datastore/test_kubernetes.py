@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from kubernetes.config import incluster_config
 
+from api.kinds import CALICO, KINDS
 from api.net import parse_net
 from datastore import kubernetes_watch
 from datastore.connect import connect
@@ -23,6 +26,7 @@ from datastore.interface import (
     JSON,
     AlreadyExistsError,
     ConflictError,
+    Datastore,
     Entry,
     Key,
     NotFoundError,
@@ -92,7 +96,7 @@ def delete_pod(server: KubeApiserver, name: str) -> None:
     assert server.request("DELETE", path, {"gracePeriodSeconds": 0})[0] == 200
 
 
-def delete_if_there(store: KubernetesDatastore, *keys: Key) -> None:
+def delete_if_there(store: Datastore, *keys: Key) -> None:
     for key in keys:
         try:
             store.delete(key)
@@ -476,6 +480,56 @@ def test_a_plugin_tells_who_we_are(
         credentials.write_text(f"{NEXT_ADMIN} {later}\n")
         assert store.list("Namespace").entries
         assert asked() == before + 1
+
+
+def test_the_rights_in_the_manual_are_enough(server: KubeApiserver, tmp_path: Path) -> None:
+    """For a service account with these and no others: what the programs read and write."""
+    text = (Path(__file__).parents[2] / "docs" / "datastore.md").read_text()
+    (role,) = (
+        role
+        for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+        if (role := yaml.safe_load(block))["kind"] == "ClusterRole"
+    )
+    rbac = "/apis/rbac.authorization.k8s.io/v1"
+    make(server, f"{rbac}/clusterroles", role)
+    account = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts"
+    make(server, account, {"metadata": {"name": "manx"}})
+    subject = {"kind": "ServiceAccount", "name": "manx", "namespace": NAMESPACE}
+    reference = {"kind": "ClusterRole", "name": "manx", "apiGroup": "rbac.authorization.k8s.io"}
+    binding = {"metadata": {"name": "manx"}, "subjects": [subject], "roleRef": reference}
+    make(server, f"{rbac}/clusterrolebindings", binding)
+    code, answer = server.request("POST", f"{account}/manx/token", {"spec": {}})
+    assert code == 201, answer
+    config = kubeconfig(server, tmp_path / "account", {"token": answer["status"]["token"]})
+    key, pool = make_pod(server, "rights"), Key("IPPool", "k8s-store-rights")
+    kinds = {*snapshot.KINDS, "Service", "EndpointSlice", "ServiceAccount", "Profile"}
+    kinds |= {kind.id for kind in KINDS.values() if kind.api_version == CALICO}
+    with closing(connect(f"kubernetes://?kubeconfig={config}")) as store:
+        patiently(lambda: store.list("Lease"))  # until the server has seen the binding
+        positions = {kind: store.list(kind).revision for kind in kinds}
+        with store.watch(kinds, positions) as watch:
+            endpoint = store.get(key)
+            endpoint.value["spec"] |= {"ipNetworks": ["10.9.0.77/32"]}
+            store.update(key, endpoint.value, endpoint.revision)
+            assert key in {event.key for event in events(watch, 2)}
+        node = store.get(Key("Node", NODE))
+        node.value["spec"]["bgp"] = {"ipv4Address": "10.1.0.1/24"}
+        store.update(node.key, node.value, node.revision)
+        value = {"apiVersion": CALICO, "kind": "IPPool", "metadata": {"name": pool.name}}
+        store.create(pool, value | {"spec": {"cidr": "10.94.0.0/24"}})
+        allocator = Allocator(store, NODE)
+        allocator.assign("rights", {"pod": "rights"})
+        assert allocator.release("rights")
+        store.delete(pool)
+        lease = Key("Lease", "manx-test", NAMESPACE)
+        value = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease"}
+        made = store.create(lease, value | {"metadata": {"name": lease.name}, "spec": {}})
+        store.update(lease, made.value, made.revision)
+        with pytest.raises(UnavailableError, match="ClusterRole"):
+            store.delete(Key("Pod", "rights", NAMESPACE))
+        for kind in ("IPAMBlock", "BlockAffinity", "IPAMHandle"):
+            delete_if_there(store, *(entry.key for entry in store.list(kind).entries))
+    delete_pod(server, "rights")
 
 
 def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
