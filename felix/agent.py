@@ -19,13 +19,12 @@ from typing import Any
 from datastore.environment import Environment
 from datastore.follower import Follower, InSync, Update
 from datastore.interface import Datastore
-from felix import names
+from felix import backends, names
 from felix.announcer import SOCKET as ENDPOINTS_SOCKET
 from felix.announcer import Announcer, Subscription
 from felix.calculate import Calculator
-from felix.dataplane import Dataplane
+from felix.dataplane import Dataplane, Enforcer
 from felix.door import Door
-from felix.iptables_dataplane import IptablesDataplane
 from felix.registration import NODE_IP, Registrar, RegistrationProblem, node_address
 from felix.snapshot import KINDS, Snapshot
 from felix.status import StatusRequest, StatusServer
@@ -69,6 +68,8 @@ class Agent:
         self._snapshot = Snapshot()
         self._calculator = Calculator(environment.node)
         self._dataplane: Dataplane | None = None
+        self._backend: backends.Backend | None = None
+        self._remains: list[str] | None = None  # of other backends; None: not looked for yet
         self._follower = Follower(store, KINDS, self._queue.put)
         self._registrar = Registrar(store, environment.node, self._address, self._queue.put)
         self._registration_problem: str | None = None
@@ -182,27 +183,53 @@ class Agent:
             return
         before = self._calculator.registration
         delta = self._calculator.calculate(self._snapshot)
+        settings = self._calculator.settings
         if self._dataplane is None:
-            enforcer = IptablesDataplane(
-                self._calculator.settings, self._calculator.ruleset.members
-            )
-            self._dataplane = Dataplane(enforcer)
-            self._must_read = True
+            self._backend = backends.choose(settings, self._backend)
+            self._dataplane = Dataplane(self._make_enforcer(self._backend))
         self._dataplane.want(delta)
+        if delta.settings is not None:
+            self._follow_backend(backends.choose(settings, self._backend))
         self._announcer.want(delta.endpoints)
         registration = self._calculator.registration
         if registration is not None and registration != before:
             self._registrar.want(registration)
+
+    def _make_enforcer(self, backend: backends.Backend) -> Enforcer:
+        _log.info("policy is enforced by %s", backend.value)
+        self._must_read = True
+        self._remains = None
+        calculator = self._calculator
+        return backends.make(backend, calculator.settings, calculator.ruleset.members)
+
+    def _follow_backend(self, backend: backends.Backend) -> None:
+        """Have another enforcer do all the work, if it is to be another."""
+        assert self._dataplane is not None
+        if backend is not self._backend:
+            enforcer = self._make_enforcer(backend)
+            enforcer.want(self._calculator.ruleset.everything())
+            self._dataplane.switch(enforcer)
+            self._backend = backend
+
+    def _remove_remains(self) -> None:
+        """What another backend left goes once this one's work stands."""
+        assert self._dataplane is not None and self._backend is not None
+        if not any(self._dataplane.enforcer.problems()):
+            self._remains = backends.remove_others(self._backend, self._calculator.settings)
 
     def _apply(self, now: float) -> None:
         assert self._dataplane is not None
         if self._must_read or (self._next_read is not None and now >= self._next_read):
             self._dataplane.read()
             self._must_read = False
+            if self._remains:
+                self._remains = None  # to be tried again
             refresh = self._calculator.settings.refresh
             self._next_read = now + refresh if refresh else None
         begin = time.perf_counter()
         changes = self._dataplane.apply(now)
+        if self._remains is None:
+            self._remove_remains()
         if changes or self._last_apply is None:
             elapsed = 1000 * (time.perf_counter() - begin)
             first = self._last_apply is None
@@ -270,6 +297,8 @@ class Agent:
         yield from self._calculator.problems(self._snapshot)
         if self._dataplane is not None:
             yield from self._dataplane.problems()
+        for remains in self._remains or ():
+            yield "what another backend left", remains
 
 
 def _now() -> str:

@@ -64,6 +64,16 @@ class Dataplane:
         self._enforcer.close()
         self._network.close()
 
+    def switch(self, enforcer: Enforcer) -> None:
+        """From now on it is this one that is told what is wanted. What the other did stays."""
+        self._enforcer.close()
+        self._enforcer = enforcer
+
+    @property
+    def enforcer(self) -> Enforcer:
+        """What enforces policy now."""
+        return self._enforcer
+
     def want(self, delta: Delta) -> None:
         """Take what became different. Nothing is written before ``apply``."""
         self._enforcer.want(delta)

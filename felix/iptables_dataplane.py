@@ -18,7 +18,7 @@ from felix.iptables_renderer import RenderedChain, Renderer
 from felix.iptables_sets import IptablesSets
 from felix.settings import Settings
 from felix.tables import Table
-from kernel.iptables import IptablesError, IptablesTable, TableUpdate, detect_backend, rule_hashes
+from kernel.iptables import IptablesError, IptablesTable, TableUpdate, rule_hashes
 from policy.model import Direction
 from reconcile.plan import Plan
 
@@ -171,14 +171,12 @@ class _Table:
 class IptablesDataplane:
     """The ``Enforcer`` that speaks to iptables and ipset."""
 
-    def __init__(self, settings: Settings, members: Members) -> None:
-        backend = settings.iptables_backend
-        self._backend = detect_backend() if backend == "auto" else backend
-        self._settings = settings
+    def __init__(self, settings: Settings, members: Members, variant: str) -> None:
+        """``variant`` is ``nft`` or ``legacy``."""
         self._sets = IptablesSets(members)
         self._tables = {
             (version, kind): _Table(
-                version, kind, self._backend, _renderer(version, settings), self._sets
+                version, kind, variant, _renderer(version, settings), self._sets
             )
             for version in (V4, V6)
             for kind in chains.Table
@@ -238,9 +236,6 @@ class IptablesDataplane:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(object, what the kernel said)."""
-        wanted = self._settings.iptables_backend
-        if wanted not in ("auto", self._backend):
-            yield "FelixConfiguration", f"spec.iptablesBackend: {wanted}: in force after a restart"
         for name, error in self._sets.errors.items():
             yield f"ipset {name}", str(error)
         for table in self._tables.values():
@@ -253,7 +248,6 @@ class IptablesDataplane:
         return min((time for time in times if time is not None), default=None)
 
     def _configure(self, settings: Settings) -> None:
-        self._settings = settings
         self._sets.max_size = settings.max_set_size
         for (version, _), table in self._tables.items():
             table.configure(_renderer(version, settings), append=settings.append_hooks)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from api.net import V4, Net
 from felix import names
 from felix.chains import (
+    ANY_PACKET,
     Accept,
     Action,
     Chain,
@@ -132,6 +133,8 @@ class Renderer:
         if condition.spoofed:
             words.append("-m rpfilter --validmark --invert")
         common = " ".join(words)
+        if condition.packet is ANY_PACKET:  # most rules of an endpoint: there are many
+            return [common]
         return [_words(packet, common) for packet in matches.alternatives(condition.packet)]
 
     def _target(self, action: Action) -> str:

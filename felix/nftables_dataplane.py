@@ -73,13 +73,6 @@ class _Family:
     def close(self) -> None:
         self._nftables.close()
 
-    def remove(self) -> None:
-        """Delete the table: nothing of ours stays."""
-        if self._nftables.exists():
-            transaction = self._nftables.transaction()
-            transaction.delete_table()
-            self._nftables.commit(transaction)
-
     def configure(self, settings: Settings) -> None:
         """Marks may have changed: everything is rendered again."""
         self._renderer = self._make_renderer(settings)
@@ -395,8 +388,3 @@ class NftablesDataplane:
         """When something that failed is due again."""
         times = [family.next_retry() for family in self._families.values()]
         return min((time for time in times if time is not None), default=None)
-
-    def remove(self) -> None:
-        """Delete both tables. Raises OSError."""
-        for family in self._families.values():
-            family.remove()

@@ -145,6 +145,8 @@ class Renderer:
                 continue
             head = self._head(rule.condition)
             action = self._action(table, rule.action)
+            if rule.comment:
+                action = nft.counter() + action
             made.extend((head + packet + action, rule.comment) for packet in packets)
             constants.update(matches.constants)
             sets |= matches.sets

@@ -65,6 +65,14 @@ class Ruleset:
         own = self._own.get(key)
         return _of_version(key.version, self._engine.sets[key.id]) if own is None else own
 
+    def everything(self) -> Delta:
+        """All that is wanted, for an enforcer that was told nothing yet."""
+        delta = Delta(settings=self._settings, chains=dict(self.chains), hooks=dict(self.hooks))
+        for key in self.sets:
+            kind = self._kinds.get(key.id, SetKind.NET)
+            delta.sets[key] = SetDelta(kind, self.members(key), _NONE, True, False)
+        return delta
+
     def set_interface(self, name: str, holder: EndpointId | None, nets: Iterable[Net]) -> None:
         """Which endpoint an interface belongs to, and its addresses; None: to none."""
         before = self._holders.pop(name, None)

@@ -23,6 +23,14 @@ class EndpointToHost(Enum):
     RETURN = "Return"
 
 
+class NftablesMode(Enum):
+    """Whether nftables enforces policy, rather than iptables."""
+
+    ENABLED = "Enabled"
+    DISABLED = "Disabled"
+    AUTO = "Auto"
+
+
 class SettingsError(ValueError):
     """A FelixConfiguration that can't be used as it stands."""
 
@@ -42,6 +50,7 @@ class Settings:
     pass_mark: int
     endpoint_to_host: EndpointToHost
     append_hooks: bool
+    nftables_mode: NftablesMode
     iptables_backend: str  # auto, legacy or nft
     log_prefix: str
     max_set_size: int
@@ -82,6 +91,7 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
         pass_mark=passed,
         endpoint_to_host=EndpointToHost(pick("default_endpoint_to_host_action")),
         append_hooks=pick("chain_insert_mode") == "Append",
+        nftables_mode=NftablesMode(pick("nftables_mode")),
         iptables_backend=str(pick("iptables_backend")).lower(),
         log_prefix=str(pick("log_prefix")),
         max_set_size=number("max_ipset_size"),
@@ -97,7 +107,12 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
     )
 
 
-_REFRESH = ("iptables_refresh_interval", "ipsets_refresh_interval", "route_refresh_interval")
+_REFRESH = (
+    "iptables_refresh_interval",
+    "ipsets_refresh_interval",
+    "nftables_refresh_interval",
+    "route_refresh_interval",
+)
 
 
 def _intervals(values: Iterator[object]) -> Iterator[float]:

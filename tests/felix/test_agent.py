@@ -25,7 +25,7 @@ from tests.support.netns import eventually, fresh_namespace, run
 
 @pytest.fixture
 def node() -> Iterator[Node]:
-    with cluster("node1") as (made,):
+    with cluster("node1", iptables=True) as (made,):
         yield made
 
 
@@ -298,7 +298,9 @@ def test_a_chain_that_iptables_refuses_drops_and_the_others_stand() -> None:
         assert broken
         for key in broken:
             del delta.sets[key]
-        dataplane = Dataplane(IptablesDataplane(calculator.settings, calculator.ruleset.members))
+        dataplane = Dataplane(
+            IptablesDataplane(calculator.settings, calculator.ruleset.members, "nft")
+        )
         try:
             dataplane.want(delta)
             dataplane.read()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from tests.felix.world import V3
 from tests.support.netns import fresh_namespace, run
 
 BACKENDS: dict[str, Callable[[Settings, Members], Enforcer]] = {
-    "iptables": IptablesDataplane,
+    "iptables": partial(IptablesDataplane, variant="nft"),
     "nftables": NftablesDataplane,
 }
 NODE = "node1"

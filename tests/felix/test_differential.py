@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ TCP, UDP, ICMP = socket.IPPROTO_TCP, socket.IPPROTO_UDP, socket.IPPROTO_ICMP
 PORTS = (80, 81, 8005)
 PATIENCE = 5.0  # for what must arrive
 BACKENDS: dict[str, Callable[[Settings, Members], Enforcer]] = {
-    "iptables": IptablesDataplane,
+    "iptables": partial(IptablesDataplane, variant="nft"),
     "nftables": NftablesDataplane,
 }
 POLICIES = tuple(id for id in drawn.POLICIES if id.name in "pg")

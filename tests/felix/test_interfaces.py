@@ -23,7 +23,7 @@ from tests.support.netns import eventually, run
 @pytest.fixture(scope="module")
 def client() -> Iterator[Pod]:
     """A pod on a node of its own."""
-    with cluster("node1", addresses=("172.31.1.11/24",)) as (made,):
+    with cluster("node1", addresses=("172.31.1.11/24",), iptables=True) as (made,):
         made.start()
         yield made.pod("client", "10.0.255.1")
 

@@ -222,7 +222,7 @@ def _pool(mode: str) -> dict[str, Any]:
 def racks() -> Iterator[Racks]:
     names = ("node1", "node2", "node3")
     where = ("172.31.1.11/24", "172.31.1.12/24", "172.31.2.13/24")
-    with cluster(*names, addresses=where) as made, fresh_namespace() as router:
+    with cluster(*names, addresses=where, iptables=True) as made, fresh_namespace() as router:
         made[0].put(_pool("CrossSubnet"))
         yield Racks(made, router)
 

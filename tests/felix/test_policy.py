@@ -10,6 +10,7 @@ import pytest
 
 from datastore.interface import Key
 from kernel.netns import inside
+from tests.felix.enforcers import ENFORCERS, Enforcer
 from tests.felix.world import (
     V3,
     Listener,
@@ -31,8 +32,9 @@ Put = Callable[..., None]
 class World:
     """One node; pods ``web``, ``client`` in default and ``guest`` in the namespace other."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, enforcer: Enforcer) -> None:
         self.node = node
+        self.enforcer = enforcer
         self.web = node.pod("web", "10.0.0.1", labels={"app": "web"}, ports=_PORTS)
         self.client = node.pod("client", "10.0.0.2", labels={"app": "client"})
         self.guest = node.pod("guest", "10.0.0.3", namespace="other", profiles=["kns.other"])
@@ -47,12 +49,13 @@ class World:
 _PORTS = [{"name": "http", "protocol": "TCP", "port": 80}]
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with cluster("node1", addresses=("172.31.1.11/24",)) as (node,):
+@pytest.fixture(scope="module", params=ENFORCERS)
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    enforcer = ENFORCERS[request.param]
+    with cluster("node1", addresses=("172.31.1.11/24",), iptables=enforcer.iptables) as (node,):
         put_namespace(node, "other", team="red")
         node.start()
-        made = World(node)
+        made = World(node, enforcer)
         with Listener(made.web.netns, 80), Listener(made.web.netns, 443):
             yield made
 
@@ -281,14 +284,14 @@ def test_a_foreign_source_address_is_dropped(world: World) -> None:
         # the rule stands alone where somebody weakened the kernel's own check
         run(world.node.netns, "sysctl", "-w", f"{everywhere}=0", f"{own}=0")
         assert arrived() == (b"honest", "10.0.0.2")
-        run(world.node.netns, "iptables", "-t", "raw", "-F", "cali-PREROUTING")
+        world.enforcer.allow_spoofing(world.node)
         assert arrived() == (b"forged", "10.0.0.77")
         assert listener.udp.recvfrom(100)[0] == b"honest"
     run(world.node.netns, "ip", "route", "del", "10.0.0.77", "dev", world.guest.interface)
     run(world.client.netns, "ip", "address", "del", "10.0.0.77/32", "dev", "eth0")
     world.node.kill()
     world.node.start()
-    assert "rpfilter" in run(world.node.netns, "iptables", "-t", "raw", "-S").stdout
+    assert "Spoofed source" in world.enforcer.rules(world.node)
     assert run(world.node.netns, "sysctl", "-n", own).stdout.strip() == "1"
 
 
@@ -299,15 +302,10 @@ def test_a_pod_cannot_speak_vxlan(world: World) -> None:
         )
         run(outside, "ip", "route", "add", "10.0.0.0/8", "via", "192.0.2.1")
         send = "import socket; s = socket.socket(2, 2); s.sendto(b'x', ('192.0.2.2', {}))"
-        before = _sent(world.node, "VXLAN from a workload")
+        before = world.enforcer.packets(world.node, "VXLAN from a workload")
         run(world.client.netns, "python3", "-c", send.format(4789))
         run(world.client.netns, "python3", "-c", send.format(4790))
-        assert _sent(world.node, "VXLAN from a workload") == before + 1
-
-
-def _sent(node: Node, comment: str) -> int:
-    lines = run(node.netns, "iptables-save", "-c", "-t", "filter").stdout.splitlines()
-    return sum(int(line[1:].split(":")[0]) for line in lines if comment in line)
+        assert world.enforcer.packets(world.node, "VXLAN from a workload") == before + 1
 
 
 def test_strangers_rules_stay(world: World, put: Put) -> None:

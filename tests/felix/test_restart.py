@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from datastore.interface import Key
 from kernel.netlink import NETLINK_NETFILTER, Message, NetlinkSocket, attributes
 from kernel.netns import inside
+from tests.felix.enforcers import ENFORCERS, Enforcer
 from tests.felix.world import (
     V3,
     Flow,
@@ -21,6 +23,7 @@ from tests.felix.world import (
     Node,
     Pod,
     cluster,
+    felix_configuration,
     is_dropped,
     policy,
     put_namespace,
@@ -30,16 +33,18 @@ from tests.support.netns import eventually, run
 
 
 class World:
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, enforcer: Enforcer) -> None:
         self.node = node
+        self.enforcer = enforcer
         self.web = node.pod("web", "10.0.0.1", labels={"app": "web"})
         self.client = node.pod("client", "10.0.0.2", labels={"app": "client", "a": "1"})
         self.guest = node.pod("guest", "10.0.0.3", namespace="other", profiles=["kns.other"])
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with cluster("node1", addresses=("172.31.1.11/24",)) as (node,):
+@pytest.fixture(scope="module", params=ENFORCERS)
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    enforcer = ENFORCERS[request.param]
+    with cluster("node1", addresses=("172.31.1.11/24",), iptables=enforcer.iptables) as (node,):
         put_namespace(node, "other")
         for pool, masquerade in (("10.0.0.0/16", True), ("10.1.0.0/16", False)):
             node.put(
@@ -52,7 +57,7 @@ def world() -> Iterator[World]:
             )
         node.put(allow("a == '1'"))
         node.start()
-        made = World(node)
+        made = World(node, enforcer)
         node.settle()
         yield made
 
@@ -181,14 +186,14 @@ def _connect(pod: Pod, address: str) -> socket.socket:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_restart_adopts_what_is_there(world: World, number: signal.Signals) -> None:
-    before = _settled(world.node)
+    before = _settled(world)
     with flows(world), silence(world.node):
         world.node.kill(number)
         world.node.start()
         world.node.settle()
         world.node.kill(number)
         world.node.start()
-    assert _kernel(world.node) == before
+    assert _kernel(world) == before
     assert world.node.errors() == {}
 
 
@@ -198,11 +203,9 @@ def test_what_changed_meanwhile_is_put_right(world: World) -> None:
     node.put(allow("app == 'guest'"))
     gone = node.pod("gone", "10.0.0.9")
     node.delete(gone.key)
-    run(node.netns, "iptables", "-D", "FORWARD", "1")
-    run(node.netns, "iptables", "-F", f"cali-tw-{world.web.interface}")
+    world.enforcer.break_chains(node, world.web.interface)
     run(node.netns, "ip", "route", "add", "10.0.0.9", "dev", gone.interface, "proto", "80")
     run(node.netns, "ip", "route", "del", "10.0.0.1")
-    run(node.netns, "ipset", "create", "cali40stale", "hash:ip")
     run(node.netns, "sysctl", "-w", f"net.ipv4.conf.{world.web.interface}.rp_filter=0")
     node.start()
     with Listener(world.web.netns, 80):
@@ -212,7 +215,7 @@ def test_what_changed_meanwhile_is_put_right(world: World) -> None:
         assert reaches(world.client.netns, "10.0.0.1", 80)
     routes = run(node.netns, "ip", "route").stdout
     assert "10.0.0.9" not in routes and "10.0.0.1 " in routes
-    assert "cali40stale" not in run(node.netns, "ipset", "list", "-n").stdout
+    assert not any("stale" in name for name in world.enforcer.sets(node))
     rp_filter = run(node.netns, "sysctl", "-n", f"net.ipv4.conf.{world.web.interface}.rp_filter")
     assert rp_filter.stdout.strip() == "1"
     gone.netns.close()
@@ -220,7 +223,7 @@ def test_what_changed_meanwhile_is_put_right(world: World) -> None:
 
 def test_killed_at_any_moment_it_is_repaired_at_the_next_start(world: World) -> None:
     node = world.node
-    before = _settled(node)
+    before = _settled(world)
     for turn in range(4):
         node.kill()
         node.start(wait=False)
@@ -232,42 +235,50 @@ def test_killed_at_any_moment_it_is_repaired_at_the_next_start(world: World) -> 
         node.delete(Key("NetworkPolicy", f"extra-{number}", "default"))
     node.put(allow("a == '1'"))
     node.start()
-    assert _settled(node) == before
+    assert _settled(world) == before
 
 
 def test_pools_make_nat_rules_and_their_end_removes_them(world: World) -> None:
     node = world.node
-    assert "MASQUERADE" in run(node.netns, "iptables", "-t", "nat", "-S").stdout
-    sets = run(node.netns, "ipset", "list", "cali40masq-ipam-pools").stdout
-    assert "10.0.0.0/16" in sets
+    assert "masquerade" in world.enforcer.rules(node).lower()
+    assert any("10.0.0.0" in line for line in world.enforcer.kernel(node))
     for pool in ("10-0-0-0-16", "10-1-0-0-16"):
         node.delete(Key("IPPool", pool))
     node.settle()
-    assert "cali" not in run(node.netns, "iptables", "-t", "nat", "-S").stdout
-    eventually(lambda: "ipam-pools" not in run(node.netns, "ipset", "list", "-n").stdout)
+    assert "masquerade" not in world.enforcer.rules(node).lower()
+    eventually(lambda: not any("ipam-pools" in name for name in world.enforcer.sets(node)))
 
 
-def _settled(node: Node) -> str:
+def _settled(world: World) -> str:
     """Everything of ours, once sets that were in use until just now are gone."""
-    node.settle()
-
-    def only_wanted() -> bool:
-        names = run(node.netns, "ipset", "list", "-n").stdout.splitlines()
-        wanted: int = node.status()["sets"]
-        return len(names) == wanted
-
-    eventually(only_wanted)
-    return _kernel(node)
+    world.node.settle()
+    if world.enforcer.iptables:
+        wanted: int = world.node.status()["sets"]
+        eventually(lambda: len(world.enforcer.sets(world.node)) == wanted)
+    return _kernel(world)
 
 
-def _kernel(node: Node) -> str:
+def _kernel(world: World) -> str:
     """Everything of ours, without counters."""
-    parts = [
-        run(node.netns, "iptables-save").stdout,
-        run(node.netns, "ip6tables-save").stdout,
-        run(node.netns, "ip", "route").stdout,
-        *sorted(run(node.netns, "ipset", "save", "-sorted").stdout.splitlines()),
-    ]
-    return "\n".join(
-        line for part in parts for line in part.splitlines() if not line.startswith("#")
-    )
+    routes = run(world.node.netns, "ip", "route").stdout.splitlines()
+    return "\n".join([*world.enforcer.kernel(world.node), *routes])
+
+
+def _is_gone(enforcer: Enforcer, node: Node) -> bool:
+    return "cali" not in enforcer.rules(node) and not enforcer.sets(node)
+
+
+def test_another_enforcer_takes_over_without_a_gap(world: World) -> None:
+    """There and back: no packet is lost, none gets through, and nothing stays of the other."""
+    node, other = world.node, ENFORCERS["nftables" if world.enforcer.iptables else "iptables"]
+    before = _settled(world)
+    with flows(world):
+        for chosen in (other, world.enforcer):
+            unused = world.enforcer if chosen is other else other
+            mode = "Disabled" if chosen.iptables else "Enabled"
+            node.put(felix_configuration(f"node.{node.name}", nftablesMode=mode))
+            node.settle()
+            eventually(partial(_is_gone, unused, node))
+            assert "cali-tw-" in chosen.rules(node)
+    assert node.errors() == {}
+    assert _settled(world) == before

@@ -319,8 +319,13 @@ class Node:
 
 
 @contextlib.contextmanager
-def cluster(*names: str, addresses: tuple[str, ...] = ()) -> Iterator[tuple[Node, ...]]:
-    """Nodes that share a datastore, not connected yet. Everything is gone afterwards."""
+def cluster(
+    *names: str, addresses: tuple[str, ...] = (), iptables: bool = False
+) -> Iterator[tuple[Node, ...]]:
+    """Nodes that share a datastore, not connected yet. Everything is gone afterwards.
+
+    They enforce policy with iptables on request.
+    """
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manx-felix-")))
         url = f"sqlite://{directory}/store.db"
@@ -334,8 +339,20 @@ def cluster(*names: str, addresses: tuple[str, ...] = ()) -> Iterator[tuple[Node
             node = Node(name, store, url, run_dir, address)
             stack.callback(node.close)
             nodes.append(node)
+            if iptables:
+                node.put(felix_configuration(f"node.{name}", nftablesMode="Disabled"))
         put_namespace(nodes[0], "default")
         yield tuple(nodes)
+
+
+def felix_configuration(name: str, **spec: Any) -> dict[str, Any]:
+    """A FelixConfiguration."""
+    return {
+        "apiVersion": V3,
+        "kind": "FelixConfiguration",
+        "metadata": {"name": name},
+        "spec": spec,
+    }
 
 
 def put_namespace(node: Node, name: str, **labels: str) -> None:

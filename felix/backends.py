@@ -1,0 +1,138 @@
+"""Which enforcer a node uses, and how one takes over from another without a gap.
+
+The new one stands beside the old one, then the old one's tables go: while both are there, a
+packet must please both, and they say the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from enum import Enum
+
+from felix.dataplane import Enforcer, Members
+from felix.desired import SetKey
+from felix.iptables_dataplane import IptablesDataplane
+from felix.nftables_dataplane import TABLE, NftablesDataplane
+from felix.settings import NftablesMode, Settings
+from kernel.iptables import IptablesError, detect_backend
+from kernel.nftables import Nftables
+from policy.model import Member
+
+# How often, and with what pause in seconds, sets are tried that rules held until just now.
+_ATTEMPTS = 20
+_PAUSE = 0.02
+
+_log = logging.getLogger(__name__)
+
+# What a kernel without nf_tables says.
+_UNKNOWN = (errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.ENOENT, errno.EINVAL)
+
+
+class Backend(Enum):
+    """How policy is enforced."""
+
+    NFTABLES = "nftables"
+    IPTABLES_NFT = "iptables-nft"
+    IPTABLES_LEGACY = "iptables-legacy"
+
+
+_VARIANTS = {"nft": Backend.IPTABLES_NFT, "legacy": Backend.IPTABLES_LEGACY}
+_NAMES = {backend: variant for variant, backend in _VARIANTS.items()}
+
+
+def choose(settings: Settings, current: Backend | None) -> Backend:
+    """nftables, unless the settings or the kernel will not have it. Raises OSError.
+
+    ``nftablesMode`` Auto: an ``iptablesBackend`` that names a variant asks for iptables. Where
+    either variant will do, ``current`` stays.
+    """
+    variant = settings.iptables_backend
+    if settings.nftables_mode is NftablesMode.ENABLED:
+        return Backend.NFTABLES
+    if settings.nftables_mode is NftablesMode.AUTO and variant == "auto" and _has_nftables():
+        return Backend.NFTABLES
+    if variant == "auto":
+        if current in _NAMES:
+            return current
+        variant = detect_backend()
+    return _VARIANTS[variant]
+
+
+def make(backend: Backend, settings: Settings, members: Members) -> Enforcer:
+    """An enforcer that wants nothing yet. Raises OSError."""
+    if backend is Backend.NFTABLES:
+        return NftablesDataplane(settings, members)
+    return IptablesDataplane(settings, members, _NAMES[backend])
+
+
+def remove_others(backend: Backend, settings: Settings) -> list[str]:
+    """Remove what other backends left in the kernel; what could not be, in words."""
+    removals: dict[Backend, Callable[[], list[str]]] = {
+        Backend.NFTABLES: _remove_nftables,
+        Backend.IPTABLES_NFT: lambda: _remove_iptables("nft", settings),
+        Backend.IPTABLES_LEGACY: lambda: _remove_iptables("legacy", settings),
+    }
+    # The sets of the iptables variants are the same ones.
+    if backend is not Backend.NFTABLES:
+        del removals[backend]
+    problems = []
+    for other, remove in removals.items():
+        if other is backend:
+            continue
+        try:
+            problems += remove()
+        except FileNotFoundError:
+            continue  # without its programs there is nothing of it
+        except (OSError, IptablesError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def _has_nftables() -> bool:
+    try:
+        with Nftables(4, TABLE) as table:
+            table.generation()
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+        _log.info("this kernel has no nftables: %s", error)
+        return False
+    return True
+
+
+def _remove_nftables() -> list[str]:
+    if not _has_nftables():
+        return []
+    for version in (4, 6):
+        with Nftables(version, TABLE) as table:
+            if table.exists():
+                transaction = table.transaction()
+                transaction.delete_table()
+                table.commit(transaction)
+                _log.info("removed table %s", table)
+    return []
+
+
+def _remove_iptables(variant: str, settings: Settings) -> list[str]:
+    """One that wants nothing finds all of ours too much."""
+    remover = IptablesDataplane(settings, _no_members, variant)
+    try:
+        remover.read()
+        if remover.apply_chains(0.0):
+            _log.info("removed the chains of iptables-%s", variant)
+        for attempt in range(_ATTEMPTS):
+            remover.trim_sets(float(attempt))
+            if remover.next_retry() is None:
+                break
+            # The kernel lets go of a deleted rule's sets only some milliseconds later.
+            time.sleep(_PAUSE)
+        return [f"{what}: {message}" for what, message in remover.problems()]
+    finally:
+        remover.close()
+
+
+def _no_members(key: SetKey) -> frozenset[Member]:
+    raise KeyError(key)
