@@ -33,6 +33,8 @@ class Search:
         self._node = node
         self._affinity = affinity
         self._random = random.Random()
+        self._places: dict[Net, int] = {}  # where in a pool the last search ended
+        self._swept: dict[Net, tuple[int, float]] = {}  # pools without a free block
         # Of large pools only, with the time:
         self._barren: dict[Net, float] = {}  # pools in which nothing was found
         self._taken: dict[Net, float] = {}  # blocks that could not be claimed
@@ -41,8 +43,14 @@ class Search:
     def free(self, view: View, pool: Pool, reserved: Sequence[Net]) -> Iterator[Net]:
         """Blocks of the pool to claim, the owner's own half-claimed ones among them."""
         claimed: Collection[Net] | None = view.claimed()
+        given_up, swept_at = self._swept.get(pool.net, (-1, None))
+        if claimed is not None and given_up == view.given_up and _recent(swept_at):
+            return
+        given_up = view.given_up
         probes = 0
-        for net in pool.blocks(self._node):
+        begin = self._places.get(pool.net, 0)
+        for place, net in enumerate(pool.blocks(self._node, begin), begin):
+            self._places[pool.net] = place % pool.block_count
             if claimed is not None and net in claimed:
                 continue
             if _recent(self._taken.get(net)) or _all_reserved(net, reserved):
@@ -55,6 +63,7 @@ class Search:
             probes += 1
             if claimed is None and probes == _PROBES:
                 claimed = self._read_claimed(pool)
+        self._swept[pool.net] = given_up, time.monotonic()
 
     def of_others(self, pool: Pool) -> Iterator[Sequence[Stored[Block]]]:
         """Blocks of others: first a few, by chance, then all that have anything left.

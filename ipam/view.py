@@ -42,6 +42,7 @@ class View:
         self._changes = 0
         self._affinities: dict[str, Net] = {}  # what they claim, by their names
         self._claimed: Counter[Net] = Counter()
+        self._given_up = 0
 
     def start(self) -> None:
         """Begin to follow the store."""
@@ -93,6 +94,11 @@ class View:
         """All blocks that anybody claims; None when it is not at hand: see ``Records.claimed``."""
         return self._claimed if self.remembers else None
 
+    @property
+    def given_up(self) -> int:
+        """How many claims were given up, by anybody, since the start."""
+        return self._given_up
+
     def _recall(self, topic: str, read: Callable[[], T]) -> T:
         if not self.remembers:
             return read()
@@ -123,6 +129,7 @@ class View:
             del self._remembered[topic]
         old = self._affinities.pop(name, None)
         if old is not None:
+            self._given_up += 1
             self._claimed[old] -= 1
             if not self._claimed[old]:
                 del self._claimed[old]

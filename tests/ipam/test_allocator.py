@@ -26,7 +26,8 @@ from ipam.allocator import (
     PoolExhaustedError,
     ReleaseError,
 )
-from ipam.records import Records, owner
+from ipam.block import Block
+from ipam.records import CONFIRMED, Records, owner
 from tests.ipam.world import (
     Interposed,
     add_pool,
@@ -665,3 +666,110 @@ def following(store: Datastore, node: str) -> Iterator[Allocator]:
         yield allocator
     finally:
         allocator.stop()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_cost_of_a_full_pool_does_not_grow_with_it(
+    store: SqliteDatastore, strict: bool
+) -> None:
+    """All blocks are others', and have addresses left."""
+    configure(store, strictAffinity=strict)
+    costs = []
+    for third, length in ((0, 19), (32, 17)):  # of 128 and 512 blocks
+        net = parse_net(f"10.0.{third * 4}.0/{length}")
+        add_pool(store, f"pool{length}", str(net), 26)
+        populate(store, net, 26)
+        counting = Interposed(store)
+        with following(counting, "n1") as allocator:
+            for _ in range(2):  # a first time for all there is to find out
+                counting.reads = 0
+                try:
+                    allocator.assign(HANDLE, POD, pools=[str(net)])
+                except PoolExhaustedError:
+                    assert strict
+            costs.append(counting.reads)
+    assert max(costs) < 60, costs
+
+
+def populate(store: SqliteDatastore, pool: Net, length: int) -> None:
+    """Blocks of other nodes everywhere, each with an address in use."""
+    records = Records(store)
+    size = 1 << (32 - length)
+    for number in range(pool.size // size):
+        net = Net(4, pool.address + number * size, length)
+        block = Block.new(net, owner(f"other-{number}"), 1, "2999-01-01T00:00:00Z")
+        block.take(1, f"h-{net}", {})
+        records.create_block(block)
+        records.create_affinity(f"other-{number}", net, CONFIRMED)
+
+
+def test_threads_are_served_by_one_write(store: SqliteDatastore) -> None:
+    add_pool(store, "pool", "10.0.0.0/24", 26)
+    at_work, go_on = threading.Event(), threading.Event()
+
+    class Slow(Interposed):
+        """The first write of a block takes until ``go_on``."""
+
+        def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
+            if key.kind == "IPAMBlock":
+                block_writes.append(key.name)
+                at_work.set()
+                assert go_on.wait(60)
+            return super().update(key, value, revision)
+
+    block_writes: list[str] = []
+    allocator = Allocator(Slow(store), "n1")
+    Allocator(store, "n1").assign("before", POD)
+    given: list[Net] = []
+    threads = [
+        threading.Thread(target=lambda n=n: given.append(allocator.assign(f"h{n}", POD).address))
+        for n in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    assert at_work.wait(60)
+    until(lambda: len(handles(store)) == 21)  # all have counted, and want the block
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert len(set(given)) == 20
+    assert len(block_writes) <= 10
+    check_consistency(store)
+    assert allocated(store).keys() > set(given)
+
+
+def test_a_failure_reaches_all_who_wait_for_the_write(store: SqliteDatastore) -> None:
+    add_pool(store, "pool", "10.0.0.0/24", 26)
+    waiting = threading.Barrier(5)
+
+    class Failing(Interposed):
+        def create(self, key: Key, value: JSON) -> Entry:
+            entry = super().create(key, value)
+            if key.kind == "IPAMHandle":
+                waiting.wait(60)
+            return entry
+
+        def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
+            if key.kind == "IPAMBlock":
+                raise UnavailableError("connection lost")
+            return super().update(key, value, revision)
+
+    Allocator(store, "n1").assign("before", POD)
+    failing = Allocator(Failing(store), "n1")
+    failures: list[Exception] = []
+
+    def work(number: int) -> None:
+        try:
+            failing.assign(f"h{number}", POD)
+        except UnavailableError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(failures) == 5
+    for number in range(5):
+        assert Allocator(store, "n1").release(f"h{number}") == []
+    assert set(handles(store)) == {"before"}
