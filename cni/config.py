@@ -338,8 +338,8 @@ def _pod(arguments: str) -> tuple[str, str]:
             raise invalid_environment("CNI_ARGS", pair, "expected KEY=VALUE;KEY=VALUE;…")
         pairs[key] = value
     namespace, pod = pairs.get("K8S_POD_NAMESPACE", ""), pairs.get("K8S_POD_NAME", "")
-    if not pod and not namespace:
-        return "", ""
+    if not namespace:
+        return "", ""  # podman gives a name alone, that of its container
     if not _LABEL.fullmatch(namespace) or len(namespace) > 63:
         raise invalid_environment(
             "CNI_ARGS", f"K8S_POD_NAMESPACE={namespace}", "expected the name of a namespace"

@@ -67,7 +67,10 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], list[str]]] = {
     "dots": ({"CNI_IFNAME": ".."}, ["CNI_IFNAME", "'..'"]),
     "pattern": ({"CNI_IFNAME": "eth%d"}, ["CNI_IFNAME", "eth%d"]),
     "arguments": ({"CNI_ARGS": "K8S_POD_NAME"}, ["CNI_ARGS", "KEY=VALUE"]),
-    "pod without namespace": ({"CNI_ARGS": "K8S_POD_NAME=x"}, ["CNI_ARGS", "K8S_POD_NAMESPACE"]),
+    "bad namespace": (
+        {"CNI_ARGS": "K8S_POD_NAMESPACE=A;K8S_POD_NAME=x"},
+        ["CNI_ARGS", "K8S_POD_NAMESPACE=A"],
+    ),
     "pod": (
         {"CNI_ARGS": "K8S_POD_NAMESPACE=a;K8S_POD_NAME=../x"},
         ["CNI_ARGS", "K8S_POD_NAME=../x"],
