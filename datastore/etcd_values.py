@@ -15,6 +15,7 @@ import orjson
 from api.kinds import KINDS
 from datastore.etcd_keys import HANDLES, affinity_at
 from datastore.interface import JSON, Key
+from datastore.unreadable import stand_in
 
 _CLAIMED = ("affinityClaimTime", "affinity_claim_time")  # in CRDs, in etcd
 _STRICT = ("strictAffinity", "strict_affinity")
@@ -48,8 +49,7 @@ def encode(key: Key, value: JSON) -> bytes:
 def decode(key: Key, path: str, data: bytes) -> JSON:
     """The object in ``data``, found at ``path``.
 
-    What can't be read becomes an object without content that says so, and that no model takes:
-    it alone is then reported, where all objects are checked.
+    For what can't be read there is a stand-in that no model takes.
     """
     try:
         found = orjson.loads(data)
@@ -57,7 +57,7 @@ def decode(key: Key, path: str, data: bytes) -> JSON:
             raise ValueError(f"a JSON object is expected, not {type(found).__name__}")
         return _decode(key, path, found)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        return _object(key, {}, {"unreadable": f"{path}: {error}"})
+        return stand_in(key, path, error)
 
 
 def _decode(key: Key, path: str, found: JSON) -> JSON:

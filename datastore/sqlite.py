@@ -27,6 +27,7 @@ from datastore.interface import (
 )
 from datastore.sqlite_file import SqliteFile
 from datastore.sqlite_watch import SqliteWatch
+from datastore.unreadable import read
 
 HISTORY = 10_000
 HISTORY_SECONDS = 3600
@@ -84,8 +85,7 @@ class SqliteDatastore:
                 values,
             ).fetchall()
         entries = [
-            Entry(Key(kind, name, space), orjson.loads(value), str(number))
-            for space, name, number, value in rows
+            _entry(Key(kind, name, space), (number, value)) for space, name, number, value in rows
         ]
         return Listing(entries, str(revision or 0))
 
@@ -202,4 +202,4 @@ def _unchanged(key: Key, row: Row | None, revision: str | None) -> None:
 
 def _entry(key: Key, row: Row) -> Entry:
     revision, value = row
-    return Entry(key, orjson.loads(value), str(revision))
+    return Entry(key, read(key, str(key), value), str(revision))

@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import orjson
 from inotify_simple import INotify, flags
 
 from datastore.interface import Entry, Event, Key, RevisionGoneError, StoreError, UnavailableError
 from datastore.sqlite_file import SqliteFile
+from datastore.unreadable import read
 
 _BATCH = 1000  # most events handed out at once
 _RECHECK_SECONDS = 1.0  # for a writer killed between its commit and the news of it
@@ -130,7 +130,7 @@ def _number(revision: str) -> int:
 
 
 def _event(key: Key, value: bytes | None, revision: str) -> Event:
-    entry = None if value is None else Entry(key, orjson.loads(value), revision)
+    entry = None if value is None else Entry(key, read(key, str(key), value), revision)
     return Event(key, entry, revision)
 
 

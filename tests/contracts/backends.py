@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import base64
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from uuid import uuid4
+
+import orjson
 
 from datastore.etcd import EtcdDatastore
 from datastore.etcd_client import EtcdSettings
+from datastore.etcd_keys import path_of
 from datastore.interface import JSON, AlreadyExistsError, ConflictError, Datastore, Key
 from datastore.kubernetes import KubernetesDatastore
 from datastore.kubernetes_client import KubernetesSettings
@@ -23,6 +29,7 @@ from tests.support.kube import KubeApiserver
 from tests.support.relay import Relay
 
 processes = get_context("spawn")
+_GARBAGE = b'{"metadata": {"name"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +38,14 @@ class Backend:
 
     ``forget_history`` makes the store lose the changes so far, as time would; it writes to an
     object of its own, and calls its argument after each write. ``cuttable`` gives a client, and
-    a context manager in which that client's watches hear nothing.
+    a context manager in which that client's watches hear nothing. ``spoil`` leaves a
+    GlobalNetworkPolicy of that name in the store which no program can read.
     """
 
     connect: Callable[[], Datastore]
     forget_history: Callable[[Callable[[], object]], None]
     cuttable: Callable[[], AbstractContextManager[tuple[Datastore, Cut]]]
+    spoil: Callable[[str], None]
 
 
 Cut = Callable[[], AbstractContextManager[None]]
@@ -45,7 +54,12 @@ Cut = Callable[[], AbstractContextManager[None]]
 def sqlite(directory: Path) -> Backend:
     file = directory / "datastore.db"
     connect = partial(SqliteDatastore, file)
-    return Backend(connect, partial(_forget_sqlite, file), partial(_idle, connect))
+    return Backend(
+        connect,
+        partial(_forget_sqlite, file),
+        partial(_idle, connect),
+        partial(_spoil_sqlite, file),
+    )
 
 
 @contextmanager
@@ -66,12 +80,30 @@ def _forget_sqlite(file: Path, meanwhile: Callable[[], object]) -> None:
     store.close()
 
 
+def _spoil_sqlite(file: Path, name: str) -> None:
+    key = policy_key(name)
+    with closing(sqlite3.connect(file)) as connection, connection:
+        revision = connection.execute(
+            "INSERT INTO changes (time, kind, namespace, name, value) VALUES (?, ?, '', ?, ?)",
+            (int(time.time()), key.kind, key.name, _GARBAGE),
+        ).lastrowid
+        connection.execute(
+            "INSERT INTO objects (kind, namespace, name, revision, value) VALUES (?, '', ?, ?, ?)",
+            (key.kind, key.name, revision, _GARBAGE),
+        )
+
+
 def etcd(server: Etcd) -> Backend:
     """The server is shared: everything in it is deleted first."""
     everything = {"key": _base64(b"/calico/"), "range_end": _base64(b"/calico0")}
     server.members[0].call("/v3/kv/deleterange", everything)
     connect = partial(EtcdDatastore, EtcdSettings(tuple(server.endpoints)))
-    return Backend(connect, partial(_forget_etcd, server), partial(_through_relay, server))
+    return Backend(
+        connect,
+        partial(_forget_etcd, server),
+        partial(_through_relay, server),
+        partial(_spoil_etcd, server),
+    )
 
 
 def _forget_etcd(server: Etcd, meanwhile: Callable[[], object]) -> None:
@@ -87,6 +119,11 @@ def _forget_etcd(server: Etcd, meanwhile: Callable[[], object]) -> None:
 def compact(server: Etcd, revision: str) -> None:
     """Let an etcd forget what was before a revision."""
     server.members[0].call("/v3/kv/compaction", {"revision": revision, "physical": True})
+
+
+def _spoil_etcd(server: Etcd, name: str) -> None:
+    path = path_of(policy_key(name), {}).encode()
+    server.members[0].call("/v3/kv/put", {"key": _base64(path), "value": _base64(_GARBAGE)})
 
 
 @contextmanager
@@ -109,6 +146,7 @@ def kubernetes(server: KubeApiserver) -> Backend:
         partial(KubernetesDatastore, KubernetesSettings(str(server.kubeconfig))),
         partial(_forget_kubernetes, server),
         partial(_through_tls_relay, server),
+        partial(_spoil_kubernetes, server),
     )
 
 
@@ -131,6 +169,15 @@ def _forget_kubernetes(server: KubeApiserver, meanwhile: Callable[[], object]) -
         meanwhile()
     store.close()
     compact(server.etcd, entry.revision)
+
+
+def _spoil_kubernetes(server: KubeApiserver, name: str) -> None:
+    """JSON that is no policy: for other bytes the API server itself has no answer."""
+    bad = {**policy(name), "spec": ["no", "spec"]}
+    bad["metadata"] |= {"uid": str(uuid4()), "creationTimestamp": "2026-01-01T00:00:00Z"}
+    path = f"/registry/projectcalico.org/globalnetworkpolicies/{name}".encode()
+    value = orjson.dumps(bad)
+    server.etcd.members[0].call("/v3/kv/put", {"key": _base64(path), "value": _base64(value)})
 
 
 @contextmanager

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
+from api.errors import InvalidObjectError
+from api.registry import parse_as
 from datastore.interface import (
     AlreadyExistsError,
     ConflictError,
     Datastore,
+    Entry,
     Event,
     NotFoundError,
     RevisionGoneError,
@@ -365,6 +368,68 @@ def test_watch_that_keeps_up_outlives_its_history(backend: Backend, store: Datas
         backend.forget_history(keep_up)
         store.create(peer_key("a"), peer("a"))
         assert [event.key for event in exactly(watch, 1)] == [peer_key("a")]
+
+
+def test_an_object_that_can_not_be_read_is_one_among_good_ones(
+    backend: Backend, store: Datastore
+) -> None:
+    store.create(policy_key("a"), policy("a", 1))
+    revision = store.list("GlobalNetworkPolicy").revision
+    with store.watch(["GlobalNetworkPolicy"], revision) as watch:
+        backend.spoil("bad")
+        store.create(policy_key("z"), policy("z", 2))
+        events = collect(watch, lambda events: policy_key("z") in [e.key for e in events])
+    good, bad = readable(event.entry for event in events if event.entry)
+    assert good == ["z"]
+    assert bad in ([], ["bad"])
+    good, bad = readable(store.list("GlobalNetworkPolicy").entries)
+    assert (good, bad) == (["a", "z"], ["bad"])
+    assert readable([store.get(policy_key("bad"))]) == ([], ["bad"])
+    store.update(policy_key("bad"), policy("bad", 3))
+    assert readable(store.list("GlobalNetworkPolicy").entries) == (["a", "bad", "z"], [])
+    backend.spoil("worse")
+    store.delete(policy_key("worse"))
+    assert readable(store.list("GlobalNetworkPolicy").entries) == (["a", "bad", "z"], [])
+
+
+def readable(entries: Iterable[Entry]) -> tuple[list[str], list[str]]:
+    """The names of those that are policies, and of those that are not, and say whose they are."""
+    good, bad = [], []
+    for entry in entries:
+        try:
+            parse_as("GlobalNetworkPolicy", entry.value)
+            good.append(entry.key.name)
+        except InvalidObjectError as error:
+            assert entry.key.name in str(error)
+            bad.append(entry.key.name)
+    return good, bad
+
+
+def test_a_watch_cut_again_and_again_in_a_burst_loses_and_doubles_nothing(
+    backend: Backend,
+) -> None:
+    times, names = 100, ["w0", "w1"]
+    with backend.cuttable() as (store, cut):
+        revision = store.list("GlobalNetworkPolicy").revision
+        with store.watch(["GlobalNetworkPolicy", "BGPPeer"], revision) as watch:
+            writers = [start(write_series, backend.connect, name, times) for name in names]
+            events: list[Event] = []
+
+            def over(more: list[Event]) -> bool:
+                return sum(event.entry is None for event in events + more) == len(names)
+
+            for _ in range(8):
+                events += collect(watch, lambda more: len(more) >= 12 or over(more))
+                with cut():
+                    pass
+            events += collect(watch, over)
+            join(*writers)
+            assert not watch.next(timeout=0)
+    for name in names:
+        assert brief(event for event in events if event.key.name == name) == [
+            *((name, number) for number in range(1, times + 1)),
+            (name, None),
+        ]
 
 
 # --- several at once ---
