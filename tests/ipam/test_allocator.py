@@ -688,7 +688,7 @@ def test_the_cost_of_a_full_pool_does_not_grow_with_it(
                 except PoolExhaustedError:
                     assert strict
             costs.append(counting.reads)
-    assert max(costs) < 60, costs
+    assert max(costs) <= 64  # some blocks one by one, twice; then lists
 
 
 def populate(store: SqliteDatastore, pool: Net, length: int) -> None:
