@@ -1,0 +1,135 @@
+"""Real container runtimes call the plugin, and their containers talk across nodes."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from lab.client import Lab
+from tests.e2e.conftest import NODES, POOL
+from tests.e2e.runtimes import (
+    CallError,
+    CniTool,
+    Containerd,
+    Cri,
+    Ctr,
+    Host,
+    Podman,
+    Runtime,
+    cri_messages,
+)
+from tests.scenarios.fabrics import apply, calico, until
+
+pytestmark = pytest.mark.slow
+
+KINDS = ["ctr", "cri", "podman", "cnitool"]
+
+
+@pytest.fixture(scope="module")
+def daemons(hosts: list[Host]) -> Iterator[list[Containerd]]:
+    """containerd on both nodes."""
+    running = [Containerd(host) for host in hosts]
+    yield running
+    for containerd in running:
+        containerd.stop()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(
+    request: pytest.FixtureRequest,
+    hosts: list[Host],
+    daemons: list[Containerd],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[list[Runtime]]:
+    """The same runtime on both nodes."""
+    if request.param == "ctr":
+        yield [Ctr(host, each) for host, each in zip(hosts, daemons, strict=True)]
+    elif request.param == "podman":
+        yield [Podman(host) for host in hosts]
+    elif request.param == "cnitool":
+        yield [CniTool(host) for host in hosts]
+    else:
+        with cri_messages(tmp_path_factory.mktemp("cri")) as messages:
+            clients = [Cri(host, each, messages) for host, each in zip(hosts, daemons, strict=True)]
+            yield list(clients)
+            for client in clients:
+                client.close()
+
+
+def name() -> str:
+    """A name for a container."""
+    return f"c-{uuid.uuid4().hex[:8]}"
+
+
+OF_CONTAINERS = """
+import os
+from datastore.connect import connect
+store = connect(os.environ["MANX_DATASTORE"])
+for kind in ("WorkloadEndpoint", "IPAMHandle"):
+    for entry in store.list(kind).entries:
+        print(entry.key)
+"""
+
+
+def remains(lab: Lab) -> list[str]:
+    """What there is of containers, on both nodes and in the datastore."""
+    links = [
+        line.split()[1]
+        for node in NODES
+        for line in lab.run(node, "ip", "-o", "link").stdout.splitlines()
+        if " cali" in line
+    ]
+    done = lab.run(NODES[0], sys.executable, "-c", OF_CONTAINERS)
+    assert done.returncode == 0, done.stderr
+    return links + done.stdout.splitlines()
+
+
+def restart_cni(lab: Lab, node: str) -> None:
+    """Kill the CNI daemon; the lab starts it anew."""
+
+    def daemons() -> set[int]:
+        found = lab.processes(node)
+        return {pid for pid, argv in found if argv[1:] == ["-m", "cni", "daemon"]}
+
+    (before,) = daemons()
+    lab.run(node, "kill", "-9", str(before))
+    until(lambda: daemons() - {before}, "the CNI daemon is back")
+
+
+def test_containers_talk_across_nodes(lab: Lab, pair: list[Runtime]) -> None:
+    names = [name(), name()]
+    for runtime, each in zip(pair, names, strict=True):
+        runtime.start(each)
+    addresses = [runtime.address(each) for runtime, each in zip(pair, names, strict=True)]
+    assert addresses[0] != addresses[1]
+    until(lambda: pair[0].pings(names[0], addresses[1]), "the first reaches the second")
+    assert pair[1].pings(names[1], addresses[0])
+    for runtime, each in zip(pair, names, strict=True):
+        runtime.stop(each)
+    assert remains(lab) == []
+
+
+def test_the_daemon_restarts_between_add_and_del(lab: Lab, pair: list[Runtime]) -> None:
+    names = [name(), name()]
+    for runtime, each in zip(pair, names, strict=True):
+        runtime.start(each)
+    address = pair[1].address(names[1])
+    for node in NODES:
+        restart_cni(lab, node)
+    until(lambda: pair[0].pings(names[0], address), "the containers talk as before")
+    for runtime, each in zip(pair, names, strict=True):
+        runtime.stop(each)
+    assert remains(lab) == []
+
+
+def test_a_container_whose_add_fails_leaves_nothing(lab: Lab, pair: list[Runtime]) -> None:
+    apply(lab, NODES[0], calico("IPPool", "pods", cidr=POOL, disabled=True))
+    try:
+        with pytest.raises(CallError, match="IPPool"):
+            pair[0].start(name())
+        assert remains(lab) == []
+    finally:
+        apply(lab, NODES[0], calico("IPPool", "pods", cidr=POOL))
