@@ -110,7 +110,6 @@ def swap(
     """Replace the stored object; None when another writer was faster.
 
     ``whole``: what the document leaves out goes, also where an agent or the store wrote it.
-
     Raises DocumentsError, NotFoundError.
     """
     complaint = stale(resource, stored)
