@@ -32,6 +32,9 @@ class Enforcer(Protocol):
     def break_chains(self, node: Node, interface: str) -> None:
         """Break the way to an endpoint's chain, empty that chain, and add a set."""
 
+    def change_set(self, node: Node, name: str, *, remove: str, add: str) -> None:
+        """Take one member from a set and put another in."""
+
 
 class Iptables:
     """iptables and ipset."""
@@ -62,7 +65,12 @@ class Iptables:
     def break_chains(self, node: Node, interface: str) -> None:
         run(node.netns, "iptables", "-D", "FORWARD", "1")
         run(node.netns, "iptables", "-F", f"cali-tw-{interface}")
+        run(node.netns, "iptables", "-A", "cali-INPUT", "-j", "ACCEPT")
         run(node.netns, "ipset", "create", "cali40stale", "hash:ip")
+
+    def change_set(self, node: Node, name: str, *, remove: str, add: str) -> None:
+        run(node.netns, "ipset", "del", name, remove)
+        run(node.netns, "ipset", "add", name, add)
 
 
 class Nftables:
@@ -102,7 +110,12 @@ class Nftables:
     def break_chains(self, node: Node, interface: str) -> None:
         run(node.netns, "nft", "flush", "chain", "ip", "calico", "filter-FORWARD")
         run(node.netns, "nft", "flush", "chain", "ip", "calico", f"filter-cali-tw-{interface}")
+        run(node.netns, "nft", "add", "rule", "ip", "calico", "filter-cali-INPUT", "accept")
         run(node.netns, "nft", "add", "set", "ip", "calico", "stale", "{ type ipv4_addr; }")
+
+    def change_set(self, node: Node, name: str, *, remove: str, add: str) -> None:
+        for verb, member in (("delete", remove), ("add", add)):
+            run(node.netns, "nft", verb, "element", "ip", "calico", name, f"{{ {member} }}")
 
 
 ENFORCERS: dict[str, Enforcer] = {"nftables": Nftables(), "iptables": Iptables()}
