@@ -212,6 +212,14 @@ class Allocator:
             raise problem
         return released
 
+    def collect(self, net: Net) -> None:
+        """Free the addresses of a block whose cooldown is over.
+
+        Assigns and releases do it by the way; a block that belongs to nobody, and in which
+        nothing but such addresses was left, goes.
+        """
+        self._holdings.give_back_some(net, ())
+
     def addresses(self, handle: str) -> list[Net]:
         """The addresses a handle holds, of both families."""
         return self._holdings.held(handle)

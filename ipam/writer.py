@@ -223,14 +223,14 @@ class BlockWriter:
                 for wish in now:
                     wish.fulfil(None, NO_COOLDOWN)
                 return
-            cooldown = NO_COOLDOWN
+            cooldown, collected = NO_COOLDOWN, False
             if stored.thing.resting or not all(isinstance(wish, Take) for wish in now):
                 cooldown = self._cooldown()
-                stored.thing.collect(cooldown)
+                collected = stored.thing.collect(cooldown)
             deserted = stored.thing.affinity is None and stored.thing.empty
             changed = [wish.fulfil(stored.thing, cooldown) for wish in now]
             try:
-                if any(changed) or deserted:
+                if any(changed) or collected or deserted:
                     # A swap that succeeds also proves right what was found without one.
                     self._swap(stored)
                     return

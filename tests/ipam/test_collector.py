@@ -258,6 +258,18 @@ def test_a_node_that_is_gone(rounds: Rounds) -> None:
     assert {block.affinity for block in blocks(store).values()} == {"host:n2"}
 
 
+def test_addresses_that_another_main_plugin_has(rounds: Rounds) -> None:
+    """Only the node knows of its containers: they stay as long as there is the node."""
+    attributes = {"node": "n1", "type": "manx-ipam", "ipamAttachment": "net/c1/eth0"}
+    address = Allocator(rounds.store, "n1").assign("net.c1", attributes).address
+    rounds()
+    assert rounds(5000).addresses == []
+    remove(rounds.store, "Node", "n1")
+    rounds()
+    rounds(899)
+    assert rounds(1).addresses == [address]
+
+
 def test_a_node_that_comes_back(rounds: Rounds) -> None:
     plug(rounds.store, "n1", "web", "c1")
     remove(rounds.store, "Node", "n1")

@@ -50,7 +50,7 @@ holders = st.sampled_from([f"h{number}" for number in range(6)])
 versions = st.sampled_from([4, 4, 6])
 counts = st.sampled_from([1, 1, 1, 2, 3])
 places = st.integers(0, 15)  # in the IPv4 pool
-calls = st.integers(0, 24)  # how many calls before it happens; an assign makes five, or thirty
+calls = st.one_of(st.integers(2, 6), st.integers(0, 30))  # an assign makes five, or thirty
 writes = st.integers(0, 5)
 
 Action = Callable[[Allocator, Datastore], None]
@@ -347,10 +347,8 @@ class IpamMachine(RuleBasedStateMachine):
         check_consistency(self.store)
         self.time_passes()
         records = Records(self.store)
-        for stored in records.blocks():
-            # It goes when somebody looks at it: in a full pool, or for garbage collection.
-            if stored.thing.resting:
-                allocator.release_addresses([stored.thing.address(0)])
+        for net in blocks(self.store):
+            allocator.collect(net)
         for node in NODES:
             self.do_give_up_blocks(self.store, node, only_empty=False)
         for net, block in blocks(self.store).items():
