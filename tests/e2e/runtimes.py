@@ -33,6 +33,11 @@ _CALL_SECONDS = 30
 _CAPABILITIES = ["CAP_NET_RAW", "CAP_NET_BIND_SERVICE"]
 
 
+def container_name() -> str:
+    """A name for a container."""
+    return f"c-{uuid.uuid4().hex[:8]}"
+
+
 class CallError(Exception):
     """A runtime could not do what it was asked."""
 
@@ -341,6 +346,7 @@ class CniTool(Runtime):
         try:
             self.call("add", name, **variables)
         except CallError:
+            self.call("del", name, **variables)
             self.host.run("ip", "netns", "delete", name)
             raise
         bundle = f"{self.FOLDER}/{name}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import uuid
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +18,7 @@ from tests.e2e.runtimes import (
     Host,
     Podman,
     Runtime,
+    container_name,
     cri_messages,
 )
 from tests.scenarios.fabrics import apply, calico, until
@@ -59,11 +59,6 @@ def pair(
                 client.close()
 
 
-def name() -> str:
-    """A name for a container."""
-    return f"c-{uuid.uuid4().hex[:8]}"
-
-
 OF_CONTAINERS = """
 import os
 from datastore.connect import connect
@@ -100,7 +95,7 @@ def restart_cni(lab: Lab, node: str) -> None:
 
 
 def test_containers_talk_across_nodes(lab: Lab, pair: list[Runtime]) -> None:
-    names = [name(), name()]
+    names = [container_name(), container_name()]
     for runtime, each in zip(pair, names, strict=True):
         runtime.start(each)
     addresses = [runtime.address(each) for runtime, each in zip(pair, names, strict=True)]
@@ -113,7 +108,7 @@ def test_containers_talk_across_nodes(lab: Lab, pair: list[Runtime]) -> None:
 
 
 def test_the_daemon_restarts_between_add_and_del(lab: Lab, pair: list[Runtime]) -> None:
-    names = [name(), name()]
+    names = [container_name(), container_name()]
     for runtime, each in zip(pair, names, strict=True):
         runtime.start(each)
     address = pair[1].address(names[1])
@@ -129,7 +124,7 @@ def test_a_container_whose_add_fails_leaves_nothing(lab: Lab, pair: list[Runtime
     apply(lab, NODES[0], calico("IPPool", "pods", cidr=POOL, disabled=True))
     try:
         with pytest.raises(CallError, match="IPPool"):
-            pair[0].start(name())
+            pair[0].start(container_name())
         assert remains(lab) == []
     finally:
         apply(lab, NODES[0], calico("IPPool", "pods", cidr=POOL))
