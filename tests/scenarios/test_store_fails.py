@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from datastore.connect import connect
 from datastore.interface import Key
 from tests.bird_glue.world import BIRD_COMMON, BIRD_SESSION, Ping, world
 from tests.felix.world import Listener, is_dropped, reaches
+from tests.manxctl.test_diags import contents
 from tests.scenarios.fabrics import calico
 from tests.scenarios.machine import ETCD, NAMESPACE, PROGRAMS, Machine, machine, settings
 from tests.support.netns import connect as wire
@@ -78,6 +80,18 @@ def test_a_file_that_cannot_be_opened_at_the_start(tmp_path: Path) -> None:
         check_working(node)
 
 
+def check_diags(node: Machine, file: Path) -> None:
+    """The report of a node whose programs run has their answers, tables and logs."""
+    done = node.manx("node", "diags", "-o", str(file), "--log-dir", str(node.directory))
+    assert done.returncode == 0, done.stderr
+    found = contents(file)
+    assert json.loads(found["status/felix.json"])["ready"] is True
+    assert json.loads(found["status/bgp.json"])["in_sync"] is True
+    assert "cali" in found["kernel/links.txt"]
+    assert "cali-" in found["kernel/nftables.txt"] + found["kernel/iptables-v4.txt"]
+    assert {f"log/{program}.log" for program in PROGRAMS} <= found.keys()
+
+
 def test_what_cannot_be_read_is_reported_alone(tmp_path: Path) -> None:
     with machine(f"sqlite://{tmp_path}/store.db") as node:
         node.apply(*settings())
@@ -104,6 +118,7 @@ def test_what_cannot_be_read_is_reported_alone(tmp_path: Path) -> None:
         shown = node.manx("node", "status").stdout
         assert "NetworkPolicy(elsewhere/broken)" in shown
         assert "BGPPeer broken" in shown
+        check_diags(node, tmp_path / "report.tar.gz")
 
 
 @pytest.mark.slow
