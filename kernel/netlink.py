@@ -10,7 +10,6 @@ import errno
 import os
 import socket
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -64,14 +63,16 @@ _DUMP_ATTEMPTS = 20
 _SEQUENCE_RESTART = 1 << 31
 
 
-class _Buffer(threading.local):
-    """Each thread's receive buffer: one made anew would cost more than the system call."""
-
-    def __init__(self) -> None:
-        self.view = memoryview(bytearray(_RECEIVE))
+# Receive buffers, of which each system call borrows one: one made anew would cost more than the
+# call, and one for each thread would be memory for nothing.
+_buffers: list[memoryview] = []
 
 
-_buffer = _Buffer()
+def _take_buffer() -> memoryview:
+    try:
+        return _buffers.pop()
+    except IndexError:
+        return memoryview(bytearray(_RECEIVE))
 
 
 class Message(NamedTuple):
@@ -311,7 +312,7 @@ class NetlinkSocket:
         """
         while True:
             try:
-                self._socket.recv_into(_buffer.view, 0, socket.MSG_DONTWAIT)
+                self._socket.recv(1, socket.MSG_DONTWAIT)  # the rest of each is thrown away
             except BlockingIOError:
                 return
             except OSError as error:
@@ -371,15 +372,18 @@ class NetlinkSocket:
 
         With MSG_DONTWAIT none where nothing waits.
         """
+        buffer = _take_buffer()
         try:
-            size = self._socket.recv_into(_buffer.view, 0, flags)
+            size = self._socket.recv_into(buffer, 0, flags)
+            data = bytes(buffer[:size])
         except BlockingIOError as error:
             if flags & socket.MSG_DONTWAIT:
                 return []
             raise TimeoutError(
                 errno.ETIMEDOUT, f"netlink: no answer within {_ANSWER_SECONDS} s"
             ) from error
-        data = bytes(_buffer.view[:size])
+        finally:
+            _buffers.append(buffer)
         found = []
         offset = 0
         while offset + 16 <= len(data):
