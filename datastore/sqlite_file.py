@@ -52,7 +52,7 @@ _SCHEMA = (
 )
 
 _LOCK_SECONDS = 30.0  # how long to wait for the write lock
-_IDLE_READERS = 4
+_READERS = 8  # connections; to open one takes longer than to wait for one
 _WAL_BYTES = 64 << 20  # a log this long is cut, which makes writers wait for a moment
 
 _random = Random()  # of its own: the global one belongs to programs
@@ -70,12 +70,16 @@ class SqliteFile:
         self._writer_lock = threading.Lock()
         self._readers: list[sqlite3.Connection] = []
         self._readers_lock = threading.Lock()
+        self._reading = threading.BoundedSemaphore(_READERS)
         self._closed = False
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection to read with; each statement sees one moment. Raises UnavailableError."""
-        with self._explained():
+        """A connection to read with; each statement sees one moment. Raises UnavailableError.
+
+        Not to be nested: there are as many as ``_READERS``, for all threads.
+        """
+        with self._explained(), self._reading:
             self.check()
             connection = self._take_reader()
             healthy = True
@@ -184,7 +188,7 @@ class SqliteFile:
 
     def _give_back(self, connection: sqlite3.Connection, healthy: bool) -> None:
         with self._readers_lock:
-            if healthy and not self._closed and len(self._readers) < _IDLE_READERS:
+            if healthy and not self._closed:
                 self._readers.append(connection)
                 return
         connection.close()
