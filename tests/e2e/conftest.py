@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,9 @@ from tests.support.containers import image, remove_cgroups, root_file_system
 __all__ = ["cnitool"]
 
 NODES = ("node-1a", "node-1b")
+PORTMAP = {"type": "portmap", "capabilities": {"portMappings": True}}
 POOL = "10.70.0.0/16"
+INSTALL = [sys.executable, "-m", "cni", "install", "--chain", json.dumps(PORTMAP)]
 REFERENCE = "/usr/lib/cni"  # Debian's containernetworking-plugins
 
 
@@ -39,8 +43,9 @@ def lab(group: str) -> Iterator[Lab]:
     )
     with up(document) as running:
         for node in NODES:
-            copied = running.run(node, "sh", "-c", f"cp {REFERENCE}/* /opt/cni/bin/")
-            assert copied.returncode == 0, copied.stderr
+            for command in (["sh", "-c", f"cp {REFERENCE}/* /opt/cni/bin/"], INSTALL):
+                done = running.run(node, *command)
+                assert done.returncode == 0, done.stderr
         yield running
 
 

@@ -30,12 +30,22 @@ CONFLIST = "/etc/cni/net.d/10-manx.conflist"
 SLEEP = ["/bin/sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 1000 & wait; done"]
 _PROTO = Path(__file__).with_name("cri.proto")
 _CALL_SECONDS = 30
+_FETCH = """
+import sys, urllib.request
+print(len(urllib.request.urlopen(sys.argv[1], timeout=20).read()))
+"""
 _CAPABILITIES = ["CAP_NET_RAW", "CAP_NET_BIND_SERVICE"]
 
 
 def container_name() -> str:
     """A name for a container."""
     return f"c-{uuid.uuid4().hex[:8]}"
+
+
+def fetched(lab: Lab, member: str, address: str, path: str) -> int:
+    """How many bytes of a file of a container a member of the lab gets by HTTP; 0 for none."""
+    done = lab.run(member, sys.executable, "-c", _FETCH, f"http://{address}{path}")
+    return int(done.stdout or 0)
 
 
 class CallError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.e2e.runtimes import (
     Runtime,
     container_name,
     cri_messages,
+    fetched,
 )
 from tests.scenarios.fabrics import apply, calico, until
 
@@ -128,3 +130,17 @@ def test_a_container_whose_add_fails_leaves_nothing(lab: Lab, pair: list[Runtime
         assert remains(lab) == []
     finally:
         apply(lab, NODES[0], calico("IPPool", "pods", cidr=POOL))
+
+
+@pytest.mark.parametrize("pair", ["cri"], indirect=True)
+def test_a_host_port_of_a_pod(lab: Lab, pair: list[Runtime]) -> None:
+    """portmap, chained by ``manx-cni install``, is told by the CRI which port it is."""
+    runtime, pod = pair[0], container_name()
+    assert isinstance(runtime, Cri)
+    runtime.start(pod, ports={8081: 80})
+    runtime.execute(pod, "/bin/httpd", "-p", "80", "-h", "/etc")
+    port = partial(fetched, lab, "outside", "172.31.1.11:8081", "/passwd")
+    until(port, "the port of the node is reached from outside")
+    runtime.stop(pod)
+    assert remains(lab) == []
+    assert port() == 0

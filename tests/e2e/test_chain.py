@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lab.client import Lab
-from tests.e2e.runtimes import CallError, CniTool, Host, container_name
+from tests.e2e.runtimes import CallError, CniTool, Host, container_name, fetched
 from tests.scenarios.fabrics import until
 
 pytestmark = pytest.mark.slow
@@ -33,10 +33,6 @@ CAPABILITIES = {
     },
 }
 ARGUMENTS = json.dumps(CAPABILITIES)
-FETCH = """
-import sys, urllib.request
-print(len(urllib.request.urlopen(sys.argv[1], timeout=20).read()))
-"""
 # More than the burst, at once.
 FLOOD = """
 import socket, sys
@@ -73,12 +69,6 @@ def container(tool: CniTool) -> Iterator[str]:
     tool.stop(name, CAP_ARGS=ARGUMENTS)
     assert buckets(tool) == {}
     assert address not in tool.host.run("iptables-save")
-
-
-def fetched(lab: Lab, member: str, address: str, path: str) -> int:
-    """How many bytes of a file of the container a member of the lab gets by HTTP; 0 for none."""
-    done = lab.run(member, sys.executable, "-c", FETCH, f"http://{address}{path}")
-    return int(done.stdout or 0)
 
 
 def buckets(tool: CniTool) -> dict[str, dict[str, Any]]:
