@@ -30,6 +30,7 @@ from datastore.interface import Datastore
 from ipam.allocator import Allocator
 from ipam.errors import NoPoolError
 from ipam.pools import Pools, Request
+from ipam.renewal import renew
 from kernel.links import Link
 from kernel.netlink import NetlinkSocket
 
@@ -281,6 +282,8 @@ class Node:
 
     def _assign(self, attachment: Attachment, held: Addresses, wanted: Wanted) -> Addresses:
         """The addresses it holds since an ADD that died, and new ones where it holds none."""
+        if held:  # and nobody used, so they may be about to be collected
+            held = tuple(renew(self.cluster.store, attachment.handle))
         addresses = list(held)
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f +0000 UTC")
         attributes = attachment.attributes(self.cluster.node, now)

@@ -115,7 +115,7 @@ def _given(inventory: Inventory) -> Iterator[Finding]:
             yield Finding(
                 Fault.UNUSED, text, f"was given to {allocation.holder}, which is not there"
             )
-        elif not (allocation.workload or allocation.tunnel_of or allocation.handle[:3] == "lb-"):
+        elif not (allocation.workload or allocation.machine or allocation.handle[:3] == "lb-"):
             yield Finding(
                 Fault.UNKNOWN_HOLDER, text, f"was given to {allocation.holder}: nobody we know"
             )
@@ -220,8 +220,8 @@ def _nodes(inventory: Inventory) -> Iterator[Finding]:
 def _matches(allocation: Allocation, user: User) -> bool:
     """Whether the user is whom the address was given to, as far as both say who they are."""
     if user.key.kind == "Node":
-        return not allocation.tunnel_of or allocation.tunnel_of == user.node
-    if allocation.tunnel_of:
+        return not allocation.machine or allocation.machine == user.node
+    if allocation.machine:
         return False
     if user.container and allocation.containers and allocation.workload:
         return user.container in allocation.containers

@@ -199,7 +199,7 @@ class Collector:
         busy = {
             allocation.attribute("node")
             for allocation in inventory.allocations.values()
-            if allocation.address not in freed and (allocation.workload or allocation.tunnel_of)
+            if allocation.address not in freed and (allocation.workload or allocation.machine)
         }
         for node in self._gone:
             if not self._gone.lasted(node, now, periods.grace) or node in busy:
@@ -332,7 +332,7 @@ def holder_there(
 ) -> bool:
     """Whether, at this moment, the holder of an address is found by its name, and may use it."""
     users = users_of(store, allocation, kubernetes)
-    if allocation.tunnel_of:
+    if allocation.machine:
         return bool(users)
     return not Inventory({}, {}, [], users, frozenset()).unused(allocation)
 

@@ -25,6 +25,7 @@ from ipam.pools import Pool, Pools
 from ipam.records import CONFIRMED, Affinity, Handle, Stored
 
 _TUNNEL = re.compile(r"(?:ipip|vxlan|vxlan-v6|wireguard|wireguard-v6)-tunnel-addr-(.+)")
+_STAND_ALONE = "manx-ipam"  # what the CNI plugin of that name says of the addresses it gives
 _HOST = "host:"
 # where a Node names the addresses of its tunnels
 _TUNNELS = (
@@ -58,10 +59,15 @@ class Allocation:
         return dict(self.attributes).get(name, "")
 
     @property
-    def tunnel_of(self) -> str:
-        """The node whose tunnel's address it is; empty when it is not a tunnel's."""
+    def machine(self) -> str:
+        """The node that holds it itself, and as long as there is that node; else empty.
+
+        For a tunnel, or as IPAM of another main plugin, of whose containers only it knows.
+        """
         found = _TUNNEL.fullmatch(self.handle)
-        return (self.attribute("node") or found[1]) if found else ""
+        if found or self.attribute("type") == _STAND_ALONE:
+            return self.attribute("node") or (found[1] if found else "")
+        return ""
 
     @property
     def workload(self) -> bool:
@@ -167,8 +173,8 @@ class Inventory:
         """
         if allocation.address in self.used:
             return False
-        if allocation.tunnel_of:
-            return bool(self.nodes) and allocation.tunnel_of not in self.nodes
+        if allocation.machine:
+            return bool(self.nodes) and allocation.machine not in self.nodes
         if not allocation.workload or allocation.containers & self._containers:
             return False
         pod = (allocation.attribute("namespace"), allocation.attribute("pod"))
@@ -237,8 +243,8 @@ def users_of(
     """
     reader = _Reader(store, kubernetes)
     found: list[User | None] = []
-    if allocation.tunnel_of:
-        found += reader.one(Key("Node", allocation.tunnel_of), _tunnels)
+    if allocation.machine:
+        found += reader.one(Key("Node", allocation.machine), _tunnels)
     else:
         namespace, pod = allocation.attribute("namespace"), allocation.attribute("pod")
         if pod:
