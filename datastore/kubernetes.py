@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from datastore.interface import (
     JSON,
@@ -204,20 +205,16 @@ class KubernetesDatastore:
         fixed = {"limit": str(_PART)} | ({"fieldSelector": selector} if selector else {})
         for _ in range(_ATTEMPTS):
             entries: dict[Key, Entry] = {}
-            after = ""
+            revision = ""
             try:
-                while True:
-                    query = fixed | ({"continue": after} if after else {})
-                    path = collection(source.kind, namespace)
-                    answer = self._server.request("GET", path, query=query)
-                    values, after, revision = decode_list(source.kind, answer.body)
+                for values, reached in self._parts(source.kind, namespace, fixed):
+                    revision = reached
                     for value, number in values:
                         view = source.convert(value)
                         if view is not None:
                             key = source.key(kind, view)
                             entries[key] = Entry(key, view, number)
-                    if not after:
-                        return entries, revision
+                return entries, revision
             except RequestError as error:
                 if selector and error.status.code == 400:
                     raise UnselectableError(selector) from error
@@ -227,6 +224,23 @@ class KubernetesDatastore:
             except UndecodableError as error:
                 raise UnavailableError(f"{self._server}: {error}") from error
         raise UnavailableError(f"{self._server}: forgot {kind} while it was listed")
+
+    def _parts(
+        self, kind: str, namespace: str | None, query: Mapping[str, str]
+    ) -> Iterator[tuple[Iterator[tuple[JSON, str]], str]]:
+        """The objects of each part of a list, and its revision; the next is fetched meanwhile."""
+        path = collection(kind, namespace)
+        answer = self._server.request("GET", path, query=query)
+        with ThreadPoolExecutor(1, "list") as ahead:
+            while True:
+                values, after, revision = decode_list(kind, answer.body)
+                if not after:
+                    yield values, revision
+                    return
+                more = {**query, "continue": after}
+                coming = ahead.submit(self._server.request, "GET", path, query=more)
+                yield values, revision
+                answer = coming.result()
 
     def _update(self, key: Key, value: JSON, revision: str | None) -> Entry:
         if is_derived(key.kind):

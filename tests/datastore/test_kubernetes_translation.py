@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from api import pods
 from api.names import workload_endpoint_name
+from api.net import parse_interface
 from api.registry import parse
 from datastore.interface import JSON, Key
 from datastore.kubernetes_translation import (
@@ -275,3 +276,26 @@ def test_annotations_anybody_wrote_break_nothing(annotation: str) -> None:
     assert endpoint_of(pod)
     of_nodes = dict.fromkeys(KUBERNETES_NODE["metadata"]["annotations"], annotation)
     assert node_of({"metadata": {"name": "n", "annotations": of_nodes}})
+
+
+@given(
+    text=st.one_of(
+        st.from_regex(r"[0-9.]{5,12}(/[0-9]{1,2})?", fullmatch=True),
+        st.ip_addresses().map(str),
+        st.text(max_size=12),
+    )
+)
+@settings(max_examples=300, deadline=None)
+def test_an_address_is_that_of_the_slow_parser(text: str) -> None:
+    try:
+        wanted = [str(parse_interface(text)[0])]
+    except ValueError:
+        wanted = []
+    pod: JSON = {
+        "metadata": {"name": "p", "namespace": "d"},
+        "spec": {"nodeName": "n"},
+        "status": {"podIPs": [{"ip": text}]},
+    }
+    endpoint = endpoint_of(pod)
+    assert endpoint is not None
+    assert endpoint["spec"].get("ipNetworks", []) == (wanted if text else [])
