@@ -62,9 +62,11 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # A member that vanished without a word is found out in 15 s. etcd refuses pings more often
-    # than every 5 s, and pings without a call under way.
+    # than every 5 s, and pings without a call under way. The second limit is that of a ping
+    # which was on its way for another purpose (a minute, if not told): then none is sent besides.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
 # Fail at once on a member that has no leader (rpctypes.MetadataRequireLeaderKey). Asked of each

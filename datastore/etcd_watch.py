@@ -96,12 +96,16 @@ class EtcdWatch:
         self._heard = False  # anything, on the present stream
         self._lock = threading.Lock()
         self._responses: Any = None
-        self._begun = threading.Event()
+        self._begun = threading.Event()  # etcd has taken the watch on, or it is over
+        self._problem: StoreError | None = None  # the last one, while there is no stream
         self._thread = threading.Thread(target=self._run, name="etcd-watch", daemon=True)
         self._thread.start()
         # What etcd forgets once it knows of the watch no longer matters.
-        if self._places:
-            self._begun.wait(client.settings.timeout)
+        if self._places and not self._begun.wait(client.settings.timeout):
+            self._give_up(UnavailableError(f"{client.settings}: no answer to a watch"))
+        if self._buffer.error:
+            self.close()
+            raise self._buffer.error
 
     def next(self, timeout: float | None = None) -> Sequence[Event]:
         """Wait for changes, at most ``timeout`` seconds (None: for ever).
@@ -153,18 +157,22 @@ class EtcdWatch:
             except StoreError as error:
                 self._buffer.fail(error)
                 return
+            self._problem = problem
             if self._heard:
                 pause, last_heard, refused = _FIRST_PAUSE, time.monotonic(), False
-            self._begun.set()
             refused_again = refused and isinstance(problem, RefusedError)
             refused = isinstance(problem, RefusedError)  # once may be an old token
             over = time.monotonic() > last_heard + _OUTAGE_SECONDS
             if refused_again or over or self._client.closed:
-                problem.resume = self._resume()
-                self._buffer.fail(problem)
+                self._give_up(problem)
                 return
             self._buffer.pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _give_up(self, problem: StoreError) -> None:
+        problem = self._problem or problem
+        problem.resume = self._resume()
+        self._buffer.fail(problem)
 
     def _resume(self, oldest: int = 0) -> dict[str, str]:
         """From where another watch goes on, for kinds that need no change before ``oldest``."""

@@ -551,8 +551,8 @@ def test_who_may_not(guarded: EtcdMember) -> None:
             store.get(pool_key("a"))
         with pytest.raises(UnavailableError, match=complaint):
             store.create(pool_key("a"), pool(1))
-        with store.watch(["IPPool"], "1") as watch, pytest.raises(UnavailableError):
-            watch.next(timeout=60)
+        with pytest.raises(UnavailableError, match=complaint):
+            store.watch(["IPPool"], "1").next(timeout=60)
         store.close()
     nobody = EtcdDatastore(EtcdSettings((guarded.endpoint,)))
     with pytest.raises(UnavailableError, match="set MANX_ETCD_USER"):
