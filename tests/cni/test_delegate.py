@@ -131,6 +131,27 @@ def test_an_add_after_one_that_was_cut_off(rig: Rig, data: Path) -> None:
     rig.call("DEL", pod, conf).ok()
 
 
+def test_the_daemon_dies_while_the_plugin_runs(rig: Rig, data: Path, tmp_path: Path) -> None:
+    """An address is taken, and nobody heard of it: the ADD that is sent again gets another."""
+    begun, gate = tmp_path / "begun", tmp_path / "gate"
+    text = f"""if [ $CNI_COMMAND = ADD ] && mkfifo {gate} 2>/dev/null; then
+    {REFERENCE}/host-local; : >{begun}; read x <{gate}; exit 0
+fi
+exec {REFERENCE}/host-local"""
+    script(tmp_path, "late", text)
+    conf = host_local(data) | {"ipam": host_local(data)["ipam"] | {"type": "late"}}
+    pod = rig.container()
+    waiting = rig.begin("ADD", pod, conf, CNI_PATH=str(tmp_path))
+    eventually(begun.exists)
+    rig.kill()
+    rig.start()
+    result = rig.end(waiting).ok()
+    gate.write_text("go\n")  # the plugin of the first daemon ends
+    assert leases(data) == {addresses(result)[0].split("/")[0]}
+    rig.call("CHECK", pod, conf | {"prevResult": result}, CNI_PATH=str(tmp_path)).ok()
+    rig.call("DEL", pod, conf, CNI_PATH=str(tmp_path)).ok()
+
+
 def test_the_plugins_error_is_passed_on(rig: Rig, data: Path) -> None:
     pod = rig.container()
     conf = host_local(data, rangeStart="10.99.0.1")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_interface
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,20 @@ def test_no_container_gets_what_a_subnet_keeps(call: Caller) -> None:
     assert ordinals <= {2, 3, 4, 5, 6}
     for pod in pods:
         call("DEL", pod, conf()).ok()
+
+
+def test_many_at_once(call: Caller) -> None:
+    """New blocks become subnets while others take addresses of them."""
+    pods = [call.rig.container() for _ in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda pod: call("ADD", pod, conf()), pods))
+    given = {addresses(answer.ok())[0] for answer in answers}
+    assert len(given) == 16
+    ordinals = {int(address.split("/")[0].split(".")[3]) % 8 for address in given}
+    assert ordinals <= {2, 3, 4, 5, 6}
+    with ThreadPoolExecutor(16) as pool:
+        released = list(pool.map(lambda pod: call("DEL", pod, conf()), pods))
+    assert all(answer.code == 0 for answer in released)
 
 
 def test_gc_releases_what_is_not_listed(call: Caller) -> None:
