@@ -56,12 +56,22 @@ def daemon() -> None:
     metavar="JSON",
     help="The configuration of a plugin to run after this one; may be repeated.",
 )
-def install(bin_dir: Path, conf_dir: Path, mtu: int, chain: tuple[str, ...]) -> None:
+@click.option(
+    "--usual-chain/--no-usual-chain",
+    default=True,
+    show_default=True,
+    help="After those run bandwidth and portmap (host ports), where they are installed.",
+)
+def install(
+    bin_dir: Path, conf_dir: Path, mtu: int, chain: tuple[str, ...], usual_chain: bool
+) -> None:
     """Put plugin and network configuration in place for the runtime."""
     from cni import install as installer
 
     try:
         socket = socket_path(Environment.load())
+        if usual_chain:
+            chain = (*chain, *installer.usual_chain(bin_dir, chain))
         for path in installer.install(bin_dir, conf_dir, socket, mtu=mtu, chain=chain):
             click.echo(f"installed {path}")
         for path in installer.preferred(conf_dir):

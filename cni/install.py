@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 
 from cni.attachment import DEFAULT_NETWORK
-from cni.config import VERSIONS
+from cni.config import POLICY_WAIT, VERSIONS
 
 PLUGIN = "manx"
 IPAM_PLUGIN = "manx-ipam"  # the same executable: addresses alone, for other main plugins
@@ -40,6 +40,11 @@ _PYTHON = Path("/usr/bin/python3")
 _SOCKET = Path("/run/manx/cni.sock")  # in fallback.py
 _TYPE = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")  # the name of an executable
 _SOCKET_PATH = re.compile(r"/[a-zA-Z0-9_./-]{1,106}")
+
+_USUAL: tuple[Mapping[str, Any], ...] = (
+    {"type": "bandwidth", "capabilities": {"bandwidth": True}},
+    {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True},
+)
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +75,21 @@ def install(
     return [*plugins, conflist]
 
 
+def usual_chain(bin_dir: Path, chain: Iterable[str]) -> list[str]:
+    """What follows where it is installed: the reference plugins ``bandwidth`` and ``portmap``.
+
+    They do something for pods that ask for it (``kubernetes.io/ingress-bandwidth``,
+    ``hostPort``), of which the runtime tells them. None that ``chain`` has already. Raises
+    ValueError for a ``chain`` that is none.
+    """
+    present = {_chained(text)["type"] for text in chain}
+    return [
+        orjson.dumps(plugin).decode()
+        for plugin in _USUAL
+        if plugin["type"] not in present and (bin_dir / str(plugin["type"])).is_file()
+    ]
+
+
 def uninstall(bin_dir: Path, conf_dir: Path) -> list[Path]:
     """Remove what ``install`` made; returns what was there. Raises OSError."""
     removed = []
@@ -88,7 +108,12 @@ def preferred(conf_dir: Path) -> list[Path]:
 
 def configuration_list(mtu: int, chain: Sequence[Mapping[str, Any]], bin_dir: Path) -> bytes:
     """The network configuration list, in versions that every plugin of the chain speaks."""
-    plugin = {"type": PLUGIN, "mtu": mtu, "ipam": {"type": IPAM_PLUGIN}}
+    plugin = {
+        "type": PLUGIN,
+        "mtu": mtu,
+        "policy_setup_timeout_seconds": POLICY_WAIT,
+        "ipam": {"type": IPAM_PLUGIN},
+    }
     spoken = [_versions(bin_dir / chained["type"]) for chained in chain]
     versions = [version for version in VERSIONS if all(version in each for each in spoken)]
     if not versions:

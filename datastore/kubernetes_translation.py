@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from api import pods
+from api import pods, qos
 from api.kinds import CALICO
 from api.names import interface_name, workload_endpoint_name
 from api.net import parse_interface
@@ -74,6 +74,7 @@ def endpoint_of(pod: JSON) -> JSON | None:
         "interfaceName": interface_name("cali", namespace, name),
         "ports": list(_ports(spec)),
         "allowSpoofedSourcePrefixes": _texts(annotations.get(ALLOWED_SOURCES)),
+        "qosControls": qos.controls(annotations)[0],
     }
     own = pods.labels(metadata.get("labels") or {}, namespace, account)
     endpoint = workload_endpoint_name(node, pods.KUBERNETES, name, ENDPOINT)

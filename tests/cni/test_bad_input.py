@@ -36,6 +36,21 @@ CONFIGURATIONS: dict[str, tuple[Any, int, list[str]]] = {
     "pools": (configuration(ipam={"ipv4_pools": ["a", 1]}), 7, ["ipam.ipv4_pools[1]", "1"]),
     "no family": (configuration(ipam={"assign_ipv4": "false"}), 7, ["ipam", "assign_ipv6"]),
     "switch": (configuration(ipam={"assign_ipv4": "yes"}), 7, ["ipam.assign_ipv4", "'yes'"]),
+    "forwarding": (
+        configuration(container_settings={"allow_ip_forwarding": "maybe"}),
+        7,
+        ["container_settings.allow_ip_forwarding", "'maybe'"],
+    ),
+    "features": (
+        configuration(feature_control={"ip_addrs_no_ipam": 1}),
+        7,
+        ["feature_control.ip_addrs_no_ipam", "1"],
+    ),
+    "wait": (
+        configuration(policy_setup_timeout_seconds=61),
+        7,
+        ["policy_setup_timeout_seconds", "61", "60"],
+    ),
     "dns": (configuration(dns={"nameservers": "1.1.1.1"}), 7, ["dns.nameservers", "1.1.1.1"]),
     "previous": (configuration(prevResult={"ips": {}}), 7, ["prevResult.ips", "{}"]),
     "previous address": (
@@ -162,6 +177,8 @@ DOCUMENTS = st.fixed_dictionaries(
     {
         "cniVersion": st.sampled_from(["0.3.1", "1.0.0", "1.1.0"]),
         "name": st.just("k8s-pod-network"),
+        # 0, or nothing that could be waited for: no felix is there
+        "policy_setup_timeout_seconds": st.just(0) | st.sampled_from([-1, 61, "1", None, True]),
     },
     optional={
         "type": JSON_VALUES,
@@ -172,6 +189,8 @@ DOCUMENTS = st.fixed_dictionaries(
         | st.fixed_dictionaries({"ips": JSON_VALUES, "interfaces": JSON_VALUES}),
         "cni.dev/valid-attachments": JSON_VALUES,
         "args": JSON_VALUES,
+        "container_settings": JSON_VALUES | st.just({"allow_ip_forwarding": "true"}),
+        "feature_control": JSON_VALUES | st.just({"floating_ips": True}),
     },
 )
 STDIN = DOCUMENTS.map(lambda document: json.dumps(document).encode()) | st.binary(max_size=60)

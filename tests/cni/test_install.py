@@ -55,8 +55,11 @@ def test_install_and_uninstall(tmp_path: Path, rig: Rig) -> None:
     assert network["name"] == "k8s-pod-network"
     assert "1.1.0" in network["cniVersions"]
     pod = rig.container()
-    rig.call("ADD", pod, network["plugins"][0] | {"cniVersion": "1.0.0", "name": "x"}).ok()
-    rig.call("DEL", pod, network["plugins"][0] | {"cniVersion": "1.0.0", "name": "x"}).ok()
+    conf = network["plugins"][0] | {"cniVersion": "1.0.0", "name": "x"}
+    assert conf["policy_setup_timeout_seconds"] > 0
+    conf["policy_setup_timeout_seconds"] = 0  # no felix is there
+    rig.call("ADD", pod, conf).ok()
+    rig.call("DEL", pod, conf).ok()
     assert manx_cni("uninstall", *directories).returncode == 0
     assert list(bin_dir.iterdir()) == list(conf_dir.iterdir()) == []
     assert manx_cni("uninstall", *directories).stdout == ""
@@ -113,6 +116,34 @@ def test_chained_plugins_that_are_wrong(tmp_path: Path, wrong: str) -> None:
     assert done.returncode == 1
     assert wrong in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_usual_chain(tmp_path: Path) -> None:
+    """Host ports and bandwidth, where the runtime has the plugins for them, each once."""
+    bin_dir, conf_dir = tmp_path / "bin", tmp_path / "net.d"
+    directories = ("--bin-dir", str(bin_dir), "--conf-dir", str(conf_dir))
+
+    def chained(*options: str) -> list[dict[str, object]]:
+        assert manx_cni("install", *directories, *options).returncode == 0
+        plugins: list[dict[str, object]] = json.loads((conf_dir / "10-manx.conflist").read_text())[
+            "plugins"
+        ]
+        return plugins[1:]
+
+    assert chained() == []
+    for plugin in ("portmap", "bandwidth", "tuning"):
+        (bin_dir / plugin).symlink_to(f"/usr/lib/cni/{plugin}")
+    assert [plugin["capabilities"] for plugin in chained()] == [
+        {"bandwidth": True},
+        {"portMappings": True},
+    ]
+    assert chained("--no-usual-chain") == []
+    own = ("--chain", '{"type": "tuning"}', "--chain", '{"type": "portmap", "snat": false}')
+    assert [(plugin["type"], plugin.get("snat")) for plugin in chained(*own)] == [
+        ("tuning", None),
+        ("portmap", False),
+        ("bandwidth", None),
+    ]
 
 
 def test_a_configuration_that_comes_first(tmp_path: Path) -> None:
