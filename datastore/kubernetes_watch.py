@@ -61,6 +61,7 @@ class KubernetesWatch:
         self._streams = [
             _Stream(server, self._buffer, kind, tuple(of)) for kind, of in feeds.items()
         ]
+        begin = self._reached()
         for stream in self._streams:
             stream.start()
         deadline = time.monotonic() + server.settings.timeout
@@ -69,7 +70,7 @@ class KubernetesWatch:
                 self._buffer.fail(UnavailableError(f"{server}: no answer to {stream.name}"))
         if error := self._buffer.error:
             self.close()
-            self._note_resume(error)
+            self._note_resume(error, begin)  # nobody was told what came since
             raise error
 
     def next(self, timeout: float | None = None) -> Sequence[Event]:
@@ -82,7 +83,7 @@ class KubernetesWatch:
         try:
             return self._buffer.next(timeout)
         except StoreError as error:
-            self._note_resume(error)
+            self._note_resume(error, self._reached())
             raise
 
     def close(self) -> None:
@@ -99,14 +100,14 @@ class KubernetesWatch:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _note_resume(self, error: StoreError) -> None:
+    def _reached(self) -> dict[str, str]:
+        """Each kind's position, as a revision."""
+        return {kind: ",".join(positions) for kind, positions in self._positions.items()}
+
+    def _note_resume(self, error: StoreError, positions: Mapping[str, str]) -> None:
         """Say what another watch can go on from: all but what the server forgot."""
         gone = {feed.kind for stream in self._streams if stream.gone for feed in stream.feeds}
-        error.resume = {
-            kind: ",".join(positions)
-            for kind, positions in self._positions.items()
-            if kind not in gone
-        }
+        error.resume = {kind: text for kind, text in positions.items() if kind not in gone}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +201,12 @@ class _Stream(threading.Thread):
                 if error.status.code != 401 or strangers > 1:
                     self._fail(problem)
                     return
+                self._buffer.pause(pause)
+                continue
             except StoreError as error:
                 self._fail(error)
                 return
-            if time.monotonic() > last_heard + _OUTAGE_SECONDS and not strangers:
+            if time.monotonic() > last_heard + _OUTAGE_SECONDS:
                 self._fail(problem)
                 return
             self._buffer.pause(pause * _random.uniform(0.5, 1.0))
