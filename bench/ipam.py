@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -37,6 +38,7 @@ SECTIONS = ("sqlite", "etcd")
 _SIZES = {"100": 100, "1k": 1000, "10k": 10_000}
 _ROUNDS = 60
 _AT_ONCE = 50
+_SWITCH_INTERVAL = 0.0005  # seconds, as in the CNI daemon
 _LARGE = parse_net("10.0.0.0/8")
 _ATTRIBUTES = {"pod": "web-5d9c7b8f6-x2x9z", "namespace": "default", "node": "node-1"}
 
@@ -152,6 +154,7 @@ class _Side:
             barrier.wait()
             waits.append(self.assign())
 
+        sys.setswitchinterval(_SWITCH_INTERVAL)
         barrier = threading.Barrier(_AT_ONCE)
         threads = [threading.Thread(target=work) for _ in range(_AT_ONCE)]
         start = time.monotonic()

@@ -37,7 +37,8 @@ class View:
         self._records = records
         self._pools = Pools(store)
         self._follower = Follower(store, _KINDS, self._notice) if follow else None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held for moments only
+        self._reading = threading.Lock()
         self._remembered: dict[str, object] = {}
         self._changes = 0
         self._affinities: dict[str, Net] = {}  # what they claim, by their names
@@ -105,12 +106,16 @@ class View:
         with self._lock:
             if topic in self._remembered:
                 return cast(T, self._remembered[topic])
-            before = self._changes
-        value = read()
-        with self._lock:
-            if self._changes == before:
-                self._remembered[topic] = value
-        return value
+        with self._reading:
+            with self._lock:
+                if topic in self._remembered:  # read by another while we waited
+                    return cast(T, self._remembered[topic])
+                before = self._changes
+            value = read()
+            with self._lock:
+                if self._changes == before:
+                    self._remembered[topic] = value
+            return value
 
     def _notice(self, update: Update | InSync) -> None:
         """In the follower's thread."""

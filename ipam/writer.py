@@ -133,6 +133,7 @@ class BlockWriter:
         self._stored: Stored[Block] | None = None
         self._revision: str | None = None  # as last seen
         self._epoch = 0
+        self._readings = 0
         self._lock = threading.Lock()  # for what follows; held for moments only
         self._waiting: list[Wish] = []
         self._known: tuple[int, str | None, int] | None = None  # epoch, affinity, free
@@ -165,11 +166,14 @@ class BlockWriter:
                 epoch, affinity, free = self._known
                 if free and (only_for is None or affinity == only_for):
                     return self._offer(epoch, free, count)
+        readings = self._readings
         with self._turn:
-            # Nothing to be had, as far as we know: look.
-            block = self._read()
-            if block is None:
+            # Nothing to be had, as far as we know: look, unless another did while we waited.
+            if self._readings == readings:
+                self._read()
+            if self._stored is None:
                 return None
+            block = self._stored.thing
             block.collect(self._cooldown())
             if only_for is not None and block.affinity != only_for:
                 return None
@@ -257,9 +261,10 @@ class BlockWriter:
             self._stored = self._records.write_block(stored)
             self._revision = self._stored.entry.revision
 
-    def _read(self) -> Block | None:
+    def _read(self) -> None:
         """The block as it is. Another revision than ours begins a new epoch."""
         self._stored = None
+        self._readings += 1
         stored = self._records.block(self.net)
         revision = None if stored is None else stored.entry.revision
         if revision is None or revision != self._revision:
@@ -267,7 +272,6 @@ class BlockWriter:
         self._stored, self._revision = stored, revision
         with self._lock:
             self._note()
-        return None if stored is None else stored.thing
 
     def _finish(self, wishes: Sequence[Wish]) -> None:
         with self._lock:

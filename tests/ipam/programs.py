@@ -9,20 +9,20 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from datastore.sqlite import SqliteDatastore
-from ipam.allocator import Allocator, PoolExhaustedError
+from datastore.connect import connect
+from ipam.allocator import Allocator, BlockLimitError, PoolExhaustedError
 
 processes = get_context("spawn")
 
 
-def come_and_go(path: Path, marks: Path, node: str, seed: int, said: Connection) -> None:
+def come_and_go(url: str, marks: Path, node: str, seed: int, said: Connection) -> None:
     """Take and give back addresses for ever; say "ok" each time, or what is wrong.
 
     Whoever is given an address puts a mark of that name into ``marks``, and takes it away
     before giving the address back: a mark that is there already means that it was given twice.
     """
-    store = SqliteDatastore(path)
-    allocator = Allocator(store, node)
+    allocator = Allocator(connect(url), node, follow=True)
+    allocator.start()
     held: list[str] = []
     dice = random.Random(seed)
     for number in range(1_000_000):
@@ -35,7 +35,7 @@ def come_and_go(path: Path, marks: Path, node: str, seed: int, said: Connection)
             handle = f"{node}-{seed}-{number}"
             try:
                 address = allocator.assign(handle, {"node": node}).address
-            except PoolExhaustedError:
+            except (PoolExhaustedError, BlockLimitError):
                 held += [handle]  # releasing it must do no harm
                 said.send_bytes(b"ok")
                 continue

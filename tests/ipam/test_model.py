@@ -50,8 +50,13 @@ holders = st.sampled_from([f"h{number}" for number in range(6)])
 versions = st.sampled_from([4, 4, 6])
 counts = st.sampled_from([1, 1, 1, 2, 3])
 places = st.integers(0, 15)  # in the IPv4 pool
-calls = st.one_of(st.integers(2, 6), st.integers(0, 30))  # an assign makes five, or thirty
+bools = st.booleans()
+cooldowns = st.sampled_from([0, 600])
 writes = st.integers(0, 5)
+# Before which write, or which call of any kind: an assign makes five, or thirty.
+moments = st.one_of(
+    st.tuples(st.just("write"), st.integers(0, 3)), st.tuples(st.just("call"), st.integers(0, 30))
+)
 
 Action = Callable[[Allocator, Datastore], None]
 
@@ -78,25 +83,30 @@ class Node:
 
 
 class Hooks:
-    """What happens during one operation: others at some calls, death at a write."""
+    """What happens during one operation: others at some moments, death at a write."""
 
     def __init__(self) -> None:
-        self.others: dict[int, Callable[[], None]] = {}
+        self.others: dict[tuple[str, int], Callable[[], None]] = {}
         self.dies_at: int | None = None
         self._calls = self._writes = 0
 
     def call(self) -> None:
         self._calls += 1
-        if action := self.others.pop(self._calls - 1, None):
+        if action := self.others.pop(("call", self._calls - 1), None):
             action()
 
     def before(self) -> None:
+        if action := self.others.pop(("write", self._writes), None):
+            action()
+        self.live()
+
+    def live(self) -> None:
         if self.dies_at is not None and self._writes >= self.dies_at:
             raise Died
 
     def after(self) -> None:
         self._writes += 1
-        self.before()
+        self.live()
 
 
 class IpamMachine(RuleBasedStateMachine):
@@ -195,6 +205,7 @@ class IpamMachine(RuleBasedStateMachine):
             "assign one": lambda by, store: self.do_assign(by, handle, version, 1),
             "specific": lambda by, store: self.do_assign_specific(by, handle, place),
             "release": lambda by, store: self.do_release(by, handle),
+            "release all": lambda by, store: self.do_release(by, handle),
             "release some": lambda by, store: self.do_release_some(by, handle),
             "blocks": lambda by, store: self.do_give_up_blocks(store, by.node, only_empty=empty),
             "sweep": lambda by, store: self.do_sweep(store, by.node),
@@ -206,9 +217,15 @@ class IpamMachine(RuleBasedStateMachine):
         """One program does something, in whose midst others do things, and dies, or not."""
         node = self.nodes[name]
         action = self.draw_action(data, handle)
-        involved = {handle}
-        with self.disturbed(data, node, involved):
+        with self.disturbed(data, node, handle):
             action(node.daemon, node.seen)
+
+    @rule(name=nodes, handle=holders, version=versions, count=counts, data=st.data())
+    def assign(self, name: str, handle: str, version: int, count: int, data: st.DataObject) -> None:
+        """The same of what is done most."""
+        node = self.nodes[name]
+        with self.disturbed(data, node, handle):
+            self.do_assign(node.daemon, handle, version, count)
 
     @rule(name=nodes, handle=holders, version=versions)
     def assign_undisturbed(self, name: str, handle: str, version: int) -> None:
@@ -229,21 +246,26 @@ class IpamMachine(RuleBasedStateMachine):
         self.doubtful.discard(handle)
         assert not self.held.pop(handle, None)
 
-    @initialize(strict=st.booleans(), cooldown=st.sampled_from([0, 600]))
+    @initialize(strict=bools, cooldown=cooldowns)
     def begin(self, strict: bool, cooldown: int) -> None:
         self.configure(strict, cooldown)
 
-    @rule(strict=st.booleans(), cooldown=st.sampled_from([0, 600]))
+    @rule(data=st.data())
+    def change(self, data: st.DataObject) -> None:
+        """Something about the cluster."""
+        changes = {
+            "configuration": lambda: self.configure(data.draw(bools), data.draw(cooldowns)),
+            "pool": lambda: self.do_remake_pool(data.draw(versions), data.draw(bools)),
+            "reservation": lambda: self.reserve_or_not(data.draw(places)),
+            "time": self.time_passes,
+        }
+        changes[data.draw(st.sampled_from(list(changes)))]()
+
     def configure(self, strict: bool, cooldown: int) -> None:
         self.set_up(strictAffinity=strict, ipCooldownSeconds=cooldown, maxBlocksPerHost=3 * strict)
         if not cooldown:
             self.resting.clear()
 
-    @rule(version=versions, longer=st.integers(0, 1))
-    def remake_pool(self, version: int, longer: int) -> None:
-        self.do_remake_pool(version, longer)
-
-    @rule(place=places)
     def reserve_or_not(self, place: int) -> None:
         address = Net(4, parse_net(POOLS[4][1]).address + place, 32)
         name = f"r-{str(address).replace('/', '-')}"
@@ -253,7 +275,6 @@ class IpamMachine(RuleBasedStateMachine):
             reserve(self.store, str(address))
         self.reserved ^= {address}
 
-    @rule()
     def time_passes(self) -> None:
         """Addresses have rested, empty blocks are old enough to be taken over."""
         self.resting.clear()
@@ -267,25 +288,24 @@ class IpamMachine(RuleBasedStateMachine):
             self.store.update(entry.key, entry.value)
 
     @contextmanager
-    def disturbed(self, data: st.DataObject, node: Node, involved: set[str]) -> Iterator[None]:
+    def disturbed(self, data: st.DataObject, node: Node, handle: str) -> Iterator[None]:
         node.hooks = Hooks()
-        for _ in range(data.draw(st.integers(0, 2), "others")):
-            node.hooks.others[data.draw(calls)] = self.another(data, node, involved)
+        for _ in range(data.draw(st.integers(0, 3), "others")):
+            node.hooks.others[data.draw(moments)] = self.another(data, node, handle)
         if data.draw(st.booleans(), "dies"):
             node.hooks.dies_at = data.draw(writes)
         try:
             yield
         except Died:
             node.restart()
-            for handle in involved:
-                self.doubtful.add(handle)
-                self.held.pop(handle, None)
+            self.doubtful.add(handle)
+            self.held.pop(handle, None)
         finally:
             node.hooks = Hooks()
 
-    def another(self, data: st.DataObject, node: Node, involved: set[str]) -> Callable[[], None]:
+    def another(self, data: st.DataObject, node: Node, handle: str) -> Callable[[], None]:
         """What another program does; every other time on the same node or for the same handle."""
-        handle = data.draw(st.one_of(st.sampled_from(sorted(involved)), holders))
+        handle = data.draw(st.one_of(st.just(handle), holders))
         if data.draw(st.integers(0, 5)) == 0:
             version, longer = data.draw(versions), data.draw(st.integers(0, 1))
             return lambda: self.do_remake_pool(version, longer)
