@@ -16,6 +16,7 @@ from cni.delegate import Delegate, Lease
 from cni.enforcement import Enforcement
 from cni.errors import (
     ADDRESSES,
+    ANNOTATIONS,
     INTERNAL,
     NOT_AS_ADDED,
     NOT_AVAILABLE,
@@ -25,7 +26,7 @@ from cni.errors import (
     invalid_configuration,
     invalid_environment,
 )
-from cni.features import OUTSIDE_IPAM, Allowed
+from cni.features import IP_ADDRESSES, OUTSIDE_IPAM, Allowed
 from cni.features import read as read_features
 from cni.ipam_plugin import IpamPlugin
 from cni.node import Node, Wanted
@@ -126,12 +127,19 @@ class Plugin:
             configuration.ipam.families,
             Allowed(permitted.ip_addrs_no_ipam, permitted.floating_ips),
         )
+        if delegate and features.addresses and not features.outside_ipam:
+            raise CniError(
+                ANNOTATIONS,
+                f"pod {attachment.namespace}/{attachment.pod}: annotation {IP_ADDRESSES}: expected"
+                f" absent, since ipam.type is {delegate.kind}, which chooses addresses itself",
+                "nothing was changed",
+            )
         return Wanted(
             features,
             pod,
             namespace,
             configuration.mtu,
-            delegate,
+            None if features.outside_ipam else delegate,
             configuration.container_settings.allow_ip_forwarding,
         )
 
@@ -195,10 +203,11 @@ class Plugin:
         mac = interface.mac or attachment.mac
         mtu = interface.mtu or 0
         lease = None
-        if delegate is not None:
-            delegate.check()
         pod = self._node.cluster.pod(attachment)
-        if delegate is not None or (pod and pod.metadata.annotations.get(OUTSIDE_IPAM)):
+        outside_ipam = bool(pod and pod.metadata.annotations.get(OUTSIDE_IPAM))
+        if delegate is not None and not outside_ipam:
+            delegate.check()
+        if delegate is not None or outside_ipam:
             lease = Lease(tuple(sorted(addresses)), previous_routes(call.previous))
         faults = self._node.faults(attachment, netns_fd, addresses, mac, mtu, lease)
         if faults:

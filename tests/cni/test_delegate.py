@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cni.config import VALID_ATTACHMENTS
-from cni.errors import ADDRESSES, INVALID_CONFIGURATION, NOT_AS_ADDED, NOT_AVAILABLE
+from cni.errors import ADDRESSES, ANNOTATIONS, INVALID_CONFIGURATION, NOT_AS_ADDED, NOT_AVAILABLE
 from datastore.interface import JSON, Key
 from tests.cni.rig import NODE, Answer, Container, Rig, configuration
 from tests.support.netns import eventually
@@ -250,3 +250,23 @@ def test_without_the_executable(rig: Rig) -> None:
         assert answer.error == INVALID_CONFIGURATION
         assert REFERENCE in json.dumps(answer.json)
     assert rig.call("STATUS", conf=conf).error == NOT_AVAILABLE
+
+
+def test_a_pod_that_names_its_addresses(rig: Rig, data: Path) -> None:
+    """The plugin chooses addresses itself; it is not asked where no IPAM is to be."""
+    prefix = "cni.projectcalico.org/"
+    conf = host_local(data) | {"feature_control": {"ip_addrs_no_ipam": True}}
+    for name, annotation in (("specific", "ipAddrs"), ("outside", "ipAddrsNoIpam")):
+        annotations = {prefix + annotation: '["10.88.0.77"]'}
+        rig.create("Pod", name, "red", metadata={"annotations": annotations}, spec={})
+    refused = rig.call("ADD", rig.container("specific"), conf)
+    assert refused.error == ANNOTATIONS
+    assert "host-local" in refused.json["msg"]
+    pod = rig.container("outside")
+    result = rig.call("ADD", pod, conf).ok()
+    assert addresses(result) == ["10.88.0.77/32"]
+    assert leases(data) == set()
+    rig.call("CHECK", pod, conf | {"prevResult": result}).ok()
+    rig.call("DEL", pod, conf).ok()
+    for name in ("specific", "outside"):
+        rig.store.delete(Key("Pod", name, "red"))
