@@ -80,6 +80,18 @@ def standing(store: Datastore) -> tuple[Inventory, list[Finding]]:
     return again, [finding for finding in audit(again) if finding in known]
 
 
+def leaks(inventory: Inventory, findings: Iterable[Finding]) -> list[list[Allocation]]:
+    """What may be released: for each handle all that it holds, if all of that is found unused."""
+    if inventory.blind:
+        return []
+    unused = {finding.subject for finding in findings if finding.fault is Fault.UNUSED}
+    return [
+        sorted(held, key=lambda allocation: allocation.address)
+        for held in inventory.by_handle.values()
+        if all(_text(allocation.address) in unused for allocation in held)
+    ]
+
+
 def audit(inventory: Inventory) -> list[Finding]:
     """All findings of a reading, sorted."""
     return sorted(

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from api import pods
 from api.errors import InvalidObjectError, Problem
-from api.names import workload_endpoint_name
+from api.names import interface_name, workload_endpoint_name
 from api.net import Net, parse_interface, parse_net
 from datastore.interface import JSON, Datastore, Entry, Key, NotFoundError
 from ipam.block import WINDOWS_RESERVED, Block
@@ -99,6 +99,7 @@ class User:
     addresses: tuple[Net, ...]
     pod: tuple[str, str] | None = None  # namespace and name
     container: str = ""
+    interface: str = ""  # the node's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +340,7 @@ def _endpoint(entry: Entry) -> User:
         tuple(_address(text) for text in spec.get("ipNetworks") or ()),
         (entry.key.namespace, pod) if pod else None,
         spec.get("containerID") or "",
+        spec.get("interfaceName") or "",
     )
 
 
@@ -369,6 +371,7 @@ def _pod(entry: Entry) -> User | None:
         tuple(dict.fromkeys(known)),
         (entry.key.namespace, entry.key.name),
         annotations.get(_CONTAINER_ID) or "",
+        interface_name("cali", entry.key.namespace, entry.key.name),
     )
 
 

@@ -9,7 +9,7 @@ from tests.manxctl.test_files import POOL
 
 
 def test_nothing_yet(run: Run) -> None:
-    assert run("ipam", "show").stdout == "GROUPING   CIDR   IPS TOTAL   IN USE   FREE\n"
+    assert run("ipam", "show").stdout == "GROUPING   CIDR   IPS TOTAL   IN USE   RESERVED   FREE\n"
 
 
 def test_show(run: Run, store: SqliteDatastore) -> None:
@@ -18,13 +18,13 @@ def test_show(run: Run, store: SqliteDatastore) -> None:
     allocator = Allocator(store, "node-1")
     one = allocator.assign("k8s-pod-network.abc", {"pod": "web", "namespace": "shop"})
     assert run("ipam", "show").stdout.splitlines() == [
-        "GROUPING       CIDR          IPS TOTAL    IN USE    FREE",
-        "IP pool pods   10.0.0.0/16   65536        1 (<1%)   65535 (>99%)",
-        "IP pool six    fd00::/64     1.8447e+19   0 (0%)    1.8447e+19 (100%)",
+        "GROUPING       CIDR          IPS TOTAL    IN USE    RESERVED   FREE",
+        "IP pool pods   10.0.0.0/16   65536        1 (<1%)   0 (0%)     65535 (>99%)",
+        "IP pool six    fd00::/64     1.8447e+19   0 (0%)    0 (0%)     1.8447e+19 (100%)",
     ]
     lines = run("ipam", "show", "--show-blocks").stdout.splitlines()
     assert lines[0].endswith("FREE                AFFINITY")
-    assert " ".join(lines[2].split()) == f"Block {one.block} 64 1 (2%) 63 (98%) host:node-1"
+    assert " ".join(lines[2].split()) == f"Block {one.block} 64 1 (2%) 0 (0%) 63 (98%) host:node-1"
     address = str(one.address).partition("/")[0]
     assert run("ipam", "show", "--ip", address).stdout.splitlines() == [
         f"{address} is in use",
