@@ -79,10 +79,9 @@ class Delegate:
             self.delete()
             answer = self._run("ADD", stdin)
         try:
-            return _lease(answer)
-        except (ValidationError, ValueError) as error:
-            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise CniError(ADDRESSES, f"IPAM plugin {self.kind}: its result: {why}") from None
+            return parse_lease(answer)
+        except ValueError as error:
+            raise CniError(ADDRESSES, f"IPAM plugin {self.kind}: its result: {error}") from None
 
     def delete(self) -> None:
         """Release what the attachment has; nothing is no error."""
@@ -212,9 +211,14 @@ def _execute(program: Path, environment: Mapping[str, str], stdin: bytes) -> tup
     return process.returncode, output, log.decode(errors="replace").strip()
 
 
-def _lease(answer: object) -> Lease:
-    """What the result says. Raises ValidationError, ValueError."""
-    result = Result.model_validate(answer)
+def parse_lease(answer: object) -> Lease:
+    """What a result says (CNI spec, section 5). Raises ValueError."""
+    try:
+        result = Result.model_validate(answer)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"{where}: {first['msg']}") from None
     addresses = tuple(sorted({parse_interface(entry.address)[0] for entry in result.ips or []}))
     if not addresses:
         raise ValueError("no address in ips")

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cni.config import VALID_ATTACHMENTS
+from cni.delegate import parse_lease
 from cni.errors import ADDRESSES, ANNOTATIONS, INVALID_CONFIGURATION, NOT_AS_ADDED, NOT_AVAILABLE
 from datastore.interface import JSON, Key
 from tests.cni.rig import NODE, Answer, Container, Rig, configuration
@@ -185,6 +188,26 @@ def test_a_bad_plugin(rig: Rig, tmp_path: Path, name: str) -> None:
     answer = rig.call("ADD", pod, configuration(ipam={"type": "bad"}), CNI_PATH=str(tmp_path))
     assert answer.error == code
     assert word in answer.json["msg"]
+
+
+SCALARS = st.none() | st.integers() | st.text(max_size=8)
+WORDS = SCALARS | st.sampled_from(["10.1.1.1/24", "fd00::1/64", "0.0.0.0/0", "::/0"])
+ENTRIES = st.dictionaries(st.sampled_from(["address", "dst", "gw", "interface"]), WORDS)
+RESULTS = st.dictionaries(
+    st.sampled_from(["ips", "routes", "dns", "interfaces", "cniVersion"]),
+    WORDS | st.lists(ENTRIES, max_size=3) | ENTRIES,
+)
+
+
+@given(RESULTS | WORDS | st.lists(WORDS))
+def test_whatever_a_plugin_says_is_a_lease_or_refused(answer: object) -> None:
+    try:
+        lease = parse_lease(answer)
+    except ValueError:
+        return
+    assert lease.addresses
+    assert all(net.is_host for net in lease.addresses)
+    assert {net.version for net in lease.routes} <= {net.version for net in lease.addresses}
 
 
 def test_others_do_not_wait_for_a_slow_plugin(rig: Rig, tmp_path: Path) -> None:
