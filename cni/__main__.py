@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
@@ -53,7 +55,7 @@ def daemon() -> None:
 @click.option(
     "--chain",
     multiple=True,
-    metavar="JSON",
+    metavar="JSON|@FILE",
     help="The configuration of a plugin to run after this one; may be repeated.",
 )
 @click.option(
@@ -62,22 +64,56 @@ def daemon() -> None:
     show_default=True,
     help="After those run bandwidth and portmap (host ports), where they are installed.",
 )
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="Stay, and put it right whenever it or a FILE changes, until SIGTERM.",
+)
 def install(
-    bin_dir: Path, conf_dir: Path, mtu: int, chain: tuple[str, ...], usual_chain: bool
+    bin_dir: Path, conf_dir: Path, mtu: int, chain: tuple[str, ...], usual_chain: bool, keep: bool
 ) -> None:
     """Put plugin and network configuration in place for the runtime."""
     from cni import install as installer
 
-    try:
-        socket = socket_path(Environment.load())
+    def once(*, quiet: bool = False) -> list[str]:
+        plugins = [_text(item) for item in chain]
         if usual_chain:
-            chain = (*chain, *installer.usual_chain(bin_dir, chain))
-        for path in installer.install(bin_dir, conf_dir, socket, mtu=mtu, chain=chain):
-            click.echo(f"installed {path}")
-        for path in installer.preferred(conf_dir):
-            click.echo(f"warning: {path} comes first: a runtime may use it instead", err=True)
+            plugins += installer.usual_chain(bin_dir, plugins)
+        for path in installer.install(bin_dir, conf_dir, socket, mtu=mtu, chain=plugins):
+            if not quiet:
+                click.echo(f"installed {path}")
+        found = installer.preferred(conf_dir)
+        return [f"{path} comes first: a runtime may use it instead" for path in found]
+
+    try:
+        environment = Environment.load()
+        socket = socket_path(environment)
+        warnings = once()
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
+    if not keep:
+        for warning in warnings:
+            click.echo(f"warning: {warning}", err=True)
+        return
+    configure_logging(environment, "manx-cni")
+    _keep(lambda: once(quiet=True), bin_dir, conf_dir, chain)
+
+
+def _keep(
+    once: Callable[[], list[str]], bin_dir: Path, conf_dir: Path, chain: Iterable[str]
+) -> None:
+    from cni import keeper
+
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    files = [Path(item[1:]).absolute().parent for item in chain if item.startswith("@")]
+    keeper.keep(once, {bin_dir, conf_dir, *files}, lambda: bool(stopped))
+
+
+def _text(item: str) -> str:
+    """``JSON``, or what is in ``@FILE``. Raises OSError."""
+    return Path(item[1:]).read_text() if item.startswith("@") else item
 
 
 @main.command()

@@ -1,12 +1,15 @@
 """Putting the plugin onto a node: the executable, then the configuration that makes it used.
 
 Each file appears whole or not at all, and one that is right already is not touched, since
-runtimes reload when their directories change.
+runtimes reload when their directories change. What an installation that died left is used up by
+the next, or removed with the rest. Nothing in these files expires: who may ask the daemon is
+decided at its socket, so there is no token to renew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -16,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +96,10 @@ def usual_chain(bin_dir: Path, chain: Iterable[str]) -> list[str]:
 def uninstall(bin_dir: Path, conf_dir: Path) -> list[Path]:
     """Remove what ``install`` made; returns what was there. Raises OSError."""
     removed = []
+    # The configuration first: as long as it is there the executable may be run.
     for path in (conf_dir / CONFIGURATION, bin_dir / PLUGIN, bin_dir / IPAM_PLUGIN):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), _sole(path.parent):
+            _unfinished(path).unlink(missing_ok=True)
             path.unlink()
             removed.append(path)
     return removed
@@ -211,17 +216,36 @@ def _cache() -> Path:
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    """Replace a file in one step, unless it is right already."""
-    with contextlib.suppress(FileNotFoundError):
-        if path.read_bytes() == data and path.stat().st_mode & 0o7777 == mode:
-            return
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
+    """Replace a file in one step, unless it is right already; it is on the disk before its name."""
+    with _sole(path.parent) as directory:
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_bytes() == data and path.stat().st_mode & 0o7777 == mode:
+                return
+        temporary = _unfinished(path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                os.fchmod(file.fileno(), mode)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        os.fsync(directory)
+
+
+def _unfinished(path: Path) -> Path:
+    """Where a file is written; no runtime takes the name for a configuration."""
+    return path.with_name(f".{path.name}.new")
+
+
+@contextlib.contextmanager
+def _sole(directory: Path) -> Iterator[int]:
+    """One installer at a time in a directory; its descriptor."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), mode)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink()
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
