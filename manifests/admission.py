@@ -41,6 +41,7 @@ _SIDES = " + ".join(
 _PORTS = " + ".join(
     f"variables.sides.map(s, has(s.{field}), s.{field})" for field in ("ports", "notPorts")
 )
+_PEERS = " + ".join(f"variables.rules.map(r, has(r.{to}), r.{to})" for to in ("from", "to"))
 _QUALIFIED = (
     r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?"
     r"([a-z0-9][-a-z0-9_.]{0,61})?[a-z0-9]$"
@@ -55,6 +56,12 @@ RULE_ANNOTATIONS = Rule(
     "variables.rules.all(r, !has(r.metadata) || !has(r.metadata.annotations)"
     f" || r.metadata.annotations.all(k, k.lowerAscii().matches(r'{_QUALIFIED}')))",
     f"metadata.annotations of a rule: keys: {QUALIFIED_NAME}",
+)
+EXCEPTIONS = Rule(
+    "variables.peers.all(l, l.all(p, !has(p.ipBlock) || !has(p.ipBlock.except)"
+    " || p.ipBlock.except.all(e, cidr(p.ipBlock.cidr).containsCIDR(cidr(e))"
+    " && cidr(e).prefixLength() > cidr(p.ipBlock.cidr).prefixLength())))",
+    "ipBlock.except: networks inside its cidr, not all of it",
 )
 COMMUNITY_NAMES = Rule(
     "!has(object.spec.prefixAdvertisements) || object.spec.prefixAdvertisements.all(a,"
@@ -103,6 +110,7 @@ def validating() -> list[dict[str, Any]]:
     names = {"names": "has(object.spec.communities) ? object.spec.communities.map(c, c.name) : []"}
     return [
         *_validating("policy-rules", POLICIES, (RANGE, RULE_ANNOTATIONS), rules),
+        *_validating("draft-networks", (DRAFT,), (EXCEPTIONS,), {"rules": _RULES, "peers": _PEERS}),
         *_validating("community-names", ("BGPConfiguration",), (COMMUNITY_NAMES,), names),
         *_validating("network-set-labels", ("NetworkSet", "GlobalNetworkSet"), (AGENTS_LABEL,)),
         *_validating("built-in-tiers", ("Tier",), (KEPT_TIERS,), operations=("DELETE",)),

@@ -1,7 +1,7 @@
 """What ClusterNetworkPolicy and StagedKubernetesNetworkPolicy have from Kubernetes.
 
-Not said: which keys and values of labels are possible; that exceptions lie within their network,
-which would take too long in a policy as long as it may be.
+Not said: which keys and values of labels are possible. That exceptions lie within their network
+would take too long in a policy as long as it may be: an admission policy says it.
 """
 
 from __future__ import annotations

@@ -172,6 +172,28 @@ def _unsaid(field: str) -> bool:
     return any(re.match(pattern, field) for pattern in UNSAID.values())
 
 
+@pytest.mark.parametrize(
+    ("exceptions", "code"),
+    [
+        ([], 201),
+        (["10.1.0.0/16", "10.2.3.4/32"], 201),
+        (["10.1.0.1/16"], 201),
+        (["10.1.0.0/16", "11.0.0.0/16"], 422),
+        (["10.0.0.0/8"], 422),
+        (["0.0.0.0/0"], 422),
+        (["fd00::/16"], 422),
+    ],
+)
+def test_exceptions_lie_inside_their_network(
+    server: KubeApiserver, exceptions: list[str], code: int
+) -> None:
+    block = {"ipBlock": {"cidr": "10.0.0.0/8", "except": exceptions}}
+    obj = thing(admission.DRAFT, "x", spec={"podSelector": {}, "egress": [{"to": [block]}]})
+    assert bool(refused_by_model(obj)) == (code == 422)
+    found, answer = created(server, obj)
+    assert found == code, answer
+
+
 def test_built_in_tiers_stay(server: KubeApiserver) -> None:
     for name, refused in (("default", True), ("other", False)):
         tier = thing("Tier", name, spec={"order": 1_000_000})
