@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from api.bgp import BGPPeer
+from api.ippool import IPPool
 from api.metadata import Resource
 from api.net import format_address, parse_interface
 from api.node import Node
 from api.policy import BUILT_IN_TIERS
 from api.registry import dump
 from datastore.interface import JSON, Datastore
+from ipam.overlaps import node_ranges, service_ranges, shared
 from manxctl.documents import Document
 
 _IN_TIERS = frozenset(
@@ -30,6 +32,7 @@ def doubts(
     yield from _tiers(store, pairs)
     yield from _peers(store, pairs)
     yield from _addresses(store, pairs)
+    yield from _pools(store, pairs)
 
 
 def _tiers(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iterator[str]:
@@ -88,6 +91,25 @@ def _addresses(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> 
                 yield document.complain(
                     f"spec.bgp.{field}: {host!r}: node {other} has this address, too"
                 )
+
+
+def _pools(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iterator[str]:
+    """Pools over the addresses of nodes or services."""
+    pools = [(document, pool) for document, pool in pairs if isinstance(pool, IPPool)]
+    if not pools:
+        return
+    ranges = [
+        *node_ranges(entry.value for entry in store.list("Node").entries),
+        *node_ranges(dump(node) for _, node in pairs if isinstance(node, Node)),
+        *service_ranges(entry.value for entry in store.list("BGPConfiguration").entries),
+    ]
+    for document, pool in pools:
+        load_balancers = "LoadBalancer" in pool.spec.allowed_uses
+        for other in shared(pool.spec.net, ranges, load_balancers=load_balancers):
+            yield document.complain(
+                f"spec.cidr: {pool.spec.cidr!r}: it shares addresses with {other.net},"
+                f" {other.use}; packets to those would go to pods"
+            )
 
 
 def _bgp(node: JSON) -> JSON:

@@ -73,3 +73,20 @@ def test_two_nodes_with_one_address(run: Run, store: SqliteDatastore, spelt: str
     put(store, "Node", "worse", ["x"])
     moved = node("n1", "10.0.0.9/24") + node("n2", "10.0.0.1/24")
     assert run("apply", "-f", "-", stdin=moved).stderr == ""
+
+
+def test_a_pool_over_the_addresses_of_nodes_or_services(run: Run) -> None:
+    services = document(
+        "BGPConfiguration", "default", {"serviceClusterIPs": [{"cidr": "10.96.0.0/12"}]}
+    )
+    assert run("apply", "-f", "-", stdin=services).stderr == ""
+    pool = document("IPPool", "wide", {"cidr": "10.0.0.0/8"})
+    result = run("apply", "-f", "-", stdin=node("n1", "10.1.0.1/24") + pool)
+    assert result.exit_code == 0
+    assert (
+        "IPPool wide: spec.cidr: '10.0.0.0/8': it shares addresses with 10.1.0.0/24, the network"
+        " of node n1; packets to those would go to pods" in result.stderr
+    )
+    assert "10.96.0.0/12, serviceClusterIPs of BGPConfiguration default" in result.stderr
+    apart = document("IPPool", "apart", {"cidr": "192.168.0.0/16"})
+    assert run("create", "-f", "-", stdin=apart).stderr == ""
