@@ -65,12 +65,11 @@ class IpamPlugin:
 
     def _add(self, call: Call, attachment: Attachment) -> dict[str, Any]:
         """What it holds already, and an address of every family of which it holds none."""
-        held = self._allocator.addresses(attachment.handle)
         ipam = call.configuration.ipam
-        subnets = {address: self._block_of(address, attachment.handle) for address in held}
         try:
+            subnets = self._held_by(attachment.handle)
             for version, pools in ipam.families:
-                if all(address.version != version for address in held):
+                if all(address.version != version for address in subnets):
                     assignment = self._assign(attachment, version, pools)
                     subnets[assignment.address] = assignment.block
         except BaseException:
@@ -101,30 +100,42 @@ class IpamPlugin:
                     pools=pools,
                     namespace_labels=labels,
                 )
-                if self._records.affinity(self._cluster.node, assignment.block) is None:
-                    raise PoolExhaustedError(
-                        f"node {self._cluster.node}: pool {assignment.pool} has no free block, and"
-                        f" an address of another node's ({assignment.block}) is of no use to other"
-                        " plugins; create another IPPool"
-                    )
-                if self._make_subnet(assignment, attachment.handle):
+                if self._make_subnet(assignment.address, assignment.block, attachment.handle):
                     return assignment
         raise PoolExhaustedError(f"block {assignment.block}: no address left beside a subnet's own")
 
-    def _make_subnet(self, assignment: Assignment, handle: str) -> bool:
-        """Hold the block's addresses that no container can have.
+    def _held_by(self, handle: str) -> dict[Net, Net]:
+        """The addresses of an attachment since an earlier ADD, and their blocks.
 
-        False when the assigned one is among them: it has been given back then.
+        Where a daemon died before it had made the block a subnet, that is done now.
         """
-        block = assignment.block
+        addresses = self._allocator.addresses(handle)
+        held = {address: self._block_of(address, handle) for address in addresses}
+        with self._lock:
+            return {
+                address: block
+                for address, block in held.items()
+                if self._make_subnet(address, block, handle)
+            }
+
+    def _make_subnet(self, address: Net, block: Net, handle: str) -> bool:
+        """Hold the addresses of a block, of which ``address`` is given, that no container can have.
+
+        False when it is one of them: it has been given back then.
+        """
+        if self._records.affinity(self._cluster.node, block) is None:
+            raise PoolExhaustedError(
+                f"node {self._cluster.node}: no free block is left, and an address of another"
+                f" node's ({block}) is of no use to other plugins; create another IPPool"
+            )
         own = _handle_of(block)
         missing = kept(block).difference(self._allocator.addresses(own))
-        usable = assignment.address not in missing
+        usable = address not in missing
         if not usable:
-            self._allocator.release_addresses([assignment.address], handle=handle)
-        for address in sorted(missing):
+            self._allocator.release_addresses([address], handle=handle)
+        for needed in sorted(missing):
             try:
-                self._allocator.assign_specific(address, own, self._attributes())
+                self._allocator.assign_specific(needed, own, self._attributes())
             except AddressInUseError as error:
                 raise AddressInUseError(
                     f"{error}. It is needed for the subnet {block}: give containers that another"

@@ -17,8 +17,9 @@ import pytest
 from cni.config import VALID_ATTACHMENTS
 from cni.errors import ADDRESSES, INVALID_CONFIGURATION, NOT_AS_ADDED
 from datastore.interface import JSON
+from ipam.allocator import Allocator
 from kernel.netns import inside
-from tests.cni.rig import NETWORK, Answer, Container, Rig, configuration, running
+from tests.cni.rig import NETWORK, NODE, Answer, Container, Rig, configuration, running
 
 REFERENCE = "/usr/lib/cni"
 VERSION = "1.0.0"  # the newest that Debian's plugins speak
@@ -151,6 +152,19 @@ def test_no_container_gets_what_a_subnet_keeps(call: Caller) -> None:
     assert ordinals <= {2, 3, 4, 5, 6}
     for pod in pods:
         call("DEL", pod, conf()).ok()
+
+
+def test_an_add_that_was_cut_off_before_the_block_was_a_subnet(call: Caller, client: Path) -> None:
+    """The container holds the block's first address, and does not keep it."""
+    rig, pod = call.rig, call.rig.container()
+    pool, net = f"cut-{client.name}", f"10.69.{len(client.name)}"
+    rig.create("IPPool", pool, spec={"cidr": f"{net}.0/24"})
+    cut_off = Allocator(rig.store, NODE).assign(f"{NETWORK}.{pod.id}", {"node": NODE}, pools=[pool])
+    assert cut_off.address == cut_off.block._replace(length=32)
+    (address,) = addresses(call("ADD", pod, conf(ipv4_pools=[pool])).ok())
+    assert address.split("/")[0] != str(cut_off.address).split("/")[0]
+    assert set(rig.held().values()) >= {3}  # what the subnet keeps
+    call("DEL", pod, conf()).ok()
 
 
 def test_many_at_once(call: Caller) -> None:
