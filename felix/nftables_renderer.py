@@ -11,8 +11,8 @@ import base64
 import hashlib
 import itertools
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from api.net import BITS, V4, Net
 from felix import names
@@ -61,6 +61,8 @@ _SOURCE_OFFSET = {4: 12, 6: 8}
 _DESTINATION_OFFSET = {4: 16, 6: 24}
 _RTN_LOCAL = 2
 
+_MOST_KNOWN = 4096  # rules that are remembered as rendered
+
 _STATES = {
     State.RELATED: ConntrackState.RELATED,
     State.ESTABLISHED: ConntrackState.ESTABLISHED,
@@ -103,6 +105,15 @@ class NeverError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class _RenderedRule:
+    """The alternatives that one neutral rule becomes, and what it refers to."""
+
+    alternatives: tuple[bytes, ...]
+    constants: Mapping[str, ConstantSet] = field(default_factory=dict)
+    sets: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class _Option:
     """One of several conditions of which any suffices, and its contrary."""
 
@@ -118,6 +129,9 @@ class Renderer:
     accept: int
     passed: int
     holds_networks: HoldsNetworks
+    known: dict[tuple[Table, ChainRule], _RenderedRule] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def render(self, table: Table, chain: Chain | Dispatch) -> RenderedChain:
         """The rules of a chain, or those that look up a dispatch."""
@@ -136,23 +150,40 @@ class Renderer:
         constants: dict[str, ConstantSet] = {}
         sets: set[str] = set()
         for rule in rules:
-            matches = _Matches(self.version, self.holds_networks)
-            try:
-                packets = matches.alternatives(
-                    rule.condition.packet, exclusive=isinstance(rule.action, Log)
-                )
-            except NeverError:
-                continue
-            head = self._head(rule.condition)
-            action = self._action(table, rule.action)
-            if rule.comment:
-                action = nft.counter() + action
-            made.extend((head + packet + action, rule.comment) for packet in packets)
-            constants.update(matches.constants)
-            sets |= matches.sets
+            rendered = self._rule(table, rule)
+            made.extend((expressions, rule.comment) for expressions in rendered.alternatives)
+            constants.update(rendered.constants)
+            sets |= rendered.sets
         return RenderedChain(
             tuple(_recognisable(name, made)), tuple(constants.values()), frozenset(sets)
         )
+
+    def _rule(self, table: Table, rule: ChainRule) -> _RenderedRule:
+        """What endpoints have in common is rendered once: of hundreds, nearly all of it is."""
+        known = self.known.get((table, rule))
+        if known is not None:
+            return known
+        matches = _Matches(self.version, self.holds_networks)
+        try:
+            packets = matches.alternatives(
+                rule.condition.packet, exclusive=isinstance(rule.action, Log)
+            )
+        except NeverError:
+            return _RenderedRule(())
+        head = self._head(rule.condition)
+        action = self._action(table, rule.action)
+        if rule.comment:
+            action = nft.counter() + action
+        rendered = _RenderedRule(
+            tuple(head + packet + action for packet in packets),
+            dict(matches.constants),
+            frozenset(matches.sets),
+        )
+        if not rendered.sets:  # those may take another shape
+            if len(self.known) >= _MOST_KNOWN:
+                self.known.clear()
+            self.known[table, rule] = rendered
+        return rendered
 
     def _head(self, condition: Condition) -> bytes:
         """What a condition says besides the packet's header."""
