@@ -138,3 +138,19 @@ def test_a_plugin_after_us_that_fails_leaves_nothing(tool: CniTool) -> None:
     with pytest.raises(CallError, match="no_such_setting"):
         CniTool(tool.host, path).start(container_name())
     assert "cali" not in tool.host.run("ip", "-o", "link")
+
+
+def test_status_and_gc_of_the_newest_version(tool: CniTool) -> None:
+    """A container that libcni has forgotten is collected all the same."""
+    path = "/run/chain/30-newest.conflist"
+    newest = {"cniVersion": "1.1.0", "name": "newest", "plugins": [{"type": "manx"}]}
+    tool.host.write(path, json.dumps(newest))
+    alone = CniTool(tool.host, path)
+    alone.call("status")
+    name = container_name()
+    alone.start(name)
+    tool.host.run("rm", "-r", f"{CniTool.FOLDER}/cache")
+    assert "cali" in tool.host.run("ip", "-o", "link")
+    alone.call("gc")
+    assert "cali" not in tool.host.run("ip", "-o", "link")
+    alone.stop(name)
