@@ -54,6 +54,47 @@ def test_killed_in_the_middle_of_many(node: Rig, restart: bool) -> None:
         assert node.call("CHECK", pod, configuration(prevResult=result)).ok() is None
 
 
+def test_killed_again_and_again(c_client: Path) -> None:
+    """200 ADDs and DELs under a daemon that dies five times: nothing is leaked, none doubled.
+
+    Who gets error 11 asks again, as a runtime does.
+    """
+    with running(c_client, pool="10.65.0.0/16") as node:
+        pods = [node.container() for _ in range(200)]
+        for process in [node.begin("ADD", pod) for pod in pods[:100]]:
+            node.end(process).ok()
+        todo = [(pod, "ADD") for pod in pods[100:]] + [(pod, "DEL") for pod in pods[:100]]
+        kills = 0
+        for _ in range(20):
+            working = [(pod, verb, node.begin(verb, pod)) for pod, verb in todo]
+            while kills < 5 and any(process.poll() is None for _, _, process in working):
+                before = state(node)
+                eventually(lambda before=before: state(node) != before)  # type: ignore[misc]
+                node.kill()
+                node.start()
+                kills += 1
+            answers = [(pod, verb, node.end(process)) for pod, verb, process in working]
+            todo = [(pod, verb) for pod, verb, answer in answers if answer.code]
+            assert {answer.error for _, _, answer in answers if answer.code} <= {11}
+            if not todo:
+                break
+        assert kills == 5
+        assert todo == []
+        ids = {pod.id for pod in pods[100:]}
+        endpoints = [endpoint["spec"] for endpoint in node.endpoints().values()]
+        assert {spec["containerID"] for spec in endpoints} == ids
+        addresses = {address for spec in endpoints for address in spec["ipNetworks"]}
+        assert len(addresses) == len(endpoints) == len(node.links()) == 100
+        assert node.held() == {f"k8s-pod-network.{id_}": 1 for id_ in ids}
+        assert len(node.store.list("IPAMHandle").entries) == 100
+        assert [pod.links() for pod in pods] == [set()] * 100 + [{"eth0"}] * 100
+
+
+def state(node: Rig) -> tuple[set[str], int]:
+    """What changes while the daemon works."""
+    return node.links(), len(node.endpoints())
+
+
 def test_a_start_repairs_what_nobody_asks_about(node: Rig) -> None:
     """Interfaces in the midst of an ADD or a DEL; addresses of containers that are gone."""
     pods = [node.container() for _ in range(4)]
