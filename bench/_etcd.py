@@ -7,14 +7,13 @@ unchanged, and knows its new revision.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import grpc
 import orjson
 
-from bench._measure import OBJECTS, Connect, cost_of_list, measure
+from bench._measure import OBJECTS, Connect, Side, cost_of_list, in_turn, measure, ratio
 from bench._objects import block, endpoint
 from datastore import etcd_pb2 as pb
 from datastore.etcd import EtcdDatastore
@@ -23,10 +22,6 @@ from datastore.etcd_keys import path_of
 from datastore.interface import Datastore
 from tests.support.etcd import single_node
 
-_SLICE_SECONDS = 0.1
-_SLICES = 50  # of each side
-
-Side = Callable[[], None]
 Txn = Callable[[pb.TxnRequest], pb.TxnResponse]
 
 
@@ -51,18 +46,14 @@ def _beside_grpcio(connect: Connect, server: str) -> dict[str, float]:
             "raw": _raw(txn, 12),
             "fixed_bytes": _fixed_bytes(txn, 13),
         }
-        rounds = [{name: _rate(side) for name, side in sides.items()} for _ in range(_SLICES)]
+        rates = in_turn(sides)
     store.close()
-
-    def ratio(ours: str, theirs: str) -> float:
-        return statistics.median(rates[ours] / rates[theirs] for rates in rounds)
-
     return {
-        "cas_one_client_per_s": statistics.median(rates["ours"] for rates in rounds),
-        "raw_cas_per_s": statistics.median(rates["raw"] for rates in rounds),
-        "cas_ratio": ratio("ours", "raw"),
-        "cas_ratio_read_back": ratio("read_back", "raw"),
-        "cas_ratio_fixed_bytes": ratio("ours", "fixed_bytes"),
+        "cas_one_client_per_s": statistics.median(rates["ours"]),
+        "raw_cas_per_s": statistics.median(rates["raw"]),
+        "cas_ratio": ratio(rates["ours"], rates["raw"]),
+        "cas_ratio_read_back": ratio(rates["read_back"], rates["raw"]),
+        "cas_ratio_fixed_bytes": ratio(rates["ours"], rates["fixed_bytes"]),
     }
 
 
@@ -125,14 +116,6 @@ def _swap_bytes(txn: Txn, path: bytes) -> Callable[[bytes], None]:
         revision = answer.header.revision
 
     return swap
-
-
-def _rate(side: Side) -> float:
-    count, start = 0, time.monotonic()
-    while time.monotonic() < start + _SLICE_SECONDS:
-        side()
-        count += 1
-    return count / (time.monotonic() - start)
 
 
 def _txn(channel: grpc.Channel) -> Callable[[pb.TxnRequest], pb.TxnResponse]:

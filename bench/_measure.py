@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.synchronize import Barrier
@@ -19,7 +19,11 @@ CAS_SECONDS = 3.0
 WATCH_EVENTS = 400
 OBJECTS = 10_000  # to list
 
+SLICE_SECONDS = 0.1
+SLICES = 50  # of each side
+
 Connect = Callable[[], Datastore]
+Side = Callable[[], None]
 
 _processes = multiprocessing.get_context("spawn")
 
@@ -36,6 +40,24 @@ def quantiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
         f"{name}_p50_ms": 1000 * statistics.median(seconds),
         f"{name}_p99_ms": 1000 * statistics.quantiles(seconds, n=100)[98],
     }
+
+
+def in_turn(sides: Mapping[str, Side]) -> dict[str, list[float]]:
+    """Calls a second of each side, slice by slice: what slows the machine slows all alike."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(SLICES):
+        for name, side in sides.items():
+            count, start = 0, time.monotonic()
+            while time.monotonic() < start + SLICE_SECONDS:
+                side()
+                count += 1
+            rates[name].append(count / (time.monotonic() - start))
+    return rates
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of the slices' ratios."""
+    return statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
 
 
 def cas_per_second(connect: Connect) -> float:
@@ -77,6 +99,14 @@ class Cost:
     def named(self, name: str) -> dict[str, float]:
         """As figures."""
         return {f"{name}_s": self.seconds, f"{name}_mb": self.megabytes}
+
+
+def typical(costs: Sequence[Cost]) -> Cost:
+    """The medians."""
+    return Cost(
+        statistics.median(one.seconds for one in costs),
+        statistics.median(one.megabytes for one in costs),
+    )
 
 
 def cost_of_list(connect: Connect, kind: str) -> Cost:
