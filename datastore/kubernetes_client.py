@@ -18,7 +18,13 @@ from urllib.parse import urlencode
 
 import orjson
 import urllib3
-from urllib3.exceptions import EmptyPoolError, HTTPError, NewConnectionError, ProxyError
+from urllib3.exceptions import (
+    ClosedPoolError,
+    EmptyPoolError,
+    HTTPError,
+    NewConnectionError,
+    ProxyError,
+)
 
 from datastore.interface import (
     JSON,
@@ -45,7 +51,8 @@ _CONNECTIONS = 8  # at most, for requests; more at a time wait for a free one
 _STREAMS = 64  # kept for the next stream; each that is open has a connection of its own
 _ASK_LATER = (429, 500, 502, 503, 504)
 _NOT_DONE = (429,)  # the server turned the request away
-_NOT_SENT = (EmptyPoolError, NewConnectionError, ProxyError)
+_NOT_SENT = (NewConnectionError, ProxyError)
+_BUSY_SECONDS = 1.0  # waits for a free connection no longer, for it may have been replaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,8 @@ class ApiServer:
             try:
                 response = connection.open(method, path, query, data, media_type, left)
                 code, answer, headers = response.status, response.data, response.headers
+            except (ClosedPoolError, EmptyPoolError):
+                problem = f"its {_CONNECTIONS} connections are busy"
             except HTTPError as error:
                 problem = _reason(error)
                 self.renew(connection)  # perhaps it moved, or our certificate was replaced
@@ -248,7 +257,7 @@ class _Connection:
             retries=False,
             redirect=False,
             timeout=urllib3.Timeout(connect=min(_CONNECT_SECONDS, seconds), read=seconds),
-            pool_timeout=seconds,
+            pool_timeout=min(_BUSY_SECONDS, seconds),
         )
 
     def retire(self) -> None:

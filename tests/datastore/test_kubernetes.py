@@ -658,6 +658,33 @@ class Listing(KubernetesDatastore):
         return super().list(kind, *args, **options)
 
 
+def test_nobody_waits_for_connections_that_were_replaced(
+    server: KubeApiserver, tmp_path: Path
+) -> None:
+    """More ask at a time than there are connections, and these are cut again and again."""
+    relay = Relay(server.url.removeprefix("https://"))
+    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+    through(server, relay, tmp_path / "relayed").close()
+    settings = KubernetesSettings(str(tmp_path / "relayed"), timeout=20)
+    with closing(KubernetesDatastore(settings)) as distant:
+
+        def ask() -> None:
+            for _ in range(5):
+                distant.get(Key("Namespace", "default"))
+                done.put(1)
+
+        threads = [threading.Thread(target=ask) for _ in range(24)]
+        for thread in threads:
+            thread.start()
+        for count in range(120):
+            done.get(timeout=60)
+            if count % 20 == 10:
+                relay.sever()
+        for thread in threads:
+            thread.join(30)
+    relay.close()
+
+
 @pytest.mark.parametrize(
     "seconds", [0, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(200)])]
 )
