@@ -8,6 +8,7 @@ import click
 
 from api.net import Net, format_address, parse_net
 from datastore.interface import Datastore
+from ipam.assigner import MAX_BLOCKS
 from ipam.inventory import host_of, read
 from ipam.records import Records
 from ipam.utilisation import BlockUse, PoolUse, holder, utilisation
@@ -122,9 +123,11 @@ def _borrowed(store: Datastore) -> str:
 
 
 def _configuration(store: Datastore) -> str:
-    found = Records(store).configuration().model_dump(mode="json", by_alias=True, exclude_none=True)
+    found = Records(store).configuration()
     rows = [
-        (name, str(value).lower() if isinstance(value, bool) else str(value))
-        for name, value in found.items()
+        ("strictAffinity", str(found.strict_affinity).lower()),
+        ("autoAllocateBlocks", str(found.auto_allocate_blocks).lower()),
+        ("maxBlocksPerHost", str(found.max_blocks_per_host or MAX_BLOCKS)),
+        ("ipCooldownSeconds", str(found.ip_cooldown_seconds)),
     ]
     return table.render(("PROPERTY", "VALUE"), rows)

@@ -1,0 +1,281 @@
+"""Each disagreement is found, and a cluster in which all agree has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from api.names import cidr_name
+from api.net import Net, parse_net
+from datastore.interface import Key
+from datastore.sqlite import SqliteDatastore
+from ipam.allocator import Allocator
+from ipam.audit import Fault, Finding, audit, leaks, standing
+from ipam.audit_kernel import audit_kernel, disagreements
+from ipam.block import Block
+from ipam.inventory import read
+from ipam.records import CONFIRMED, PENDING, Records
+from kernel.links import veth
+from kernel.netlink import NetlinkSocket
+from kernel.netns import Namespace, inside
+from tests.controllers.world import (
+    add_nodes,
+    assign,
+    attachment,
+    forget,
+    plug,
+    put,
+    record,
+    release,
+    remove,
+)
+from tests.ipam.world import add_pool, blocks
+
+Break = Callable[[SqliteDatastore], None]
+
+
+@pytest.fixture
+def cluster(store: SqliteDatastore) -> SqliteDatastore:
+    """Two nodes with pods and tunnels, and everything agrees."""
+    add_pool(store, "four", "10.0.0.0/24", 28)
+    add_pool(store, "six", "fd00::/120", 124)
+    add_nodes(store, "n1", "n2")
+    for node in ("n1", "n2"):
+        plug(store, node, f"web-{node}", f"c-{node}", (4, 6))
+        tunnel = Allocator(store, node).assign(f"vxlan-tunnel-addr-{node}", {"node": node})
+        change(store, "Node", node, ipv4VXLANTunnelAddr=str(tunnel.address).partition("/")[0])
+    return store
+
+
+def change(store: SqliteDatastore, kind: str, name: str, namespace: str = "", **spec: Any) -> None:
+    entry = store.get(Key(kind, name, namespace))
+    store.update(entry.key, entry.value | {"spec": entry.value["spec"] | spec})
+
+
+def found(store: SqliteDatastore) -> list[Finding]:
+    return standing(store)[1]
+
+
+def test_all_is_well(cluster: SqliteDatastore) -> None:
+    assert found(cluster) == []
+
+
+def addresses(store: SqliteDatastore, node: str = "n1") -> list[Net]:
+    return Allocator(store, node).addresses(attachment(f"web-{node}", f"c-{node}").handle)
+
+
+def four(store: SqliteDatastore) -> Net:
+    return addresses(store)[0]
+
+
+def new_block(store: SqliteDatastore, net: Net, affinity: str | None) -> None:
+    put(store, "IPAMBlock", cidr_name(net), Block.new(net, affinity, 1, None).to_spec())
+
+
+def stolen(store: SqliteDatastore) -> None:
+    record(store, "n2", "x", "cx", [four(store)])
+    forget(store, "n1", "web-n1", "c-n1")
+
+
+BREAKS: list[tuple[Fault, str, Break]] = [
+    (
+        Fault.UNREADABLE,
+        "IPAMBlock(10-9-9-0-28)",
+        lambda s: put(s, "IPAMBlock", "10-9-9-0-28", {"cidr": "10.9.9.0/28"}),
+    ),
+    (
+        Fault.UNREADABLE,
+        "no address is collected",
+        lambda s: put(s, "WorkloadEndpoint", "w", {"ipNetworks": ["x"]}, namespace="shop"),
+    ),
+    (
+        Fault.HALF_DELETED,
+        "IPAMHandle(h)",
+        lambda s: put(s, "IPAMHandle", "h", {"handleID": "h", "block": {}, "deleted": True}),
+    ),
+    (Fault.UNUSED, "(pod shop/web-n1) on n1", lambda s: forget(s, "n1", "web-n1", "c-n1")),
+    (
+        Fault.UNKNOWN_HOLDER,
+        "stranger",
+        lambda s: void(Allocator(s, "n1").assign("stranger", {})),
+    ),
+    (
+        Fault.NOT_ALLOCATED,
+        "free in pool four (10.0.0.0/24)",
+        lambda s: record(s, "n2", "x", "cx", [parse_net("10.0.0.255")]),
+    ),
+    (
+        Fault.OUTSIDE,
+        "in no pool",
+        lambda s: record(s, "n2", "x", "cx", [parse_net("192.0.2.1")]),
+    ),
+    (
+        Fault.OTHERS,
+        "but is used by WorkloadEndpoint(shop/n2-k8s-x-eth0)",
+        stolen,
+    ),
+    (
+        Fault.DOUBLED,
+        "WorkloadEndpoint(shop/n1-k8s-web--n1-eth0) and WorkloadEndpoint(shop/n2-k8s-x-eth0)",
+        lambda s: record(s, "n2", "x", "cx", [four(s)]),
+    ),
+    (
+        Fault.RESERVED,
+        "on n1 before",
+        lambda s: put(s, "IPReservation", "r", {"reservedCIDRs": [str(four(s))]}),
+    ),
+    (
+        Fault.NO_HANDLE,
+        "a release by handle will not find it",
+        lambda s: remove(s, "IPAMHandle", "k8s-pod-network.c-n1"),
+    ),
+    (
+        Fault.EMPTY_HANDLE,
+        "IPAMHandle(h)",
+        lambda s: put(s, "IPAMHandle", "h", {"handleID": "h", "block": {"10.0.0.0/28": 1}}),
+    ),
+    (
+        Fault.MISCOUNTED,
+        "counts 3 addresses",
+        lambda s: change(
+            s,
+            "IPAMHandle",
+            "k8s-pod-network.c-n1",
+            block={str(net): 3 for net in Records(s).handle("k8s-pod-network.c-n1").thing.counts},  # type: ignore[union-attr]
+        ),
+    ),
+    (
+        Fault.CLAIM,
+        "(pending), and there is no block",
+        lambda s: void(Records(s).create_affinity("n1", parse_net("10.0.0.240/28"), PENDING)),
+    ),
+    (
+        Fault.CLAIM,
+        "and there is a block of host:n1",
+        lambda s: void(Records(s).create_affinity("n2", block_of(s), CONFIRMED)),
+    ),
+    (
+        Fault.UNCLAIMED,
+        "is n1's, which has no BlockAffinity",
+        lambda s: remove(s, "BlockAffinity", f"n1-{cidr_name(block_of(s))}"),
+    ),
+    (
+        Fault.UNOWNED,
+        "is empty and nobody's",
+        lambda s: new_block(s, parse_net("10.0.0.240/28"), None),
+    ),
+    (
+        Fault.OVERLAP,
+        "shares addresses with block",
+        lambda s: new_block(s, half_of(block_of(s)), "host:n1"),
+    ),
+    (Fault.NO_POOL, "lies in no IPPool", lambda s: remove(s, "IPPool", "six")),
+    (Fault.GONE_NODE, "2 blocks and 1 endpoints", lambda s: remove(s, "Node", "n1")),
+]
+
+
+def void(_: object) -> None:
+    """For lambdas."""
+
+
+def block_of(store: SqliteDatastore) -> Net:
+    return next(net for net in blocks(store) if net.contains(four(store)))
+
+
+def half_of(net: Net) -> Net:
+    return Net(net.version, net.address, net.length + 1)
+
+
+@pytest.mark.parametrize(("fault", "text", "break_it"), BREAKS)
+def test_what_is_wrong_is_found(
+    cluster: SqliteDatastore, fault: Fault, text: str, break_it: Break
+) -> None:
+    break_it(cluster)
+    findings = [finding for finding in found(cluster) if finding.fault is fault]
+    assert findings, found(cluster)
+    assert any(text in str(finding) for finding in findings), findings
+
+
+def test_every_fault_of_the_datastore_is_tried() -> None:
+    assert {fault for fault, _, _ in BREAKS} == set(Fault) - {Fault.ROUTE, Fault.INTERFACE}
+
+
+def test_what_is_under_way_is_no_finding(cluster: SqliteDatastore) -> None:
+    """A pod whose ADD ends between the two readings."""
+    given = assign(cluster, "n1", "new", "c9")
+
+    class Later:
+        lists = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(cluster, name)
+
+        def list(self, kind: str, *rest: Any, **more: Any) -> Any:
+            listing = cluster.list(kind, *rest, **more)
+            if kind == "WorkloadEndpoint":
+                self.lists += 1
+                if self.lists == 1:
+                    record(cluster, "n1", "new", "c9", given)
+            return listing
+
+    assert len(audit(read(cluster))) == 1
+    assert standing(Later())[1] == []
+
+
+def test_leaks_are_whole_handles(cluster: SqliteDatastore) -> None:
+    forget(cluster, "n1", "web-n1", "c-n1")
+    record(cluster, "n2", "thief", "c7", addresses(cluster)[1:])
+    inventory, findings = standing(cluster)
+    assert leaks(inventory, findings) == []
+    forget(cluster, "n2", "thief", "c7")
+    inventory, findings = standing(cluster)
+    assert [[each.address for each in leak] for leak in leaks(inventory, findings)] == [
+        sorted(addresses(cluster))
+    ]
+
+
+def test_a_finished_pod_does_not_use_its_address(cluster: SqliteDatastore) -> None:
+    text = str(four(cluster)).partition("/")[0]
+    put(cluster, "Pod", "done", {"nodeName": "n2"}, namespace="shop")
+    entry = cluster.get(Key("Pod", "done", "shop"))
+    status = {"phase": "Running", "podIP": text}
+    cluster.update(entry.key, entry.value | {"status": status})
+    assert Fault.DOUBLED in {finding.fault for finding in found(cluster)}
+    cluster.update(entry.key, entry.value | {"status": status | {"phase": "Failed"}})
+    assert found(cluster) == []
+
+
+def test_the_kernel_of_a_node(cluster: SqliteDatastore) -> None:
+    inventory = read(cluster)
+    nets = addresses(cluster)
+    name = "cali0123456789a"
+    good = dict.fromkeys(nets, name)
+
+    def faults(links: list[str], routes: dict[Net, str]) -> list[tuple[Fault, str]]:
+        result = sorted(disagreements(inventory, "n1", links, routes))
+        return [(finding.fault, finding.message) for finding in result]
+
+    assert faults(["eth0", name], good) == []
+    assert faults(["eth0"], {}) == [(Fault.INTERFACE, f"has no interface {name}")]
+    ((fault, message),) = faults([name], {nets[0]: name})
+    assert (fault, "has no route to" in message) == (Fault.ROUTE, True)
+    ((_, message),) = faults([name], good | {nets[0]: "eth0"})
+    assert "but one by eth0" in message
+    stray = parse_net("10.0.0.99")
+    assert faults([name, "cali9"], good | {stray: "cali9"}) == [
+        (Fault.INTERFACE, "is of no endpoint of this node"),
+        (Fault.ROUTE, "is routed to cali9, and of no endpoint there"),
+    ]
+
+
+def test_a_real_kernel(cluster: SqliteDatastore, namespace: Namespace) -> None:
+    release(cluster, "n2", "web-n2", "c-n2")
+    with inside(namespace.fd):
+        (missing,) = audit_kernel(read(cluster), "n1")
+        assert missing.fault is Fault.INTERFACE
+        with NetlinkSocket() as socket:
+            assert socket.batch([veth("cali0123456789a", "peer0")]) == []
+        kinds = [finding.fault for finding in audit_kernel(read(cluster), "n1")]
+    assert kinds == [Fault.ROUTE, Fault.ROUTE]
