@@ -145,7 +145,7 @@ def endpoint_chain(
     if direction is Direction.EGRESS:
         rules += _no_encapsulation(settings)
     for tier in binding.tiers:
-        chosen = tier.ingress if direction is Direction.INGRESS else tier.egress
+        chosen = [policy for policy in tier.policies(direction) if not policy.is_staged]
         if not chosen:
             continue
         rules.append(ChainRule(ClearMarks(Mark.PASS), comment=f"Tier {tier.name}"))

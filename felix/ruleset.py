@@ -19,6 +19,7 @@ from policy.engine import Changes, Engine, SetDelta
 from policy.model import (
     CompiledPolicy,
     Direction,
+    EndpointBinding,
     EndpointId,
     Member,
     NamedPortMember,
@@ -227,7 +228,7 @@ class Ruleset:
         binding = self._engine.endpoints.get(holder) if holder else None
         for direction in Direction:
             chain = None
-            if binding is not None and interface in self._known[version]:
+            if isinstance(binding, EndpointBinding) and interface in self._known[version]:
                 chain = rules.endpoint_chain(interface, binding, direction, self._settings)
             self._chain(delta, version, names.endpoint_chain(direction, interface), chain)
 

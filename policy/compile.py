@@ -24,16 +24,17 @@ from policy.model import (
     CompiledPolicy,
     Direction,
     Match,
+    Part,
     PolicyId,
     PortRange,
     Rule,
     SetKind,
 )
-from policy.selector import Everything, Not, Selector, SelectorError, parse, unique_id
+from policy.selector import Everything, Selector, SelectorError, parse, unique_id
 
 _DENY_ALL: tuple[Rule, ...] = (Rule(Action.DENY),)
 _ANY = Selector(Everything("all"))
-_NOTHING = Selector(Not(Everything("all")))
+_NORMAL = frozenset((Part.NORMAL,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +66,16 @@ class CompiledRules:
 
 @dataclass(frozen=True, slots=True)
 class Compilation:
-    """A policy ready for the engine. ``order`` is infinite where the policy gives none."""
+    """A policy ready for the engine. ``order`` is infinite where the policy gives none.
+
+    ``parts``: which of a host's packets it is for; workloads know NORMAL only.
+    """
 
     rules: CompiledRules
     selector: Selector
     tier: str
     order: float
+    parts: frozenset[Part]
 
 
 def compile_policy(id: PolicyId, policy: NetworkPolicy | GlobalNetworkPolicy) -> Compilation:
@@ -78,14 +83,13 @@ def compile_policy(id: PolicyId, policy: NetworkPolicy | GlobalNetworkPolicy) ->
     spec = policy.spec
     compiler = _Compiler(policy.namespace)
     selector = _selector_of(policy, compiler)
-    if not (isinstance(policy, GlobalNetworkPolicy) and policy.spec.apply_on_forward):
+    parts = _parts(policy)
+    if parts == _NORMAL:
         compiler.own = selector
     ingress = egress = _DENY_ALL
     if not compiler.problems:
         ingress = compiler.rules(spec.ingress if "Ingress" in spec.types else (), Direction.INGRESS)
         egress = compiler.rules(spec.egress if "Egress" in spec.types else (), Direction.EGRESS)
-    if isinstance(policy, GlobalNetworkPolicy) and _is_for_hosts(policy, compiler):
-        selector = _NOTHING
     rules = compiler.finish(
         CompiledPolicy(
             id,
@@ -93,7 +97,8 @@ def compile_policy(id: PolicyId, policy: NetworkPolicy | GlobalNetworkPolicy) ->
             egress if "Egress" in spec.types else None,
         )
     )
-    return Compilation(rules, selector, spec.tier, math.inf if spec.order is None else spec.order)
+    order = math.inf if spec.order is None else spec.order
+    return Compilation(rules, selector, spec.tier, order, parts)
 
 
 def compile_rules(
@@ -110,16 +115,15 @@ def compile_rules(
     )
 
 
-def _is_for_hosts(policy: GlobalNetworkPolicy, compiler: _Compiler) -> bool:
-    """Whether a policy is about host endpoints alone, which aren't supported."""
-    before = len(compiler.problems)
-    for name, value in (
-        ("doNotTrack", policy.spec.do_not_track),
-        ("preDNAT", policy.spec.pre_dnat),
-    ):
-        if value:
-            compiler.problem(f"spec.{name}", value, "false: not supported")
-    return len(compiler.problems) > before
+def _parts(policy: NetworkPolicy | GlobalNetworkPolicy) -> frozenset[Part]:
+    if isinstance(policy, GlobalNetworkPolicy):
+        if policy.spec.do_not_track:
+            return frozenset((Part.UNTRACKED,))
+        if policy.spec.pre_dnat:
+            return frozenset((Part.PRE_DNAT,))
+        if policy.spec.apply_on_forward:
+            return frozenset((Part.NORMAL, Part.FORWARD))
+    return _NORMAL
 
 
 def _selector_of(policy: NetworkPolicy | GlobalNetworkPolicy, compiler: _Compiler) -> Selector:

@@ -24,11 +24,14 @@ from policy.compile import Compilation, CompiledRules, SetSpec, compile_policy, 
 from policy.labelindex import LabelIndex
 from policy.model import (
     Action,
+    Binding,
     CompiledPolicy,
     Endpoint,
     EndpointBinding,
     EndpointId,
+    HostBinding,
     Member,
+    Part,
     PolicyId,
     TierBinding,
 )
@@ -53,7 +56,7 @@ class Changes:
 
     sets: dict[str, SetDelta]
     policies: dict[PolicyId, CompiledPolicy | None]
-    endpoints: dict[EndpointId, EndpointBinding | None]
+    endpoints: dict[EndpointId, Binding | None]
 
     def __bool__(self) -> bool:
         return bool(self.sets or self.policies or self.endpoints)
@@ -98,7 +101,7 @@ class Engine:
     def __init__(self) -> None:
         self._sets = Sets()
         self._rules = _Rules(self._sets)
-        self._bindings: dict[EndpointId, EndpointBinding] = {}
+        self._bindings: dict[EndpointId, Binding] = {}
         self._problems: dict[PolicyId, tuple[Problem, ...]] = {}
 
         self._endpoints: dict[EndpointId, Endpoint] = {}
@@ -131,8 +134,8 @@ class Engine:
         return MappingProxyType(self._rules.active)
 
     @property
-    def endpoints(self) -> Mapping[EndpointId, EndpointBinding]:
-        """The local endpoints, and what decides about each."""
+    def endpoints(self) -> Mapping[EndpointId, Binding]:
+        """The local endpoints, and what decides about each; a HostEndpoint has a HostBinding."""
         return MappingProxyType(self._bindings)
 
     @property
@@ -235,12 +238,10 @@ class Engine:
             self._tiers[name] = order, Action(action)
         else:
             self._tiers.pop(name, None)
-        for id, binding in self._bindings.items():
-            if any(bound.name == name for bound in binding.tiers):
-                self._dirty_bindings.add(id)
         for policy_id, compilation in self._policies.items():
             if compilation.tier == name:
                 self._note_problems(policy_id, compilation.rules, compilation.tier)
+                self._dirty_bindings.update(self._local.matches(compilation.selector))
 
     def _apply_policy(
         self, id: PolicyId, policy: NetworkPolicy | GlobalNetworkPolicy | None
@@ -310,16 +311,20 @@ class Engine:
                 rules = self._profile_rules[id]
         elif id in self._policies:
             compilation = self._policies[id]
-            if self._local.any_match(compilation.selector):
+            if self._applies(compilation):
                 rules = compilation.rules
         if rules:
             self._rules.put(rules)
         else:
             self._rules.drop(id)
 
-    def _rebind(
-        self, ids: Iterable[EndpointId]
-    ) -> Iterable[tuple[EndpointId, EndpointBinding | None]]:
+    def _applies(self, compilation: Compilation) -> bool:
+        """Whether a policy is for any local endpoint: a host where it isn't for workloads."""
+        if Part.NORMAL in compilation.parts:
+            return self._local.any_match(compilation.selector)
+        return any(_is_host(id) for id in self._local.matches(compilation.selector))
+
+    def _rebind(self, ids: Iterable[EndpointId]) -> Iterable[tuple[EndpointId, Binding | None]]:
         for id in ids:
             before = self._bindings.get(id)
             endpoint = self._endpoints.get(id)
@@ -331,25 +336,35 @@ class Engine:
                 del self._bindings[id]
                 yield id, None
 
-    def _bind(self, endpoint: Endpoint) -> EndpointBinding:
+    def _bind(self, endpoint: Endpoint) -> Binding:
         selecting = sorted(
             self._selecting(self._local.selectors_of(endpoint.id)), key=self._sort_key
         )
-        tiers: list[TierBinding] = []
-        for name, ids in groupby(selecting, key=lambda id: self._policies[id].tier):
-            policies = [self._policies[id].rules.policy for id in ids]
-            tiers.append(
-                TierBinding(
-                    name,
-                    self._tier(name)[1],
-                    tuple(policy.id for policy in policies if policy.ingress is not None),
-                    tuple(policy.id for policy in policies if policy.egress is not None),
-                )
-            )
         profiles = dict.fromkeys(map(profile_id, endpoint.profiles))
-        return EndpointBinding(
-            tuple(tiers), tuple(id for id in profiles if id in self._rules.active)
+        normal = EndpointBinding(
+            self._tier_bindings(selecting, Part.NORMAL),
+            tuple(id for id in profiles if id in self._rules.active),
         )
+        if not _is_host(endpoint.id):
+            return normal
+        forward, pre_dnat, untracked = (
+            EndpointBinding(self._tier_bindings(selecting, part), ())
+            for part in (Part.FORWARD, Part.PRE_DNAT, Part.UNTRACKED)
+        )
+        return HostBinding(normal, forward, pre_dnat, untracked)
+
+    def _tier_bindings(self, selecting: Iterable[PolicyId], part: Part) -> tuple[TierBinding, ...]:
+        """The policies that are for these packets, by tier."""
+        compilations = (self._policies[id] for id in selecting)
+        mine = (compilation for compilation in compilations if part in compilation.parts)
+        tiers = []
+        for name, members in groupby(mine, key=lambda compilation: compilation.tier):
+            policies = [compilation.rules.policy for compilation in members]
+            ingress = tuple(policy.id for policy in policies if policy.ingress is not None)
+            egress = tuple(policy.id for policy in policies if policy.egress is not None)
+            if ingress or egress:
+                tiers.append(TierBinding(name, self._tier(name)[1], ingress, egress))
+        return tuple(tiers)
 
     def _tier(self, name: str) -> tuple[float, Action]:
         return self._tiers.get(name, (math.inf, Action.DENY))
@@ -364,6 +379,10 @@ class Engine:
             compilation.order,
             f"{id.name}/{id.namespace}/{id.kind}",
         )
+
+
+def _is_host(id: EndpointId) -> bool:
+    return id.kind == "HostEndpoint"
 
 
 def _join(users: _Users, id: EndpointId, profiles: Iterable[str]) -> None:

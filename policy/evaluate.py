@@ -1,25 +1,28 @@
 """The verdict on one flow, and why: the oracle of the tests and of ``explain``.
 
 Reads the same tables the dataplanes render. It says what happens to the first packet of a
-flow; what belongs to a flow that is allowed passes.
+flow; what belongs to a flow that is allowed passes. What is not policy is not told: failsafe
+ports, what a workload sends to its node once its egress policy allowed it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 from api.net import BITS, Net
 from policy.model import (
     Action,
+    Binding,
     CompiledPolicy,
     Direction,
-    EndpointBinding,
     EndpointId,
+    HostBinding,
     Match,
     Member,
     NamedPortMember,
+    Part,
     PolicyId,
     PortRange,
     Rule,
@@ -40,16 +43,22 @@ class Tables(Protocol):
         """Active policies and profiles."""
 
     @property
-    def endpoints(self) -> Mapping[EndpointId, EndpointBinding]:
+    def endpoints(self) -> Mapping[EndpointId, Binding]:
         """What decides about each local endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """The first packet of a flow. Addresses are /32 or /128, as after destination NAT.
+    """The first packet of a flow, as one node sees it.
 
-    Ports are None where the protocol has none, ICMP type and code where it isn't ICMP. An
-    endpoint is None where that end isn't one of ours (the other node, the outside).
+    Addresses are /32 or /128, as after destination NAT; before it the packet was for
+    ``original_dst`` and ``original_dst_port``, where they are given. Ports are None where the
+    protocol has none, ICMP type and code where it isn't ICMP.
+
+    ``src_endpoint`` and ``dst_endpoint`` are the node's: a workload, or a host endpoint where
+    the node itself sends or receives; None where that end is elsewhere. ``entry`` and ``exit``:
+    the host endpoints of the interfaces by which a forwarded packet comes in and goes out;
+    None where there is none, as at the interfaces of workloads.
     """
 
     src: Net
@@ -61,14 +70,19 @@ class Flow:
     icmp_code: int | None = None
     src_endpoint: EndpointId | None = None
     dst_endpoint: EndpointId | None = None
+    entry: EndpointId | None = None
+    exit: EndpointId | None = None
+    original_dst: Net | None = None
+    original_dst_port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One thing that was looked at.
 
-    ``policy`` None: the end of the tier, or (``tier`` empty) of the profiles. ``rule_index``
-    and ``action`` None: no rule of this policy matched.
+    ``policy`` None: the end of the tier, or (``tier`` empty) of all that applies. ``rule_index``
+    and ``action`` None: no rule of this policy matched. The action of a staged policy is what it
+    would have done.
     """
 
     endpoint: EndpointId
@@ -77,14 +91,22 @@ class Step:
     policy: PolicyId | None
     rule_index: int | None
     action: Action | None
+    part: Part = Part.NORMAL
+
+    @property
+    def decides(self) -> bool:
+        """Whether the step lets the packet through or stops it."""
+        staged = self.policy is not None and self.policy.is_staged
+        return not staged and self.action in (Action.ALLOW, Action.DENY)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """ALLOW or DENY; tier, policy and rule index of what decided; all that was looked at.
 
-    ``policy`` None: the end of a tier or of the profiles decided or, when the trace is empty,
-    neither end is an endpoint of ours. ``rule_index`` counts the author's rules.
+    ``policy`` None: the end of a tier or of the profiles decided or, where no step of the trace
+    ``decides``, nothing was asked: neither end is an endpoint of ours. ``rule_index`` counts the
+    author's rules. Of several decisions, all ALLOW but perhaps the last, the last is told.
     """
 
     action: Action
@@ -94,56 +116,98 @@ class Verdict:
     trace: tuple[Step, ...]
 
 
+class Stage(NamedTuple):
+    """Policy that a packet meets: of which endpoint, in which direction, for which packets."""
+
+    endpoint: EndpointId
+    direction: Direction
+    part: Part
+
+
 def evaluate(tables: Tables, flow: Flow) -> Verdict:
-    """Egress policy of the source endpoint, then ingress policy of the destination's."""
+    """The verdict of all policy that the flow meets on its way through the node."""
     trace: list[Step] = []
-    for endpoint, direction in (
-        (flow.src_endpoint, Direction.EGRESS),
-        (flow.dst_endpoint, Direction.INGRESS),
-    ):
-        binding = tables.endpoints.get(endpoint) if endpoint else None
-        if endpoint and binding:
-            trace += _steps(tables, flow, endpoint, binding, direction)
-            if trace[-1].action is Action.DENY:
+    accepted: set[tuple[EndpointId, Direction]] = set()
+    for stage in stages(flow):
+        binding = tables.endpoints.get(stage.endpoint)
+        if binding is None or stage[:2] in accepted:
+            continue
+        early = stage.part in EARLY
+        steps = list(_steps(tables, original(flow) if early else flow, stage, binding))
+        trace += steps
+        if steps and steps[-1].decides:
+            if steps[-1].action is Action.DENY:
                 break
-    if not trace:
-        return Verdict(Action.ALLOW, "", None, None, ())
-    last = trace[-1]
+            if early:
+                accepted.add(stage[:2])
+    last = next((step for step in reversed(trace) if step.decides), None)
+    if last is None:
+        return Verdict(Action.ALLOW, "", None, None, tuple(trace))
     action = Action.DENY if last.action is Action.DENY else Action.ALLOW
     return Verdict(action, last.tier, last.policy, last.rule_index, tuple(trace))
 
 
-def _steps(
-    tables: Tables,
-    flow: Flow,
-    endpoint: EndpointId,
-    binding: EndpointBinding,
-    direction: Direction,
-) -> Iterator[Step]:
-    """What is looked at in one direction; the last step decides: ALLOW or DENY."""
-    for tier in binding.tiers:
-        ids = tier.ingress if direction is Direction.INGRESS else tier.egress
+EARLY = (Part.UNTRACKED, Part.PRE_DNAT)  # before destination NAT
+
+
+def stages(flow: Flow) -> Iterator[Stage]:
+    """What a flow meets, in order, where there is such an endpoint.
+
+    As the kernel's hooks are: raw and mangle prerouting, then input, or forward, or output.
+    """
+    incoming = flow.dst_endpoint if _is_host(flow.dst_endpoint) else flow.entry
+    if incoming and not _is_host(flow.src_endpoint):
+        for part in EARLY:
+            yield Stage(incoming, Direction.INGRESS, part)
+    if flow.src_endpoint and _is_host(flow.src_endpoint):
+        yield Stage(flow.src_endpoint, Direction.EGRESS, Part.UNTRACKED)
+    if flow.entry and not _is_host(flow.dst_endpoint):
+        yield Stage(flow.entry, Direction.INGRESS, Part.FORWARD)
+    if flow.src_endpoint:
+        yield Stage(flow.src_endpoint, Direction.EGRESS, Part.NORMAL)
+    if flow.dst_endpoint:
+        yield Stage(flow.dst_endpoint, Direction.INGRESS, Part.NORMAL)
+    if flow.exit and not _is_host(flow.src_endpoint):
+        yield Stage(flow.exit, Direction.EGRESS, Part.FORWARD)
+
+
+def original(flow: Flow) -> Flow:
+    """The flow before destination NAT."""
+    if flow.original_dst is None and flow.original_dst_port is None:
+        return flow
+    dst = flow.dst if flow.original_dst is None else flow.original_dst
+    port = flow.dst_port if flow.original_dst_port is None else flow.original_dst_port
+    return replace(flow, dst=dst, dst_port=port)
+
+
+def _is_host(endpoint: EndpointId | None) -> bool:
+    return endpoint is not None and endpoint.kind == "HostEndpoint"
+
+
+def _steps(tables: Tables, flow: Flow, stage: Stage, binding: Binding) -> Iterator[Step]:
+    """What is looked at in one stage. When the last step doesn't decide, the packet goes on."""
+    endpoint, direction, part = stage
+    rules = binding.part(part) if isinstance(binding, HostBinding) else binding
+    for tier in rules.tiers:
+        ids = tier.policies(direction)
         action: Action | None = None
         for id in ids:
             for rule in _matching(tables, flow, id, direction):
-                action = None if rule is None or rule.action is Action.LOG else rule.action
-                yield Step(
-                    endpoint,
-                    direction,
-                    tier.name,
-                    id,
-                    rule.index if rule else None,
-                    rule.action if rule else None,
-                )
+                index, does = (rule.index, rule.action) if rule else (None, None)
+                yield Step(endpoint, direction, tier.name, id, index, does, part)
+                if not id.is_staged:
+                    action = None if does is Action.LOG else does
             if action:
                 break
         else:
-            if ids:
+            if tier.ends(direction) and part not in EARLY:
                 action = tier.default_action
-                yield Step(endpoint, direction, tier.name, None, None, action)
+                yield Step(endpoint, direction, tier.name, None, None, action, part)
         if action in (Action.ALLOW, Action.DENY):
             return
-    for id in binding.profiles:
+    if part is not Part.NORMAL:
+        return
+    for id in rules.profiles:
         for rule in _matching(tables, flow, id, direction):
             index, action = (rule.index, rule.action) if rule else (None, None)
             yield Step(endpoint, direction, "", id, index, action)

@@ -67,12 +67,21 @@ class PolicyId(NamedTuple):
     namespace: str
     name: str
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether the policy is a draft: looked at and counted, but it decides nothing."""
+        return self.kind.startswith("Staged")
+
     def __str__(self) -> str:
         return f"{self.kind}({self.namespace + '/' if self.namespace else ''}{self.name})"
 
 
 class EndpointId(NamedTuple):
-    """Which endpoint: ``kind`` is ``WorkloadEndpoint`` or ``HostEndpoint``."""
+    """Which endpoint: ``kind`` is that of the object that has the addresses.
+
+    ``WorkloadEndpoint`` and ``HostEndpoint``, which policies apply to, or ``NetworkSet`` and
+    ``GlobalNetworkSet``, which they only refer to.
+    """
 
     kind: str
     namespace: str
@@ -147,14 +156,22 @@ class CompiledPolicy:
 class TierBinding:
     """The policies of one tier that select an endpoint, in order, per direction.
 
-    ``default_action`` (DENY or PASS) ends the tier in a direction only where that
-    direction's tuple is not empty.
+    Staged ones are among them, where they would stand. ``default_action`` (DENY or PASS) ends
+    the tier only in the directions in which it ``ends``.
     """
 
     name: str
     default_action: Action
     ingress: tuple[PolicyId, ...]
     egress: tuple[PolicyId, ...]
+
+    def policies(self, direction: Direction) -> tuple[PolicyId, ...]:
+        """Those that apply in a direction."""
+        return self.ingress if direction is Direction.INGRESS else self.egress
+
+    def ends(self, direction: Direction) -> bool:
+        """Whether the tier has an end in a direction: one of its policies there isn't staged."""
+        return not all(id.is_staged for id in self.policies(direction))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +182,55 @@ class EndpointBinding:
     profiles: tuple[PolicyId, ...]
 
 
+class Part(Enum):
+    """Which of a host's packets policies are for."""
+
+    NORMAL = "normal"  # to and from the host itself
+    FORWARD = "forward"  # through the host
+    PRE_DNAT = "pre-DNAT"  # all that come in, before their destination is translated
+    UNTRACKED = "untracked"  # all to and from the host, and through it, before connection tracking
+
+
+@dataclass(frozen=True, slots=True)
+class HostBinding:
+    """All that decides about a host endpoint, by what the policies are for.
+
+    - ``normal``: tiers, profiles, then drop, as of a workload. All policies but those that are
+      ``preDNAT`` or ``doNotTrack``.
+    - ``forward``: those of them with ``applyOnForward``. A tier's end may drop; what no tier
+      decides goes on, also when nothing applies in the direction. No profiles.
+    - ``pre_dnat`` (ingress only) and ``untracked``: a tier has no end here: what no rule decides
+      goes on. What is allowed is not asked about again at this endpoint, in ``normal``,
+      ``forward`` or (for ``untracked``) ``pre_dnat``. No profiles.
+    """
+
+    normal: EndpointBinding
+    forward: EndpointBinding
+    pre_dnat: EndpointBinding
+    untracked: EndpointBinding
+
+    def part(self, part: Part) -> EndpointBinding:
+        """The binding for some packets."""
+        match part:
+            case Part.NORMAL:
+                return self.normal
+            case Part.FORWARD:
+                return self.forward
+            case Part.PRE_DNAT:
+                return self.pre_dnat
+            case Part.UNTRACKED:
+                return self.untracked
+
+
+Binding = EndpointBinding | HostBinding
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An endpoint as the engine sees it, local or remote.
+    """An endpoint, or a network set, as the engine sees it, local or remote.
 
     ``labels`` are its own; those of its profiles are inherited (own ones win).
-    ``nets`` are its addresses, empty once its pod has finished.
+    ``nets`` are its addresses, empty once its pod has finished; a network set has any networks.
     """
 
     id: EndpointId

@@ -9,7 +9,15 @@ import pytest
 from api.net import parse_net
 from policy.evaluate import Flow, is_match
 from policy.model import Action, Endpoint, EndpointId, Match, NamedPort, PolicyId
-from tests.policy.world import World, endpoint, endpoint_id, global_policy, policy, policy_id
+from tests.policy.world import (
+    World,
+    binding_of,
+    endpoint,
+    endpoint_id,
+    global_policy,
+    policy,
+    policy_id,
+)
 
 ALLOW: dict[str, Any] = {"action": "Allow"}
 DENY: dict[str, Any] = {"action": "Deny"}
@@ -39,7 +47,7 @@ def kubernetes(name: str = "p", **spec: Any) -> dict[str, Any]:
 def bound(world: World, name: str, direction: str = "ingress") -> list[str]:
     """Names of the policies that decide about an endpoint, in order."""
     world.flush()
-    binding = world.engine.endpoints[endpoint_id(name)]
+    binding = binding_of(world.engine, endpoint_id(name))
     return [id.name for tier in binding.tiers for id in getattr(tier, direction)]
 
 
@@ -90,7 +98,7 @@ def test_tricky_8_order_of_policies(world: World) -> None:
     world.add(global_policy({"order": 10}, name="c"), global_policy({}, name="aa"))
     # `c//GlobalNetworkPolicy` comes before `c/ns/NetworkPolicy`; no order is last.
     assert bound(world, "a") == ["y", "c", "c", "b", "aa", "aa", "zz"]
-    (tier,) = world.engine.endpoints[endpoint_id("a")].tiers
+    (tier,) = binding_of(world.engine, endpoint_id("a")).tiers
     assert tier.ingress[1] == PolicyId("GlobalNetworkPolicy", "", "c")
     assert tier.ingress[4] == PolicyId("GlobalNetworkPolicy", "", "aa")
 
@@ -109,7 +117,7 @@ def test_tricky_8_order_of_tiers(world: World) -> None:
     world.tier("a", order=500)
     world.tier("b", order=500)
     world.flush()
-    tiers = [tier.name for tier in world.engine.endpoints[endpoint_id("a")].tiers]
+    tiers = [tier.name for tier in binding_of(world.engine, endpoint_id("a")).tiers]
     assert tiers == ["a", "b", "kube-admin", "default", "kube-baseline", "unordered"]
 
 

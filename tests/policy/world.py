@@ -12,7 +12,7 @@ from api.registry import parse_as
 from policy import convert, labels
 from policy.engine import Changes, Engine
 from policy.evaluate import Flow, Verdict, evaluate
-from policy.model import Action, Endpoint, EndpointId, NamedPort, PolicyId
+from policy.model import Action, Endpoint, EndpointBinding, EndpointId, NamedPort, PolicyId
 
 PROTOCOLS = {"ICMP": 1, "TCP": 6, "UDP": 17, "ICMPv6": 58, "SCTP": 132}
 
@@ -57,6 +57,13 @@ def global_policy(spec: dict[str, Any], *, name: str = "g") -> GlobalNetworkPoli
 
 def policy_id(policy: NetworkPolicy | GlobalNetworkPolicy) -> PolicyId:
     return PolicyId(policy.kind, policy.namespace, policy.name)
+
+
+def binding_of(engine: Engine, id: EndpointId) -> EndpointBinding:
+    """What decides about a workload."""
+    binding = engine.endpoints[id]
+    assert isinstance(binding, EndpointBinding)
+    return binding
 
 
 class World:
