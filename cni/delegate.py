@@ -29,14 +29,14 @@ from cni.errors import ADDRESSES, TRY_AGAIN_LATER, CniError, invalid_configurati
 SECONDS = 30.0  # for one run of the plugin; the client waits for three times as long
 # Each occupies a worker of the server meanwhile, and some must be left for others' requests.
 AT_ONCE = 32
-_PATIENCE = 5.0  # seconds, while that many run
+PATIENCE = 5.0  # seconds, while that many run
 
 HOST_LOCAL = "host-local"
 # What stands for the node's range of a family in host-local's configuration (letter case is of
 # no account), and what satisfies the plugin where it only wants to see some range.
 _POD_CIDRS = {"usepodcidr": (4, "0.0.0.0/0"), "usepodcidripv6": (6, "::/0")}
 
-_running = threading.BoundedSemaphore(AT_ONCE)
+RUNS = threading.BoundedSemaphore(AT_ONCE)
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class Delegate:
         environment = {"PATH": os.environ.get("PATH", os.defpath)}
         environment |= {k: v for k, v in self.variables.items() if k.startswith("CNI_")}
         environment["CNI_COMMAND"] = command
-        if not _running.acquire(timeout=_PATIENCE):
+        if not RUNS.acquire(timeout=PATIENCE):
             raise CniError(
                 TRY_AGAIN_LATER,
                 f"IPAM plugin {self.kind}: {AT_ONCE} of its runs have not ended; see what they"
@@ -140,7 +140,7 @@ class Delegate:
         except OSError as error:
             raise CniError(ADDRESSES, f"IPAM plugin {program}: {error.strerror}") from error
         finally:
-            _running.release()
+            RUNS.release()
         if log:
             _log.info("IPAM plugin %s %s says: %s", self.kind, command, log)
         return self._answer(command, code, output)

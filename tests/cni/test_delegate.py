@@ -12,9 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cni import delegate
 from cni.config import VALID_ATTACHMENTS
 from cni.delegate import parse_lease
-from cni.errors import ADDRESSES, ANNOTATIONS, INVALID_CONFIGURATION, NOT_AS_ADDED, NOT_AVAILABLE
+from cni.errors import (
+    ADDRESSES,
+    ANNOTATIONS,
+    INVALID_CONFIGURATION,
+    NOT_AS_ADDED,
+    NOT_AVAILABLE,
+    TRY_AGAIN_LATER,
+    CniError,
+)
 from datastore.interface import JSON, Key
 from tests.cni.rig import NODE, Answer, Container, Rig, configuration
 from tests.support.netns import eventually
@@ -188,6 +197,36 @@ def test_a_bad_plugin(rig: Rig, tmp_path: Path, name: str) -> None:
     answer = rig.call("ADD", pod, configuration(ipam={"type": "bad"}), CNI_PATH=str(tmp_path))
     assert answer.error == code
     assert word in answer.json["msg"]
+
+
+def directly(directory: Path, kind: str) -> delegate.Delegate:
+    """A plugin of ``directory``, called without the daemon."""
+    variables = {"CNI_PATH": str(directory), "CNI_CONTAINERID": "x", "CNI_IFNAME": "eth0"}
+    return delegate.Delegate(kind, variables, b"{}", lambda: ())
+
+
+def test_a_plugin_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delegate, "SECONDS", 0.5)
+    script(tmp_path, "hangs", f"echo $$ >{tmp_path}/pid; sleep 1000")
+    with pytest.raises(CniError, match="hangs ADD") as caught:
+        directly(tmp_path, "hangs").add()
+    assert caught.value.code == TRY_AGAIN_LATER
+    pid = (tmp_path / "pid").read_text().strip()
+    eventually(lambda: not Path("/proc", pid).exists())
+
+
+def test_so_many_and_no_more_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delegate, "PATIENCE", 0.01)
+    script(tmp_path, "quick", "exit 0")
+    for _ in range(delegate.AT_ONCE):
+        delegate.RUNS.acquire()
+    try:
+        with pytest.raises(CniError, match="have not ended") as caught:
+            directly(tmp_path, "quick").delete()
+    finally:
+        delegate.RUNS.release(delegate.AT_ONCE)
+    assert caught.value.code == TRY_AGAIN_LATER
+    directly(tmp_path, "quick").delete()
 
 
 SCALARS = st.none() | st.integers() | st.text(max_size=8)
