@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cni.config import VALID_ATTACHMENTS
-from cni.errors import ADDRESSES, INVALID_CONFIGURATION, NOT_AS_ADDED
+from cni.errors import ADDRESSES, INTERNAL, INVALID_CONFIGURATION, NOT_AS_ADDED
 from datastore.interface import JSON
 from ipam.allocator import Allocator
 from kernel.netns import inside
@@ -221,6 +223,38 @@ def test_another_plugins_configuration_is_refused(call: Caller) -> None:
     configured = conf() | {"ipam": {"type": "host-local"}}
     answer = call("ADD", call.rig.container(), configured)
     assert answer.error == INVALID_CONFIGURATION
+
+
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from(["subnets", "10.66.0.0/24", "::/0"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["dst", "gw", "address", "containerID"]), inner)
+    ),
+    max_leaves=4,
+)
+IPAM_KEYS = ["assign_ipv4", "assign_ipv6", "ipv4_pools", "ipv6_pools", "routes", "subnet"]
+KEYS = ["prevResult", VALID_ATTACHMENTS, "dns", "mtu", "ipam"]
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(["ADD", "CHECK", "DEL", "GC", "STATUS"]),
+    st.dictionaries(st.sampled_from(IPAM_KEYS), VALUES),
+    st.dictionaries(st.sampled_from(KEYS), VALUES),
+)
+def test_fuzzed(call: Caller, command: str, ipam: dict[str, Any], keys: dict[str, Any]) -> None:
+    """Every answer is a result or an error that was foreseen, and a DEL undoes it."""
+    pod = call.rig.container()
+    answer = call(command, pod, conf("1.1.0", **ipam) | keys)
+    assert answer.code == 0 or answer.error != INTERNAL
+    call("DEL", pod, conf()).ok()
+    pod.namespace.close()
 
 
 @pytest.mark.parametrize("main", ["ptp", "bridge"])
