@@ -21,6 +21,10 @@ from datastore.interface import Key
 
 SOCKET = "felix-endpoints.sock"
 _RETRY = 0.1  # seconds between attempts to reach felix while it is away
+# So many may wait for a felix that has said nothing for so many seconds: each occupies a worker
+# of the server, and some must be left for deletions.
+MOST_WAITING = 48
+_SILENCE = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +37,8 @@ class Enforcement:
         self._lock = threading.Lock()
         self._enforced: dict[str, str] = {}
         self._waiting: dict[tuple[str, str], list[threading.Event]] = {}
+        self.waiters = 0  # threads that wait now
+        self._heard = 0.0  # when felix said something last, monotonic seconds
         self._away_since: float | None = time.monotonic()
         self._stopping = threading.Event()
         self._connection: socket.socket | None = None
@@ -58,24 +64,27 @@ class Enforcement:
     def wait(self, endpoint: Key, container: str, seconds: float) -> bool:
         """Wait until felix enforces the endpoint's policy for this container; whether it does.
 
-        ``seconds`` at most; not at all when felix has been away for longer than that.
+        ``seconds`` at most; not at all when felix has been away for longer than that, or when
+        many wait for one that says nothing.
         """
         name = f"{endpoint.namespace}/{endpoint.name}"
         event = threading.Event()
         with self._lock:
             if self._enforced.get(name) == container:
                 return True
-            if self.away() > seconds:
+            silent = time.monotonic() - self._heard > _SILENCE
+            if self.away() > seconds or (silent and self.waiters >= MOST_WAITING):
                 return False
             self._waiting.setdefault((name, container), []).append(event)
+            self.waiters += 1
         enforced = event.wait(seconds)
-        if not enforced:
-            with self._lock:
-                waiting = self._waiting.get((name, container), [])
-                if event in waiting:
-                    waiting.remove(event)
+        with self._lock:
+            self.waiters -= 1
+            waiting = self._waiting.get((name, container), [])
+            if event in waiting:
+                waiting.remove(event)
                 if not waiting:
-                    self._waiting.pop((name, container), None)
+                    del self._waiting[name, container]
         return enforced
 
     def _run(self) -> None:
@@ -113,6 +122,7 @@ class Enforcement:
         told = orjson.loads(line)
         everything, endpoints = told["all"], dict(told["endpoints"])
         with self._lock:
+            self._heard = time.monotonic()
             if everything:
                 self._enforced.clear()
             for name, container in endpoints.items():

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cni.enforcement import SOCKET, Enforcement
+from cni.enforcement import MOST_WAITING, SOCKET, Enforcement
 from cni.errors import NOT_AVAILABLE, TRY_AGAIN_LATER
 from datastore.interface import Key
 from felix.status import query
@@ -247,6 +247,32 @@ def test_only_the_very_container_counts(heard: tuple[Enforcement, socket.socket]
         assert enforcement.wait(Key("WorkloadEndpoint", "other", "red"), "x", 20)
         assert not enforcement.wait(ENDPOINT, "new", 0.01)
         assert enforcement.away() == 0
+
+
+def test_some_workers_are_left_when_felix_is_silent(
+    heard: tuple[Enforcement, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enforcement, door = heard
+    monkeypatch.setattr("cni.enforcement._SILENCE", 0.0)
+    connection, _ = door.accept()
+    with connection:
+        say(connection, True, first="c")
+        assert enforcement.wait(Key("WorkloadEndpoint", "first", "red"), "c", 20)
+        results: list[bool] = []
+
+        def wait() -> None:
+            results.append(enforcement.wait(ENDPOINT, "c1", 60))
+
+        threads = [threading.Thread(target=wait) for _ in range(MOST_WAITING)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: enforcement.waiters == MOST_WAITING)
+        assert not enforcement.wait(ENDPOINT, "c2", 3600)  # refused, at once
+        assert results == []
+        say(connection, False, web="c1")
+        for thread in threads:
+            thread.join(20)
+        assert results == [True] * MOST_WAITING
 
 
 @pytest.mark.parametrize("words", [b"", b"nonsense\n", b"[]\n", b'{"all": true}\n', b"\xff\xff"])
