@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from api.registry import parse
 from cni.config import VALID_ATTACHMENTS
 from datastore.interface import Key
-from kernel.netns import inside
+from kernel.netns import Namespace, inside
 from tests.cni.rig import Container, Rig, configuration
+from tests.cni.test_features import NAMES, VALUES
 
 PREFIX = "cni.projectcalico.org/"
 BOTH = {"assign_ipv4": "true", "assign_ipv6": "true"}
@@ -260,3 +263,27 @@ def test_ipv6_answers_at_once(rig: Rig) -> None:
     assert one.run("ping", "-c1", "-w1", address).returncode == 0
     rig.delete(one)
     rig.delete(two)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(own=st.dictionaries(st.sampled_from(NAMES), VALUES.filter(str.isprintable), max_size=3))
+def test_whatever_a_pod_asks_for_nothing_is_left(rig: Rig, own: dict[str, str]) -> None:
+    texts = {name if "/" in name else PREFIX + name: value for name, value in own.items()}
+    rig.create("Pod", "fuzzed", "red", metadata={"annotations": texts})
+    try:
+        with Namespace.create() as netns:
+            arguments = "K8S_POD_NAMESPACE=red;K8S_POD_NAME=fuzzed"
+            pod = Container(netns, "f" * 64, arguments)
+            answer = rig.call("ADD", pod, configuration(**PERMITTED))
+            if answer.code:
+                assert answer.error in (100, 103), answer.json
+                assert pod.links() == set()
+                rig.assert_empty()
+            rig.delete(pod)
+        rig.assert_empty()
+    finally:
+        rig.store.delete(Key("Pod", "fuzzed", "red"))
