@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
 from controllers.agent import SOCKET
 from controllers.lease import LEASE
@@ -17,6 +19,7 @@ from datastore.connect import connect
 from datastore.interface import Datastore
 from datastore.sqlite import SqliteDatastore
 from felix.status import query
+from manxctl.main import main
 from tests.controllers.world import add_nodes, assign, plug, put
 from tests.ipam.world import add_pool, allocated
 from tests.support.daemon import Daemon
@@ -132,12 +135,16 @@ def test_one_leads_and_another_takes_over(controllers: Controllers, store: Sqlit
     assert store.get(LEASE).value["spec"]["leaseTransitions"] == 1
 
 
-def test_sigterm_gives_the_lease_up(controllers: Controllers, store: SqliteDatastore) -> None:
+def test_sigterm_gives_the_lease_up(
+    controllers: Controllers, store: SqliteDatastore, tmp_path: Path
+) -> None:
     daemon = controllers.start("one")
     controllers.until("one", lambda s: s["leading"])
     daemon.stop()
     assert store.get(LEASE).value["spec"]["holderIdentity"] == ""
     assert controllers.status("one") is None
+    result = ask(tmp_path / "one")
+    assert (result.exit_code, "does manx-controllers run here?" in result.stderr) == (1, True)
 
 
 def test_a_stopped_leader_does_no_more_work(
@@ -153,7 +160,15 @@ def test_a_stopped_leader_does_no_more_work(
     controllers.until("one", lambda s: not s["leading"] and s["holder"].startswith("two_"))
 
 
-def test_what_disagrees_is_told(controllers: Controllers, store: SqliteDatastore) -> None:
+def ask(run_dir: Path, *options: str) -> Result:
+    """``manxctl ipam status``."""
+    environment = {"MANX_RUN_DIR": str(run_dir)}
+    return CliRunner().invoke(main, ["ipam", "status", *options], env=environment)
+
+
+def test_what_disagrees_is_told(
+    controllers: Controllers, store: SqliteDatastore, tmp_path: Path
+) -> None:
     quick(store)
     prepare(store)
     configuration = {"reconcilerPeriod": "1s", "leakGracePeriod": "0s"}
@@ -162,6 +177,11 @@ def test_what_disagrees_is_told(controllers: Controllers, store: SqliteDatastore
     store.update(entry.key, entry.value | {"spec": spec})
     controllers.start("one")
     status = controllers.until("one", lambda s: bool((s["last_round"] or {}).get("findings")))
+    result = ask(tmp_path / "one")
+    assert result.exit_code == 0
+    assert "controllers: ready, leads" in result.stdout
+    assert "findings: 1 leaked address" in result.stdout
+    assert json.loads(ask(tmp_path / "one", "-o", "json").stdout)["leading"]
     last = status["last_round"]
     assert last["findings"] == {"leaked address": 1}
     assert "shop/leaked" in last["shown"]["leaked address"][0]
@@ -202,11 +222,13 @@ def test_when_nothing_is_to_be_done(
     name: str,
     spec: dict[str, Any],
     reason: str,
+    tmp_path: Path,
 ) -> None:
     put(store, kind, name, spec)
     controllers.start("one")
     status = controllers.until("one", lambda s: s["last_round"] is not None)
     assert reason in status["last_round"]["idle"]
+    assert reason in ask(tmp_path / "one").stdout
     assert status["last_round"]["counts"] == {}
 
 
