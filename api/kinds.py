@@ -20,6 +20,7 @@ NETWORKING = "networking.k8s.io/v1"
 DISCOVERY = "discovery.k8s.io/v1"
 COORDINATION = "coordination.k8s.io/v1"
 CLUSTER_POLICY = "policy.networking.k8s.io/v1alpha2"
+ADMIN_POLICY = "policy.networking.k8s.io/v1alpha1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,20 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 "ClusterNetworkPolicy",
                 "clusternetworkpolicies",
                 api_version=CLUSTER_POLICY,
+            ),
+            _kind(
+                "adminnetworkpolicy",
+                "AdminNetworkPolicy",
+                "adminnetworkpolicies",
+                "anp",
+                api_version=ADMIN_POLICY,
+            ),
+            _kind(
+                "adminnetworkpolicy",
+                "BaselineAdminNetworkPolicy",
+                "baselineadminnetworkpolicies",
+                "banp",
+                api_version=ADMIN_POLICY,
             ),
         )
     }

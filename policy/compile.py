@@ -16,7 +16,14 @@ from dataclasses import dataclass, field, replace
 from api.errors import Problem
 from api.fields import PORT_PROTOCOLS, parse_port, protocol_number
 from api.net import Net, parse_net
-from api.policy import ICMP_VERSIONS, EntityRule, GlobalNetworkPolicy, ICMPFields, NetworkPolicy
+from api.policy import (
+    ICMP_VERSIONS,
+    EntityRule,
+    GlobalNetworkPolicy,
+    ICMPFields,
+    NetworkPolicy,
+    ServiceMatch,
+)
 from api.policy import Rule as ApiRule
 from policy.effective import global_policy_selector, policy_selector, rule_selector
 from policy.model import (
@@ -30,7 +37,7 @@ from policy.model import (
     Rule,
     SetKind,
 )
-from policy.selector import Everything, Selector, SelectorError, parse, unique_id
+from policy.selector import Compare, Everything, Selector, SelectorError, parse, unique_id
 
 _DENY_ALL: tuple[Rule, ...] = (Rule(Action.DENY),)
 _ANY = Selector(Everything("all"))
@@ -41,13 +48,15 @@ _NORMAL = frozenset((Part.NORMAL,))
 class SetSpec:
     """What a set holds: addresses of matching endpoints, or those of one of their named ports.
 
-    ``protocol`` 0 is any. The id is made as Calico makes it.
+    ``protocol`` 0 is any. The id is made as Calico makes it. ``of_service``: the selector is
+    about ``ServiceSlice``s.
     """
 
     id: str
     selector: Selector
     port: str = ""
     protocol: int = 0
+    of_service: bool = False
 
     @property
     def kind(self) -> SetKind:
@@ -198,6 +207,10 @@ class _Compiler:
         destination = self._side(
             rule.destination, protocol, destination_own, f"{where}.destination"
         )
+        from_service = self._service(rule.source.services, f"{where}.source", with_ports=False)
+        to_service = self._service(
+            rule.destination.services, f"{where}.destination", with_ports=True
+        )
         match = Match(
             version=rule.ip_version or ICMP_VERSIONS.get(protocol or 0),
             protocol=protocol,
@@ -206,7 +219,7 @@ class _Compiler:
             not_src_nets=source.not_nets,
             dst_nets=destination.nets,
             not_dst_nets=destination.not_nets,
-            src_sets=source.sets,
+            src_sets=source.sets + from_service,
             not_src_sets=source.not_sets,
             dst_sets=destination.sets,
             not_dst_sets=destination.not_sets,
@@ -216,7 +229,7 @@ class _Compiler:
             not_dst_ports=destination.not_ports,
             src_named_ports=source.named_ports,
             not_src_named_ports=source.not_named_ports,
-            dst_named_ports=destination.named_ports,
+            dst_named_ports=destination.named_ports + to_service,
             not_dst_named_ports=destination.not_named_ports,
         )
         for name, fields in (("icmp", rule.icmp), ("notICMP", rule.not_icmp)):
@@ -228,10 +241,6 @@ class _Compiler:
         return _with_icmp(match, rule.icmp, rule.not_icmp)
 
     def _side(self, entity: EntityRule, protocol: int | None, own: Selector, where: str) -> _Side:
-        if entity.services is not None:
-            self.problem(
-                f"{where}.services", entity.services.name, "absent: services are not supported"
-            )
         negative = self.selector(entity.not_selector, f"{where}.notSelector")
         positive = self._positive_selector(entity, where)
         ports, names = self._ports(entity.ports, protocol, f"{where}.ports")
@@ -305,6 +314,20 @@ class _Compiler:
         self.sets.append(SetSpec(selector.id, selector))
         return (selector.id,)
 
+    def _service(
+        self, service: ServiceMatch | None, where: str, *, with_ports: bool
+    ) -> tuple[str, ...]:
+        """The set of a service's endpoints: where connections go to, with their ports."""
+        if service is None:
+            return ()
+        namespace = service.namespace or self.namespace
+        if not namespace:
+            self.problem(f"{where}.services.namespace", None, "required in a global policy")
+            return ()
+        spec = service_set(namespace, service.name, with_ports=with_ports)
+        self.sets.append(spec)
+        return (spec.id,)
+
     def _named(
         self, names: Iterable[str], protocol: int | None, selector: Selector
     ) -> tuple[str, ...]:
@@ -331,6 +354,20 @@ def named_port_set(selector: Selector, name: str, protocol: int) -> SetSpec:
     """The set of (address, protocol, port) of a named port at the endpoints of a selector."""
     word = {0: "any", 6: "tcp", 17: "udp", 132: "sctp"}.get(protocol, str(protocol))
     return SetSpec(unique_id("n", f"{selector.id},{word},{name}"), selector, name, protocol)
+
+
+# How the endpoints of services are kept: by the name of their service and of their only port.
+SERVICE_LABEL = "service"
+SERVICE_PORT = "*"
+
+
+def service_set(namespace: str, name: str, *, with_ports: bool) -> SetSpec:
+    """The set of the addresses, or of (address, protocol, port), of a service's endpoints."""
+    service = f"{namespace}/{name}"
+    selector = Selector(Compare(SERVICE_LABEL, "==", service))
+    if with_ports:
+        return SetSpec(unique_id("svc", service), selector, SERVICE_PORT, of_service=True)
+    return SetSpec(unique_id("svcnoport", service), selector, of_service=True)
 
 
 def _with_icmp(match: Match, icmp: ICMPFields | None, not_icmp: ICMPFields | None) -> list[Match]:

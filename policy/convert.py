@@ -47,7 +47,7 @@ def network_policy(policy: KubernetesNetworkPolicy) -> NetworkPolicy:
         metadata=ObjectMeta.model_construct(name=policy.name, namespace=policy.namespace),
         spec=NetworkPolicySpec.model_construct(
             order=ORDER,
-            selector=_pod_selector(spec.pod_selector),
+            selector=pod_selector(spec.pod_selector),
             types=[type for type in types if type in wanted],
             ingress=[
                 _rule(protocol, source=peer, destination={"ports": ports})
@@ -163,7 +163,7 @@ def _ports(
             by_protocol[port.protocol] = None
         elif known is not None:
             known.append(_port(port.port, port.end_port))
-    return [(name, _merged(found or [])) for name, found in sorted(by_protocol.items())]
+    return [(name, merged_ports(found or [])) for name, found in sorted(by_protocol.items())]
 
 
 def _port(port: int | str, end: int | None) -> int | str:
@@ -172,7 +172,7 @@ def _port(port: int | str, end: int | None) -> int | str:
     return port if end is None or end == port else f"{port}:{end}"
 
 
-def _merged(ports: list[int | str]) -> list[int | str]:
+def merged_ports(ports: list[int | str]) -> list[int | str]:
     """Names first, then numbers in order, adjoining and overlapping ones as ranges."""
     ranges = sorted(numbers for port in ports if (numbers := parse_port(port)))
     if len(ranges) <= 1 and all(first == last for first, last in ranges):
@@ -197,8 +197,8 @@ def _peers(peers: Sequence[NetworkPolicyPeer]) -> Iterator[dict[str, Any]]:
             }
         else:
             yield {
-                "selector": _pod_selector(peer.pod_selector),
-                "namespace_selector": _namespace_selector(peer.namespace_selector),
+                "selector": pod_selector(peer.pod_selector),
+                "namespace_selector": namespace_selector(peer.namespace_selector),
             }
     if not peers:
         yield {}
@@ -208,14 +208,16 @@ def _network(text: str) -> str:
     return str(parse_net(text, strict=False))
 
 
-def _pod_selector(selector: LabelSelector | None) -> str:
+def pod_selector(selector: LabelSelector | None) -> str:
+    """Pods by their labels, as a selector; None: all pods. Never anything but a pod."""
     conditions = [f"{labels.ORCHESTRATOR} == 'k8s'"]
     if selector is not None:
         conditions += _conditions(selector)
     return " && ".join(conditions)
 
 
-def _namespace_selector(selector: LabelSelector | None) -> str:
+def namespace_selector(selector: LabelSelector | None) -> str:
+    """Namespaces by their labels, as a selector; None: no condition."""
     if selector is None:
         return ""
     return " && ".join(_conditions(selector)) or "all()"

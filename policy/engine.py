@@ -12,7 +12,7 @@ could let through what it forbids.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from types import MappingProxyType
@@ -20,7 +20,15 @@ from types import MappingProxyType
 from api.errors import Problem
 from api.policy import BUILT_IN_TIERS, GlobalNetworkPolicy, NetworkPolicy, Tier
 from api.policy import Rule as ApiRule
-from policy.compile import Compilation, CompiledRules, SetSpec, compile_policy, compile_rules
+from policy.compile import (
+    SERVICE_LABEL,
+    SERVICE_PORT,
+    Compilation,
+    CompiledRules,
+    SetSpec,
+    compile_policy,
+    compile_rules,
+)
 from policy.labelindex import LabelIndex
 from policy.model import (
     Action,
@@ -31,8 +39,10 @@ from policy.model import (
     EndpointId,
     HostBinding,
     Member,
+    NamedPort,
     Part,
     PolicyId,
+    ServiceSlice,
     TierBinding,
 )
 from policy.selector import Selector
@@ -74,25 +84,42 @@ _Users = dict[str, set[EndpointId]]
 class _Rules:
     """The policies and profiles that are enforced, and who uses which sets."""
 
-    def __init__(self, sets: Sets) -> None:
+    def __init__(self, of_endpoints: Sets, of_services: Sets) -> None:
         self.active: dict[PolicyId, CompiledPolicy] = {}
-        self._sets = sets
+        self._sets = {False: of_endpoints, True: of_services}
         self._used: dict[PolicyId, frozenset[SetSpec]] = {}
 
     def put(self, rules: CompiledRules) -> None:
         id = rules.policy.id
         before = self._used.get(id, frozenset())
         for spec in rules.sets - before:
-            self._sets.retain(spec)
+            self._sets[spec.of_service].retain(spec)
         for spec in before - rules.sets:
-            self._sets.release(spec)
+            self._sets[spec.of_service].release(spec)
         self.active[id] = rules.policy
         self._used[id] = rules.sets
 
     def drop(self, id: PolicyId) -> None:
         if self.active.pop(id, None) is not None:
             for spec in self._used.pop(id):
-                self._sets.release(spec)
+                self._sets[spec.of_service].release(spec)
+
+
+class _Both(Mapping[str, frozenset[Member]]):
+    """Two tables of sets, whose ids differ, as one."""
+
+    def __init__(self, first: Sets, second: Sets) -> None:
+        self._first, self._second = first, second
+
+    def __getitem__(self, set_id: str) -> frozenset[Member]:
+        return (self._first if set_id in self._first else self._second)[set_id]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._first
+        yield from self._second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
 
 
 class Engine:
@@ -100,7 +127,9 @@ class Engine:
 
     def __init__(self) -> None:
         self._sets = Sets()
-        self._rules = _Rules(self._sets)
+        self._services = Sets()
+        self._rules = _Rules(self._sets, self._services)
+        self._all_sets: Mapping[str, frozenset[Member]] = _Both(self._sets, self._services)
         self._bindings: dict[EndpointId, Binding] = {}
         self._problems: dict[PolicyId, tuple[Problem, ...]] = {}
 
@@ -126,7 +155,7 @@ class Engine:
     @property
     def sets(self) -> Mapping[str, frozenset[Member]]:
         """All sets that active policies and profiles use."""
-        return self._sets
+        return self._all_sets
 
     @property
     def policies(self) -> Mapping[PolicyId, CompiledPolicy]:
@@ -155,6 +184,16 @@ class Engine:
         """A policy as it is now; None: it is gone. Kubernetes' kinds are converted before."""
         self._new_policies[id] = policy
 
+    def set_service_slice(self, namespace: str, name: str, slice: ServiceSlice | None) -> None:
+        """An EndpointSlice, by its own name, as it is now; None: it is gone."""
+        id = EndpointId("EndpointSlice", namespace, name)
+        endpoint = labels = None
+        if slice is not None:
+            ports = tuple(NamedPort(SERVICE_PORT, *port) for port in slice.ports)
+            labels = {SERVICE_LABEL: slice.service}
+            endpoint = Endpoint(id, (), (), slice.nets, ports)
+        self._services.set_endpoint(id, endpoint, labels)
+
     def set_tier(self, name: str, tier: Tier | None) -> None:
         """A tier as it is now; None: it is gone. The built-in ones are always there."""
         self._new_tiers[name] = tier
@@ -174,7 +213,7 @@ class Engine:
             policies_before[policy_id] = self._rules.active.get(policy_id)
             self._activate(policy_id)
         changes = Changes(
-            self._sets.flush(),
+            self._sets.flush() | self._services.flush(),
             {
                 id: self._rules.active.get(id)
                 for id, before in policies_before.items()

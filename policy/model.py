@@ -45,8 +45,8 @@ class PortRange(NamedTuple):
 class SetKind(Enum):
     """What the members of a set are."""
 
-    NET = "net"  # member: Net; from selectors and NetworkSets
-    NAMED_PORT = "named-port"  # member: NamedPortMember
+    NET = "net"  # member: Net; from selectors, and where connections from a service come from
+    NAMED_PORT = "named-port"  # member: NamedPortMember; also where connections to a service go
 
 
 class NamedPortMember(NamedTuple):
@@ -239,3 +239,15 @@ class Endpoint:
     nets: tuple[Net, ...]
     ports: tuple[NamedPort, ...] = ()
     local: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSlice:
+    """Some endpoints of a service (``namespace/name``), ready or not, and their ports.
+
+    Each of ``ports`` is (protocol, port) and open at each of ``nets``.
+    """
+
+    service: str
+    nets: tuple[Net, ...]
+    ports: tuple[tuple[int, int], ...]

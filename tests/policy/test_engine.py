@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from api.net import parse_net
 from policy.engine import Changes, Engine
 from policy.model import (
     Action,
@@ -22,6 +23,7 @@ from policy.model import (
     NamedPortMember,
     Part,
     PolicyId,
+    ServiceSlice,
     SetKind,
 )
 from tests.policy import strategies
@@ -250,7 +252,6 @@ def test_a_profile_without_rules_is_not_enforced() -> None:
         ({"source": {"notSelector": "app = 'web'"}}, "spec.ingress[0].source.notSelector"),
         ({"source": {"namespaceSelector": "=", "selector": "has(app)"}}, "namespaceSelector"),
         ({"source": {"serviceAccounts": {"selector": "="}}}, "source.serviceAccounts.selector"),
-        ({"source": {"services": {"name": "web"}}}, "spec.ingress[0].source.services"),
         ({"protocol": "TCP", "http": {"methods": ["GET"]}}, "spec.ingress[0].http"),
         ({"notICMP": {"type": 8}}, "spec.ingress[0].protocol"),
     ],
@@ -359,3 +360,50 @@ def test_endpoints_with_repeated_addresses_and_profiles() -> None:
     world.engine.set_endpoint(None, endpoint_id("a"))
     world.flush()
     assert not world.engine.endpoints
+
+
+def slice_of(service: str, *addresses: str, ports: tuple[tuple[int, int], ...]) -> ServiceSlice:
+    return ServiceSlice(service, tuple(map(parse_net, addresses)), ports)
+
+
+def test_services_are_the_addresses_and_ports_of_their_endpoints() -> None:
+    world = World()
+    world.namespace("ns")
+    world.add(endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2"))
+    to_web = {"action": "Allow", "destination": {"services": {"name": "web"}}}
+    world.add(policy({"types": ["Egress"], "egress": [to_web]}))
+    assert not world.allows("a", "b", port=80)
+    engine = world.engine
+    engine.set_service_slice("ns", "web-1", slice_of("ns/web", "10.0.0.2", ports=((6, 80),)))
+    engine.set_service_slice("ns", "web-2", slice_of("ns/web", "10.0.0.2", ports=((17, 81),)))
+    engine.set_service_slice("ns", "db-1", slice_of("ns/db", "10.0.0.2", ports=((6, 90),)))
+    (delta,) = world.flush().sets.values()
+    assert len(delta.added) == 2
+    assert world.allows("a", "b", port=80)
+    assert world.allows("a", "b", "UDP", port=81)
+    assert not world.allows("a", "b", port=81)
+    assert not world.allows("a", "b", port=90)
+    engine.set_service_slice("ns", "web-1", None)
+    assert not world.allows("a", "b", port=80)
+
+
+def test_connections_from_a_services_endpoints_have_any_port() -> None:
+    world = World()
+    world.namespace("ns")
+    world.add(endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2"))
+    from_web = {"action": "Allow", "source": {"services": {"name": "web", "namespace": "x"}}}
+    world.add(global_policy({"types": ["Ingress"], "ingress": [from_web]}))
+    world.engine.set_service_slice("x", "web-1", slice_of("x/web", "10.0.0.1", ports=()))
+    assert world.allows("a", "b")
+    assert not world.allows("b", "a")
+    assert [set_id.partition(":")[0] for set_id in world.engine.sets] == ["svcnoport"]
+
+
+def test_endpoints_of_services_are_in_no_selectors_set() -> None:
+    world = World()
+    world.namespace("ns")
+    world.add(endpoint("b", "10.0.0.2"))
+    rule = {"action": "Allow", "source": {"namespaceSelector": "global()", "selector": "!has(x)"}}
+    world.add(policy({"ingress": [rule]}))
+    world.engine.set_service_slice("x", "web-1", slice_of("x/web", "10.0.0.1", ports=((6, 1),)))
+    assert not world.allows("10.0.0.1", "b")
