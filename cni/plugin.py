@@ -71,12 +71,13 @@ class Plugin:
 
     def _answer(self, request: Request) -> dict[str, Any] | None:
         call = parse_call(request.environment, request.configuration)
-        if request.environment.get(_PLUGIN) == ipam_plugin.NAME and call.command != "STATUS":
+        addresses_only = request.environment.get(_PLUGIN) == ipam_plugin.NAME
+        if addresses_only and call.command != "STATUS":
             return self._answer_ipam(call)
         delegate = self._delegate(call, request)
         if call.attachment is None:
             if call.command == "STATUS":
-                self._status(call, delegate)
+                self._status(call, delegate, addresses_only)
             else:
                 self._node.cluster.require_unlocked()
                 self._collect_garbage(call, delegate)
@@ -213,7 +214,7 @@ class Plugin:
         if faults:
             raise CniError(NOT_AS_ADDED, "; ".join(faults))
 
-    def _status(self, call: Call, delegate: Delegate | None) -> None:
+    def _status(self, call: Call, delegate: Delegate | None, addresses_only: bool) -> None:
         """Whether an ADD could be served now. Raises CniError with code 50."""
         try:
             self._node.cluster.require_unlocked()
@@ -222,7 +223,7 @@ class Plugin:
             else:
                 self._node.require_pools(call.configuration.ipam.families)
             seconds = call.configuration.policy_setup_timeout_seconds
-            if seconds and self._enforcement.away() > seconds:
+            if seconds and not addresses_only and self._enforcement.away() > seconds:
                 raise self._unprotected(seconds)
         except (StoreError, IpamError, CniError) as error:
             raise CniError(NOT_AVAILABLE, str(error)) from error
