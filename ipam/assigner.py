@@ -192,6 +192,8 @@ class Assigner:
             for pool, stored in open_[:_BORROW_FROM]:
                 if found := self._take(stored.thing.net, pool, count, wanted):
                     return found
+        for pool in pools:
+            wanted.owner.search.fruitless(pool)
         return []
 
     def _take_over(self, stored: Stored[Block], cooldown: Cooldown) -> bool:

@@ -21,6 +21,7 @@ from ipam.view import View
 
 _PROBES = 16  # blocks to read one by one before more is read at once
 _LARGE = 256  # blocks of a pool whose exhaustion is remembered
+_SEARCHED = 1 << 20  # blocks to think of, none of which can be had: IPv6 pools have more
 _REMEMBERED = 5.0  # seconds
 _RECLAIM_AFTER = timedelta(minutes=1)  # an empty block of another node is taken over
 
@@ -46,10 +47,13 @@ class Search:
         given_up, swept_at = self._swept.get(pool.net, (-1, None))
         if claimed is not None and given_up == view.given_up and _recent(swept_at):
             return
+        if _all_reserved(pool.net, reserved):
+            return
         given_up = view.given_up
         probes = 0
         begin = self._places.get(pool.net, 0)
-        for place, net in enumerate(pool.blocks(self._node, begin), begin):
+        nets = itertools.islice(pool.blocks(self._node, begin), _SEARCHED)
+        for place, net in enumerate(nets, begin):
             self._places[pool.net] = place % pool.block_count
             if claimed is not None and net in claimed:
                 continue
@@ -66,10 +70,7 @@ class Search:
         self._swept[pool.net] = given_up, time.monotonic()
 
     def of_others(self, pool: Pool) -> Iterator[Sequence[Stored[Block]]]:
-        """Blocks of others: first a few, by chance, then all that have anything left.
-
-        Nothing more is yielded when it was of no use a moment ago.
-        """
+        """Blocks of others: first a few, by chance, then all, unless that was ``fruitless``."""
         nets = pool.blocks(self._node, self._random.randrange(pool.block_count))
         few = (self._records.block(net) for net in itertools.islice(nets, _PROBES))
         yield [stored for stored in few if stored and self._is_of_another(stored.thing)]
@@ -77,7 +78,10 @@ class Search:
             return
         rest = self._records.blocks_within(pool.net)
         yield [stored for stored in rest if self._is_of_another(stored.thing)]
-        if pool.block_count > _LARGE:
+
+    def fruitless(self, pool: Pool) -> None:
+        """No block of others was of use: all of a large pool are not read again for a while."""
+        if pool.block_count > _LARGE and not _recent(self._barren.get(pool.net)):
             self._barren[pool.net] = time.monotonic()
 
     def fruitful(self) -> None:

@@ -279,6 +279,14 @@ def test_a_block_that_is_all_reserved_is_not_claimed(small: SqliteDatastore) -> 
         Allocator(small, "n1").assign(HANDLE, POD)
 
 
+def test_an_ipv6_pool_that_is_all_reserved(store: SqliteDatastore) -> None:
+    """It has more blocks than can be counted through."""
+    add_pool(store, "six", "fd00::/64", 122)
+    reserve(store, "fd00::/65", "fd00:0:0:0:8000::/65")
+    with pytest.raises(PoolExhaustedError):
+        Allocator(store, "n1").assign(HANDLE, POD, version=6)
+
+
 def test_a_malformed_reservation_is_left_out_and_told(
     small: SqliteDatastore, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -683,12 +691,14 @@ def test_the_cost_of_a_full_pool_does_not_grow_with_it(
         with following(counting, "n1") as allocator:
             for _ in range(2):  # a first time for all there is to find out
                 counting.reads = 0
+                counting.listed.clear()
                 try:
                     allocator.assign(HANDLE, POD, pools=[str(net)])
                 except PoolExhaustedError:
                     assert strict
             costs.append(counting.reads)
     assert max(costs) <= 64  # some blocks one by one, twice; then lists
+    assert "IPAMBlock" not in counting.listed, "that all of a large pool are full is remembered"
 
 
 def populate(store: SqliteDatastore, pool: Net, length: int) -> None:

@@ -85,6 +85,7 @@ class Interposed:
         self._after = after
         self._call = call
         self.calls = 0
+        self.listed: list[str] = []
         self.writes = 0
         self.reads = 0
 
@@ -98,6 +99,7 @@ class Interposed:
 
     def list(self, kind: str, namespace: str | None = None, prefix: str = "") -> Listing:
         self._read()
+        self.listed.append(kind)
         return self._store.list(kind, namespace, prefix)
 
     def create(self, key: Key, value: JSON) -> Entry:
