@@ -1,0 +1,87 @@
+"""What the daemon remembers of a store that it follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cni.memory import Memory
+from datastore.interface import JSON, Datastore, Key, UnavailableError
+from datastore.sqlite import SqliteDatastore
+from tests.support.netns import eventually
+
+RED = Key("Namespace", "red")
+
+
+def namespace(**labels: str) -> JSON:
+    metadata = {"name": "red", "labels": labels}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteDatastore]:
+    store = SqliteDatastore(tmp_path / "store.db")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def memory(store: SqliteDatastore) -> Iterator[Memory]:
+    memory = Memory(store, follow=True)
+    memory.start()
+    yield memory
+    memory.stop()
+
+
+def test_follows_what_changes(store: Datastore, memory: Memory) -> None:
+    assert memory.value(RED) == {}
+    entry = store.create(RED, namespace(team="a"))
+    # at once, even before it is heard of
+    assert memory.value(RED) == namespace(team="a")
+    store.update(RED, namespace(team="b"), entry.revision)
+    eventually(lambda: memory.value(RED) == namespace(team="b"))
+    assert memory.values("Namespace") == [namespace(team="b")]
+    store.delete(RED)
+    eventually(lambda: memory.value(RED) == {})
+    assert memory.values("Namespace") == []
+
+
+def test_does_not_remember_others(store: Datastore, memory: Memory) -> None:
+    pod = Key("Pod", "web", "red")
+    store.create(pod, {"metadata": {"name": "web", "namespace": "red"}})
+    store.update(pod, changed := {"metadata": {"name": "web", "namespace": "red", "uid": "1"}})
+    assert memory.value(pod) == changed
+    assert memory.values("Pod") == [changed]
+
+
+def test_is_not_trusted_while_the_store_is_away(
+    tmp_path: Path, store: Datastore, memory: Memory
+) -> None:
+    store.create(RED, namespace())
+    eventually(lambda: len(memory.values("Namespace")) == 1)
+    path = tmp_path / "store.db"
+    away = path.rename(tmp_path / "away.db")
+
+    def fails() -> bool:
+        try:
+            memory.value(RED)
+        except UnavailableError:
+            return True
+        return False
+
+    eventually(fails, 20)
+    away.rename(path)
+    eventually(lambda: not fails(), 20)
+    assert memory.value(RED) == namespace()
+
+
+def test_without_following_everything_is_read(store: Datastore) -> None:
+    memory = Memory(store)
+    memory.start()
+    store.create(RED, namespace(team="a"))
+    store.update(RED, namespace(team="b"))
+    assert memory.value(RED) == namespace(team="b")
+    assert memory.values("Namespace") == [namespace(team="b")]
+    memory.stop()
