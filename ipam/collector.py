@@ -13,11 +13,13 @@ restart: then the periods begin anew.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
 from api.errors import InvalidObjectError
@@ -25,9 +27,9 @@ from api.net import Net
 from datastore.interface import ConflictError, Datastore, Key, NotFoundError
 from ipam import claims
 from ipam.allocator import Allocator
-from ipam.block import ReleaseError
+from ipam.block import Cooldown, ReleaseError
 from ipam.errors import IpamError
-from ipam.inventory import Allocation, Inventory, host_of, users_of
+from ipam.inventory import Allocation, Inventory, allocations_of, host_of, users_of
 from ipam.orphans import delete_orphan
 from ipam.records import CONFIRMED, Records
 
@@ -128,6 +130,7 @@ class Collector:
             self._free_addresses(inventory, periods, now, done)
         self._leave_nodes(inventory, periods, now, done)
         self._mend_claims(inventory, periods, now, done)
+        self._end_cooldowns(inventory, done)
         self._return_blocks(inventory, periods, now, done)
         self._delete_handles(periods, now, done)
         return done
@@ -225,6 +228,27 @@ class Collector:
             else:
                 done.waiting["claims"] += 1
 
+    def _end_cooldowns(self, inventory: Inventory, done: Collected) -> None:
+        """Free what has rested, in blocks where nobody takes an address, which would do it."""
+        resting = [
+            stored
+            for stored in inventory.blocks.values()
+            if not stored.thing.empty and next(allocations_of(stored.thing), None) is None
+        ]
+        if not resting:
+            return
+        try:
+            seconds = self._records.configuration().ip_cooldown_seconds
+        except InvalidObjectError as error:
+            done.problems.append(str(error))
+            return
+        cooldown = Cooldown(seconds, datetime.now(UTC))
+        for stored in resting:
+            if stored.thing.collect(cooldown):
+                self._step()
+                with contextlib.suppress(ConflictError, NotFoundError):  # it is in use after all
+                    self._records.write_block(stored)
+
     def _return_blocks(
         self, inventory: Inventory, periods: Periods, now: float, done: Collected
     ) -> None:
@@ -237,6 +261,8 @@ class Collector:
         for net, sequence in self._empty:
             stored = inventory.blocks[net]
             node = host_of(stored.thing)
+            if not node and stored.thing.affinity is not None:
+                continue  # not a node's
             own = by_node[node, net.version]
             if net in own and len(own) == 1 and node in inventory.nodes:
                 continue  # its last

@@ -222,12 +222,15 @@ def read(store: Datastore, kubernetes: Datastore | None = None) -> Inventory:
     affinities = reader.all("BlockAffinity", _affinity)
     users = reader.users()
     nodes = reader.all("Node", _tunnels, user=True)
+    names = {node.key.name for node in nodes}
+    # one that can't be read is there all the same
+    names |= {each.key.name for each in reader.unreadable if each.key.kind == "Node"}
     return Inventory(
         blocks=blocks,
         handles=handles,
         affinities=[stored for stored in affinities if stored is not None],
         users=[*users, *(node for node in nodes if node.addresses)],
-        nodes=frozenset(node.key.name for node in nodes),
+        nodes=frozenset(names),
         pools=Pools(store).all(),
         reserved=[net for nets in reader.all("IPReservation", _reserved) for net in nets],
         unreadable=reader.unreadable,

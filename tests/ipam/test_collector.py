@@ -9,6 +9,7 @@ from datastore.interface import Key
 from datastore.sqlite import SqliteDatastore
 from ipam import claims
 from ipam.allocator import Allocator
+from ipam.block import Block
 from ipam.collector import Collected, Collector, HaltedError, Periods, Standing
 from ipam.inventory import read
 from ipam.records import CONFIRMED, PENDING, Records
@@ -30,6 +31,7 @@ from tests.ipam.world import (
     affinities,
     allocated,
     blocks,
+    configure,
     dies_after,
     handles,
     overtaken_at,
@@ -340,6 +342,41 @@ def test_empty_blocks_go_but_one_stays(rounds: Rounds) -> None:
     assert rounds(1).blocks == [parse_net("10.0.0.0/28")]
     assert rounds(60).blocks == []
     assert len(blocks(rounds.store)) == len(affinities(rounds.store)) == 3
+
+
+def test_blocks_whose_addresses_have_rested_go(rounds: Rounds) -> None:
+    claim(rounds.store, "n1", "10.0.0.0/28", "10.0.0.16/28")
+    configure(rounds.store, ipCooldownSeconds=600)
+    for address in ("10.0.0.1", "10.0.0.17"):
+        Allocator(rounds.store, "n1").assign_specific(parse_net(address), "h", {})
+    Allocator(rounds.store, "n1").release("h")
+    rounds()
+    assert rounds(60).blocks == []
+    entry = rounds.store.get(Key("IPAMBlock", "10-0-0-0-28"))
+    rested = [{"releasedAt": "2024-01-31T12:00:00Z"}]
+    spec = entry.value["spec"] | {"attributes": rested}
+    rounds.store.update(entry.key, entry.value | {"spec": spec})
+    rounds()
+    rounds(60)
+    assert rounds(60).blocks == [parse_net("10.0.0.0/28")]
+
+
+def test_a_load_balancers_block_is_left_alone(rounds: Rounds) -> None:
+    net = parse_net("10.0.0.0/28")
+    block = Block.new(net, "virtual:load-balancer", 1, None)
+    put(rounds.store, "IPAMBlock", "10-0-0-0-28", block.to_spec())
+    for _ in range(3):
+        assert rounds(900).waiting["blocks"] == 0
+    assert list(blocks(rounds.store)) == [net]
+
+
+def test_a_node_that_can_not_be_read_is_there(rounds: Rounds) -> None:
+    claim(rounds.store, "n1", "10.0.0.0/28")
+    remove(rounds.store, "Node", "n1")
+    put(rounds.store, "Node", "n1", {"ipv4VXLANTunnelAddr": "?"})
+    for _ in range(3):
+        rounds(900)
+    assert [claim.node for claim in affinities(rounds.store)] == ["n1"]
 
 
 def test_a_block_in_use_is_the_one_that_stays(rounds: Rounds) -> None:
