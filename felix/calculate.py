@@ -15,7 +15,9 @@ from api.policy import Tier
 from datastore.interface import Key
 from felix import names
 from felix.desired import Delta, Device, Local, Registration, SetKey
+from felix.hosts import HostPlace
 from felix.overlay import Encapsulation, Overlay
+from felix.policies import DRAFTS, POLICIES, profile_keys
 from felix.ruleset import VERSIONS, Ruleset
 from felix.settings import CLUSTER, NODE_PREFIX, Settings, SettingsError, settings
 from felix.snapshot import PodView, Snapshot, Workload
@@ -86,6 +88,7 @@ class Calculator:
         self._tunnel: tuple[Net | None, Device | None] = (None, None)
         self._own_sets: dict[SetKey, frozenset[Member]] = {}
         self._fresh = True
+        self.hosts: dict[EndpointId, HostPlace] = {}  # this node's
         self.pods: dict[Net, str] = {}
         self.registration: Registration | None = None  # before the first calculation
 
@@ -191,9 +194,20 @@ class Calculator:
         match key.kind:
             case "Pod":
                 workloads.update(self._of_pod.get(key, ()))
-            case "Namespace":
-                self._engine.set_profile(f"kns.{key.name}", snapshot.profiles.get(key))
-            case "NetworkPolicy" | "GlobalNetworkPolicy" | "KubernetesNetworkPolicy":
+            case "Namespace" | "ServiceAccount" | "Profile":
+                name, sources = profile_keys(key)
+                found = (snapshot.profiles.get(source) for source in sources)
+                self._engine.set_profile(name, next(filter(None, found), None))
+            case "HostEndpoint":
+                self._take_host(key, snapshot)
+            case "NetworkSet" | "GlobalNetworkSet":
+                set_id = EndpointId(key.kind, key.namespace, key.name)
+                nets = snapshot.network_sets.get(key)
+                self._engine.set_endpoint(nets.endpoint(set_id) if nets else None, set_id)
+            case "EndpointSlice":
+                slice = snapshot.slices.get(key)
+                self._engine.set_service_slice(key.namespace, key.name, slice)
+            case _ if key.kind in POLICIES or key.kind in DRAFTS:
                 id = PolicyId(key.kind, key.namespace, key.name)
                 self._engine.set_policy(id, snapshot.policies.get(key))
             case "Tier":
@@ -210,6 +224,16 @@ class Calculator:
                 if block is not None:
                     self._blocks[key] = (block.node, block.net)
                     self._overlay.set_block(block.node, block.net, held=True)
+
+    def _take_host(self, key: Key, snapshot: Snapshot) -> None:
+        id = EndpointId(key.kind, key.namespace, key.name)
+        view = snapshot.hosts.get(key)
+        local = view is not None and view.node == self._node
+        self._engine.set_endpoint(view.endpoint(id, local=local) if view else None, id)
+        if view is not None and local:
+            self.hosts[id] = view.place
+        else:
+            self.hosts.pop(id, None)
 
     def _take_workload(self, key: Key, snapshot: Snapshot, delta: Delta) -> None:
         id = EndpointId(key.kind, key.namespace, key.name)

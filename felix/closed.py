@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from api.clusternetworkpolicy import ClusterNetworkPolicy
 from api.errors import InvalidObjectError
 from api.kubernetes import KubernetesNetworkPolicy
 from api.metadata import ObjectMeta
@@ -23,8 +24,14 @@ from api.policy import (
 )
 from api.registry import parse_as
 from datastore.interface import Key
-from policy import convert
+from policy import cluster, convert
 
+# Their tiers; None: that is written in the policy.
+_TIERS = {
+    "ClusterNetworkPolicy": None,
+    "AdminNetworkPolicy": cluster.TIERS["Admin"],
+    "BaselineAdminNetworkPolicy": cluster.TIERS["Baseline"],
+}
 _BOTH: list[PolicyType] = ["Ingress", "Egress"]
 _DENY = [Rule(action="Deny")]
 
@@ -35,6 +42,8 @@ def closed_policy(key: Key, value: object) -> NetworkPolicy | GlobalNetworkPolic
         return _kubernetes(key, _part(value, "spec"))
     # Field names are matched without regard to case, as everywhere.
     spec = {str(name).lower(): part for name, part in _part(value, "spec").items()}
+    if key.kind in _TIERS:
+        return _of_administrators(key, spec)
     fields: dict[str, Any] = {
         "tier": _text(spec.get("tier")) or "default",
         "order": _number(spec.get("order")),
@@ -70,6 +79,45 @@ def _kubernetes(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy:
         policy.spec.ingress, policy.spec.egress = _DENY, _DENY
         return policy
     raise AssertionError(f"{key}: an empty podSelector can be read")
+
+
+def _of_administrators(key: Key, spec: Mapping[str, Any]) -> GlobalNetworkPolicy:
+    """It applies in the directions in which it has rules: to all pods, if not its subject's."""
+    types: list[PolicyType] = []
+    if spec.get("ingress"):
+        types.append("Ingress")
+    if spec.get("egress"):
+        types.append("Egress")
+    pods, namespaces = _subject(spec)
+    baseline = spec.get("tier") == "Baseline"
+    return GlobalNetworkPolicy.model_construct(
+        metadata=ObjectMeta.model_construct(name=key.name),
+        spec=GlobalNetworkPolicySpec.model_construct(
+            tier=_TIERS[key.kind] or cluster.TIERS["Baseline" if baseline else "Admin"],
+            order=_number(spec.get("priority")),
+            selector=pods,
+            namespace_selector=namespaces,
+            types=types,
+            ingress=_DENY,
+            egress=_DENY,
+        ),
+    )
+
+
+def _subject(spec: Mapping[str, Any]) -> tuple[str, str]:
+    subjects: tuple[object, ...] = (spec.get("subject"), {"namespaces": {}})
+    for subject in subjects:
+        readable = {
+            "metadata": {"name": "x"},
+            "spec": {"tier": "Admin", "priority": 0, "subject": subject},
+        }
+        try:
+            policy = parse_as("ClusterNetworkPolicy", readable)
+        except InvalidObjectError:
+            continue
+        assert isinstance(policy, ClusterNetworkPolicy)
+        return cluster.subject_selectors(policy.spec.subject)
+    raise AssertionError("all namespaces can be read")
 
 
 def _types(spec: Mapping[str, Any]) -> list[PolicyType]:

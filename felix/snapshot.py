@@ -18,18 +18,34 @@ from api.felix import FelixConfiguration, FelixConfigurationSpec
 from api.fields import protocol_number
 from api.ipam import BlockAffinity
 from api.ippool import IPPool
-from api.kubernetes import KubernetesNetworkPolicy, Namespace, Pod
+from api.kubernetes import Pod
 from api.net import Net, parse_interface, parse_net
 from api.node import Node
-from api.policy import GlobalNetworkPolicy, NetworkPolicy, Tier
+from api.policy import Tier
 from api.registry import dump, parse_as
 from datastore.interface import JSON, Key
 from felix.closed import closed_policy
+from felix.hosts import (
+    HostView,
+    SetView,
+    host_as_far_as_readable,
+    read_host,
+    read_set,
+    set_as_far_as_readable,
+)
 from felix.names import is_interface
 from felix.overlay import Encapsulation, Host, Pool, tunnel_mac
+from felix.policies import (
+    DRAFTS,
+    POLICIES,
+    AnyPolicy,
+    read_policy,
+    read_profile,
+    read_slice,
+)
 from policy import convert, labels
 from policy.engine import Profile
-from policy.model import NamedPort
+from policy.model import NamedPort, ServiceSlice
 
 T = TypeVar("T")
 
@@ -46,11 +62,21 @@ KINDS = (
     "Node",
     "BlockAffinity",
     "Namespace",
+    "ServiceAccount",
+    "Profile",
     "Pod",
     "WorkloadEndpoint",
+    "HostEndpoint",
+    "GlobalNetworkSet",
+    "NetworkSet",
+    "EndpointSlice",
+    "ClusterNetworkPolicy",
     "GlobalNetworkPolicy",
     "NetworkPolicy",
     "KubernetesNetworkPolicy",
+    "StagedGlobalNetworkPolicy",
+    "StagedNetworkPolicy",
+    "StagedKubernetesNetworkPolicy",
 )
 
 _log = logging.getLogger(__name__)
@@ -110,9 +136,6 @@ class NodeView:
     labels: Mapping[str, str]
 
 
-AnyPolicy = NetworkPolicy | GlobalNetworkPolicy
-
-
 class Snapshot:
     """The objects as of the last update. ``dirty`` are the keys changed since it was emptied.
 
@@ -122,7 +145,10 @@ class Snapshot:
     def __init__(self) -> None:
         self.workloads: dict[Key, Workload] = {}
         self.pods: dict[Key, PodView] = {}
-        self.profiles: dict[Key, Profile] = {}  # by namespace
+        self.profiles: dict[Key, Profile] = {}  # by Namespace, ServiceAccount or Profile
+        self.hosts: dict[Key, HostView] = {}
+        self.network_sets: dict[Key, SetView] = {}
+        self.slices: dict[Key, ServiceSlice] = {}
         self.policies: dict[Key, AnyPolicy] = {}
         self.tiers: dict[Key, Tier] = {}
         self.pools: dict[Key, PoolView] = {}
@@ -144,10 +170,18 @@ class Snapshot:
                 self._put(self.workloads, key, value, read_workload)
             case "Pod":
                 self._put(self.pods, key, value, _read_pod)
-            case "Namespace":
-                self._put(self.profiles, key, value, _read_namespace)
-            case "NetworkPolicy" | "GlobalNetworkPolicy" | "KubernetesNetworkPolicy":
-                self._put(self.policies, key, value, _read_policy, closed_policy)
+            case "Namespace" | "ServiceAccount" | "Profile":
+                self._put(self.profiles, key, value, read_profile)
+            case "HostEndpoint":
+                self._put(self.hosts, key, value, read_host, host_as_far_as_readable)
+            case "NetworkSet" | "GlobalNetworkSet":
+                self._put(self.network_sets, key, value, read_set, set_as_far_as_readable)
+            case "EndpointSlice":
+                self._put(self.slices, key, value, read_slice)
+            case _ if key.kind in DRAFTS:
+                self._put(self.policies, key, value, self._read_policy)
+            case _ if key.kind in POLICIES:
+                self._put(self.policies, key, value, self._read_policy, closed_policy)
             case "Tier":
                 self._put(self.tiers, key, value, _read_tier)
             case "IPPool":
@@ -167,6 +201,9 @@ class Snapshot:
             self.workloads,
             self.pods,
             self.profiles,
+            self.hosts,
+            self.network_sets,
+            self.slices,
             self.policies,
             self.tiers,
             self.pools,
@@ -175,6 +212,12 @@ class Snapshot:
             self.configurations,
         ):
             self.dirty.update(table)
+
+    def _read_policy(self, key: Key, value: JSON) -> AnyPolicy | None:
+        policy, problems = read_policy(key, value)
+        if problems:
+            self.problems[key] = "; ".join(map(str, problems))
+        return policy
 
     def _put(
         self,
@@ -277,18 +320,6 @@ def _read_pod(key: Key, value: JSON) -> PodView:
         ports=convert.named_ports(convert.pod_ports(pod)),
         finished=convert.pod_finished(pod),
     )
-
-
-def _read_namespace(key: Key, value: JSON) -> Profile:
-    return convert.namespace_profile(_parsed(key, value, Namespace))[1]
-
-
-def _read_policy(key: Key, value: JSON) -> AnyPolicy:
-    if key.kind == "KubernetesNetworkPolicy":
-        return convert.network_policy(_parsed(key, value, KubernetesNetworkPolicy))
-    if key.kind == "NetworkPolicy":
-        return _parsed(key, value, NetworkPolicy)
-    return _parsed(key, value, GlobalNetworkPolicy)
 
 
 def _read_tier(key: Key, value: JSON) -> Tier:

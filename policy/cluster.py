@@ -72,7 +72,7 @@ def global_policy(policy: AnyAdminPolicy) -> tuple[GlobalNetworkPolicy, tuple[Pr
     if policy.spec.egress:
         types.append("Egress")
     tier, order = _place(policy)
-    pods, namespaces = _subject(policy.spec.subject)
+    pods, namespaces = subject_selectors(policy.spec.subject)
     return (
         GlobalNetworkPolicy.model_construct(
             metadata=ObjectMeta.model_construct(name=policy.name),
@@ -98,7 +98,7 @@ def _place(policy: AnyAdminPolicy) -> tuple[str, float | None]:
     return TIERS["Baseline"], None
 
 
-def _subject(subject: Subject) -> tuple[str, str]:
+def subject_selectors(subject: Subject) -> tuple[str, str]:
     """Selectors of pods (never of hosts) and of namespaces."""
     if subject.pods is not None:
         pods = subject.pods

@@ -13,6 +13,7 @@ from api import pods
 from api.endpoint import WorkloadEndpointPort
 from api.fields import parse_port, protocol_number
 from api.kubernetes import (
+    KubernetesMeta,
     KubernetesNetworkPolicy,
     LabelSelector,
     LabelSelectorRequirement,
@@ -23,10 +24,25 @@ from api.kubernetes import (
 )
 from api.metadata import ObjectMeta
 from api.net import Net, parse_interface, parse_net
-from api.policy import EntityRule, NetworkPolicy, NetworkPolicySpec, PolicyType, Rule
+from api.policy import (
+    EntityRule,
+    GlobalNetworkPolicy,
+    NetworkPolicy,
+    NetworkPolicySpec,
+    PolicyType,
+    Rule,
+)
+from api.services import EndpointSlice
+from api.staged import (
+    StagedGlobalNetworkPolicy,
+    StagedGlobalNetworkPolicySpec,
+    StagedKubernetesNetworkPolicy,
+    StagedKubernetesNetworkPolicySpec,
+    StagedNetworkPolicy,
+)
 from policy import labels
 from policy.engine import Profile
-from policy.model import NamedPort
+from policy.model import NamedPort, ServiceSlice
 
 ORDER = 1000.0
 
@@ -62,6 +78,41 @@ def network_policy(policy: KubernetesNetworkPolicy) -> NetworkPolicy:
                 for peer in _peers(rule.to)
             ],
         ),
+    )
+
+
+def staged_policy(
+    draft: StagedNetworkPolicy | StagedGlobalNetworkPolicy | StagedKubernetesNetworkPolicy,
+) -> NetworkPolicy | GlobalNetworkPolicy | None:
+    """The policy that a draft would be; None where it stands for a deletion.
+
+    To be given to the engine under the draft's own kind: that keeps it from deciding anything.
+    """
+    spec = draft.spec
+    if spec.staged_action == "Delete":
+        return None
+    if isinstance(spec, StagedKubernetesNetworkPolicySpec):
+        metadata = KubernetesMeta.model_construct(name=draft.name, namespace=draft.namespace)
+        return network_policy(KubernetesNetworkPolicy.model_construct(metadata=metadata, spec=spec))
+    # The draft's spec is one of the policy, too.
+    if isinstance(spec, StagedGlobalNetworkPolicySpec):
+        return GlobalNetworkPolicy.model_construct(metadata=draft.metadata, spec=spec)
+    return NetworkPolicy.model_construct(metadata=draft.metadata, spec=spec)
+
+
+def service_slice(found: EndpointSlice) -> ServiceSlice | None:
+    """The endpoints of a service, whether ready or not; None: of no service, or names.
+
+    A port without a number is no port at all, as in Calico.
+    """
+    if not found.service or found.address_type == "FQDN":
+        return None
+    addresses = (text for endpoint in found.endpoints for text in endpoint.addresses)
+    ports = ((protocol_number(port.protocol), port.port) for port in found.ports)
+    return ServiceSlice(
+        f"{found.namespace}/{found.service}",
+        tuple(dict.fromkeys(parse_interface(text)[0] for text in addresses)),
+        tuple(sorted({(protocol, port) for protocol, port in ports if port})),
     )
 
 
