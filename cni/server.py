@@ -50,6 +50,7 @@ class Server:
         self.path = path
         self._handler = handler
         self._closing = False
+        self._silent_until = 0.0
         self._workers = [
             threading.Thread(target=self._work, name="cni-worker", daemon=True)
             for _ in range(WORKERS)
@@ -85,7 +86,7 @@ class Server:
                 connection = self._socket.accept()[0]
             except OSError as error:
                 if not self._closing:
-                    _log.error("accepting a request: %s", error)
+                    self._complain(error)
                     time.sleep(_PAUSE)
                 continue
             with connection:
@@ -93,6 +94,13 @@ class Server:
                     self._serve(connection)
                 except Exception:
                     _log.exception("request failed; its client is left without an answer")
+
+    def _complain(self, error: OSError) -> None:
+        """Log once a second what meets all workers at once."""
+        now = time.monotonic()
+        if now >= self._silent_until:
+            self._silent_until = now + 1
+            _log.error("accepting a request: %s", error)
 
     def _serve(self, connection: socket.socket) -> None:
         uid = peer_uid(connection)
