@@ -318,3 +318,22 @@ def test_endless_interference_is_told(store: SqliteDatastore) -> None:
 
     with pytest.raises(ContentionError, match=r"block 10\.0\.0\.64/26.*try again"):
         claims.claim(Records(Interposed(store, before=meddle)), "n1", NET)
+
+
+@pytest.mark.parametrize("write", range(3))
+@pytest.mark.parametrize("other", ["10.0.0.64/28", "10.0.0.0/24"])
+def test_two_nodes_with_different_block_sizes_in_mind(
+    store: SqliteDatastore, write: int, other: str
+) -> None:
+    """As while a pool is made anew: never two confirmed blocks that overlap."""
+    theirs: list[bool] = []
+
+    def claim_other() -> None:
+        theirs.append(claims.claim(Records(store), "n2", parse_net(other)) is not None)
+
+    mine = claims.claim(Records(overtaken_at(store, write, claim_other)), "n1", NET)
+    confirmed = [claim.net for claim in affinities(store) if claim.state == CONFIRMED]
+    assert len(confirmed) == (mine is not None) + theirs[0] <= 1
+    assert list(blocks(store)) == confirmed
+    # whoever tries again gets one
+    assert claims.claim(Records(store), "n1", NET) or confirmed == [parse_net(other)]
