@@ -145,9 +145,12 @@ class Allocator:
                     wanted = self._wanted(handle, attributes, use, self._view)
                     return self._assigner.assign(request, count, wanted)
                 except IpamError:
-                    self._view.forget()  # and see if it is still so
+                    pass  # see if it is still so
             wanted = self._wanted(handle, attributes, use, self._now)
-            return self._assigner.assign(request, count, wanted)
+            try:
+                return self._assigner.assign(request, count, wanted)
+            finally:
+                self._view.forget()  # what was otherwise than remembered, and what was claimed now
 
     def assign_specific(
         self,
