@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from enum import Enum, Flag, auto
 from typing import NamedTuple
 
-from policy.model import Match
+from api.net import Net
+from policy.model import Match, PortRange
 
 
 class Table(Enum):
     """Where in a packet's way chains hang. The values are netfilter's names."""
 
     RAW = "raw"
+    MANGLE = "mangle"
     FILTER = "filter"
     NAT = "nat"
 
@@ -58,8 +60,29 @@ class Accept:
 
 
 @dataclass(frozen=True, slots=True)
+class Allow:
+    """Policy let the packet through: it is accepted or, if the settings say so, returned.
+
+    Then it has the mark ACCEPT, which others may look at.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class Drop:
     """The packet ends here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deny:
+    """Policy stops the packet: it is dropped or, if the settings say so, refused.
+
+    In the table FILTER only; elsewhere it is dropped.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The packet ends here, and its sender is told (ICMP port unreachable; table FILTER only)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +126,52 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
+class NoTrack:
+    """Keep the packet out of connection tracking, and go on (table RAW only)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Masquerade:
-    """Replace the source by the address of the interface it goes out by (table NAT only)."""
+    """Replace the source by the address of the interface it goes out by (table NAT only).
+
+    ``ports``: from these; the rule says TCP or UDP then. So it is for ``SourceNat``, too.
+    """
+
+    ports: PortRange | None = None
 
 
-Action = Accept | Drop | Return | Jump | Goto | ClearMarks | MarkAndReturn | Log | Masquerade
+@dataclass(frozen=True, slots=True)
+class SourceNat:
+    """Replace the source by an address, a /32 or /128 (table NAT only)."""
+
+    address: Net
+    ports: PortRange | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationNat:
+    """Replace the destination by an address, a /32 or /128 (table NAT only)."""
+
+    address: Net
+
+
+Action = (
+    Accept
+    | Allow
+    | Drop
+    | Deny
+    | Reject
+    | Return
+    | Jump
+    | Goto
+    | ClearMarks
+    | MarkAndReturn
+    | Log
+    | NoTrack
+    | Masquerade
+    | SourceNat
+    | DestinationNat
+)
 
 
 ANY_PACKET = Match()
@@ -128,6 +192,8 @@ class Condition:
     unmarked: Mark = Mark.NONE  # all of these are clear
     states: tuple[State, ...] = ()  # any of these
     to_this_host: bool = False  # the destination is one of the host's own addresses
+    from_this_host: bool = False  # the source is
+    translated: bool | None = None  # whether the destination was another before NAT
     spoofed: bool = False  # the route back to the source leaves by another interface
 
 

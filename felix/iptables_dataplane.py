@@ -176,7 +176,7 @@ class IptablesDataplane:
         self._sets = IptablesSets(members)
         self._tables = {
             (version, kind): _Table(
-                version, kind, variant, _renderer(version, settings), self._sets
+                version, kind, variant, Renderer(version, settings.iptables, kind), self._sets
             )
             for version in (V4, V6)
             for kind in chains.Table
@@ -249,9 +249,6 @@ class IptablesDataplane:
 
     def _configure(self, settings: Settings) -> None:
         self._sets.max_size = settings.max_set_size
-        for (version, _), table in self._tables.items():
-            table.configure(_renderer(version, settings), append=settings.append_hooks)
-
-
-def _renderer(version: int, settings: Settings) -> Renderer:
-    return Renderer(version, settings.accept_mark, settings.pass_mark)
+        for (version, kind), table in self._tables.items():
+            renderer = Renderer(version, settings.iptables, kind)
+            table.configure(renderer, append=settings.append_hooks)

@@ -12,16 +12,19 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from api.net import V4, Net
+from api.net import V4, Net, format_address
 from felix import names
 from felix.chains import (
     ANY_PACKET,
     Accept,
     Action,
+    Allow,
     Chain,
     ChainRule,
     ClearMarks,
     Condition,
+    Deny,
+    DestinationNat,
     Dispatch,
     Drop,
     Goto,
@@ -30,9 +33,14 @@ from felix.chains import (
     Mark,
     MarkAndReturn,
     Masquerade,
+    NoTrack,
+    Reject,
     Return,
     Side,
+    SourceNat,
+    Table,
 )
+from felix.settings import Manner
 from policy.model import Match, PortRange
 
 ICMP = {4: 1, 6: 58}
@@ -64,11 +72,11 @@ class NeverError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Renderer:
-    """Renders for one IP version. ``accept`` and ``passed`` are the mark bits of ``Mark``."""
+    """Renders for one table of one IP version."""
 
     version: int
-    accept: int
-    passed: int
+    manner: Manner
+    table: Table = Table.FILTER
 
     def render(self, chain: Chain | Dispatch) -> dict[str, RenderedChain]:
         """The chains it takes, by name: a ``Dispatch`` may take several, callers first."""
@@ -85,8 +93,11 @@ class Renderer:
                 conditions = self._conditions(rule.condition, matches)
             except NeverError:
                 continue
-            target = self._target(rule.action)
-            fragments.extend(_join(condition, rule.comment, target) for condition in conditions)
+            fragments.extend(
+                _join(condition, rule.comment, target)
+                for condition in conditions
+                for target in self._targets(rule.action)
+            )
             if isinstance(rule.action, MarkAndReturn):
                 marked = self._marked(rule.action.mark)
                 fragments.append(_join(marked, rule.comment, "-j RETURN"))
@@ -130,6 +141,10 @@ class Renderer:
             words.append(f"-m conntrack --ctstate {states}")
         if condition.to_this_host:
             words.append("-m addrtype --dst-type LOCAL")
+        if condition.from_this_host:
+            words.append("-m addrtype --src-type LOCAL")
+        if condition.translated is not None:
+            words.append(f"-m conntrack {'' if condition.translated else '! '}--ctstate DNAT")
         if condition.spoofed:
             words.append("-m rpfilter --validmark --invert")
         common = " ".join(words)
@@ -137,12 +152,29 @@ class Renderer:
             return [common]
         return [_words(packet, common) for packet in matches.alternatives(condition.packet)]
 
+    def _targets(self, action: Action) -> tuple[str, ...]:
+        """What the action takes, each in a rule of its own under the same condition."""
+        if isinstance(action, Allow):
+            returns = {
+                Table.FILTER: self.manner.returns,
+                Table.MANGLE: self.manner.mangle_returns,
+            }
+            if returns.get(self.table, False):
+                return self._mark(Mark.ACCEPT), "-j RETURN"
+            return ("-j ACCEPT",)
+        if isinstance(action, Deny):
+            refused = self.manner.rejects and self.table is Table.FILTER
+            action = Reject() if refused else Drop()
+        return (self._target(action),)
+
     def _target(self, action: Action) -> str:
         match action:
             case Accept():
                 return "-j ACCEPT"
             case Drop():
                 return "-j DROP"
+            case Reject():
+                return "-j REJECT"  # with ICMP port unreachable
             case Return():
                 return "-j RETURN"
             case Jump(chain):
@@ -152,16 +184,27 @@ class Renderer:
             case ClearMarks(marks):
                 return f"-j MARK --set-xmark 0x0/{self._bits(marks):#x}"
             case MarkAndReturn(mark):
-                bits = self._bits(mark)
-                return f"-j MARK --set-xmark {bits:#x}/{bits:#x}"
+                return self._mark(mark)
             case Log(prefix):
                 return f"-j LOG --log-prefix {quoted(prefix[:29])} --log-level 5"
-            case Masquerade():
-                return "-j MASQUERADE --random-fully"
+            case NoTrack():
+                return "-j CT --notrack"
+            case Masquerade(ports):
+                return _words("-j MASQUERADE", _to_ports(ports), "--random-fully")
+            case SourceNat(address, ports):
+                return f"-j SNAT --to-source {_translated(address, ports)} --random-fully"
+            case DestinationNat(address):
+                return f"-j DNAT --to-destination {_translated(address, None)}"
+            case Allow() | Deny():
+                raise AssertionError(f"{action}: {self._targets(action)}")
+
+    def _mark(self, marks: Mark) -> str:
+        bits = self._bits(marks)
+        return f"-j MARK --set-xmark {bits:#x}/{bits:#x}"
 
     def _bits(self, marks: Mark) -> int:
-        return (self.accept if Mark.ACCEPT in marks else 0) | (
-            self.passed if Mark.PASS in marks else 0
+        return (self.manner.accept if Mark.ACCEPT in marks else 0) | (
+            self.manner.passed if Mark.PASS in marks else 0
         )
 
     def _marked(self, marks: Mark) -> str:
@@ -300,6 +343,19 @@ def quoted(text: str) -> str:
         + "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "_" for c in text)
         + '"'
     )
+
+
+def _to_ports(ports: PortRange | None) -> str:
+    return f"--to-ports {ports.first}-{ports.last}" if ports else ""
+
+
+def _translated(address: Net, ports: PortRange | None) -> str:
+    """``192.0.2.1:1024-2047``, ``[2001:db8::1]:1024-2047``."""
+    text = format_address(address.version, address.address)
+    if ports is None:
+        return text
+    host = text if address.version == V4 else f"[{text}]"
+    return f"{host}:{ports.first}-{ports.last}"
 
 
 def _speaks_of_icmp(match: Match) -> bool:

@@ -14,13 +14,26 @@ from policy.model import Direction, EndpointId, PolicyId
 
 FORWARD = "cali-FORWARD"
 INPUT = "cali-INPUT"
+OUTPUT = "cali-OUTPUT"
 PREROUTING = "cali-PREROUTING"
 ALLOWED_SOURCES = "cali-rpf-skip"
 POSTROUTING = "cali-POSTROUTING"
 WORKLOAD_TO_HOST = "cali-wl-to-host"
 FROM_WORKLOAD = "cali-from-wl-dispatch"
 TO_WORKLOAD = "cali-to-wl-dispatch"
+FROM_HOST = "cali-from-host-endpoint"
+TO_HOST = "cali-to-host-endpoint"
+FROM_HOST_FORWARD = "cali-from-hep-forward"
+TO_HOST_FORWARD = "cali-to-hep-forward"
+FAILSAFE_IN = "cali-failsafe-in"
+FAILSAFE_OUT = "cali-failsafe-out"
+SERVICE_LOOPS = "cali-cidr-block"
 NAT_OUTGOING = "cali-nat-outgoing"
+FLOATING_DNAT = "cali-fip-dnat"
+FLOATING_SNAT = "cali-fip-snat"
+
+# Stands for a host endpoint of all interfaces in chains' names: longer than any interface's.
+ANY_INTERFACE = "any-interface-here"
 
 VXLAN_DEVICE = "vxlan.calico"
 
@@ -29,6 +42,7 @@ VXLAN_DEVICE = "vxlan.calico"
 ALL_POOLS = "all-ipam-pools"
 MASQUERADE_POOLS = "masq-ipam-pools"
 VXLAN_NODES = "all-vxlan-net"
+ALL_HOSTS = "all-hosts-net"
 
 MAX_CHAIN = 28
 MAX_SET = 31
@@ -52,6 +66,15 @@ def is_interface(name: str) -> bool:
 def endpoint_chain(direction: Direction, interface: str) -> str:
     """``cali-tw-<interface>``: to the workload; ``cali-fw-<interface>``: from it."""
     return f"cali-{'tw' if direction is Direction.INGRESS else 'fw'}-{interface}"
+
+
+def host_chain(direction: Direction, interface: str, *, forward: bool) -> str:
+    """``cali-fh-<interface>``: into the host; ``cali-th-…``: out of it.
+
+    For what is forwarded through the interface ``cali-fhfw-…`` and ``cali-thfw-…``.
+    """
+    way = "fh" if direction is Direction.INGRESS else "th"
+    return f"cali-{way}{'fw' if forward else ''}-{interface}"
 
 
 def policy_chain(direction: Direction, policy: PolicyId) -> str:

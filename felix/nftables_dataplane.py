@@ -30,12 +30,24 @@ from reconcile.backoff import Backoff
 
 TABLE = "calico"
 
-# nft(8): raw, filter and srcnat; ours comes after others' there, whose translations stand.
-_KINDS = {Table.RAW: "filter", Table.FILTER: "filter", Table.NAT: "nat"}
+# nft(8): raw, mangle, filter, dstnat and srcnat. In the last ours comes after others', whose
+# translations stand.
+_KINDS = {
+    Table.RAW: "filter",
+    Table.MANGLE: "filter",
+    Table.FILTER: "filter",
+    Table.NAT: "nat",
+}
 _PRIORITIES = {
     (Table.RAW, "PREROUTING"): -300,
+    (Table.RAW, "OUTPUT"): -300,
+    (Table.MANGLE, "PREROUTING"): -150,
+    (Table.MANGLE, "POSTROUTING"): -150,
     (Table.FILTER, "FORWARD"): 0,
     (Table.FILTER, "INPUT"): 0,
+    (Table.FILTER, "OUTPUT"): 0,
+    (Table.NAT, "PREROUTING"): -100,
+    (Table.NAT, "OUTPUT"): -100,
     (Table.NAT, "POSTROUTING"): 110,
 }
 
@@ -173,9 +185,7 @@ class _Family:
             yield f"nftables {self._nftables} {what}".rstrip(), message
 
     def _make_renderer(self, settings: Settings) -> Renderer:
-        return Renderer(
-            self._version, settings.accept_mark, settings.pass_mark, self._sets.holds_networks
-        )
+        return Renderer(self._version, settings.nftables, self._sets.holds_networks)
 
     def _render(self, full: str) -> None:
         table, chain = self._neutral[full]

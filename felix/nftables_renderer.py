@@ -19,10 +19,13 @@ from felix import names
 from felix.chains import (
     Accept,
     Action,
+    Allow,
     Chain,
     ChainRule,
     ClearMarks,
     Condition,
+    Deny,
+    DestinationNat,
     Dispatch,
     Drop,
     Goto,
@@ -31,11 +34,15 @@ from felix.chains import (
     Mark,
     MarkAndReturn,
     Masquerade,
+    NoTrack,
+    Reject,
     Return,
     Side,
+    SourceNat,
     State,
     Table,
 )
+from felix.settings import Manner
 from kernel import nft_expressions as nft
 from kernel.nft_expressions import Base, Compare, ConntrackState, FibFlag, FibResult, Meta, Verdict
 from kernel.nft_sets import (
@@ -60,6 +67,8 @@ PORT_PROTOCOLS = (6, 17, 132, 33, 136)  # TCP, UDP, SCTP, DCCP, UDP-Lite: ports 
 _SOURCE_OFFSET = {4: 12, 6: 8}
 _DESTINATION_OFFSET = {4: 16, 6: 24}
 _RTN_LOCAL = 2
+_DST_NAT = 1 << 5  # IPS_DST_NAT (linux/netfilter/nf_conntrack_common.h)
+_FAMILY = {4: 2, 6: 10}
 
 _MOST_KNOWN = 4096  # rules that are remembered as rendered
 
@@ -123,11 +132,10 @@ class _Option:
 
 @dataclass(frozen=True, slots=True)
 class Renderer:
-    """Renders for one IP version. ``accept`` and ``passed`` are the mark bits of ``Mark``."""
+    """Renders for one IP version."""
 
     version: int
-    accept: int
-    passed: int
+    manner: Manner
     holds_networks: HoldsNetworks
     known: dict[tuple[Table, ChainRule], _RenderedRule] = field(
         default_factory=dict, repr=False, compare=False
@@ -203,9 +211,17 @@ class Renderer:
             bits = sum(_STATES[state] for state in condition.states)
             parts += (nft.load_conntrack_state(), nft.mask(nft.host_order(bits)))
             parts.append(nft.compare(bytes(4), Compare.NOT_EQUAL))
-        if condition.to_this_host:
-            parts.append(nft.load_fib(FibResult.ADDRTYPE, FibFlag.DADDR))
-            parts.append(nft.compare(nft.host_order(_RTN_LOCAL)))
+        for is_asked, flag in (
+            (condition.to_this_host, FibFlag.DADDR),
+            (condition.from_this_host, FibFlag.SADDR),
+        ):
+            if is_asked:
+                parts.append(nft.load_fib(FibResult.ADDRTYPE, flag))
+                parts.append(nft.compare(nft.host_order(_RTN_LOCAL)))
+        if condition.translated is not None:
+            parts += (nft.load_conntrack_status(), nft.mask(nft.host_order(_DST_NAT)))
+            how = Compare.NOT_EQUAL if condition.translated else Compare.EQUAL
+            parts.append(nft.compare(bytes(4), how))
         if condition.spoofed:
             # fib saddr . mark . iif oif missing: xt_rpfilter with validmark, inverted
             asked = FibFlag.SADDR | FibFlag.MARK | FibFlag.IIF | FibFlag.PRESENT
@@ -216,8 +232,16 @@ class Renderer:
         match action:
             case Accept():
                 return nft.verdict(Verdict.ACCEPT)
+            case Allow():
+                return self._allow(table)
             case Drop():
                 return nft.verdict(Verdict.DROP)
+            case Deny():
+                if self.manner.rejects and table is Table.FILTER:
+                    return nft.reject(self.version)
+                return nft.verdict(Verdict.DROP)
+            case Reject():
+                return nft.reject(self.version)
             case Return():
                 return nft.verdict(Verdict.RETURN)
             case Jump(chain):
@@ -231,8 +255,23 @@ class Renderer:
                 return self._mark(bits, bits) + nft.verdict(Verdict.RETURN)
             case Log(prefix):
                 return nft.log(prefix)
-            case Masquerade():
-                return nft.masquerade(random=True)
+            case NoTrack():
+                return nft.notrack()
+            case Masquerade(ports):
+                return nft.masquerade(ports=ports, random=True)
+            case SourceNat(address, ports):
+                return nft.source_nat(
+                    _FAMILY[self.version], address.packed(), ports=ports, random=True
+                )
+            case DestinationNat(address):
+                return nft.destination_nat(_FAMILY[self.version], address.packed())
+
+    def _allow(self, table: Table) -> bytes:
+        returns = {Table.FILTER: self.manner.returns, Table.MANGLE: self.manner.mangle_returns}
+        if not returns.get(table, False):
+            return nft.verdict(Verdict.ACCEPT)
+        bits = self._bits(Mark.ACCEPT)
+        return self._mark(bits, bits) + nft.verdict(Verdict.RETURN)
 
     def _mark(self, bits: int, value: int) -> bytes:
         """``meta mark set``: of these bits, these."""
@@ -240,8 +279,8 @@ class Renderer:
         return nft.load_meta(Meta.MARK) + nft.mask(kept, nft.host_order(value)) + nft.store_mark()
 
     def _bits(self, marks: Mark) -> int:
-        return (self.accept if Mark.ACCEPT in marks else 0) | (
-            self.passed if Mark.PASS in marks else 0
+        return (self.manner.accept if Mark.ACCEPT in marks else 0) | (
+            self.manner.passed if Mark.PASS in marks else 0
         )
 
 

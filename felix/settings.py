@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 
-from api.felix import FelixConfigurationSpec
+from api.felix import FelixConfigurationSpec, ProtoPort
 from api.felix_defaults import effective
+from api.fields import parse_port, protocol_number
+from api.net import Net, parse_net
 from felix import names
+from policy.model import PortRange
 
 CLUSTER = "default"
 NODE_PREFIX = "node."
@@ -31,23 +34,73 @@ class NftablesMode(Enum):
     AUTO = "Auto"
 
 
+class LoopPrevention(Enum):
+    """What becomes of packets for addresses of services that no service has."""
+
+    DROP = "Drop"
+    REJECT = "Reject"
+    DISABLED = "Disabled"
+
+
 class SettingsError(ValueError):
     """A FelixConfiguration that can't be used as it stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How an enforcer writes verdicts.
+
+    ``accept`` and ``passed`` are the two lowest bits of the mark mask. ``rejects``: what policy
+    denies is refused rather than dropped. ``returns``: what it allows goes on to others' rules
+    rather than being accepted at once; so it is for the table mangle.
+    """
+
+    accept: int
+    passed: int
+    rejects: bool = False
+    returns: bool = False
+    mangle_returns: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failsafe:
+    """A port that stays reachable whatever policy says.
+
+    Of the host, from ``net`` (inbound), or of others in ``net``; None is everywhere.
+    """
+
+    protocol: int
+    port: int
+    net: Net | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NatOutgoing:
+    """How what leaves the pools is translated.
+
+    ``address`` None: to that of the interface. ``interface``: only what goes out by it, where
+    a trailing ``*`` stands for any ending. ``spare_hosts``: not what goes to other nodes.
+    """
+
+    address: Net | None = None
+    ports: PortRange | None = None
+    interface: str = ""
+    spare_hosts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What felix does differently on request.
 
-    ``accept_mark`` and ``pass_mark`` are the two lowest bits of the mark mask. ``refresh`` is
-    how often, in seconds, all that felix owns is compared with the kernel; 0 is never.
-    ``vxlan_mtu`` 0 is the uplink's less 50, ``vxlan_enabled`` None is as the pools need it.
-    ``allow_sources``: endpoints may send with the prefixes they list, besides their addresses.
+    ``iptables`` and ``nftables`` are for the enforcer of that name. ``refresh`` is how often, in
+    seconds, all that felix owns is compared with the kernel; 0 is never. ``vxlan_mtu`` 0 is the
+    uplink's less 50, ``vxlan_enabled`` None is as the pools need it. ``allow_sources``: endpoints
+    may send with the prefixes they list, besides their addresses.
     """
 
     interface_prefixes: tuple[str, ...]
-    accept_mark: int
-    pass_mark: int
+    iptables: Manner
+    nftables: Manner
     endpoint_to_host: EndpointToHost
     append_hooks: bool
     nftables_mode: NftablesMode
@@ -63,6 +116,11 @@ class Settings:
     allow_vxlan: bool
     allow_ipip: bool
     allow_sources: bool
+    failsafe_in: tuple[Failsafe, ...]
+    failsafe_out: tuple[Failsafe, ...]
+    nat_outgoing: NatOutgoing
+    loop_prevention: LoopPrevention
+    floating_ips: bool
 
     def is_workload(self, interface: str) -> bool:
         """Whether an interface's name says that it belongs to a workload."""
@@ -84,11 +142,19 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
         assert isinstance(value, int)
         return value
 
-    accept, passed = _lowest_bits(number("iptables_mark_mask"))
+    def manner(enforcer: str, name: str) -> Manner:
+        field = f"{enforcer}_mark_mask"
+        return Manner(
+            *_lowest_bits(name, number(field)),
+            rejects=pick(f"{enforcer}_filter_deny_action") == "Reject",
+            returns=pick(f"{enforcer}_filter_allow_action") == "Return",
+            mangle_returns=pick(f"{enforcer}_mangle_allow_action") == "Return",
+        )
+
     return Settings(
         interface_prefixes=_prefixes(str(pick("interface_prefix"))),
-        accept_mark=accept,
-        pass_mark=passed,
+        iptables=manner("iptables", "iptablesMarkMask"),
+        nftables=manner("nftables", "nftablesMarkMask"),
         endpoint_to_host=EndpointToHost(pick("default_endpoint_to_host_action")),
         append_hooks=pick("chain_insert_mode") == "Append",
         nftables_mode=NftablesMode(pick("nftables_mode")),
@@ -104,6 +170,11 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
         allow_vxlan=bool(pick("allow_vxlan_packets_from_workloads")),
         allow_ipip=bool(pick("allow_ipip_packets_from_workloads")),
         allow_sources=pick("workload_source_spoofing") == "Any",
+        failsafe_in=_failsafes(merged.failsafe_inbound_host_ports),
+        failsafe_out=_failsafes(merged.failsafe_outbound_host_ports),
+        nat_outgoing=_nat_outgoing(merged),
+        loop_prevention=LoopPrevention(pick("service_loop_prevention")),
+        floating_ips=pick("floating_ips") == "Enabled",
     )
 
 
@@ -134,11 +205,31 @@ def _prefixes(text: str) -> tuple[str, ...]:
     return prefixes
 
 
-def _lowest_bits(mask: int) -> tuple[int, int]:
+def _failsafes(ports: Sequence[ProtoPort] | None) -> tuple[Failsafe, ...]:
+    return tuple(
+        Failsafe(
+            protocol_number(each.protocol), each.port, parse_net(each.net) if each.net else None
+        )
+        for each in ports or ()
+    )
+
+
+def _nat_outgoing(spec: FelixConfigurationSpec) -> NatOutgoing:
+    ports = None if spec.nat_port_range is None else parse_port(spec.nat_port_range)
+    interface = spec.iptables_nat_outgoing_interface_filter or ""
+    return NatOutgoing(
+        address=parse_net(spec.nat_outgoing_address) if spec.nat_outgoing_address else None,
+        ports=PortRange(*ports) if ports else None,
+        interface=f"{interface[:-1]}*" if interface.endswith("+") else interface,
+        spare_hosts=spec.nat_outgoing_exclusions == "IPPoolsAndHostIPs",
+    )
+
+
+def _lowest_bits(field: str, mask: int) -> tuple[int, int]:
     first = mask & -mask
     rest = mask ^ first
     if not rest:
-        raise SettingsError(f"spec.iptablesMarkMask: {mask:#x}: expected at least two bits set")
+        raise SettingsError(f"spec.{field}: {mask:#x}: expected at least two bits set")
     return first, rest & -rest
 
 

@@ -30,6 +30,9 @@ _VERDICT_CODE = 1
 _VERDICT_CHAIN = 2
 _LOOKUP_INVERTED = 1
 
+_RANDOM_PORTS = 1 << 4  # NF_NAT_RANGE_PROTO_RANDOM_FULLY
+_PORT_UNREACHABLE = {4: 3, 6: 4}  # codes of ICMP type 3 and ICMPv6 type 1
+
 _BE32 = struct.Struct(">I")
 _BE64 = struct.Struct(">Q")
 
@@ -245,33 +248,46 @@ def notrack() -> bytes:
     return _expression("notrack")
 
 
+def reject(version: int) -> bytes:
+    """Drop the packet and tell its sender: port unreachable (ICMP, or ICMPv6 for version 6)."""
+    code = _PORT_UNREACHABLE[version]
+    return _expression("reject", number(1, 0), attribute(2, bytes((code,))))
+
+
 def masquerade(*, ports: tuple[int, int] | None = None, random: bool = False) -> bytes:
     """Replace the source by the address of the outgoing interface (chain type nat).
 
     ``ports`` (first, last) bound the source ports. They go through registers 1 and 2.
     """
+    flags = (number(1, _RANDOM_PORTS),) if random else ()
     if ports is None:
-        return _expression("masq", *((number(1, 1 << 4),) if random else ()))
-    return _ports(ports) + _expression("masq", number(2, REGISTER), number(3, REGISTER + 1))
+        return _expression("masq", *flags)
+    return _ports(ports) + _expression("masq", *flags, number(2, REGISTER), number(3, REGISTER + 1))
 
 
-def source_nat(family: int, address: bytes, *, ports: tuple[int, int] | None = None) -> bytes:
+def source_nat(
+    family: int, address: bytes, *, ports: tuple[int, int] | None = None, random: bool = False
+) -> bytes:
     """Replace the source address (chain type nat). ``family``: 2 (IPv4) or 10 (IPv6)."""
-    return _nat(0, family, address, ports)
+    return _nat(0, family, address, ports, random)
 
 
 def destination_nat(family: int, address: bytes, *, ports: tuple[int, int] | None = None) -> bytes:
     """Replace the destination address (chain type nat)."""
-    return _nat(1, family, address, ports)
+    return _nat(1, family, address, ports, random=False)
 
 
-def _nat(kind: int, family: int, address: bytes, ports: tuple[int, int] | None) -> bytes:
+def _nat(
+    kind: int, family: int, address: bytes, ports: tuple[int, int] | None, random: bool
+) -> bytes:
     target = REGISTER + 2
     parts = set_register(address, target)
     fields = [number(1, kind), number(2, family), number(3, target), number(4, target)]
     if ports is not None:
         parts += _ports(ports)
         fields += [number(5, REGISTER), number(6, REGISTER + 1)]
+    if random:
+        fields.append(number(7, _RANDOM_PORTS))
     return parts + _expression("nat", *fields)
 
 

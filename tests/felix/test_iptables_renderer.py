@@ -22,14 +22,15 @@ from felix.chains import (
 )
 from felix.iptables_renderer import ConstantSet, Renderer
 from felix.rules import dispatches
+from felix.settings import Manner
 from kernel.ipsets import IpSet, IpSets, net_members
 from kernel.iptables import IptablesTable, TableUpdate
 from kernel.netns import Namespace
 from policy.model import Match, PortRange
 from tests.support.netns import fresh_namespace
 
-V4 = Renderer(4, 0x10000, 0x20000)
-V6 = Renderer(6, 0x10000, 0x20000)
+V4 = Renderer(4, Manner(0x10000, 0x20000))
+V6 = Renderer(6, Manner(0x10000, 0x20000))
 
 
 def render(renderer: Renderer, rule: ChainRule) -> list[str]:

@@ -9,7 +9,7 @@ from api.policy import GlobalNetworkPolicySpec
 from api.registry import parse_as
 from datastore.interface import JSON, Key
 from felix.closed import closed_policy
-from felix.settings import EndpointToHost, SettingsError, settings
+from felix.settings import EndpointToHost, Manner, SettingsError, settings
 from felix.snapshot import Snapshot
 from policy.compile import compile_policy
 from policy.model import Action, PolicyId
@@ -24,7 +24,7 @@ def spec(**fields: Any) -> Any:
 def test_defaults_are_calicos() -> None:
     own = settings()
     assert own.interface_prefixes == ("cali",)
-    assert (own.accept_mark, own.pass_mark) == (0x10000, 0x20000)
+    assert own.iptables == own.nftables == Manner(0x10000, 0x20000)
     assert own.endpoint_to_host is EndpointToHost.DROP
     assert (own.vxlan_port, own.vxlan_vni, own.vxlan_enabled) == (4789, 4096, None)
     assert own.iptables_backend == "auto" and not own.append_hooks
@@ -49,6 +49,7 @@ def test_the_node_overrides_the_cluster() -> None:
         ({"interfacePrefix": "cali,"}, "interfacePrefix.*beginnings of interface names"),
         ({"interfacePrefix": "much-too-long-a-prefix"}, "interfacePrefix"),
         ({"iptablesMarkMask": 0x80}, "iptablesMarkMask.*at least two bits"),
+        ({"nftablesMarkMask": 0}, "nftablesMarkMask.*at least two bits"),
         ({"vxlanPort": 70000}, "vxlanPort.*1 to 65535"),
         ({"vxlanVNI": 1 << 24}, "vxlanVNI"),
     ],

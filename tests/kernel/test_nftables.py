@@ -158,6 +158,15 @@ def test_expressions_are_what_nft_lists(
             nft.destination_nat(2, parse_net("192.0.2.1").packed()),
             "dnat to 192.0.2.1",
         ),
+        (
+            "postrouting",
+            "nat",
+            nft.load_meta(Meta.L4PROTO)
+            + nft.compare(b"\x06")
+            + nft.source_nat(2, parse_net("192.0.2.1").packed(), ports=(1024, 2047), random=True),
+            "meta l4proto 6 snat to 192.0.2.1:1024-2047 fully-random",
+        ),
+        ("input", "filter", nft.reject(4), "reject"),
     ],
 )
 def test_statements_of_a_hook_are_what_nft_lists(
