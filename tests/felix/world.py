@@ -69,29 +69,31 @@ class Pod:
             request = veth(self.interface, "eth0", peer_netns_fd=self.netns.fd, mac=HOST_MAC)
             link = parse_link(host.request(request))
             self.index = link.index
-            eth0 = link.peer_index
-            assert own.batch([link_up(1), link_up(eth0)]) == []
-            mac = Links(own).get("eth0").mac
-            net = parse_net(self.address)
-            messages = [address_add(Address(eth0, net, net.length))]
+            assert own.batch([link_up(1), link_up(link.peer_index)]) == []
+        self.add_address(self.address)
+
+    def add_address(self, address: str) -> None:
+        """``ip address add … dev eth0``, and the way there and back."""
+        with (
+            NetlinkSocket(netns_fd=self.node.netns.fd) as host,
+            NetlinkSocket(netns_fd=self.netns.fd) as own,
+        ):
+            link = Links(own).get("eth0")
+            net = parse_net(address)
+            messages = [address_add(Address(link.index, net, net.length))]
             if net.version == 4:
                 gateway = GATEWAY
-                messages += [
-                    route_add(Route(gateway, (Hop(eth0),), protocol=3)),
-                    route_add(
-                        Route(parse_net("0.0.0.0/0"), (Hop(eth0, gateway.address),), protocol=3)
-                    ),
-                ]
+                messages.append(route_add(Route(gateway, (Hop(link.index),), protocol=3)))
+                default = parse_net("0.0.0.0/0")
             else:
                 gateway = parse_net("fe80::ecee:eeff:feee:eeee")
-                messages.append(
-                    route_add(Route(parse_net("::/0"), (Hop(eth0, gateway.address),), protocol=3))
-                )
-            messages.append(neighbour_replace(Neighbour(eth0, gateway, HOST_MAC)))
+                default = parse_net("::/0")
+            hop = Hop(link.index, gateway.address)
+            messages.append(route_add(Route(default, (hop,), protocol=3)))
+            messages.append(neighbour_replace(Neighbour(link.index, gateway, HOST_MAC)))
             assert own.batch(messages) == []
-            assert (
-                host.batch([neighbour_replace(Neighbour(link.index, net, mac, protocol=0))]) == []
-            )
+            neighbour = Neighbour(self.index, net, link.mac, protocol=0)
+            assert host.batch([neighbour_replace(neighbour)]) == []
 
     def unplug(self) -> None:
         """The interface goes."""
