@@ -15,7 +15,7 @@ from api.policy import Tier
 from datastore.interface import Key
 from felix import names
 from felix.desired import Delta, Device, Local, Registration, SetKey
-from felix.hosts import HostPlace
+from felix.hosts import ALL_INTERFACES, HostPlace, resolve
 from felix.overlay import Encapsulation, Overlay
 from felix.policies import DRAFTS, POLICIES, profile_keys
 from felix.ruleset import VERSIONS, Ruleset
@@ -88,6 +88,9 @@ class Calculator:
         self._tunnel: tuple[Net | None, Device | None] = (None, None)
         self._own_sets: dict[SetKey, frozenset[Member]] = {}
         self._fresh = True
+        self._host_addresses: Mapping[str, frozenset[Net]] = {}
+        self._hosts_changed = False
+        self._guarding: frozenset[EndpointId] = frozenset()
         self.hosts: dict[EndpointId, HostPlace] = {}  # this node's
         self.pods: dict[Net, str] = {}
         self.registration: Registration | None = None  # before the first calculation
@@ -121,6 +124,12 @@ class Calculator:
         """Whether the interface is this endpoint's, of all that claim it."""
         return self._interfaces.holder(interface) == id
 
+    def set_host_addresses(self, addresses: Mapping[str, frozenset[Net]]) -> bool:
+        """The addresses of the node's interfaces, by name; whether ``calculate`` is needed."""
+        self._host_addresses = addresses
+        self._hosts_changed |= any(not place.interface for place in self.hosts.values())
+        return self._hosts_changed
+
     def calculate(self, snapshot: Snapshot) -> Delta:
         """What became different through the snapshot's dirty keys, which are then clean."""
         dirty, snapshot.dirty = snapshot.dirty, set()
@@ -141,6 +150,8 @@ class Calculator:
             self._overlay.set_pools(pools, self._settings.vxlan_enabled)
         self._update_overlay(delta)
         self._update_pods(delta)
+        if self._hosts_changed or delta.settings is not None:
+            self._update_hosts()
         if pools_changed or delta.peers:
             self._own_sets = dict(self._make_own_sets(snapshot))
         self._ruleset.update(
@@ -174,6 +185,12 @@ class Calculator:
                 f"WorkloadEndpoint({names.endpoint_text(id)})",
                 "spec.allowSpoofedSourcePrefixes: not in force: FelixConfiguration"
                 " workloadSourceSpoofing is Disabled; expected Any",
+            )
+        for id in self.hosts.keys() - self._guarding:
+            yield (
+                f"HostEndpoint({id.name})",
+                "guards no interface: none has its expectedIPs, or all that it claims are"
+                " another's, or a workload's",
             )
         for what, claimants in (*self._interfaces.conflicts(), *self._addresses.conflicts()):
             first, *others = map(names.endpoint_text, claimants)
@@ -234,6 +251,16 @@ class Calculator:
             self.hosts[id] = view.place
         else:
             self.hosts.pop(id, None)
+        self._hosts_changed = True
+
+    def _update_hosts(self) -> None:
+        """Which interfaces host endpoints guard."""
+        found = resolve(self.hosts, self._host_addresses, self._settings.is_workload)
+        self._guarding = frozenset(found.values())
+        if ALL_INTERFACES in found:
+            found[names.ANY_INTERFACE] = found.pop(ALL_INTERFACES)
+        self._ruleset.set_hosts(found)
+        self._hosts_changed = False
 
     def _take_workload(self, key: Key, snapshot: Snapshot, delta: Delta) -> None:
         id = EndpointId(key.kind, key.namespace, key.name)

@@ -6,7 +6,7 @@ open, and a set without members could take away the ground of a denial.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from api.fields import protocol_number
@@ -16,6 +16,7 @@ from api.networkset import GlobalNetworkSet, NetworkSet
 from api.pods import namespace_profile
 from api.registry import parse_as
 from datastore.interface import JSON, Key
+from felix.names import is_interface
 from policy import labels
 from policy.model import Endpoint, EndpointId, NamedPort
 
@@ -101,6 +102,31 @@ def read_set(key: Key, value: JSON) -> SetView:
 def set_as_far_as_readable(key: Key, value: object) -> SetView:
     """What can be read of a network set. Never raises."""
     return _set(key, _nets(_part(value, "spec").get("nets")), _labels(value))
+
+
+def resolve(
+    hosts: Mapping[EndpointId, HostPlace],
+    addresses: Mapping[str, Collection[Net]],
+    is_workload: Callable[[str], bool],
+) -> dict[str, EndpointId]:
+    """Which endpoint each interface has, of those that claim it the first by name.
+
+    ``addresses`` are those of the node's interfaces. The endpoint of all other interfaces is
+    that of ``ALL_INTERFACES``. An interface of a workload has none.
+    """
+    found: dict[str, EndpointId] = {}
+    for id, place in sorted(hosts.items(), reverse=True):
+        if place.interface:
+            claimed = [place.interface]
+        else:
+            expected = set(place.addresses)
+            claimed = [name for name, own in addresses.items() if not expected.isdisjoint(own)]
+        found.update(
+            (name, id)
+            for name in claimed
+            if name == ALL_INTERFACES or (is_interface(name) and not is_workload(name))
+        )
+    return found
 
 
 def _set(key: Key, nets: Iterable[Net], own: tuple[tuple[str, str], ...]) -> SetView:

@@ -12,55 +12,46 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from api.net import V4, V6, Net
-from felix import names
+from felix import host_rules, names
 from felix.chains import (
     Accept,
     Action,
+    Allow,
     Chain,
     ChainRule,
     ClearMarks,
     Condition,
+    Deny,
     Dispatch,
     Drop,
     Goto,
     Hook,
     Jump,
-    Log,
     Mark,
-    MarkAndReturn,
     Masquerade,
     Return,
     Side,
     State,
     Table,
 )
+from felix.host_rules import Guard
+from felix.policy_rules import (
+    ALLOWED,
+    ESTABLISHED,
+    NEIGHBOUR_DISCOVERY,
+    profile_rules,
+    tier_rules,
+)
 from felix.settings import EndpointToHost, Settings
-from policy.model import (
-    Action as PolicyAction,
-)
-from policy.model import (
-    CompiledPolicy,
-    Direction,
-    EndpointBinding,
-    Match,
-    PortRange,
-    Rule,
-)
+from policy.model import Direction, EndpointBinding, Match, Part, PortRange
 
 IPIP = 4
 UDP = 17
-ICMPV6 = 58
 
-# RFC 4890, 4.4.1: multicast listener messages and neighbour discovery, without which a
-# workload never finds its gateway.
-_NEIGHBOUR_DISCOVERY = (130, 131, 132, 133, 135, 136)
-
-_ALLOWED = Condition(marked=Mark.ACCEPT)
-_UNDECIDED = Condition(unmarked=Mark.PASS)
 _UNKNOWN = ChainRule(Drop(), comment="Unknown interface")
 _TO_HOST: Mapping[EndpointToHost, Action] = {
-    EndpointToHost.DROP: Drop(),
-    EndpointToHost.ACCEPT: Accept(),
+    EndpointToHost.DROP: Deny(),
+    EndpointToHost.ACCEPT: Allow(),
     EndpointToHost.RETURN: Return(),
 }
 
@@ -80,23 +71,30 @@ def frame(
     vxlan: bool,
     masquerade: bool,
     sources: Mapping[str, tuple[Net, ...]],
+    guard: Guard,
 ) -> Frame:
     """The frame of one IP version. Without ``masquerade`` the NAT table is left alone.
 
     ``sources``: what interfaces may send with besides the addresses of their endpoints.
     """
+    vxlan = vxlan and version == V4
     chains = [
-        (Table.RAW, _prerouting(settings)),
+        (Table.RAW, _prerouting(settings, guard)),
         (Table.RAW, _allowed_sources(sources, version)),
-        (Table.FILTER, _forward(settings)),
-        (Table.FILTER, _input(settings, vxlan=vxlan and version == V4)),
+        (Table.FILTER, _forward(settings, guard)),
+        (Table.FILTER, _input(settings, guard, vxlan=vxlan)),
         (Table.FILTER, _workload_to_host(settings, version)),
+        *host_rules.failsafe_chains(guard, settings, version),
     ]
     hooks = [
         (Hook(Table.RAW, "PREROUTING"), ChainRule(Jump(names.PREROUTING))),
         (Hook(Table.FILTER, "FORWARD"), ChainRule(Jump(names.FORWARD))),
         (Hook(Table.FILTER, "INPUT"), ChainRule(Jump(names.INPUT))),
     ]
+    tunnels = (_vxlan(settings, destinations=(names.VXLAN_NODES,)),) if vxlan else ()
+    for hook, (table, chain) in host_rules.frame(guard, settings, tunnels):
+        chains.append((table, chain))
+        hooks.append((hook, ChainRule(Jump(chain.name))))
     if masquerade:
         chains.extend((Table.NAT, chain) for chain in _nat_outgoing())
         hooks.append((Hook(Table.NAT, "POSTROUTING"), ChainRule(Jump(names.POSTROUTING))))
@@ -117,58 +115,23 @@ def dispatches(interfaces: Iterable[str]) -> tuple[Dispatch, Dispatch]:
     )
 
 
-def policy_chain(policy: CompiledPolicy, direction: Direction, settings: Settings) -> Chain | None:
-    """A policy's or profile's chain; None where it does not apply in that direction."""
-    rules = policy.ingress if direction is Direction.INGRESS else policy.egress
-    if rules is None:
-        return None
-    return Chain(
-        names.policy_chain(direction, policy.id),
-        tuple(
-            _policy_rule(rule, f"{policy.id} {direction.value} rule {rule.index}", settings)
-            for rule in rules
-        ),
-    )
-
-
 def endpoint_chain(
     interface: str,
     binding: EndpointBinding,
     direction: Direction,
     settings: Settings,
 ) -> Chain:
-    """What decides about an endpoint's packets in one direction."""
-    rules = [ChainRule(Accept(), Condition(states=(State.RELATED, State.ESTABLISHED)))]
+    """What decides about a workload's packets in one direction."""
+    rules = [ChainRule(Allow(), ESTABLISHED)]
     if settings.drop_invalid:
         rules.append(ChainRule(Drop(), Condition(states=(State.INVALID,))))
     rules.append(ChainRule(ClearMarks(Mark.ACCEPT)))
     if direction is Direction.EGRESS:
         rules += _no_encapsulation(settings)
-    for tier in binding.tiers:
-        chosen = [policy for policy in tier.policies(direction) if not policy.is_staged]
-        if not chosen:
-            continue
-        rules.append(ChainRule(ClearMarks(Mark.PASS), comment=f"Tier {tier.name}"))
-        for policy in chosen:
-            rules.append(ChainRule(Jump(names.policy_chain(direction, policy)), _UNDECIDED))
-            rules.append(ChainRule(Return(), _ALLOWED))
-        if tier.default_action is PolicyAction.DENY:
-            rules.append(ChainRule(Drop(), _UNDECIDED, comment=f"End of tier {tier.name}"))
-    for profile in binding.profiles:
-        rules.append(ChainRule(Jump(names.policy_chain(direction, profile))))
-        rules.append(ChainRule(Return(), _ALLOWED))
-    rules.append(ChainRule(Drop(), comment="No policy or profile allows it"))
+    rules += tier_rules(binding, direction)
+    rules += profile_rules(binding, direction)
+    rules.append(ChainRule(Deny(), comment="No policy or profile allows it"))
     return Chain(names.endpoint_chain(direction, interface), tuple(rules))
-
-
-def _policy_rule(rule: Rule, comment: str, settings: Settings) -> ChainRule:
-    actions: dict[PolicyAction, Action] = {
-        PolicyAction.ALLOW: MarkAndReturn(Mark.ACCEPT),
-        PolicyAction.DENY: Drop(),
-        PolicyAction.PASS: MarkAndReturn(Mark.PASS),
-        PolicyAction.LOG: Log(f"{settings.log_prefix}: "),
-    }
-    return ChainRule(actions[rule.action], Condition(packet=rule.match), comment)
 
 
 def _no_encapsulation(settings: Settings) -> Iterator[ChainRule]:
@@ -179,16 +142,21 @@ def _no_encapsulation(settings: Settings) -> Iterator[ChainRule]:
         yield ChainRule(Drop(), Condition(packet=Match(protocol=IPIP)), "IPIP from a workload")
 
 
-def _vxlan(settings: Settings, sources: tuple[str, ...] = ()) -> Match:
+def _vxlan(
+    settings: Settings, *, sources: tuple[str, ...] = (), destinations: tuple[str, ...] = ()
+) -> Match:
     port = PortRange(settings.vxlan_port, settings.vxlan_port)
-    return Match(protocol=UDP, dst_ports=(port,), src_sets=sources)
+    return Match(protocol=UDP, dst_ports=(port,), src_sets=sources, dst_sets=destinations)
 
 
-def _prerouting(settings: Settings) -> Chain:
+def _prerouting(settings: Settings, guard: Guard) -> Chain:
     prefixes = settings.interface_prefixes
+    # Marks are heeded in later tables only where something allows before them.
+    clear = (ChainRule(ClearMarks(Mark.ACCEPT | Mark.PASS)),) if guard.early else ()
     return Chain(
         names.PREROUTING,
         (
+            *clear,
             *(
                 ChainRule(Jump(names.ALLOWED_SOURCES), Condition(in_interface=f"{p}*"))
                 for p in prefixes
@@ -198,6 +166,7 @@ def _prerouting(settings: Settings) -> Chain:
                 ChainRule(Drop(), Condition(in_interface=f"{p}*", spoofed=True), "Spoofed source")
                 for p in prefixes
             ),
+            *host_rules.prerouting(guard, settings),
         ),
     )
 
@@ -214,48 +183,44 @@ def _allowed_sources(sources: Mapping[str, tuple[Net, ...]], version: int) -> Ch
     )
 
 
-def _forward(settings: Settings) -> Chain:
+def _forward(settings: Settings, guard: Guard) -> Chain:
     prefixes = settings.interface_prefixes
-    return Chain(
-        names.FORWARD,
-        (
-            ChainRule(ClearMarks(Mark.ACCEPT | Mark.PASS)),
-            *(
-                ChainRule(Jump(names.FROM_WORKLOAD), Condition(in_interface=f"{p}*"))
-                for p in prefixes
-            ),
-            *(
-                ChainRule(Jump(names.TO_WORKLOAD), Condition(out_interface=f"{p}*"))
-                for p in prefixes
-            ),
-            ChainRule(Accept(), _ALLOWED),
-        ),
+    rules = [ChainRule(ClearMarks(Mark.PASS if guard.early else Mark.ACCEPT | Mark.PASS))]
+    if Part.FORWARD in guard.parts:
+        rules.append(ChainRule(Jump(names.FROM_HOST_FORWARD), Condition(unmarked=Mark.ACCEPT)))
+    rules += (
+        ChainRule(Jump(names.FROM_WORKLOAD), Condition(in_interface=f"{p}*")) for p in prefixes
     )
+    rules += (
+        ChainRule(Jump(names.TO_WORKLOAD), Condition(out_interface=f"{p}*")) for p in prefixes
+    )
+    if Part.FORWARD in guard.parts:
+        rules.append(ChainRule(Jump(names.TO_HOST_FORWARD)))
+    rules.append(ChainRule(Allow(), ALLOWED))
+    return Chain(names.FORWARD, tuple(rules))
 
 
-def _input(settings: Settings, *, vxlan: bool) -> Chain:
+def _input(settings: Settings, guard: Guard, *, vxlan: bool) -> Chain:
     rules = []
     if vxlan:
         for action, sources, comment in (
-            (Accept(), (names.VXLAN_NODES,), "VXLAN from a known node"),
+            (Allow(), (names.VXLAN_NODES,), "VXLAN from a known node"),
             (Drop(), (), "VXLAN from elsewhere"),
         ):
-            condition = Condition(packet=_vxlan(settings, sources), to_this_host=True)
-            rules.append(ChainRule(action, condition, comment))
+            match = _vxlan(settings, sources=sources)
+            rules.append(ChainRule(action, Condition(packet=match, to_this_host=True), comment))
     rules += (
         ChainRule(Goto(names.WORKLOAD_TO_HOST), Condition(in_interface=f"{p}*"))
         for p in settings.interface_prefixes
     )
+    rules += host_rules.incoming(guard)
     return Chain(names.INPUT, tuple(rules))
 
 
 def _workload_to_host(settings: Settings, version: int) -> Chain:
     rules: list[ChainRule] = []
     if version == V6:
-        rules += (
-            ChainRule(Accept(), Condition(packet=Match(protocol=ICMPV6, icmp_type=kind)))
-            for kind in _NEIGHBOUR_DISCOVERY
-        )
+        rules += (ChainRule(Allow(), condition) for condition in NEIGHBOUR_DISCOVERY)
     rules += (
         ChainRule(ClearMarks(Mark.ACCEPT | Mark.PASS)),
         ChainRule(Jump(names.FROM_WORKLOAD)),

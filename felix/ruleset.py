@@ -2,7 +2,8 @@
 
 An interface has chains in an IP version only where its endpoint has an address of that
 version; everywhere else it is unknown, and what comes from it or goes to it is dropped. An IP
-version in which no interface is known has no policies and no sets, only the frame.
+version in which no interface is known has no policies and no sets, only the frame; a host
+endpoint is in force in both.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from api.net import V4, V6, Net
-from felix import names, rules
+from felix import host_rules, names, rules
 from felix.chains import Chain, ChainRule, Dispatch, Table
 from felix.desired import ChainKey, Delta, HookKey, SetKey
+from felix.host_rules import Guard
+from felix.policy_rules import policy_chain
 from felix.settings import Settings
 from policy.engine import Changes, Engine, SetDelta
 from policy.model import (
@@ -21,6 +24,7 @@ from policy.model import (
     Direction,
     EndpointBinding,
     EndpointId,
+    HostBinding,
     Member,
     NamedPortMember,
     PolicyId,
@@ -32,7 +36,10 @@ V = TypeVar("V")
 OwnSets = Mapping[SetKey, frozenset[Member]]
 
 VERSIONS = (V4, V6)
+_POLICY_TABLES = (Table.FILTER, Table.RAW, Table.MANGLE)
 _NONE: frozenset[Member] = frozenset()
+# Policies whose chains must be in a table beside FILTER, by the direction of these.
+Early = Mapping[tuple[Table, Direction], set[PolicyId]]
 
 
 class Ruleset:
@@ -52,6 +59,13 @@ class Ruleset:
         self._sources: dict[str, tuple[Net, ...]] = {}
         self._sources_changed = False
         self._started = False
+        self._frame: dict[int, frozenset[ChainKey]] = dict.fromkeys(VERSIONS, frozenset())
+        self._hosts: Mapping[str, EndpointId] = {}  # by interface
+        self._bindings: Mapping[str, HostBinding] = {}  # theirs
+        self._guard = Guard()
+        self._host_chains: set[tuple[Table, str]] = set()
+        self._early: Early = {}
+        self._unfiltered: set[PolicyId] = set()
         self.chains: dict[ChainKey, Chain | Dispatch] = {}
         self.hooks: dict[HookKey, ChainRule] = {}
         self.sets: set[SetKey] = set()
@@ -87,6 +101,10 @@ class Ruleset:
             self._versions[name] = frozenset(net.version for net in nets)
         self._dirty.add(name)
 
+    def set_hosts(self, hosts: Mapping[str, EndpointId]) -> None:
+        """The host endpoints by interface; that of all others by ``names.ANY_INTERFACE``."""
+        self._hosts = hosts
+
     def set_sources(self, name: str, sources: tuple[Net, ...]) -> bool:
         """With which networks an interface may send besides its own; whether that is news."""
         if self._sources.get(name, ()) == sources:
@@ -106,11 +124,20 @@ class Ruleset:
         ``own`` are felix' own sets; ``vxlan``: this node takes part in the overlay.
         """
         fresh = not self._started or settings != self._settings
-        reframe = fresh or vxlan != self._vxlan or own.keys() != self._own.keys()
+        hosts = {
+            interface: binding
+            for interface, id in self._hosts.items()
+            if isinstance(binding := self._engine.endpoints.get(id), HostBinding)
+        }
+        guard = host_rules.guard(hosts.values())
+        reframe = (
+            fresh or guard != self._guard or vxlan != self._vxlan or own.keys() != self._own.keys()
+        )
         reframe = reframe or self._sources_changed
         self._sources_changed = False
-        before = self.versions
+        before = {version: self._is_active(version) for version in VERSIONS}
         self._started, self._settings, self._vxlan = True, settings, vxlan
+        self._guard = guard
         self._update_own(delta, own)
         for set_id, change in changes.sets.items():
             self._kinds[set_id] = change.kind
@@ -120,20 +147,75 @@ class Ruleset:
         if fresh:
             self._dirty.update(self._holders)
         redispatch = self._update_known()
+        rehost = fresh or hosts != self._bindings
+        self._bindings = hosts
+        moved = self._update_early(hosts) if rehost else set()
         for version in VERSIONS:
             if reframe:
                 self._update_frame(delta, version)
             if fresh or version in redispatch:
                 for dispatch in rules.dispatches(self._known[version]):
                     self._chain(delta, version, dispatch.name, dispatch)
-            self._update_policies(delta, version, changes, version in before, fresh)
-            self._update_sets(delta, version, changes, version in before)
+            self._update_policies(delta, version, changes, moved, before[version], fresh)
+            self._update_sets(delta, version, changes, before[version])
             for name in self._dirty:
                 self._update_endpoint(delta, version, name)
+        if rehost:
+            self._update_hosts(delta, hosts)
         for set_id, change in changes.sets.items():
             if change.deleted:
                 del self._kinds[set_id]
         self._dirty.clear()
+
+    def _is_active(self, version: int) -> bool:
+        """Whether policies and sets are needed in an IP version."""
+        return bool(self._known[version] or self._guard)
+
+    def _update_early(self, hosts: Mapping[str, HostBinding]) -> set[PolicyId]:
+        """Bring up to date which policies are where; those that came to a table or left it."""
+        before, unfiltered = self._early, self._unfiltered
+        self._early = {
+            (table, direction): used
+            for (table, direction), used in host_rules.policies(self._guard, hosts.values()).items()
+            if table is not Table.FILTER
+        }
+        self._unfiltered = {
+            id
+            for binding in hosts.values()
+            for part in (binding.pre_dnat, binding.untracked)
+            for tier in part.tiers
+            for id in (*tier.ingress, *tier.egress)
+        }
+        moved = unfiltered ^ self._unfiltered
+        for place in before.keys() | self._early.keys():
+            moved |= before.get(place, set()) ^ self._early.get(place, set())
+        return moved
+
+    def _update_hosts(self, delta: Delta, hosts: Mapping[str, HostBinding]) -> None:
+        """The chains of host endpoints: there are few, so all of them are looked at."""
+        made: set[tuple[Table, str]] = set()
+        interfaces = hosts.keys() - {names.ANY_INTERFACE}
+        for version in VERSIONS:
+            dispatches = host_rules.dispatches(
+                self._guard,
+                interfaces,
+                default=names.ANY_INTERFACE in hosts,
+                settings=self._settings,
+            )
+            ends = (
+                end
+                for interface, binding in hosts.items()
+                for end in host_rules.endpoint_chains(
+                    self._guard, interface, binding, self._settings, version
+                )
+            )
+            chains: list[tuple[Table, Chain | Dispatch]] = [*dispatches, *ends]
+            for table, chain in chains:
+                made.add((table, chain.name))
+                self._chain(delta, version, chain.name, chain, table)
+            for table, name in self._host_chains - made:
+                self._chain(delta, version, name, None, table)
+        self._host_chains = made
 
     def _update_known(self) -> set[int]:
         """Bring up to date which interfaces are known; the versions in which some changed."""
@@ -155,6 +237,7 @@ class Ruleset:
             vxlan=self._vxlan,
             masquerade=masquerade,
             sources=self._sources,
+            guard=self._guard,
         )
         chains = {ChainKey(version, table, chain.name): chain for table, chain in frame.chains}
         hooks = {HookKey(version, hook): rule for hook, rule in frame.hooks}
@@ -162,31 +245,46 @@ class Ruleset:
             _put(self.hooks, delta.hooks, hook_key, None)
         for hook_key, rule in hooks.items():
             _put(self.hooks, delta.hooks, hook_key, rule)
-        # Of all tables only NAT comes and goes.
-        nat = [k for k in self.chains if k.version == version and k.table is Table.NAT]
-        for key in [*(k for k in nat if k not in chains), *chains]:
+        for key in [*(k for k in self._frame[version] if k not in chains), *chains]:
             _put(self.chains, delta.chains, key, chains.get(key))
+        self._frame[version] = frozenset(chains)
 
     def _update_policies(
-        self, delta: Delta, version: int, changes: Changes, was: bool, fresh: bool
+        self,
+        delta: Delta,
+        version: int,
+        changes: Changes,
+        moved: set[PolicyId],
+        was: bool,
+        fresh: bool,
     ) -> None:
         changed: Mapping[PolicyId, CompiledPolicy | None] = changes.policies
-        active = bool(self._known[version])
+        active = self._is_active(version)
+        if moved:
+            changed = {**{id: self._engine.policies.get(id) for id in moved}, **changed}
         if active and (fresh or not was):
-            changed = {**changes.policies, **self._engine.policies}
+            changed = {**changed, **self._engine.policies}
         elif was and not active:
-            changed = {**changes.policies, **dict.fromkeys(self._engine.policies)}
+            changed = {**changed, **dict.fromkeys(self._engine.policies)}
         elif not active:
             return
         for id, policy in changed.items():
             for direction in Direction:
                 chain = None
                 if active and policy is not None:
-                    chain = rules.policy_chain(policy, direction, self._settings)
-                self._chain(delta, version, names.policy_chain(direction, id), chain)
+                    chain = policy_chain(policy, direction, self._settings)
+                name = names.policy_chain(direction, id)
+                for table in _POLICY_TABLES:
+                    here = chain if self._is_in(table, direction, id) else None
+                    self._chain(delta, version, name, here, table)
+
+    def _is_in(self, table: Table, direction: Direction, id: PolicyId) -> bool:
+        if table is Table.FILTER:
+            return id not in self._unfiltered
+        return id in self._early.get((table, direction), ())
 
     def _update_sets(self, delta: Delta, version: int, changes: Changes, was: bool) -> None:
-        active = bool(self._known[version])
+        active = self._is_active(version)
         if not active and not was:
             return
         for set_id in changes.sets if active and was else self._kinds:
@@ -232,8 +330,15 @@ class Ruleset:
                 chain = rules.endpoint_chain(interface, binding, direction, self._settings)
             self._chain(delta, version, names.endpoint_chain(direction, interface), chain)
 
-    def _chain(self, delta: Delta, version: int, name: str, chain: Chain | Dispatch | None) -> None:
-        _put(self.chains, delta.chains, ChainKey(version, Table.FILTER, name), chain)
+    def _chain(
+        self,
+        delta: Delta,
+        version: int,
+        name: str,
+        chain: Chain | Dispatch | None,
+        table: Table = Table.FILTER,
+    ) -> None:
+        _put(self.chains, delta.chains, ChainKey(version, table, name), chain)
 
 
 def _of_version(version: int, members: Iterable[Member]) -> frozenset[Member]:

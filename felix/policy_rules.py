@@ -1,0 +1,104 @@
+"""Policies, tiers and profiles as neutral chains and rules: what all endpoints have in common.
+
+A policy that allows sets the mark ACCEPT, one that passes sets PASS. A staged policy counts what
+it would have decided, and decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from felix import names
+from felix.chains import (
+    Action,
+    Chain,
+    ChainRule,
+    ClearMarks,
+    Condition,
+    Deny,
+    Jump,
+    Log,
+    Mark,
+    MarkAndReturn,
+    Return,
+    State,
+)
+from felix.settings import Settings
+from policy.model import Action as PolicyAction
+from policy.model import CompiledPolicy, Direction, EndpointBinding, Match, Rule
+
+ALLOWED = Condition(marked=Mark.ACCEPT)
+UNDECIDED = Condition(unmarked=Mark.PASS)
+ESTABLISHED = Condition(states=(State.RELATED, State.ESTABLISHED))
+
+_ICMPV6 = 58
+# RFC 4890, 4.4.1: multicast listener messages and neighbour discovery, without which nobody
+# finds a neighbour or a gateway.
+NEIGHBOUR_DISCOVERY = tuple(
+    Condition(packet=Match(protocol=_ICMPV6, icmp_type=kind))
+    for kind in (130, 131, 132, 133, 135, 136)
+)
+
+_RETURN = (ChainRule(Return(), ALLOWED),)
+
+
+def policy_chain(policy: CompiledPolicy, direction: Direction, settings: Settings) -> Chain | None:
+    """A policy's or profile's chain; None where it does not apply in that direction."""
+    rules = policy.ingress if direction is Direction.INGRESS else policy.egress
+    if rules is None:
+        return None
+    return Chain(
+        names.policy_chain(direction, policy.id),
+        tuple(
+            ChainRule(
+                _action(rule, settings, staged=policy.id.is_staged),
+                Condition(packet=rule.match),
+                f"{policy.id} {direction.value} rule {rule.index}",
+            )
+            for rule in rules
+            if not (policy.id.is_staged and rule.action is PolicyAction.LOG)
+        ),
+    )
+
+
+def _action(rule: Rule, settings: Settings, *, staged: bool) -> Action:
+    if staged:
+        return Return()  # and the rule is counted
+    actions: dict[PolicyAction, Action] = {
+        PolicyAction.ALLOW: MarkAndReturn(Mark.ACCEPT),
+        PolicyAction.DENY: Deny(),
+        PolicyAction.PASS: MarkAndReturn(Mark.PASS),
+        PolicyAction.LOG: Log(f"{settings.log_prefix}: "),
+    }
+    return actions[rule.action]
+
+
+def tier_rules(
+    binding: EndpointBinding,
+    direction: Direction,
+    *,
+    ends: bool = True,
+    allowed: tuple[ChainRule, ...] = _RETURN,
+) -> Iterator[ChainRule]:
+    """Tiers in order. ``allowed``: what follows a policy; not ``ends``: a tier never denies.
+
+    ACCEPT must be clear, unless all policies are staged.
+    """
+    for tier in binding.tiers:
+        policies = tier.policies(direction)
+        if not policies:
+            continue
+        yield ChainRule(ClearMarks(Mark.PASS), comment=f"Tier {tier.name}")
+        for policy in policies:
+            yield ChainRule(Jump(names.policy_chain(direction, policy)), UNDECIDED)
+            if not policy.is_staged:
+                yield from allowed
+        if ends and tier.ends(direction) and tier.default_action is PolicyAction.DENY:
+            yield ChainRule(Deny(), UNDECIDED, comment=f"End of tier {tier.name}")
+
+
+def profile_rules(binding: EndpointBinding, direction: Direction) -> Iterator[ChainRule]:
+    """Profiles in order."""
+    for profile in binding.profiles:
+        yield ChainRule(Jump(names.policy_chain(direction, profile)))
+        yield from _RETURN
