@@ -25,10 +25,11 @@ from felix.announcer import Announcer, Subscription
 from felix.calculate import Calculator
 from felix.dataplane import Dataplane, Enforcer
 from felix.door import Door
+from felix.network import host_addresses
 from felix.registration import NODE_IP, Registrar, RegistrationProblem, node_address
 from felix.snapshot import KINDS, Snapshot
 from felix.status import StatusRequest, StatusServer
-from kernel.links import LinkEvent, LinkEventsLost, LinkMonitor
+from kernel.links import AddressEvent, LinkEvent, LinkEventsLost, LinkMonitor
 from policy.model import EndpointId
 from reconcile.backoff import Backoff
 
@@ -52,6 +53,7 @@ Item = (
     | InSync
     | LinkEvent
     | LinkEventsLost
+    | AddressEvent
     | RegistrationProblem
     | StatusRequest
     | Subscription
@@ -78,6 +80,7 @@ class Agent:
         self._asked: list[StatusRequest] = []
         self._announcer = Announcer()
         self._must_read = True
+        self._addresses_changed = True
         self._next_read: float | None = None
         self._backoff: Backoff[str] = Backoff()
         self._failure: str | None = None
@@ -97,7 +100,7 @@ class Agent:
             0o600,
             lambda connection: self._queue.put(Subscription(connection)),
         )
-        with LinkMonitor(self._queue.put):
+        with LinkMonitor(self._queue.put, addresses=True):
             for thread in (status, endpoints, self._registrar, self._follower):
                 thread.start()
             try:
@@ -142,7 +145,9 @@ class Agent:
             case LinkEvent():
                 self._link_changed(item)
             case LinkEventsLost():
-                self._must_read = True
+                self._must_read = self._addresses_changed = True
+            case AddressEvent():
+                self._addresses_changed = True
             case RegistrationProblem(text):
                 self._registration_problem = text
             case StatusRequest():
@@ -179,7 +184,11 @@ class Agent:
             self._backoff.succeeded("work")
 
     def _calculate(self) -> None:
-        if self._dataplane is not None and not self._snapshot.dirty:
+        moved = False
+        if self._addresses_changed and self._calculator.wants_addresses(self._snapshot):
+            moved = self._calculator.set_host_addresses(host_addresses())
+            self._addresses_changed = False
+        if self._dataplane is not None and not self._snapshot.dirty and not moved:
             return
         before = self._calculator.registration
         delta = self._calculator.calculate(self._snapshot)
@@ -254,6 +263,7 @@ class Agent:
         self._dataplane = None
         self._next_read = None
         self._calculator = Calculator(self._environment.node)
+        self._addresses_changed = True
         self._snapshot.touch()
 
     def _address(self, known: Collection[str]) -> str:

@@ -124,6 +124,13 @@ class Calculator:
         """Whether the interface is this endpoint's, of all that claim it."""
         return self._interfaces.holder(interface) == id
 
+    def wants_addresses(self, snapshot: Snapshot) -> bool:
+        """Whether a host endpoint of this node is to be found by its addresses."""
+        return any(
+            not view.place.interface and view.node == self._node
+            for view in snapshot.hosts.values()
+        )
+
     def set_host_addresses(self, addresses: Mapping[str, frozenset[Net]]) -> bool:
         """The addresses of the node's interfaces, by name; whether ``calculate`` is needed."""
         self._host_addresses = addresses

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from kernel.addresses import RTM_DELADDR, RTM_NEWADDR
 from kernel.netlink import (
     NLM_F_CREATE,
     NLM_F_ECHO,
@@ -58,6 +59,7 @@ _RTEXT_FILTER_SKIP_STATS = 8
 _AF_UNSPEC = 0
 _AF_INET = 2
 _RTMGRP_LINK = 1
+_RTMGRP_ADDRESSES = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 
 _IFINFO = struct.Struct("=BxHiII")  # family, device type, index, flags, change mask
 
@@ -349,21 +351,28 @@ class LinkEventsLost:
     """More happened than could be told: read all interfaces again."""
 
 
+@dataclass(frozen=True, slots=True)
+class AddressEvent:
+    """An interface got an address or lost one."""
+
+
 class LinkMonitor:
     """A thread that tells ``sink`` of every change of an interface.
 
-    It hears from the moment it is made, so make it before reading the interfaces. ``stop``
-    may come from any thread.
+    With ``addresses``, of those of its addresses too. It hears from the moment it is made, so
+    make it before reading the interfaces. ``stop`` may come from any thread.
     """
 
     def __init__(
         self,
-        sink: Callable[[LinkEvent | LinkEventsLost], None],
+        sink: Callable[[LinkEvent | LinkEventsLost | AddressEvent], None],
         *,
+        addresses: bool = False,
         netns_fd: int | None = None,
     ) -> None:
         self._sink = sink
-        self._socket = NetlinkSocket(groups=_RTMGRP_LINK, netns_fd=netns_fd)
+        groups = _RTMGRP_LINK | (_RTMGRP_ADDRESSES if addresses else 0)
+        self._socket = NetlinkSocket(groups=groups, netns_fd=netns_fd)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="link-monitor", daemon=True)
 
@@ -402,6 +411,8 @@ class LinkMonitor:
         except MessagesLostError:
             self._sink(LinkEventsLost())
             return
+        if any(message.type in (RTM_NEWADDR, RTM_DELADDR) for message in messages):
+            self._sink(AddressEvent())
         for message in messages:
             # A bridge tells of its ports in messages of family AF_BRIDGE, where "deleted"
             # only means "left the bridge".

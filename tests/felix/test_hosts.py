@@ -312,6 +312,24 @@ def test_nothing_stays_of_host_endpoints(world: World) -> None:
     assert allowed(world.near, NODE, 81)
 
 
+def test_the_agent_follows_addresses() -> None:
+    """An interface gets the address that an endpoint expects, and loses it."""
+    with cluster("node1", addresses=(f"{NODE[4]}/24",)) as (node,), fresh_namespace() as near:
+        connect(node.netns, "eth0", near, "eth0", [f"{NODE[4]}/24", f"{NEAR[4]}/24"])
+        endpoint = host(name="by-address", expectedIPs=[NODE_FAR[4]])
+        del endpoint["spec"]["interfaceName"]
+        node.put(endpoint)
+        node.start()
+        with Listener(node.netns, 80):
+            assert reaches(near, NODE[4], 80)
+            address = ("address", "add", f"{NODE_FAR[4]}/24", "dev", "eth0")
+            run(node.netns, "ip", *address)
+            eventually(lambda: is_dropped(near, NODE[4], 80))
+            assert node.errors() == {}
+            run(node.netns, "ip", "address", "del", *address[2:])
+            eventually(lambda: reaches(near, NODE[4], 80) is not None)
+
+
 def test_an_interface_has_one_endpoint() -> None:
     def id(name: str) -> EndpointId:
         return EndpointId("HostEndpoint", "", name)

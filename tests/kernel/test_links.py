@@ -12,6 +12,7 @@ import pytest
 from api.net import Net, parse_net
 from kernel import sysctl
 from kernel.links import (
+    AddressEvent,
     Link,
     LinkEvent,
     LinkEventsLost,
@@ -32,7 +33,7 @@ from kernel.netns import Namespace, inside
 from kernel.vxlan import Vxlan, parse_vxlan
 from tests.support.netns import connect, eventually, fresh_namespace, run
 
-Event = LinkEvent | LinkEventsLost
+Event = LinkEvent | LinkEventsLost | AddressEvent
 
 
 @pytest.fixture
@@ -271,6 +272,16 @@ def test_the_monitor_tells_what_happens_to_links(
         assert netlink.batch([delete_link("one")]) == []
         eventually(lambda: told(LinkEvent("one", made.index, up=False, deleted=True)))
         eventually(lambda: told(LinkEvent("two", made.peer_index, up=False, deleted=True)))
+
+
+def test_the_monitor_tells_of_addresses_where_asked(
+    netlink: NetlinkSocket, namespace: Namespace
+) -> None:
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    with LinkMonitor(events.put, addresses=True, netns_fd=namespace.fd):
+        for verb in ("add", "del"):
+            run(namespace, "ip", "address", verb, "192.0.2.1/32", "dev", "lo")
+            eventually(lambda: AddressEvent() in drain(events))
 
 
 def test_the_monitor_says_when_it_has_lost_events(
