@@ -153,21 +153,25 @@ EARLY = (Part.UNTRACKED, Part.PRE_DNAT)  # before destination NAT
 def stages(flow: Flow) -> Iterator[Stage]:
     """What a flow meets, in order, where there is such an endpoint.
 
-    As the kernel's hooks are: raw and mangle prerouting, then input, or forward, or output.
+    As the kernel's hooks are: raw and mangle prerouting, then input, or forward, or output. What
+    a node sends to itself meets nothing.
     """
-    incoming = flow.dst_endpoint if _is_host(flow.dst_endpoint) else flow.entry
-    if incoming and not _is_host(flow.src_endpoint):
+    from_host, to_host = _is_host(flow.src_endpoint), _is_host(flow.dst_endpoint)
+    if from_host and to_host:
+        return
+    incoming = flow.dst_endpoint if to_host else flow.entry
+    if incoming and not from_host:
         for part in EARLY:
             yield Stage(incoming, Direction.INGRESS, part)
-    if flow.src_endpoint and _is_host(flow.src_endpoint):
+    if flow.src_endpoint and from_host:
         yield Stage(flow.src_endpoint, Direction.EGRESS, Part.UNTRACKED)
-    if flow.entry and not _is_host(flow.dst_endpoint):
+    if flow.entry and not (from_host or to_host):
         yield Stage(flow.entry, Direction.INGRESS, Part.FORWARD)
     if flow.src_endpoint:
         yield Stage(flow.src_endpoint, Direction.EGRESS, Part.NORMAL)
     if flow.dst_endpoint:
         yield Stage(flow.dst_endpoint, Direction.INGRESS, Part.NORMAL)
-    if flow.exit and not _is_host(flow.src_endpoint):
+    if flow.exit and not (from_host or to_host):
         yield Stage(flow.exit, Direction.EGRESS, Part.FORWARD)
 
 
@@ -243,7 +247,7 @@ def is_match(match: Match, flow: Flow, sets: Members) -> bool:
         and not any(_contains(sets[set_id], flow.src) for set_id in match.not_src_sets)
         and all(_contains(sets[set_id], flow.dst) for set_id in match.dst_sets)
         and not any(_contains(sets[set_id], flow.dst) for set_id in match.not_dst_sets)
-        and _ports_match(match, flow, sets)
+        and ports_match(match, flow, sets)
     )
 
 
@@ -274,7 +278,8 @@ def _contains(members: Collection[Member], address: Net) -> bool:
     return False
 
 
-def _ports_match(match: Match, flow: Flow, sets: Members) -> bool:
+def ports_match(match: Match, flow: Flow, sets: Members) -> bool:
+    """Whether a flow meets all of a rule's conditions on ports."""
     src, dst = (flow.src, flow.src_port), (flow.dst, flow.dst_port)
     positive = (
         (src, match.src_ports, match.src_named_ports),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -21,17 +21,19 @@ from api.policy import (
     ICMPFields,
     NetworkPolicy,
     Rule,
+    ServiceMatch,
     Tier,
 )
 from policy import labels, selector
 from policy.engine import Profile
 from policy.evaluate import Flow
-from policy.model import Endpoint, EndpointId, PolicyId
+from policy.model import Endpoint, EndpointId, PolicyId, ServiceSlice
 
 parse = cache(selector.parse)
 network = cache(parse_net)
 
 Policy = NetworkPolicy | GlobalNetworkPolicy
+NORMAL, FORWARD, PRE_DNAT, UNTRACKED = "normal", "forward", "preDNAT", "doNotTrack"
 
 
 @dataclass
@@ -42,6 +44,7 @@ class State:
     profile: dict[str, Profile] = field(default_factory=dict)
     policy: dict[PolicyId, Policy] = field(default_factory=dict)
     tier: dict[str, Tier] = field(default_factory=dict)
+    slice: dict[tuple[str, str], ServiceSlice] = field(default_factory=dict)
 
     def put(self, table: str, key: Any, value: Any) -> None:
         rows: dict[Any, Any] = getattr(self, table)
@@ -51,39 +54,70 @@ class State:
             rows[key] = value
 
     def allows(self, flow: Flow) -> bool:
-        """What happens to a flow: egress at its source, then ingress at its destination."""
-        return all(
-            self._direction_allows(id, flow, direction)
-            for id, direction in (
-                (flow.src_endpoint, "Egress"),
-                (flow.dst_endpoint, "Ingress"),
-            )
-            if id is not None and id in self.endpoint and self.endpoint[id].local
-        )
+        """What happens to a flow: at hosts it passes, at its source, at its destination."""
+        source, destination = flow.src_endpoint, flow.dst_endpoint
+        verdicts: list[str | None] = []
+        if is_host(source) and is_host(destination):
+            return True
+        if is_host(source):
+            verdicts.append(self._of_host(source, flow, "Egress", (UNTRACKED, NORMAL)))
+        elif is_host(destination):
+            order = (UNTRACKED, PRE_DNAT, NORMAL)
+            verdicts.append(self._of_host(destination, flow, "Ingress", order))
+        else:
+            order = (UNTRACKED, PRE_DNAT, FORWARD)
+            verdicts.append(self._of_host(flow.entry, flow, "Ingress", order))
+            verdicts.append(self._of_host(flow.exit, flow, "Egress", (FORWARD,)))
+        if not is_host(source):
+            verdicts.append(self._verdict(source, flow, "Egress", NORMAL))
+        if not is_host(destination):
+            verdicts.append(self._verdict(destination, flow, "Ingress", NORMAL))
+        return "Deny" not in verdicts
 
-    def _direction_allows(self, id: EndpointId, flow: Flow, direction: str) -> bool:
+    def _of_host(
+        self, id: EndpointId | None, flow: Flow, direction: str, order: tuple[str, ...]
+    ) -> str | None:
+        """The first part that decides."""
+        for part in order:
+            before = flow
+            if part in (UNTRACKED, PRE_DNAT) and flow.original_dst is not None:
+                before = replace(flow, dst=flow.original_dst, dst_port=flow.original_dst_port)
+            found = self._verdict(id, before, direction, part)
+            if found:
+                return found
+        return None
+
+    def _verdict(self, id: EndpointId | None, flow: Flow, direction: str, part: str) -> str | None:
+        """Allow, Deny, or nothing is decided."""
+        if id is None or id not in self.endpoint or not self.endpoint[id].local:
+            return None
         endpoint = self.endpoint[id]
         selecting = [
             (policy_id, policy)
             for policy_id, policy in self.policy.items()
-            if direction in policy.spec.types and self._applies(policy, endpoint)
+            if direction in policy.spec.types
+            and part in parts_of(policy)
+            and not policy_id.kind.startswith("Staged")
+            and self._applies(policy, endpoint)
         ]
         for tier in sorted({policy.spec.tier for _, policy in selecting}, key=self._tier_order):
             mine = [(i, policy) for i, policy in selecting if policy.spec.tier == tier]
-            verdict = self._default_action(tier)
+            verdict = "Pass" if part in (UNTRACKED, PRE_DNAT) else self._default_action(tier)
             for _, policy in sorted(mine, key=lambda each: policy_order(*each)):
                 found = self._first(rules_of(policy.spec, direction), flow, direction, policy)
                 if found:
                     verdict = found
                     break
             if verdict != "Pass":
-                return verdict == "Allow"
+                return verdict
+        if part != NORMAL:
+            return None
         for name in endpoint.profiles:
             if name in self.profile:
                 found = self._first(rules_of(self.profile[name], direction), flow, direction, None)
                 if found in ("Allow", "Deny"):
-                    return found == "Allow"
-        return False
+                    return found
+        return "Deny"
 
     def _first(
         self, rules: Iterable[Rule], flow: Flow, direction: str, policy: Policy | None
@@ -140,7 +174,9 @@ class State:
         address, port = (flow.src, flow.src_port) if side == "source" else (flow.dst, flow.dst_port)
         namespace = policy.namespace if policy else ""
         accounts = entity.service_accounts
-        owners = [e for e in self.endpoint.values() if address in e.nets]
+        if entity.services and not self._is_of_service(entity.services, side, flow, namespace):
+            return False
+        owners = [e for e in self.endpoint.values() if any(n.contains(address) for n in e.nets)]
         named = owners
         if (
             entity.selector
@@ -151,7 +187,7 @@ class State:
             named = [e for e in owners if self._entity_selects(entity, e, namespace)]
             if not named:
                 return False
-        elif own and policy:
+        elif own and policy and parts_of(policy) == (NORMAL,):
             named = [e for e in owners if self._applies(policy, e)]
         return (
             not (entity.not_selector and self._any_matches(entity.not_selector, owners))
@@ -159,6 +195,16 @@ class State:
             and not in_any(address, entity.not_nets)
             and (not entity.ports or has_port(entity.ports, port, flow.protocol, named))
             and not has_port(entity.not_ports, port, flow.protocol, named)
+        )
+
+    def _is_of_service(self, service: ServiceMatch, side: str, flow: Flow, namespace: str) -> bool:
+        name = f"{service.namespace or namespace}/{service.name}"
+        slices = [found for found in self.slice.values() if found.service == name]
+        if side == "source":
+            return any(flow.src in found.nets for found in slices)
+        return any(
+            flow.dst in found.nets and (flow.protocol, flow.dst_port) in found.ports
+            for found in slices
         )
 
     def _any_matches(self, selector: str, owners: Iterable[Endpoint]) -> bool:
@@ -200,6 +246,22 @@ class State:
             for label, value in self._labels(endpoint).items()
             if label.startswith(prefix)
         }
+
+
+def is_host(id: EndpointId | None) -> bool:
+    return id is not None and id.kind == "HostEndpoint"
+
+
+def parts_of(policy: Policy) -> tuple[str, ...]:
+    """Which of a host's packets a policy is for."""
+    if isinstance(policy, GlobalNetworkPolicy):
+        if policy.spec.do_not_track:
+            return (UNTRACKED,)
+        if policy.spec.pre_dnat:
+            return (PRE_DNAT,)
+        if policy.spec.apply_on_forward:
+            return (NORMAL, FORWARD)
+    return (NORMAL,)
 
 
 def policy_order(id: PolicyId, policy: Policy) -> tuple[float, str]:

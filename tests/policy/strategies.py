@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from api.net import Net, parse_net
 from api.policy import GlobalNetworkPolicy, NetworkPolicy, Rule, Tier
 from api.registry import parse_as
-from policy import labels
+from api.staged import StagedGlobalNetworkPolicy, StagedNetworkPolicy
+from policy import convert, labels
 from policy.engine import Profile
-from policy.model import Endpoint, EndpointId, NamedPort, PolicyId
+from policy.model import Endpoint, EndpointId, NamedPort, PolicyId, ServiceSlice
 
 NAMESPACES = ("red", "blue")
 ADDRESSES = tuple(map(parse_net, ("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.1.1", "fd00::1")))
@@ -22,14 +23,31 @@ SELECTORS = ("", "app == 'web'", "app != 'web'", "has(app)", "app in {'db'} || t
 PORTS: tuple[int | str, ...] = (80, "8000:8010", "http")
 TIERS = (*["default"] * 4, "kube-admin", "first", "second", "nowhere")
 PROFILES = ("kns.red", "kns.blue", "ksa.red.robot", "ksa.blue.other")
+NETWORKS = tuple(map(parse_net, ("10.0.0.0/30", "10.0.1.0/24", "192.0.2.1", "fd00::/16")))
+HOSTS = tuple(EndpointId("HostEndpoint", "", name) for name in ("host", "other"))
+NETWORK_SETS = (
+    EndpointId("NetworkSet", "red", "nets"),
+    EndpointId("GlobalNetworkSet", "", "nets"),
+)
 ENDPOINTS = (
     *(EndpointId("WorkloadEndpoint", space, name) for space in NAMESPACES for name in "abc"),
-    EndpointId("HostEndpoint", "", "host"),
+    *HOSTS,
+    *NETWORK_SETS,
 )
 POLICIES = (
     *(PolicyId("NetworkPolicy", space, name) for space in NAMESPACES for name in "pq"),
-    *(PolicyId("GlobalNetworkPolicy", "", name) for name in "pg"),
+    *(PolicyId("GlobalNetworkPolicy", "", name) for name in "pgh"),
+    PolicyId("StagedNetworkPolicy", "red", "p"),
+    PolicyId("StagedGlobalNetworkPolicy", "", "g"),
 )
+FOR_HOSTS: tuple[dict[str, bool], ...] = (
+    {},
+    {"applyOnForward": True},
+    {"applyOnForward": True, "doNotTrack": True},
+    {"applyOnForward": True, "preDNAT": True},
+)
+SERVICES = ({"name": "web", "namespace": "red"}, {"name": "db", "namespace": "red"})
+SLICES = (("red", "web-1"), ("red", "web-2"))
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ def some_entity(chance: random.Random, protocol: str | None) -> dict[str, Any]:
     }
 
 
-def some_rule(chance: random.Random) -> Rule:
+def some_rule(chance: random.Random, direction: str) -> Rule:
     pick = chance.choice
     protocol = pick((None, None, "TCP", "UDP", "ICMP"))
     rule: dict[str, Any] = {
@@ -83,11 +101,16 @@ def some_rule(chance: random.Random) -> Rule:
         rule["notProtocol"] = pick((None, None, "TCP"))
         sides = rule["source"].keys() | rule["destination"].keys()
         rule["ipVersion"] = pick((None, None, 4 if sides & {"nets", "notNets"} else 6))
+    if chance.random() < 0.1:
+        rule["source" if direction == "ingress" else "destination"] = {"services": pick(SERVICES)}
     return Rule.model_validate(rule)
 
 
 # Drawn once: to choose among many is cheaper than to draw every condition of every rule.
-RULES = tuple(some_rule(random.Random(seed)) for seed in range(1500))
+RULES = {
+    direction: tuple(some_rule(random.Random(seed), direction) for seed in range(1000))
+    for direction in ("ingress", "egress")
+}
 
 
 def pick(*values: Any) -> st.SearchStrategy[Any]:
@@ -98,6 +121,14 @@ def pick(*values: Any) -> st.SearchStrategy[Any]:
 def endpoints(draw: st.DrawFn, id: EndpointId) -> Endpoint:
     own = draw(st.dictionaries(pick("app", "tier"), pick("web", "db", "x"), max_size=2))
     profiles: tuple[str, ...] = ()
+    if id in NETWORK_SETS:
+        if id.namespace:
+            own[labels.NAMESPACE] = id.namespace
+            profiles = (f"kns.{id.namespace}",)
+        nets = tuple(draw(st.lists(pick(*NETWORKS), max_size=3, unique=True)))
+        return Endpoint(id, tuple(sorted(own.items())), profiles, nets)
+    if id in HOSTS:
+        profiles = draw(pick((), ("kns.red",)))
     if id.namespace:
         own |= {labels.NAMESPACE: id.namespace, labels.ORCHESTRATOR: "k8s"}
         profiles = (f"kns.{id.namespace}",)
@@ -117,14 +148,13 @@ def endpoints(draw: st.DrawFn, id: EndpointId) -> Endpoint:
 
 @st.composite
 def policies(draw: st.DrawFn, id: PolicyId) -> NetworkPolicy | GlobalNetworkPolicy:
-    directions = st.lists(pick(*RULES), min_size=1, max_size=3)
     spec: dict[str, Any] = {
         "tier": draw(pick(*TIERS)),
         "order": draw(pick(None, None, 1.0, 2.0)),
         "selector": draw(pick("", "", "", *SELECTORS)),
         "serviceAccountSelector": draw(pick("", "", "", "role == 'x'")),
-        "ingress": draw(directions),
-        "egress": draw(directions),
+        "ingress": draw(st.lists(pick(*RULES["ingress"]), min_size=1, max_size=3)),
+        "egress": draw(st.lists(pick(*RULES["egress"]), min_size=1, max_size=3)),
         "types": draw(pick([], ["Ingress"], ["Ingress", "Egress"])),
     }
     metadata = {"name": id.name}
@@ -132,12 +162,29 @@ def policies(draw: st.DrawFn, id: PolicyId) -> NetworkPolicy | GlobalNetworkPoli
         metadata["namespace"] = id.namespace
     else:
         spec["namespaceSelector"] = draw(pick("", "", "all()", "team == 'red'", "team != 'red'"))
+        spec |= draw(pick({}, *FOR_HOSTS))
     for direction in ("ingress", "egress"):
         if not draw(st.integers(0, 3)):
             spec[direction] = []
+    if spec.get("preDNAT"):
+        spec |= {"egress": [], "types": ["Ingress"]}
     parsed = parse_as(id.kind, {"metadata": metadata, "spec": spec})
+    if isinstance(parsed, StagedNetworkPolicy | StagedGlobalNetworkPolicy):
+        converted = convert.staged_policy(parsed)
+        assert converted is not None
+        return converted
     assert isinstance(parsed, NetworkPolicy | GlobalNetworkPolicy)
     return parsed
+
+
+@st.composite
+def slices(draw: st.DrawFn, key: tuple[str, str]) -> ServiceSlice:
+    ports = st.lists(pick((6, 80), (17, 81)), max_size=2, unique=True)
+    return ServiceSlice(
+        draw(pick("red/web", "red/web", "red/db")),
+        tuple(draw(st.lists(pick(*ADDRESSES, *OUTSIDE), max_size=3, unique=True))),
+        tuple(draw(ports)),
+    )
 
 
 @st.composite
@@ -170,13 +217,15 @@ TABLES: dict[str, tuple[tuple[Any, ...], Any]] = {
     "policy": (POLICIES, policies),
     "profile": (PROFILES, profiles),
     "tier": (("first", "second"), tiers),
+    "slice": (SLICES, slices),
 }
 
 
 @st.composite
 def changes(draw: st.DrawFn) -> Change:
     """Something is set or, once in four times, goes."""
-    table = draw(pick("endpoint", "endpoint", "policy", "policy", "profile", "tier"))
+    tables = ("endpoint", "endpoint", "policy", "policy", "profile", "tier", "slice")
+    table = draw(pick(*tables))
     keys, values = TABLES[table]
     key = draw(pick(*keys))
     gone = draw(st.integers(0, 3)) == 0

@@ -46,6 +46,9 @@ def apply(engine: Engine, change: strategies.Change) -> None:
             engine.set_policy(change.key, change.value)
         case "profile":
             engine.set_profile(change.key, change.value)
+        case "slice":
+            namespace, name = change.key
+            engine.set_service_slice(namespace, name, change.value)
         case _:
             engine.set_tier(change.key, change.value)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from api.net import Net
 from policy.engine import Engine
-from policy.evaluate import Flow, evaluate
+from policy.evaluate import Flow, Verdict, evaluate
+from policy.evaluator import Decision, Evaluator
 from policy.model import Action, EndpointId
 from tests.policy import strategies
 from tests.policy.naive import State
@@ -26,27 +30,76 @@ PACKETS: tuple[dict[str, Any], ...] = (
 )
 
 
-@settings(max_examples=120, deadline=None)
-@given(strategies.worlds())
-def test_agrees_with_a_naive_reading_of_the_objects(world: list[strategies.Change]) -> None:
+@settings(max_examples=60, deadline=None)
+@given(strategies.worlds(), st.integers(0, 1000))
+def test_agrees_with_a_naive_reading_of_the_objects(
+    world: list[strategies.Change], seed: int
+) -> None:
     engine, state = Engine(), State()
     for change in world:
         apply(engine, change)
         state.put(change.table, change.key, change.value)
     engine.flush()
-    for id, own, other, packet in probes(state):
-        for flow in (
-            Flow(own, other, src_endpoint=id, **packet),
-            Flow(other, own, dst_endpoint=id, **packet),
-        ):
-            verdict = evaluate(engine, flow)
-            assert (verdict.action is Action.ALLOW) is state.allows(flow), (flow, verdict)
+    evaluator = Evaluator(engine)
+    for flow in probes(state, random.Random(seed)):
+        verdict = evaluate(engine, flow)
+        assert (verdict.action is Action.ALLOW) is state.allows(flow), (flow, verdict)
+        assert evaluator.decide(flow) == decision(verdict), flow
 
 
-def probes(state: State) -> Iterator[tuple[EndpointId, Net, Net, dict[str, Any]]]:
-    """Each local endpoint's address with every other address and every packet."""
-    for id, endpoint in state.endpoint.items():
-        for own in endpoint.nets[:1] if endpoint.local else ():
-            for other in (*strategies.ADDRESSES, *strategies.OUTSIDE):
-                for packet in PACKETS if own.version == other.version else ():
-                    yield id, own, other, packet
+@settings(max_examples=30, deadline=None)
+@given(
+    strategies.worlds(),
+    st.lists(st.lists(strategies.changes(), min_size=1, max_size=3), max_size=5),
+    st.integers(0, 1000),
+)
+def test_decisions_follow_changes(
+    world: list[strategies.Change],
+    batches: list[list[strategies.Change]],
+    seed: int,
+) -> None:
+    engine, state = Engine(), State()
+    evaluator = Evaluator(engine)
+    for batch in (world, *batches):
+        for change in batch:
+            apply(engine, change)
+            state.put(change.table, change.key, change.value)
+        evaluator.update(engine.flush())
+        for flow in probes(state, random.Random(seed)):
+            assert evaluator.decide(flow) == decision(evaluate(engine, flow)), flow
+
+
+def decision(verdict: Verdict) -> Decision:
+    return Decision(verdict.action, verdict.tier, verdict.policy, verdict.rule_index)
+
+
+def probes(state: State, chance: random.Random) -> Iterator[Flow]:
+    """Flows from, to and through local endpoints, some of all there may be."""
+    local = [endpoint for endpoint in state.endpoint.values() if endpoint.local]
+    everywhere = (*strategies.ADDRESSES, *strategies.OUTSIDE)
+    for endpoint in local:
+        for own in endpoint.nets[:1]:
+            others = [net for net in everywhere if net.version == own.version]
+            for other in others:
+                packet = chance.choice(PACKETS)
+                far = chance.choice([None, None, *(e.id for e in local)])
+                yield from around(endpoint.id, own, other, far, packet, chance)
+
+
+def around(
+    id: EndpointId,
+    own: Net,
+    other: Net,
+    far: EndpointId | None,
+    packet: dict[str, Any],
+    chance: random.Random,
+) -> Iterator[Flow]:
+    """Flows between an endpoint and another address, which may be that of another endpoint."""
+    entry, exit = (chance.choice([None, *strategies.HOSTS]) for _ in range(2))
+    yield Flow(own, other, src_endpoint=id, dst_endpoint=far, exit=exit, **packet)
+    incoming = Flow(other, own, src_endpoint=far, dst_endpoint=id, entry=entry, **packet)
+    yield incoming
+    yield replace(incoming, original_dst=own, original_dst_port=incoming.dst_port)
+    before = chance.choice(strategies.OUTSIDE[:1] if own.version == 4 else strategies.OUTSIDE[1:])
+    yield replace(incoming, original_dst=before, original_dst_port=80)
+    yield Flow(other, own, entry=entry, exit=exit, **packet)

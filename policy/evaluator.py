@@ -1,0 +1,120 @@
+"""Decisions on many flows: what ``evaluate`` says, a hundred times faster, without the trace.
+
+``evaluate`` is the reference; tests hold the two against each other.
+"""
+
+from __future__ import annotations
+
+from policy.engine import Changes
+from policy.evaluate import EARLY, Flow, Stage, Tables, Verdict, evaluate, original, stages
+from policy.model import Action, Direction, EndpointId, HostBinding, Part, PolicyId
+from policy.program import Addresses, Decision, Program, program_lines
+
+__all__ = ["Decision", "Evaluator"]
+
+_NOTHING_ASKED = Decision(Action.ALLOW, "", None, None)
+
+
+class Evaluator:
+    """Decisions on the policy of ``tables``. Not for several threads at once.
+
+    Building one takes time in proportion to the members of all sets, ``update`` to what changed.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._addresses = Addresses(tables.sets)
+        # None: no endpoint of ours. Two tables of the most common stages, as to hash a Stage takes
+        # longer than to decide.
+        self._egress: dict[EndpointId, Program | None] = {}
+        self._ingress: dict[EndpointId, Program | None] = {}
+        self._others: dict[Stage, Program | None] = {}
+        self._users: dict[PolicyId, set[EndpointId]] = {}
+
+    def update(self, changes: Changes) -> None:
+        """What the engine's last flush changed. Must be told of every one."""
+        for set_id, delta in changes.sets.items():
+            if delta.deleted:
+                self._addresses.forget(set_id)
+            else:
+                self._addresses.change(set_id, delta.added, delta.removed)
+        stale = set(changes.endpoints)
+        for policy in changes.policies:
+            stale |= self._users.pop(policy, set())
+        for endpoint in stale:
+            self._egress.pop(endpoint, None)
+            self._ingress.pop(endpoint, None)
+            for part in Part if endpoint.kind == "HostEndpoint" else ():
+                for direction in Direction:
+                    self._others.pop(Stage(endpoint, direction, part), None)
+
+    def evaluate(self, flow: Flow) -> Verdict:
+        """With all that was looked at."""
+        return evaluate(self._tables, flow)
+
+    def decide(self, flow: Flow) -> Decision:
+        """The verdict of all policy that the flow meets on its way through the node."""
+        src, dst = flow.src_endpoint, flow.dst_endpoint
+        if (
+            flow.entry is not None
+            or flow.exit is not None
+            or (src is not None and src.kind == "HostEndpoint")
+            or (dst is not None and dst.kind == "HostEndpoint")
+        ):
+            return self._decide_stages(flow)
+        decision = _NOTHING_ASKED
+        if src is not None:
+            try:
+                program = self._egress[src]
+            except KeyError:
+                program = self._egress[src] = self._program(
+                    Stage(src, Direction.EGRESS, Part.NORMAL)
+                )
+            if program is not None:
+                decision = program.decide(flow) or decision
+                if decision.action is Action.DENY:
+                    return decision
+        if dst is not None:
+            try:
+                program = self._ingress[dst]
+            except KeyError:
+                program = self._ingress[dst] = self._program(
+                    Stage(dst, Direction.INGRESS, Part.NORMAL)
+                )
+            if program is not None:
+                return program.decide(flow) or decision
+        return decision
+
+    def _decide_stages(self, flow: Flow) -> Decision:
+        decision = _NOTHING_ASKED
+        accepted: set[tuple[EndpointId, Direction]] = set()
+        before = original(flow)
+        for stage in stages(flow):
+            if stage[:2] in accepted:
+                continue
+            if stage not in self._others:
+                self._others[stage] = self._program(stage)
+            program = self._others[stage]
+            early = stage.part in EARLY
+            found = program.decide(before if early else flow) if program else None
+            if found is not None:
+                decision = found
+                if found.action is Action.DENY:
+                    break
+                if early:
+                    accepted.add(stage[:2])
+        return decision
+
+    def _program(self, stage: Stage) -> Program | None:
+        binding = self._tables.endpoints.get(stage.endpoint)
+        if binding is None:
+            return None
+        if isinstance(binding, HostBinding):
+            binding = binding.part(stage.part)
+        for tier in binding.tiers:
+            for id in tier.policies(stage.direction):
+                self._users.setdefault(id, set()).add(stage.endpoint)
+        for id in binding.profiles:
+            self._users.setdefault(id, set()).add(stage.endpoint)
+        lines = list(program_lines(self._tables, binding, stage))
+        return Program(lines, self._addresses)

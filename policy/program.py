@@ -1,0 +1,367 @@
+"""All that decides at an endpoint in one direction, so that it is decided in few steps.
+
+It is laid out as a row of lines in order: rules, and the ends of tiers among them. A condition on
+addresses or ports is met by some of them, which are the bits of an int. So for a packet the lines
+that match are the bits that its source, its destination and its ports have in common, and the
+lowest bit decides. Which bits an address, or a port, stands for is worked out once: addresses
+that are in the same sets share them, and so do ports between the same bounds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+from api.net import BITS, V4, V6, Net
+from policy.evaluate import EARLY, Flow, Members, Stage, Tables, is_match, ports_match
+from policy.model import (
+    Action,
+    Direction,
+    EndpointBinding,
+    Match,
+    Member,
+    NamedPortMember,
+    Part,
+    PolicyId,
+    Rule,
+)
+
+K = TypeVar("K")
+
+_MOST = 1 << 16  # remembered of one thing before all of it is forgotten
+
+# The sets that an address is in, and its IP version.
+_Class = frozenset[str | int]
+
+
+class Decision(NamedTuple):
+    """A ``Verdict`` without its trace."""
+
+    action: Action
+    tier: str
+    policy: PolicyId | None
+    rule_index: int | None
+
+
+class Addresses:
+    """In which sets addresses are."""
+
+    def __init__(self, sets: Members) -> None:
+        self.members: dict[str, set[Member]] = {}
+        self._of: dict[Net, _Class] = {}  # the sets that have exactly this member
+        self._lengths: dict[int, Counter[int]] = {V4: Counter(), V6: Counter()}
+        self._shared: dict[_Class, _Class] = {}
+        self.classes: dict[Net, _Class] = {}
+        gathered: dict[Net, list[str]] = {}
+        for set_id, members in sets.items():
+            self.members[set_id] = set(members)
+            for net in _nets(members):
+                gathered.setdefault(net, []).append(set_id)
+        for net, ids in gathered.items():
+            self._put(net, frozenset(ids))
+
+    def change(self, set_id: str, added: Iterable[Member], removed: Iterable[Member]) -> None:
+        """Members of a set that came and went."""
+        members = self.members.setdefault(set_id, set())
+        members.difference_update(removed)
+        members.update(added)
+        for net in _nets(removed):
+            self._put(net, self._of.get(net, frozenset()) - {set_id})
+        for net in _nets(added):
+            self._put(net, self._of.get(net, frozenset()) | {set_id})
+
+    def forget(self, set_id: str) -> None:
+        """A set that is gone."""
+        for net in _nets(self.members.pop(set_id, ())):
+            self._put(net, self._of.get(net, frozenset()) - {set_id})
+
+    def classify(self, address: Net) -> _Class:
+        """The sets that hold an address, or a network around it; remembered in ``classes``."""
+        version, number, _ = address
+        found: _Class = frozenset((version,))
+        for length in self._lengths[version]:
+            spare = BITS[version] - length
+            found |= self._of.get(Net(version, number >> spare << spare, length), frozenset())
+        if len(self.classes) >= _MOST:
+            self.classes.clear()
+        found = self.classes[address] = self._shared.setdefault(found, found)
+        return found
+
+    def _put(self, net: Net, ids: _Class) -> None:
+        lengths = self._lengths[net.version]
+        if net not in self._of and ids:
+            lengths[net.length] += 1
+        if ids:
+            self._of[net] = self._shared.setdefault(ids, ids)
+        elif self._of.pop(net, None) is not None:
+            lengths[net.length] -= 1
+            if not lengths[net.length]:
+                del lengths[net.length]
+        if net.is_host:
+            self.classes.pop(net, None)
+        else:
+            self.classes.clear()
+        if len(self._shared) >= _MOST:
+            self._shared.clear()
+
+
+class Line(NamedTuple):
+    """A rule, or the end of a tier. ``after``: where to go on when it passes."""
+
+    match: Match
+    decision: Decision | None
+    after: int
+
+
+def program_lines(tables: Tables, binding: EndpointBinding, stage: Stage) -> Iterator[Line]:
+    """All that decides, in order."""
+    direction, count = stage.direction, 0
+    for tier in binding.tiers:
+        ids = [id for id in tier.policies(direction) if not id.is_staged]
+        rules = [(id, rule) for id in ids for rule in _rules(tables, id, direction)]
+        end = ids and stage.part not in EARLY and tier.default_action is Action.DENY
+        count += len(rules) + bool(end)
+        for id, rule in rules:
+            yield _line(tier.name, id, rule, count)
+        if end:
+            yield Line(Match(), Decision(Action.DENY, tier.name, None, None), count)
+    if stage.part is not Part.NORMAL:
+        return
+    for id in binding.profiles:
+        own = _rules(tables, id, direction)
+        count += len(own)
+        for rule in own:
+            yield _line("", id, rule, count)
+    yield Line(Match(), Decision(Action.DENY, "", None, None), count + 1)
+
+
+def _rules(tables: Tables, id: PolicyId, direction: Direction) -> list[Rule]:
+    policy = tables.policies[id]
+    rules = policy.ingress if direction is Direction.INGRESS else policy.egress
+    return [rule for rule in rules or () if rule.action is not Action.LOG]
+
+
+def _line(tier: str, id: PolicyId, rule: Rule, after: int) -> Line:
+    if rule.action is Action.PASS:
+        return Line(rule.match, None, after)
+    return Line(rule.match, Decision(rule.action, tier, id, rule.index), after)
+
+
+class Program:
+    """The lines of one stage."""
+
+    __slots__ = (
+        "_addresses",
+        "_all",
+        "_bounds",
+        "_by_address",
+        "_by_class",
+        "_by_ports",
+        "_class_conditions",
+        "_classes",
+        "_lines",
+        "_named",
+        "_net_conditions",
+        "_port_conditions",
+        "_sets",
+        "_src_bounds",
+    )
+
+    def __init__(self, lines: list[Line], addresses: Addresses) -> None:
+        self._lines = [
+            (line.match, _only_names(line.match), line.decision, -1 << line.after) for line in lines
+        ]
+        self._all = (1 << len(lines)) - 1
+        self._addresses, self._classes = addresses, addresses.classes
+        self._sets = addresses.members
+        matches = [line.match for line in lines]
+        self._named = sum(1 << n for n, match in enumerate(matches) if _has_names(match))
+        self._class_conditions = (
+            _conditions(matches, _source_sets),
+            _conditions(matches, _destination_sets),
+        )
+        self._net_conditions = (
+            _conditions(matches, _source_nets),
+            _conditions(matches, _destination_nets),
+        )
+        self._port_conditions = _conditions(matches, _packet)
+        self._bounds = _bounds(match.dst_ports + match.not_dst_ports for match in matches)
+        self._src_bounds = _bounds(match.src_ports + match.not_src_ports for match in matches)
+        self._by_class: tuple[dict[_Class, int], dict[_Class, int]] = ({}, {})
+        self._by_address: tuple[dict[Net, int], dict[Net, int]] = ({}, {})
+        self._by_ports: dict[tuple[int | None, ...], int] = {}
+
+    def decide(self, flow: Flow) -> Decision | None:
+        """What decides; None: nothing does, the packet goes on."""
+        src, dst, classes = flow.src, flow.dst, self._classes
+        by_source, by_destination = self._by_class
+        if (of_source := classes.get(src)) is None:
+            of_source = self._addresses.classify(src)
+        if (lines := by_source.get(of_source)) is None:
+            lines = self._lines_of_class(0, of_source)
+        if (of_destination := classes.get(dst)) is None:
+            of_destination = self._addresses.classify(dst)
+        if (found := by_destination.get(of_destination)) is None:
+            found = self._lines_of_class(1, of_destination)
+        lines &= found
+        src_port, dst_port = flow.src_port, flow.dst_port
+        key = (
+            flow.protocol,
+            -1 if dst_port is None else bisect_right(self._bounds, dst_port),
+            -1 if src_port is None else bisect_right(self._src_bounds, src_port),
+            flow.icmp_type,
+            flow.icmp_code,
+        )
+        if (found := self._by_ports.get(key)) is None:
+            found = self._lines_of_packet(key, flow)
+        lines &= found
+        if self._net_conditions[0]:
+            lines &= self._lines_of_address(0, src, flow)
+        if self._net_conditions[1]:
+            lines &= self._lines_of_address(1, dst, flow)
+        named = self._named
+        while lines:
+            lowest = lines & -lines
+            match, names, decision, after = self._lines[lowest.bit_length() - 1]
+            if lowest & named:
+                if names:
+                    member = (dst, flow.protocol, dst_port)  # equal to a NamedPortMember
+                    matches = False
+                    for name in names:
+                        matches = matches or member in self._sets[name]
+                else:
+                    matches = ports_match(match, flow, self._sets)
+                if not matches:
+                    lines ^= lowest
+                    continue
+            if decision is not None:
+                return decision
+            lines &= after
+        return None
+
+    def _lines_of_class(self, side: int, own: _Class) -> int:
+        lines = self._all
+        for match, those in self._class_conditions[side]:
+            wanted = match.dst_sets if side else match.src_sets
+            unwanted = match.not_dst_sets if side else match.not_src_sets
+            if (
+                not own.issuperset(wanted)
+                or not own.isdisjoint(unwanted)
+                or (match.version is not None and match.version not in own)
+            ):
+                lines &= ~those
+        return _remember(self._by_class[side], own, lines)
+
+    def _lines_of_address(self, side: int, address: Net, flow: Flow) -> int:
+        lines = self._by_address[side].get(address)
+        if lines is None:
+            lines = self._without(self._net_conditions[side], flow)
+            _remember(self._by_address[side], address, lines)
+        return lines
+
+    def _lines_of_packet(self, key: tuple[int | None, ...], flow: Flow) -> int:
+        return _remember(self._by_ports, key, self._without(self._port_conditions, flow))
+
+    def _without(self, conditions: tuple[tuple[Match, int], ...], flow: Flow) -> int:
+        lines = self._all
+        for match, those in conditions:
+            if not is_match(match, flow, self._sets):
+                lines &= ~those
+        return lines
+
+
+def _remember(table: dict[K, int], key: K, lines: int) -> int:
+    if len(table) >= _MOST:
+        table.clear()
+    table[key] = lines
+    return lines
+
+
+def _conditions(
+    matches: list[Match], aspect: Callable[[Match], Match]
+) -> tuple[tuple[Match, int], ...]:
+    """The conditions of one aspect that lines have, each with its lines."""
+    lines: dict[Match, int] = {}
+    for number, match in enumerate(matches):
+        condition = aspect(match)
+        if condition != _ANYTHING:
+            lines[condition] = lines.get(condition, 0) | 1 << number
+    return tuple(lines.items())
+
+
+_ANYTHING = Match()
+
+
+def _source_sets(match: Match) -> Match:
+    return Match(version=match.version, src_sets=match.src_sets, not_src_sets=match.not_src_sets)
+
+
+def _destination_sets(match: Match) -> Match:
+    return Match(dst_sets=match.dst_sets, not_dst_sets=match.not_dst_sets)
+
+
+def _source_nets(match: Match) -> Match:
+    return Match(src_nets=match.src_nets, not_src_nets=match.not_src_nets)
+
+
+def _destination_nets(match: Match) -> Match:
+    return Match(dst_nets=match.dst_nets, not_dst_nets=match.not_dst_nets)
+
+
+def _packet(match: Match) -> Match:
+    """Protocol, ICMP and, where no name stands beside them, the numbers of ports."""
+    packet = Match(
+        protocol=match.protocol,
+        not_protocol=match.not_protocol,
+        icmp_type=match.icmp_type,
+        icmp_code=match.icmp_code,
+        not_icmp_type=match.not_icmp_type,
+        not_icmp_code=match.not_icmp_code,
+    )
+    if _has_names(match):
+        return packet
+    return replace(
+        packet,
+        src_ports=match.src_ports,
+        not_src_ports=match.not_src_ports,
+        dst_ports=match.dst_ports,
+        not_dst_ports=match.not_dst_ports,
+    )
+
+
+def _has_names(match: Match) -> bool:
+    return bool(
+        match.src_named_ports
+        or match.not_src_named_ports
+        or match.dst_named_ports
+        or match.not_dst_named_ports
+    )
+
+
+def _only_names(match: Match) -> tuple[str, ...]:
+    """The names of destination ports where they are all there is about ports."""
+    others = (
+        match.src_named_ports,
+        match.not_src_named_ports,
+        match.not_dst_named_ports,
+        match.src_ports,
+        match.not_src_ports,
+        match.dst_ports,
+        match.not_dst_ports,
+    )
+    return () if any(others) else match.dst_named_ports
+
+
+def _bounds(ranges: Iterable[tuple[tuple[int, int], ...]]) -> list[int]:
+    """Where ranges begin and where they have ended: between two of these, ports are alike."""
+    pairs = [pair for some in ranges for pair in some]
+    return sorted({first for first, _ in pairs} | {last + 1 for _, last in pairs})
+
+
+def _nets(members: Iterable[Member]) -> Iterator[Net]:
+    for member in members:
+        if not isinstance(member, NamedPortMember):
+            yield member
