@@ -114,7 +114,8 @@ def _flow(chance: random.Random) -> Flow:
     if chance.random() < 0.1:
         peer, peer_id = host_net(4, _OUTSIDE + chance.randrange(256)), None
     else:
-        peer, peer_id = host_net(4, _FIRST + other), _id(other)
+        peer = host_net(4, _FIRST + other)
+        peer_id = _id(other) if other < LOCAL else None
     port = chance.choice([53, 80, 443, 8001, chance.randrange(1, 65536)])
     source_port = chance.randrange(32768, 61000)
     if chance.random() < 0.5:

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from policy.engine import Changes
 from policy.evaluate import EARLY, Flow, Stage, Tables, Verdict, evaluate, original, stages
-from policy.model import Action, Direction, EndpointId, HostBinding, Part, PolicyId
+from policy.model import (
+    Action,
+    Direction,
+    EndpointBinding,
+    EndpointId,
+    HostBinding,
+    Part,
+    PolicyId,
+)
 from policy.program import Addresses, Decision, Program, program_lines
 
 __all__ = ["Decision", "Evaluator"]
@@ -24,12 +32,13 @@ class Evaluator:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._addresses = Addresses(tables.sets)
-        # None: no endpoint of ours. Two tables of the most common stages, as to hash a Stage takes
-        # longer than to decide.
-        self._egress: dict[EndpointId, Program | None] = {}
-        self._ingress: dict[EndpointId, Program | None] = {}
-        self._others: dict[Stage, Program | None] = {}
+        # The stages of workloads have tables of their own: to hash a Stage takes longer than to
+        # decide.
+        self._egress: dict[EndpointId, Program] = {}
+        self._ingress: dict[EndpointId, Program] = {}
+        self._of_hosts: dict[Stage, Program] = {}
         self._users: dict[PolicyId, set[EndpointId]] = {}
+        self._uses: dict[EndpointId, set[PolicyId]] = {}
 
     def update(self, changes: Changes) -> None:
         """What the engine's last flush changed. Must be told of every one."""
@@ -40,13 +49,17 @@ class Evaluator:
                 self._addresses.change(set_id, delta.added, delta.removed)
         stale = set(changes.endpoints)
         for policy in changes.policies:
-            stale |= self._users.pop(policy, set())
+            stale |= self._users.get(policy, set())
         for endpoint in stale:
+            for policy in self._uses.pop(endpoint, ()):
+                self._users[policy].discard(endpoint)
+                if not self._users[policy]:
+                    del self._users[policy]
             self._egress.pop(endpoint, None)
             self._ingress.pop(endpoint, None)
             for part in Part if endpoint.kind == "HostEndpoint" else ():
                 for direction in Direction:
-                    self._others.pop(Stage(endpoint, direction, part), None)
+                    self._of_hosts.pop(Stage(endpoint, direction, part), None)
 
     def evaluate(self, flow: Flow) -> Verdict:
         """With all that was looked at."""
@@ -64,23 +77,17 @@ class Evaluator:
             return self._decide_stages(flow)
         decision = _NOTHING_ASKED
         if src is not None:
-            try:
-                program = self._egress[src]
-            except KeyError:
-                program = self._egress[src] = self._program(
-                    Stage(src, Direction.EGRESS, Part.NORMAL)
-                )
+            program = self._egress.get(src) or self._program(
+                Stage(src, Direction.EGRESS, Part.NORMAL)
+            )
             if program is not None:
                 decision = program.decide(flow) or decision
                 if decision.action is Action.DENY:
                     return decision
         if dst is not None:
-            try:
-                program = self._ingress[dst]
-            except KeyError:
-                program = self._ingress[dst] = self._program(
-                    Stage(dst, Direction.INGRESS, Part.NORMAL)
-                )
+            program = self._ingress.get(dst) or self._program(
+                Stage(dst, Direction.INGRESS, Part.NORMAL)
+            )
             if program is not None:
                 return program.decide(flow) or decision
         return decision
@@ -92,9 +99,7 @@ class Evaluator:
         for stage in stages(flow):
             if stage[:2] in accepted:
                 continue
-            if stage not in self._others:
-                self._others[stage] = self._program(stage)
-            program = self._others[stage]
+            program = self._program(stage)
             early = stage.part in EARLY
             found = program.decide(before if early else flow) if program else None
             if found is not None:
@@ -106,15 +111,24 @@ class Evaluator:
         return decision
 
     def _program(self, stage: Stage) -> Program | None:
-        binding = self._tables.endpoints.get(stage.endpoint)
-        if binding is None:
-            return None
+        """What decides in a stage, made at the first use; None: it is no endpoint of ours."""
+        endpoint, direction, part = stage
+        table = self._egress if direction is Direction.EGRESS else self._ingress
+        is_host = endpoint.kind == "HostEndpoint"
+        program = self._of_hosts.get(stage) if is_host else table.get(endpoint)
+        binding = self._tables.endpoints.get(endpoint)
+        if program is not None or binding is None:
+            return program
         if isinstance(binding, HostBinding):
-            binding = binding.part(stage.part)
-        for tier in binding.tiers:
-            for id in tier.policies(stage.direction):
-                self._users.setdefault(id, set()).add(stage.endpoint)
-        for id in binding.profiles:
+            program = self._of_hosts[stage] = self._make(stage, binding.part(part))
+        else:
+            program = table[endpoint] = self._make(stage, binding)
+        return program
+
+    def _make(self, stage: Stage, binding: EndpointBinding) -> Program:
+        used = {id for tier in binding.tiers for id in tier.policies(stage.direction)}
+        used.update(binding.profiles)
+        self._uses.setdefault(stage.endpoint, set()).update(used)
+        for id in used:
             self._users.setdefault(id, set()).add(stage.endpoint)
-        lines = list(program_lines(self._tables, binding, stage))
-        return Program(lines, self._addresses)
+        return Program(list(program_lines(self._tables, binding, stage)), self._addresses)
