@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from api.kinds import CALICO, CLUSTER_POLICY, KINDS, Kind
+from api.kinds import ADMIN_POLICY, CALICO, CLUSTER_POLICY, KINDS, Kind
 from manifests.files import render
 from manifests.schema import resource_schema
 
@@ -78,6 +78,7 @@ COLUMNS: Mapping[str, tuple[tuple[str, str, str], ...]] = {
         ("Tier", "string", ".spec.tier"),
         ("Priority", "string", ".spec.priority"),
     ),
+    "AdminNetworkPolicy": (("Priority", "string", ".spec.priority"),),
 } | dict.fromkeys(
     (
         *("NetworkPolicy", "GlobalNetworkPolicy"),
@@ -100,6 +101,8 @@ SELECTABLE: Mapping[str, tuple[str, ...]] = dict.fromkeys(
 
 # Short names beyond those of Calico's CRDs are for manxctl: in a cluster they would be others'.
 SHORT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "AdminNetworkPolicy": ("anp",),
+    "BaselineAdminNetworkPolicy": ("banp",),
     "BGPConfiguration": ("bgpconfig", "bgpconfigs"),
     "BlockAffinity": ("affinity", "affinities"),
     "ClusterInformation": ("clusterinfo", "clusterinfos"),
@@ -121,7 +124,8 @@ APPROVED = "https://github.com/kubernetes-sigs/network-policy-api/pull/347"
 
 def kinds() -> list[Kind]:
     """The kinds that are custom resources in a Kubernetes cluster, by name."""
-    stored = (kind for kind in KINDS.values() if kind.api_version in (CALICO, CLUSTER_POLICY))
+    versions = (CALICO, CLUSTER_POLICY, ADMIN_POLICY)
+    stored = (kind for kind in KINDS.values() if kind.api_version in versions)
     return sorted((k for k in stored if k.id not in DERIVED), key=lambda kind: kind.id)
 
 

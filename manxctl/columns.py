@@ -274,6 +274,7 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("TIER", _at("spec.tier")),
         Column("PRIORITY", _at("spec.priority")),
     ),
+    "AdminNetworkPolicy": (_NAME, Column("PRIORITY", _at("spec.priority"))),
 }
 
 

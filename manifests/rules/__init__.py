@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from api import metadata
 from manifests.cel import Rule
 from manifests.rules import (
+    adminnetworkpolicy,
     bgp,
     clusternetworkpolicy,
     felix,
@@ -23,7 +24,17 @@ from manifests.rules import (
 )
 
 RULES: dict[type[BaseModel], tuple[Rule, ...]] = {}
-for _topic in (bgp, clusternetworkpolicy, felix, kubernetes, others, policy, pool, staged):
+for _topic in (
+    adminnetworkpolicy,
+    bgp,
+    clusternetworkpolicy,
+    felix,
+    kubernetes,
+    others,
+    policy,
+    pool,
+    staged,
+):
     RULES |= _topic.RULES
 
 CHECKS = ("faults", "name_expected", "update_faults")

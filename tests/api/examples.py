@@ -7,7 +7,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from api.kinds import CALICO, CLUSTER_POLICY, COORDINATION, CORE, DISCOVERY, NETWORKING
+from api.kinds import (
+    ADMIN_POLICY,
+    CALICO,
+    CLUSTER_POLICY,
+    COORDINATION,
+    CORE,
+    DISCOVERY,
+    NETWORKING,
+)
 
 JSON = dict[str, Any]
 
@@ -182,6 +190,15 @@ CLUSTER_RULE: JSON = {
         {"tcp": {"destinationPort": {"number": 80}}},
         {"udp": {"destinationPort": {"range": {"start": 1, "end": 9}}}},
         {"sctp": {"destinationPort": {"number": 80}}},
+    ],
+}
+ADMIN_RULE: JSON = {
+    "name": "rule",
+    "action": "Deny",
+    "ports": [
+        {"portNumber": {"protocol": "UDP", "port": 53}},
+        {"portRange": {"protocol": "SCTP", "start": 80, "end": 90}},
+        {"namedPort": "http"},
     ],
 }
 PODS: JSON = {"pods": {"namespaceSelector": {}, "podSelector": POD_SELECTOR}}
@@ -610,6 +627,28 @@ KUBERNETES_EXAMPLES: list[JSON] = [
         "ClusterNetworkPolicy",
         spec={"tier": "Baseline", "priority": 0, "subject": {"namespaces": {}}},
     ),
+    kubernetes(
+        ADMIN_POLICY,
+        "AdminNetworkPolicy",
+        spec={
+            "priority": 10,
+            "subject": PODS,
+            "ingress": [ADMIN_RULE | {"from": [{"namespaces": POD_SELECTOR}, PODS]}],
+            "egress": [ADMIN_RULE | {"action": "Pass", "to": [{"networks": ["192.0.2.0/24"]}]}],
+        },
+        status={"conditions": [CONDITION]},
+    ),
+    kubernetes(
+        ADMIN_POLICY,
+        "BaselineAdminNetworkPolicy",
+        spec={
+            "subject": {"namespaces": {}},
+            "ingress": [ADMIN_RULE | {"from": [PODS]}],
+            "egress": [ADMIN_RULE | {"to": [{"nodes": POD_SELECTOR}]}],
+        },
+        status={"conditions": [CONDITION]},
+    )
+    | {"metadata": META | {"name": "default"}},
 ]
 
 EXAMPLES = CALICO_EXAMPLES + KUBERNETES_EXAMPLES
