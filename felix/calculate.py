@@ -36,7 +36,13 @@ class _Place:
     nets: tuple[Net, ...]
     interface: str
     sources: tuple[Net, ...]
+    nats: tuple[tuple[Net, Net], ...]
     pod: Key
+
+    @property
+    def reached_at(self) -> tuple[Net, ...]:
+        """All addresses whose packets are for its interface."""
+        return (*self.nets, *(external for external, _ in self.nats))
 
 
 class _Claims(Generic[K]):
@@ -127,8 +133,7 @@ class Calculator:
     def wants_addresses(self, snapshot: Snapshot) -> bool:
         """Whether a host endpoint of this node is to be found by its addresses."""
         return any(
-            not view.place.interface and view.node == self._node
-            for view in snapshot.hosts.values()
+            not view.place.interface and view.node == self._node for view in snapshot.hosts.values()
         )
 
     def set_host_addresses(self, addresses: Mapping[str, frozenset[Net]]) -> bool:
@@ -157,9 +162,13 @@ class Calculator:
             self._overlay.set_pools(pools, self._settings.vxlan_enabled)
         self._update_overlay(delta)
         self._update_pods(delta)
+        if "BGPConfiguration" in kinds:
+            services = snapshot.services.get(Key("BGPConfiguration", CLUSTER), ())
+            self._ruleset.set_services(services)
         if self._hosts_changed or delta.settings is not None:
             self._update_hosts()
-        if pools_changed or delta.peers:
+        spared = self._settings.nat_outgoing.spare_hosts and "Node" in kinds
+        if pools_changed or delta.peers or spared:
             self._own_sets = dict(self._make_own_sets(snapshot))
         self._ruleset.update(
             delta,
@@ -288,7 +297,8 @@ class Calculator:
             nets = () if pod and pod.finished else workload.nets
             interface = self._own_interface(id, workload)
             sources = self._sources(id, workload) if interface else ()
-            after = _Place(workload.node, nets, interface, sources, pod_key)
+            nats = self._nats(workload, nets) if interface else ()
+            after = _Place(workload.node, nets, interface, sources, nats, pod_key)
             self._places[id] = after
             if interface:
                 delta.endpoints[id] = Local(interface, workload.container)
@@ -317,6 +327,12 @@ class Calculator:
             return ()
         return workload.sources
 
+    def _nats(self, workload: Workload, nets: tuple[Net, ...]) -> tuple[tuple[Net, Net], ...]:
+        """Its floating addresses, of those that it has now."""
+        if not self._settings.floating_ips:
+            return ()
+        return tuple(nat for nat in workload.nats if nat[1] in nets)
+
     def _move(self, id: EndpointId, before: _Place | None, after: _Place | None) -> None:
         if before == after:
             return
@@ -327,7 +343,9 @@ class Calculator:
         was, now = ((place,) if place and place.interface else () for place in (before, after))
         self._interfaces.change(id, (p.interface for p in was), (p.interface for p in now))
         self._addresses.change(
-            id, (net for p in was for net in p.nets), (net for p in now for net in p.nets)
+            id,
+            (net for p in was for net in p.reached_at),
+            (net for p in now for net in p.reached_at),
         )
 
     def _update_pods(self, delta: Delta) -> None:
@@ -338,6 +356,7 @@ class Calculator:
             sources = place.sources if place else ()
             if self._ruleset.set_sources(interface, sources):
                 delta.loose[interface] = bool(sources)
+            self._ruleset.set_nats(interface, place.nats if place else ())
         for net in self._addresses.dirty:
             owner = self._addresses.holder(net)
             wanted = self._places[owner].interface if owner else None
@@ -372,6 +391,12 @@ class Calculator:
             if masqueraded:
                 yield SetKey(version, names.MASQUERADE_POOLS), masqueraded
                 yield SetKey(version, names.ALL_POOLS), frozenset(pool.net for pool in own)
+                if self._settings.nat_outgoing.spare_hosts:
+                    hosts = (view.host.address for view in snapshot.nodes.values())
+                    yield (
+                        SetKey(version, names.ALL_HOSTS),
+                        frozenset(net for net in hosts if net and net.version == version),
+                    )
         if self._overlay.enabled:
             peers = frozenset(peer.address for peer in self._overlay.peers.values())
             yield SetKey(V4, names.VXLAN_NODES), peers

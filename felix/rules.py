@@ -9,10 +9,10 @@ passes sets PASS. An interface that no chain knows drops: that protects a pod ju
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from api.net import V4, V6, Net
-from felix import host_rules, names
+from api.net import V6, Net
+from felix import host_rules, names, nat_rules
 from felix.chains import (
     Accept,
     Action,
@@ -28,7 +28,7 @@ from felix.chains import (
     Hook,
     Jump,
     Mark,
-    Masquerade,
+    Reject,
     Return,
     Side,
     State,
@@ -42,7 +42,7 @@ from felix.policy_rules import (
     profile_rules,
     tier_rules,
 )
-from felix.settings import EndpointToHost, Settings
+from felix.settings import EndpointToHost, LoopPrevention, Settings
 from policy.model import Direction, EndpointBinding, Match, Part, PortRange
 
 IPIP = 4
@@ -64,40 +64,55 @@ class Frame:
     hooks: tuple[tuple[Hook, ChainRule], ...]
 
 
-def frame(
-    settings: Settings,
-    version: int,
-    *,
-    vxlan: bool,
-    masquerade: bool,
-    sources: Mapping[str, tuple[Net, ...]],
-    guard: Guard,
-) -> Frame:
-    """The frame of one IP version. Without ``masquerade`` the NAT table is left alone.
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the frame of one IP version depends on, besides the settings.
 
+    ``vxlan``: this node takes part in the overlay. ``masquerade``: some pool wants it.
     ``sources``: what interfaces may send with besides the addresses of their endpoints.
+    ``services``: where services have their addresses. ``nats``: an endpoint's address by one
+    from outside. ``guard``: what host endpoints have policies for.
     """
-    vxlan = vxlan and version == V4
+
+    vxlan: bool = False
+    masquerade: bool = False
+    sources: Mapping[str, tuple[Net, ...]] = field(default_factory=dict)
+    services: tuple[Net, ...] = ()
+    nats: Mapping[Net, Net] = field(default_factory=dict)
+    guard: Guard = field(default_factory=Guard)
+
+
+def frame(settings: Settings, version: int, around: Surroundings) -> Frame:
+    """The frame of one IP version. Where nothing is to be translated NAT is left alone."""
+    guard = around.guard
+    loops = _service_loops(settings, around.services)
     chains = [
         (Table.RAW, _prerouting(settings, guard)),
-        (Table.RAW, _allowed_sources(sources, version)),
-        (Table.FILTER, _forward(settings, guard)),
-        (Table.FILTER, _input(settings, guard, vxlan=vxlan)),
+        (Table.RAW, _allowed_sources(around.sources)),
+        (Table.FILTER, _forward(settings, guard, loops=loops is not None)),
+        (Table.FILTER, _input(settings, around)),
         (Table.FILTER, _workload_to_host(settings, version)),
         *host_rules.failsafe_chains(guard, settings, version),
     ]
+    if loops is not None:
+        chains.append((Table.FILTER, loops))
     hooks = [
         (Hook(Table.RAW, "PREROUTING"), ChainRule(Jump(names.PREROUTING))),
         (Hook(Table.FILTER, "FORWARD"), ChainRule(Jump(names.FORWARD))),
         (Hook(Table.FILTER, "INPUT"), ChainRule(Jump(names.INPUT))),
     ]
-    tunnels = (_vxlan(settings, destinations=(names.VXLAN_NODES,)),) if vxlan else ()
-    for hook, (table, chain) in host_rules.frame(guard, settings, tunnels):
+    tunnels = (_vxlan(settings, destinations=(names.VXLAN_NODES,)),) if around.vxlan else ()
+    hooked = [
+        *host_rules.frame(guard, settings, tunnels),
+        *nat_rules.frame(masquerade=around.masquerade, floating=bool(around.nats)),
+    ]
+    for hook, (table, chain) in hooked:
         chains.append((table, chain))
         hooks.append((hook, ChainRule(Jump(chain.name))))
-    if masquerade:
-        chains.extend((Table.NAT, chain) for chain in _nat_outgoing())
-        hooks.append((Hook(Table.NAT, "POSTROUTING"), ChainRule(Jump(names.POSTROUTING))))
+    if around.nats:
+        chains += ((Table.NAT, chain) for chain in nat_rules.floating(around.nats))
+    if around.masquerade:
+        chains.append((Table.NAT, nat_rules.outgoing(settings.nat_outgoing, version)))
     return Frame(tuple(chains), tuple(hooks))
 
 
@@ -171,19 +186,34 @@ def _prerouting(settings: Settings, guard: Guard) -> Chain:
     )
 
 
-def _allowed_sources(sources: Mapping[str, tuple[Net, ...]], version: int) -> Chain:
+def _allowed_sources(sources: Mapping[str, tuple[Net, ...]]) -> Chain:
     """Accepted here is accepted in this table only: policy comes later, in another."""
     return Chain(
         names.ALLOWED_SOURCES,
         tuple(
-            ChainRule(Accept(), Condition(packet=Match(src_nets=own), in_interface=interface))
+            ChainRule(Accept(), Condition(packet=Match(src_nets=nets), in_interface=interface))
             for interface, nets in sorted(sources.items())
-            if (own := tuple(net for net in nets if net.version == version))
         ),
     )
 
 
-def _forward(settings: Settings, guard: Guard) -> Chain:
+def _service_loops(settings: Settings, services: tuple[Net, ...]) -> Chain | None:
+    """What is still for a service's address when it is forwarded is for a service that is not.
+
+    Sent on by the default route, it could come back, again and again.
+    """
+    actions: Mapping[LoopPrevention, Action] = {
+        LoopPrevention.DROP: Drop(),
+        LoopPrevention.REJECT: Reject(),
+    }
+    action = actions.get(settings.loop_prevention)
+    if action is None or not services:
+        return None
+    match = Match(dst_nets=services)
+    return Chain(names.SERVICE_LOOPS, (ChainRule(action, Condition(packet=match), "No service"),))
+
+
+def _forward(settings: Settings, guard: Guard, *, loops: bool) -> Chain:
     prefixes = settings.interface_prefixes
     rules = [ChainRule(ClearMarks(Mark.PASS if guard.early else Mark.ACCEPT | Mark.PASS))]
     if Part.FORWARD in guard.parts:
@@ -196,13 +226,15 @@ def _forward(settings: Settings, guard: Guard) -> Chain:
     )
     if Part.FORWARD in guard.parts:
         rules.append(ChainRule(Jump(names.TO_HOST_FORWARD)))
+    if loops:
+        rules.append(ChainRule(Jump(names.SERVICE_LOOPS)))
     rules.append(ChainRule(Allow(), ALLOWED))
     return Chain(names.FORWARD, tuple(rules))
 
 
-def _input(settings: Settings, guard: Guard, *, vxlan: bool) -> Chain:
+def _input(settings: Settings, around: Surroundings) -> Chain:
     rules = []
-    if vxlan:
+    if around.vxlan:
         for action, sources, comment in (
             (Allow(), (names.VXLAN_NODES,), "VXLAN from a known node"),
             (Drop(), (), "VXLAN from elsewhere"),
@@ -213,7 +245,7 @@ def _input(settings: Settings, guard: Guard, *, vxlan: bool) -> Chain:
         ChainRule(Goto(names.WORKLOAD_TO_HOST), Condition(in_interface=f"{p}*"))
         for p in settings.interface_prefixes
     )
-    rules += host_rules.incoming(guard)
+    rules += host_rules.incoming(around.guard)
     return Chain(names.INPUT, tuple(rules))
 
 
@@ -227,9 +259,3 @@ def _workload_to_host(settings: Settings, version: int) -> Chain:
         ChainRule(_TO_HOST[settings.endpoint_to_host], comment="DefaultEndpointToHostAction"),
     )
     return Chain(names.WORKLOAD_TO_HOST, tuple(rules))
-
-
-def _nat_outgoing() -> Iterator[Chain]:
-    outgoing = Match(src_sets=(names.MASQUERADE_POOLS,), not_dst_sets=(names.ALL_POOLS,))
-    yield Chain(names.NAT_OUTGOING, (ChainRule(Masquerade(), Condition(packet=outgoing)),))
-    yield Chain(names.POSTROUTING, (ChainRule(Jump(names.NAT_OUTGOING)),))

@@ -57,7 +57,9 @@ class Ruleset:
         self._known: dict[int, set[str]] = {version: set() for version in VERSIONS}
         self._dirty: set[str] = set()
         self._sources: dict[str, tuple[Net, ...]] = {}
-        self._sources_changed = False
+        self._nats: dict[str, tuple[tuple[Net, Net], ...]] = {}
+        self._services: tuple[Net, ...] = ()
+        self._frame_changed = False
         self._started = False
         self._frame: dict[int, frozenset[ChainKey]] = dict.fromkeys(VERSIONS, frozenset())
         self._hosts: Mapping[str, EndpointId] = {}  # by interface
@@ -113,8 +115,22 @@ class Ruleset:
             self._sources[name] = sources
         else:
             del self._sources[name]
-        self._sources_changed = True
+        self._frame_changed = True
         return True
+
+    def set_nats(self, name: str, nats: tuple[tuple[Net, Net], ...]) -> None:
+        """The addresses by which an interface's endpoint is reached, each with one of its own."""
+        if self._nats.get(name, ()) != nats:
+            self._frame_changed = True
+            if nats:
+                self._nats[name] = nats
+            else:
+                del self._nats[name]
+
+    def set_services(self, services: tuple[Net, ...]) -> None:
+        """The networks of services' addresses."""
+        self._frame_changed |= services != self._services
+        self._services = services
 
     def update(
         self, delta: Delta, changes: Changes, settings: Settings, own: OwnSets, *, vxlan: bool
@@ -133,8 +149,8 @@ class Ruleset:
         reframe = (
             fresh or guard != self._guard or vxlan != self._vxlan or own.keys() != self._own.keys()
         )
-        reframe = reframe or self._sources_changed
-        self._sources_changed = False
+        reframe = reframe or self._frame_changed
+        self._frame_changed = False
         before = {version: self._is_active(version) for version in VERSIONS}
         self._started, self._settings, self._vxlan = True, settings, vxlan
         self._guard = guard
@@ -230,14 +246,17 @@ class Ruleset:
         return changed
 
     def _update_frame(self, delta: Delta, version: int) -> None:
-        masquerade = SetKey(version, names.MASQUERADE_POOLS) in self._own
         frame = rules.frame(
             self._settings,
             version,
-            vxlan=self._vxlan,
-            masquerade=masquerade,
-            sources=self._sources,
-            guard=self._guard,
+            rules.Surroundings(
+                vxlan=self._vxlan and version == V4,
+                masquerade=SetKey(version, names.MASQUERADE_POOLS) in self._own,
+                sources=_each_of_version(version, self._sources),
+                services=tuple(net for net in self._services if net.version == version),
+                nats=self._translations(version),
+                guard=self._guard,
+            ),
         )
         chains = {ChainKey(version, table, chain.name): chain for table, chain in frame.chains}
         hooks = {HookKey(version, hook): rule for hook, rule in frame.hooks}
@@ -248,6 +267,15 @@ class Ruleset:
         for key in [*(k for k in self._frame[version] if k not in chains), *chains]:
             _put(self.chains, delta.chains, key, chains.get(key))
         self._frame[version] = frozenset(chains)
+
+    def _translations(self, version: int) -> dict[Net, Net]:
+        """An address from outside is the first endpoint's that claims it."""
+        return {
+            external: internal
+            for name in sorted(self._nats, key=self._holders.__getitem__, reverse=True)
+            for external, internal in self._nats[name]
+            if external.version == version
+        }
 
     def _update_policies(
         self,
@@ -347,6 +375,13 @@ def _of_version(version: int, members: Iterable[Member]) -> frozenset[Member]:
         for member in members
         if (member.net if isinstance(member, NamedPortMember) else member).version == version
     )
+
+
+def _each_of_version(
+    version: int, nets: Mapping[str, tuple[Net, ...]]
+) -> dict[str, tuple[Net, ...]]:
+    chosen = ((name, tuple(n for n in own if n.version == version)) for name, own in nets.items())
+    return {name: own for name, own in chosen if own}
 
 
 def _put(table: dict[K, V], changes: dict[K, V | None], key: K, value: V | None) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from api.bgp import BGPConfiguration
 from api.endpoint import WorkloadEndpoint, WorkloadEndpointSpec
 from api.errors import InvalidObjectError
 from api.felix import FelixConfiguration, FelixConfigurationSpec
@@ -57,6 +58,7 @@ _WORKLOAD_FIELDS = frozenset(
 KINDS = (
     "ClusterInformation",
     "FelixConfiguration",
+    "BGPConfiguration",
     "Tier",
     "IPPool",
     "Node",
@@ -71,6 +73,8 @@ KINDS = (
     "NetworkSet",
     "EndpointSlice",
     "ClusterNetworkPolicy",
+    "AdminNetworkPolicy",
+    "BaselineAdminNetworkPolicy",
     "GlobalNetworkPolicy",
     "NetworkPolicy",
     "KubernetesNetworkPolicy",
@@ -87,6 +91,7 @@ class Workload:
     """A WorkloadEndpoint. ``nets`` are /32 and /128.
 
     ``sources``: what it may send with besides its own addresses, where the settings permit.
+    ``nats``: addresses by which it is reached from outside, each with the one of its own.
     """
 
     node: str
@@ -96,6 +101,7 @@ class Workload:
     container: str
     nets: tuple[Net, ...]
     sources: tuple[Net, ...]
+    nats: tuple[tuple[Net, Net], ...]
     labels: tuple[tuple[str, str], ...]
     profiles: tuple[str, ...]
     ports: tuple[NamedPort, ...]
@@ -155,6 +161,7 @@ class Snapshot:
         self.nodes: dict[Key, NodeView] = {}
         self.blocks: dict[Key, Block] = {}
         self.configurations: dict[Key, FelixConfigurationSpec] = {}
+        self.services: dict[Key, tuple[Net, ...]] = {}  # their addresses, by BGPConfiguration
         self.problems: dict[Key, str] = {}
         self.dirty: set[Key] = set()
         self.locked = False
@@ -190,6 +197,8 @@ class Snapshot:
                 self._put(self.nodes, key, value, _read_node)
             case "BlockAffinity":
                 self._put(self.blocks, key, value, _read_block)
+            case "BGPConfiguration":
+                self._put(self.services, key, value, _read_services)
             case "FelixConfiguration":
                 self._put(self.configurations, key, value, _read_configuration)
             case _:
@@ -210,6 +219,7 @@ class Snapshot:
             self.nodes,
             self.blocks,
             self.configurations,
+            self.services,
         ):
             self.dirty.update(table)
 
@@ -294,6 +304,10 @@ def _plain_workload(key: Key, value: JSON) -> Workload:
         container=_text(spec.get("containerID")),
         nets=nets,
         sources=tuple(parse_net(text) for text in spec.get("allowSpoofedSourcePrefixes") or ()),
+        nats=tuple(
+            (parse_net(nat["externalIP"]), parse_net(nat["internalIP"]))
+            for nat in spec.get("ipNATs") or ()
+        ),
         labels=tuple(sorted(own.items())),
         profiles=tuple(_text(name) for name in spec.get("profiles") or ()),
         ports=tuple(
@@ -356,6 +370,16 @@ def _read_block(key: Key, value: JSON) -> Block | None:
     if spec.deleted or spec.state not in ("", "confirmed") or spec.type not in (None, "host"):
         return None
     return Block(spec.node, spec.net)
+
+
+def _read_services(key: Key, value: JSON) -> tuple[Net, ...]:
+    spec = _parsed(key, value, BGPConfiguration).spec
+    blocks = (
+        *spec.service_cluster_ips,
+        *spec.service_external_ips,
+        *spec.service_load_balancer_ips,
+    )
+    return tuple(sorted({parse_interface(block.cidr)[1] for block in blocks if block.cidr}))
 
 
 def _read_configuration(key: Key, value: JSON) -> FelixConfigurationSpec:

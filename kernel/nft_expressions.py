@@ -30,6 +30,7 @@ _VERDICT_CODE = 1
 _VERDICT_CHAIN = 2
 _LOOKUP_INVERTED = 1
 
+_GIVEN_PORTS = 1 << 1  # NF_NAT_RANGE_PROTO_SPECIFIED
 _RANDOM_PORTS = 1 << 4  # NF_NAT_RANGE_PROTO_RANDOM_FULLY
 _PORT_UNREACHABLE = {4: 3, 6: 4}  # codes of ICMP type 3 and ICMPv6 type 1
 
@@ -259,10 +260,12 @@ def masquerade(*, ports: tuple[int, int] | None = None, random: bool = False) ->
 
     ``ports`` (first, last) bound the source ports. They go through registers 1 and 2.
     """
-    flags = (number(1, _RANDOM_PORTS),) if random else ()
+    flags = _RANDOM_PORTS if random else 0
     if ports is None:
-        return _expression("masq", *flags)
-    return _ports(ports) + _expression("masq", *flags, number(2, REGISTER), number(3, REGISTER + 1))
+        return _expression("masq", *((number(1, flags),) if flags else ()))
+    return _ports(ports) + _expression(
+        "masq", number(1, flags | _GIVEN_PORTS), number(2, REGISTER), number(3, REGISTER + 1)
+    )
 
 
 def source_nat(

@@ -1,7 +1,6 @@
 """Host endpoints, proved with packets: to the host, from it, through it, before NAT, untracked.
 
-One node that forwards between two hosts, with a pod; felix runs in this process, on all
-enforcers, and everything is looked at in both IP versions.
+On all enforcers, and everything is looked at in both IP versions.
 """
 
 from __future__ import annotations
@@ -15,85 +14,28 @@ from typing import Any
 import pytest
 
 from api.net import parse_net
-from api.registry import key_parts
-from datastore.interface import JSON, Key
+from datastore.interface import JSON
 from felix.hosts import HostPlace, resolve
 from felix.settings import settings
-from kernel.netns import Namespace, inside
+from kernel.netns import inside
 from policy.model import EndpointId
-from tests.felix.fabric import MAKERS, Brain
+from tests.felix.fabric import MAKERS
+from tests.felix.gateway import FAR, NEAR, NODE, NODE_FAR, POD, Gateway, allowed, dropped
 from tests.felix.world import V3, Listener, cluster, global_policy, is_dropped, reaches
 from tests.support.netns import connect, eventually, fresh_namespace, run
 
-NODE = {4: "172.31.0.1", 6: "fd31::1"}
-NEAR = {4: "172.31.0.2", 6: "fd31::2"}  # behind eth0
-NODE_FAR = {4: "172.32.0.1", 6: "fd32::1"}
-FAR = {4: "172.32.0.2", 6: "fd32::2"}  # behind eth1
-POD = {4: "10.0.0.1", 6: "fd10::1"}
-PORTS = (80, 81, 22)
 INGRESS, EGRESS = ["Ingress"], ["Egress"]
 TCP_80 = {"action": "Allow", "protocol": "TCP", "destination": {"ports": [80]}}
 
 
-class World:
-    """A node between two hosts."""
-
-    def __init__(self, backend: str, stack: ExitStack) -> None:
-        (self.node,) = stack.enter_context(cluster("node1"))
-        self.near = stack.enter_context(fresh_namespace())
-        self.far = stack.enter_context(fresh_namespace())
-        for name, other, here, there in (
-            ("eth0", self.near, NODE, NEAR),
-            ("eth1", self.far, NODE_FAR, FAR),
-        ):
-            ends = [
-                f"{end[v]}/{length}" for v, length in ((4, 24), (6, 64)) for end in (here, there)
-            ]
-            connect(self.node.netns, name, other, "eth0", ends)
-            for version in (4, 6):
-                run(other, "ip", f"-{version}", "route", "add", "default", "via", here[version])
-        for netns in (self.node.netns, self.near, self.far):
-            eventually(lambda netns=netns: "tentative" not in run(netns, "ip", "-6", "a").stdout)  # type: ignore[misc]
-        self.brain = Brain(self.node, backend, stack)
-        self.pod = self.node.pod("pod", POD[4], endpoint=False)
-        stack.callback(self.pod.netns.close)
-        self.pod.add_address(POD[6])
-        namespace = {"metadata": {"name": "default"}}
-        self.brain.snapshot.update(Key("Namespace", "default"), namespace)
-        networks = [str(parse_net(address)) for address in POD.values()]
-        self.brain.snapshot.update(self.pod.key, self.pod.endpoint(ipNetworks=networks))
-        self.brain.read()
-        self.brain.enforce()
-        for netns in (self.node.netns, self.near, self.far, self.pod.netns):
-            for port in PORTS:
-                stack.enter_context(Listener(netns, port, version=6))  # and IPv4, mapped
-        self.put: dict[Key, None] = {}
-
-    def enforce(self, *objects: JSON) -> None:
-        """These are there from now on."""
-        for obj in objects:
-            kind, namespace, name = key_parts(obj)
-            key = Key(kind, name, namespace)
-            self.put[key] = None
-            self.brain.snapshot.update(key, obj)
-        self.brain.enforce()
-
-    def clean(self) -> None:
-        """What was put goes."""
-        for key in self.put:
-            self.brain.snapshot.update(key, None)
-        self.put.clear()
-        self.brain.enforce()
-
-
 @pytest.fixture(scope="module", params=MAKERS)
-def made(request: pytest.FixtureRequest) -> Iterator[World]:
+def made(request: pytest.FixtureRequest) -> Iterator[Gateway]:
     with ExitStack() as stack:
-        yield World(request.param, stack)
+        yield Gateway(request.param, stack)
 
 
 @pytest.fixture
-def world(made: World) -> Iterator[World]:
+def world(made: Gateway) -> Iterator[Gateway]:
     yield made
     made.clean()
 
@@ -114,17 +56,7 @@ def on_hosts(name: str, **spec: Any) -> JSON:
     return global_policy(name, **{"selector": "has(host)", **spec})
 
 
-def allowed(source: Namespace, target: dict[int, str], port: int = 80) -> bool:
-    """In both IP versions."""
-    return all(reaches(source, target[version], port) for version in (4, 6))
-
-
-def dropped(source: Namespace, target: dict[int, str], port: int = 80) -> bool:
-    """In both IP versions."""
-    return all(is_dropped(source, target[version], port) for version in (4, 6))
-
-
-def test_without_policy_only_failsafe_ports_are_open(world: World) -> None:
+def test_without_policy_only_failsafe_ports_are_open(world: Gateway) -> None:
     world.enforce(host())
     assert dropped(world.near, NODE) and allowed(world.near, NODE, 22)
     assert dropped(world.node.netns, NEAR)
@@ -133,7 +65,7 @@ def test_without_policy_only_failsafe_ports_are_open(world: World) -> None:
     assert allowed(world.node.netns, POD), "nor are the host's own workloads"
 
 
-def test_policy_to_the_host_and_from_it(world: World) -> None:
+def test_policy_to_the_host_and_from_it(world: Gateway) -> None:
     world.enforce(
         host(),
         on_hosts("in", types=INGRESS, ingress=[TCP_80]),
@@ -144,7 +76,7 @@ def test_policy_to_the_host_and_from_it(world: World) -> None:
     assert allowed(world.near, FAR, 80)
 
 
-def test_failsafe_ports_are_as_configured(world: World) -> None:
+def test_failsafe_ports_are_as_configured(world: Gateway) -> None:
     near = [{"protocol": "TCP", "port": 81, "net": f"{NEAR[4]}/32"}]
     world.enforce(
         host(),
@@ -159,7 +91,7 @@ def test_failsafe_ports_are_as_configured(world: World) -> None:
     assert reaches(world.near, NODE[4], 81) and is_dropped(world.near, NODE[6], 81)
 
 
-def test_profiles_decide_where_no_policy_does(world: World) -> None:
+def test_profiles_decide_where_no_policy_does(world: Gateway) -> None:
     profile = {
         "apiVersion": V3,
         "kind": "Profile",
@@ -170,7 +102,7 @@ def test_profiles_decide_where_no_policy_does(world: World) -> None:
     assert allowed(world.near, NODE, 80) and dropped(world.near, NODE, 81)
 
 
-def test_12_forwarded_traffic_is_allowed_unless_policy_applies_on_forward(world: World) -> None:
+def test_12_forwarded_traffic_is_allowed_unless_policy_applies_on_forward(world: Gateway) -> None:
     world.enforce(host(), host("eth1"), on_hosts("in", types=INGRESS, ingress=[]))
     assert allowed(world.near, FAR) and allowed(world.near, POD) and dropped(world.near, NODE)
     forward = {"applyOnForward": True, "selector": "host == 'eth0'"}
@@ -184,7 +116,7 @@ def test_12_forwarded_traffic_is_allowed_unless_policy_applies_on_forward(world:
     assert dropped(world.far, NEAR, 81) and dropped(world.pod.netns, NEAR, 81)
 
 
-def test_what_is_forwarded_must_please_the_pod_too(world: World) -> None:
+def test_what_is_forwarded_must_please_the_pod_too(world: Gateway) -> None:
     world.enforce(
         host(),
         on_hosts("forward", applyOnForward=True, types=INGRESS, ingress=[{"action": "Allow"}]),
@@ -193,7 +125,7 @@ def test_what_is_forwarded_must_please_the_pod_too(world: World) -> None:
     assert allowed(world.near, POD, 80) and dropped(world.near, POD, 81)
 
 
-def test_tiers_that_pass_and_staged_policies_leave_it_open(world: World) -> None:
+def test_tiers_that_pass_and_staged_policies_leave_it_open(world: Gateway) -> None:
     first = {"apiVersion": V3, "kind": "Tier", "metadata": {"name": "first"}, "spec": {"order": 1}}
     both = {"applyOnForward": True, "types": INGRESS}
     draft = on_hosts("draft", **both, ingress=[{"action": "Deny"}])
@@ -205,7 +137,7 @@ def test_tiers_that_pass_and_staged_policies_leave_it_open(world: World) -> None
     assert allowed(world.near, FAR) and dropped(world.near, NODE)
 
 
-def test_all_interfaces(world: World) -> None:
+def test_all_interfaces(world: Gateway) -> None:
     world.enforce(host("*"), on_hosts("in", types=["Ingress", "Egress"], ingress=[TCP_80]))
     for source, target in ((world.near, NODE), (world.far, NODE_FAR)):
         assert allowed(source, target, 80) and dropped(source, target, 81)
@@ -219,7 +151,7 @@ def test_all_interfaces(world: World) -> None:
     assert allowed(world.far, NODE_FAR, 81) and dropped(world.near, NODE, 81)
 
 
-def test_expected_addresses_find_the_interface(world: World) -> None:
+def test_expected_addresses_find_the_interface(world: Gateway) -> None:
     endpoint = host(name="by-address", expectedIPs=[FAR[4], NODE_FAR[6]])
     del endpoint["spec"]["interfaceName"]
     world.brain.calculator.set_host_addresses(
@@ -234,7 +166,7 @@ def test_expected_addresses_find_the_interface(world: World) -> None:
     assert "guards no interface" in problems["HostEndpoint(by-address)"]
 
 
-def test_before_dnat(world: World) -> None:
+def test_before_dnat(world: Gateway) -> None:
     """A policy sees the address that was asked for, and what it allows is not asked again."""
     for version in (4, 6):
         _redirect(world, version, NODE[version], 8080, POD[version])
@@ -255,7 +187,7 @@ def test_before_dnat(world: World) -> None:
         assert dropped(world.near, POD, 81) and dropped(world.near, NODE, 81)
 
 
-def test_what_the_host_sends_is_judged_as_dnat_left_it(world: World) -> None:
+def test_what_the_host_sends_is_judged_as_dnat_left_it(world: Gateway) -> None:
     for version in (4, 6):
         _redirect(world, version, "10.9.9.9" if version == 4 else "fd99::9", 8080, NEAR[version])
         run(world.node.netns, "ip", f"-{version}", "route", "add", "default", "dev", "eth1")
@@ -274,7 +206,7 @@ def test_what_the_host_sends_is_judged_as_dnat_left_it(world: World) -> None:
         assert dropped(world.node.netns, service, 8080)
 
 
-def test_untracked(world: World) -> None:
+def test_untracked(world: Gateway) -> None:
     untracked = {"doNotTrack": True, "applyOnForward": True}
     back = {"action": "Allow", "protocol": "TCP", "source": {"ports": [80]}}
     world.enforce(
@@ -295,7 +227,7 @@ def test_untracked(world: World) -> None:
     assert allowed(world.near, FAR, 81)
 
 
-def test_nothing_stays_of_host_endpoints(world: World) -> None:
+def test_nothing_stays_of_host_endpoints(world: Gateway) -> None:
     before = dict(world.brain.calculator.ruleset.chains)
     every = {"applyOnForward": True, "ingress": [TCP_80]}
     world.enforce(
@@ -348,7 +280,7 @@ def test_an_interface_has_one_endpoint() -> None:
     assert found == {"eth0": id("a"), "eth1": id("c"), "*": id("d")}
 
 
-def _redirect(world: World, version: int, address: str, port: int, to: str) -> None:
+def _redirect(world: Gateway, version: int, address: str, port: int, to: str) -> None:
     """``-t nat -A PREROUTING -d … -p tcp --dport … -j DNAT``, and for the host itself."""
     command = "iptables" if version == 4 else "ip6tables"
     where = f"{to}:80" if version == 4 else f"[{to}]:80"
@@ -357,7 +289,7 @@ def _redirect(world: World, version: int, address: str, port: int, to: str) -> N
         run(world.node.netns, command, "-t", "nat", *rule.split())
 
 
-def _flush_nat(world: World) -> None:
+def _flush_nat(world: Gateway) -> None:
     for command in ("iptables", "ip6tables"):
         for chain in ("PREROUTING", "OUTPUT"):
             run(world.node.netns, command, "-t", "nat", "-F", chain)
