@@ -15,8 +15,11 @@ from tests.policy.world import (
     endpoint,
     endpoint_id,
     global_policy,
+    host_endpoint,
+    network_set,
     policy,
     policy_id,
+    staged,
 )
 
 ALLOW: dict[str, Any] = {"action": "Allow"}
@@ -49,6 +52,47 @@ def bound(world: World, name: str, direction: str = "ingress") -> list[str]:
     world.flush()
     binding = binding_of(world.engine, endpoint_id(name))
     return [id.name for tier in binding.tiers for id in getattr(tier, direction)]
+
+
+def test_tricky_4_all_is_every_namespace_and_global_is_outside(world: World) -> None:
+    world.add(host_endpoint("host", "10.0.9.9", local=False))
+    world.add(network_set("inside", "198.51.100.0/24", namespace="ns"))
+    world.add(network_set("outside", "203.0.113.0/24"))
+    expected = {"all()": (True, False), "global()": (False, True)}
+    for text, (inside, outside) in expected.items():
+        rule = {**ALLOW, "source": {"namespaceSelector": text}}
+        world.add(policy({"selector": "app == 'db'", "ingress": [rule]}))
+        assert world.allows("a", "b") is inside
+        assert world.allows("198.51.100.7", "b") is inside
+        assert world.allows("10.0.9.9", "b") is outside
+        assert world.allows("203.0.113.7", "b") is outside
+        assert not world.allows("192.0.2.1", "b"), "which is nobody's"
+
+
+def test_tricky_5_network_sets_without_a_namespace_match_a_negative_selector(world: World) -> None:
+    world.add(network_set("global", "203.0.113.0/24"))
+    world.add(network_set("red", "198.51.100.0/24", namespace="ns"))
+    rule = {**ALLOW, "source": {"namespaceSelector": "team != 'red'"}}
+    world.add(policy({"selector": "app == 'db'", "ingress": [rule]}))
+    assert world.allows("203.0.113.7", "b")
+    assert not world.allows("198.51.100.7", "b")
+
+
+def test_tricky_6_a_selector_finds_the_sets_of_the_policys_namespace_only(world: World) -> None:
+    for name, net, namespace in (
+        ("own", "198.51.100.0/25", "ns"),
+        ("others", "198.51.100.128/25", "other"),
+        ("global", "203.0.113.0/24", ""),
+    ):
+        world.add(network_set(name, net, namespace=namespace, own={"app": "nets"}))
+    rule = {**ALLOW, "source": {"selector": "app == 'nets'"}}
+    world.add(policy({"selector": "app == 'db'", "ingress": [rule]}))
+    assert world.allows("198.51.100.1", "b")
+    assert not world.allows("198.51.100.129", "b")
+    assert not world.allows("203.0.113.1", "b")
+    world.add(global_policy({"selector": "app == 'db'", "order": 1, "ingress": [rule]}))
+    assert world.allows("198.51.100.129", "b")
+    assert world.allows("203.0.113.1", "b")
 
 
 def test_tricky_5_negative_namespace_selector_matches_host_endpoints(world: World) -> None:
@@ -139,6 +183,25 @@ def test_tricky_9_a_tier_that_passes_drops_nothing(world: World) -> None:
     assert not world.allows("a", "b")
 
 
+def test_tricky_9_a_staged_policy_never_ends_a_tier(world: World) -> None:
+    world.add(staged({"selector": "app == 'db'", "ingress": [DENY]}))
+    verdict = world.verdict("a", "b")
+    assert verdict.action is Action.ALLOW
+    draft = PolicyId("StagedNetworkPolicy", "ns", "s")
+    steps = [(step.policy, step.action) for step in verdict.trace if step.tier]
+    assert steps == [(draft, Action.DENY)], "it is told what it would have done, and no tier ends"
+    world.add(policy({"selector": "app == 'db'"}))
+    assert world.verdict("a", "b").tier == "default"
+    assert not world.allows("a", "b")
+
+
+def test_tricky_9_a_staged_policy_neither_allows_nor_passes(world: World) -> None:
+    world.add(policy({"order": 2, "selector": "app == 'db'"}))
+    for action in (ALLOW, PASS):
+        world.add(staged({"order": 1, "selector": "app == 'db'", "ingress": [action]}))
+        assert not world.allows("a", "b")
+
+
 def test_tricky_10_pass_leaves_the_tier(world: World) -> None:
     world.tier("first", order=1)
     world.add(policy({"tier": "first", "order": 1, "ingress": [PASS, DENY]}, name="first.p"))
@@ -166,6 +229,19 @@ def test_tricky_11_the_default_comes_from_the_profile(world: World) -> None:
     verdict = world.verdict(C, "b")
     assert verdict.action is Action.DENY
     assert (verdict.tier, verdict.policy, verdict.rule_index) == ("", None, None)
+
+
+def test_tricky_12_forwarded_traffic_needs_a_policy_to_be_stopped(world: World) -> None:
+    host = EndpointId("HostEndpoint", "", "host")
+    world.add(host_endpoint("host", "10.0.9.9"))
+    assert not world.allows("192.0.2.1", host), "to the host itself nothing is allowed"
+    assert not world.allows(host, "192.0.2.1")
+    assert world.allows("192.0.2.1", "192.0.2.2", entry=host, exit=host)
+    assert world.allows("192.0.2.1", "b", entry=host)
+    world.add(global_policy({"applyOnForward": True, "types": ["Ingress"]}))
+    assert not world.allows("192.0.2.1", "192.0.2.2", entry=host)
+    assert not world.allows("192.0.2.1", "b", entry=host)
+    assert world.allows("192.0.2.1", "192.0.2.2", exit=host), "in the other direction none applies"
 
 
 def test_tricky_14_not_in_matches_pods_without_the_key(world: World) -> None:

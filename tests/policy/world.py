@@ -9,6 +9,7 @@ from api.kubernetes import KubernetesNetworkPolicy, Namespace
 from api.net import Net, parse_net
 from api.policy import GlobalNetworkPolicy, NetworkPolicy, Tier
 from api.registry import parse_as
+from api.staged import StagedNetworkPolicy
 from policy import convert, labels
 from policy.engine import Changes, Engine
 from policy.evaluate import Flow, Verdict, evaluate
@@ -40,6 +41,38 @@ def endpoint(
         ports,
         local,
     )
+
+
+def host_endpoint(
+    name: str,
+    *addresses: str,
+    own: Mapping[str, str] | None = None,
+    local: bool = True,
+    profiles: tuple[str, ...] = (),
+) -> Endpoint:
+    nets = tuple(parse_net(address) for address in addresses)
+    id = EndpointId("HostEndpoint", "", name)
+    return Endpoint(id, tuple(sorted((own or {}).items())), profiles, nets, local=local)
+
+
+def network_set(
+    name: str, *nets: str, namespace: str = "", own: Mapping[str, str] | None = None
+) -> Endpoint:
+    kind = "NetworkSet" if namespace else "GlobalNetworkSet"
+    added = {labels.NAMESPACE: namespace} if namespace else {}
+    return Endpoint(
+        EndpointId(kind, namespace, name),
+        tuple(sorted({**(own or {}), **added}.items())),
+        (f"kns.{namespace}",) if namespace else (),
+        tuple(parse_net(net) for net in nets),
+    )
+
+
+def staged(spec: dict[str, Any], *, name: str = "s", namespace: str = "ns") -> StagedNetworkPolicy:
+    obj = {"metadata": {"name": name, "namespace": namespace}, "spec": spec}
+    parsed = parse_as("StagedNetworkPolicy", obj)
+    assert isinstance(parsed, StagedNetworkPolicy)
+    return parsed
 
 
 def policy(spec: dict[str, Any], *, name: str = "p", namespace: str = "ns") -> NetworkPolicy:
@@ -78,9 +111,14 @@ class World:
         assert isinstance(parsed, Namespace)
         self.engine.set_profile(*convert.namespace_profile(parsed))
 
-    def add(self, *added: Endpoint | NetworkPolicy | GlobalNetworkPolicy) -> None:
+    def add(
+        self, *added: Endpoint | NetworkPolicy | GlobalNetworkPolicy | StagedNetworkPolicy
+    ) -> None:
         for thing in added:
-            if isinstance(thing, Endpoint):
+            if isinstance(thing, StagedNetworkPolicy):
+                id = PolicyId(thing.kind, thing.namespace, thing.name)
+                self.engine.set_policy(id, convert.staged_policy(thing))
+            elif isinstance(thing, Endpoint):
                 self.nets[thing.id] = thing.nets
                 self.engine.set_endpoint(thing, thing.id)
             else:
