@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PrivateAttr
 
 from api.fields import (
     PORT_PROTOCOLS,
@@ -144,6 +144,18 @@ class Rule(Checked):
     destination: EntityRule = Field(default_factory=EntityRule)
     http: HTTPMatch | None = None
     metadata: RuleMetadata | None = None
+    # Of a rule made from one of another kind of policy: which one that was. Not part of the object.
+    _position: int | None = PrivateAttr(default=None)
+
+    @property
+    def position(self) -> int | None:
+        """Which of its author's rules this was made from, where it isn't as its author wrote it."""
+        return self._position
+
+    def made_from(self, position: int) -> "Rule":
+        """The same rule, which remembers which of its author's rules it was made from."""
+        self._position = position
+        return self
 
     def faults(self) -> Iterator[Fault]:
         """Conditions that can never hold together."""

@@ -111,9 +111,9 @@ def _rules(direction: str, rules: Sequence[AnyRule], problems: list[Problem]) ->
         peers = rule.from_ if isinstance(rule, _INGRESS) else rule.to
         wrong = list(_unsupported(peers, f"spec.{direction}[{index}]"))
         if not wrong:
-            yield from _converted(rule, peers)
+            yield from (made.made_from(index) for made in _converted(rule, peers))
         elif _ACTIONS[rule.action] != "Allow":
-            yield Rule.model_construct(action="Deny")
+            yield Rule.model_construct(action="Deny").made_from(index)
         problems += wrong
 
 

@@ -171,7 +171,8 @@ class _Compiler:
     def rules(self, rules: Iterable[ApiRule], direction: Direction) -> tuple[Rule, ...]:
         compiled: list[Rule] = []
         for index, rule in enumerate(rules):
-            compiled += self._rule(rule, index, direction)
+            position = index if rule.position is None else rule.position
+            compiled += self._rule(rule, position, direction)
         return tuple(compiled)
 
     def selector(self, text: str, where: str) -> Selector | None:

@@ -66,14 +66,14 @@ def network_policy(policy: KubernetesNetworkPolicy) -> NetworkPolicy:
             selector=pod_selector(spec.pod_selector),
             types=[type for type in types if type in wanted],
             ingress=[
-                _rule(protocol, source=peer, destination={"ports": ports})
-                for rule in spec.ingress
+                _rule(index, protocol, source=peer, destination={"ports": ports})
+                for index, rule in enumerate(spec.ingress)
                 for protocol, ports in _ports(rule.ports)
                 for peer in _peers(rule.from_)
             ],
             egress=[
-                _rule(protocol, source={}, destination={"ports": ports, **peer})
-                for rule in spec.egress
+                _rule(index, protocol, source={}, destination={"ports": ports, **peer})
+                for index, rule in enumerate(spec.egress)
                 for protocol, ports in _ports(rule.ports)
                 for peer in _peers(rule.to)
             ],
@@ -191,14 +191,18 @@ def _inherited(prefix: str, name: str, own: Mapping[str, str]) -> tuple[tuple[st
 
 
 def _rule(
-    protocol: str | None, *, source: Mapping[str, Any], destination: Mapping[str, Any]
+    position: int,
+    protocol: str | None,
+    *,
+    source: Mapping[str, Any],
+    destination: Mapping[str, Any],
 ) -> Rule:
     return Rule.model_construct(
         action="Allow",
         protocol=protocol,
         source=EntityRule.model_construct(**source),
         destination=EntityRule.model_construct(**destination),
-    )
+    ).made_from(position)
 
 
 def _ports(

@@ -173,5 +173,5 @@ def test_a_rule_for_each_peer_in_the_directions_that_have_rules() -> None:
     parsed = parse_as("ClusterNetworkPolicy", {"metadata": {"name": "x"}, "spec": spec})
     assert isinstance(parsed, ClusterNetworkPolicy)
     converted, _ = cluster.global_policy(parsed)
-    assert len(converted.spec.ingress) == 2
+    assert [rule.position for rule in converted.spec.ingress] == [0, 0]
     assert converted.spec.types == ["Ingress"]

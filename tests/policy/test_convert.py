@@ -11,7 +11,9 @@ from api.errors import InvalidObjectError
 from api.kubernetes import KubernetesNetworkPolicy, Namespace, Pod
 from api.registry import dump, parse_as
 from policy import convert
+from policy.compile import compile_policy
 from policy.engine import Profile
+from policy.model import PolicyId
 from tests.policy import vectors
 
 
@@ -136,3 +138,14 @@ def test_annotated_addresses() -> None:
     broken = pod({"metadata": metadata, "status": {"podIP": "10.0.0"}})
     with pytest.raises(ValueError, match=r"10\.0\.0"):
         convert.pod_nets(broken)
+
+
+def test_rules_know_which_of_the_authors_they_were_made_from() -> None:
+    ports = [{"port": 80}, {"port": 53, "protocol": "UDP"}]
+    fields = {"ingress": [{"ports": ports}, {"from": [{"podSelector": {}}]}], "podSelector": {}}
+    obj = {"metadata": {"name": "p", "namespace": "ns"}, "spec": fields}
+    converted = convert.network_policy(kubernetes_policy(obj))
+    assert [rule.position for rule in converted.spec.ingress] == [0, 0, 1]
+    id = PolicyId("KubernetesNetworkPolicy", "ns", "p")
+    ingress = compile_policy(id, converted).rules.policy.ingress or ()
+    assert [rule.index for rule in ingress] == [0, 0, 1]
