@@ -220,25 +220,25 @@ class Agent:
             self._dataplane.switch(enforcer)
             self._backend = backend
 
-    def _remove_remains(self) -> None:
+    def _settle_others(self) -> None:
         """What another backend left goes once this one's work stands."""
         assert self._dataplane is not None and self._backend is not None
         if not any(self._dataplane.enforcer.problems()):
-            self._remains = backends.remove_others(self._backend, self._calculator.settings)
+            self._remains = backends.settle_others(self._backend, self._calculator.settings)
 
     def _apply(self, now: float) -> None:
         assert self._dataplane is not None
         if self._must_read or (self._next_read is not None and now >= self._next_read):
             self._dataplane.read()
             self._must_read = False
-            if self._remains:
-                self._remains = None  # to be tried again
+            if self._remains or self._backend is backends.Backend.NFTABLES:
+                self._remains = None  # to be tried again, and others may have come
             refresh = self._calculator.settings.refresh
             self._next_read = now + refresh if refresh else None
         begin = time.perf_counter()
         changes = self._dataplane.apply(now)
         if self._remains is None:
-            self._remove_remains()
+            self._settle_others()
         if changes or self._last_apply is None:
             elapsed = 1000 * (time.perf_counter() - begin)
             first = self._last_apply is None

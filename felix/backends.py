@@ -2,6 +2,11 @@
 
 The new one stands beside the old one, then the old one's tables go: while both are there, a
 packet must please both, and they say the same.
+
+A packet must please everybody else's tables, too. Where iptables drops what no rule of its
+FORWARD chain accepts, as Docker makes it do, nobody there speaks for pods while nftables
+enforces; so there, behind all others' rules, stand two of ours that accept what comes from pods
+and goes to them: nftables has the say about it.
 """
 
 from __future__ import annotations
@@ -10,14 +15,18 @@ import errno
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 
+from felix import names
+from felix.chains import Accept, Chain, ChainRule, Condition, Hook, Jump, Table
 from felix.dataplane import Enforcer, Members
-from felix.desired import SetKey
+from felix.desired import ChainKey, Delta, HookKey, SetKey
 from felix.iptables_dataplane import IptablesDataplane
 from felix.nftables_dataplane import TABLE, NftablesDataplane
+from felix.ruleset import VERSIONS
 from felix.settings import NftablesMode, Settings
-from kernel.iptables import IptablesError, detect_backend
+from kernel.iptables import IptablesError, IptablesTable, detect_backend, exists
 from kernel.nftables import Nftables
 from policy.model import Member
 
@@ -68,12 +77,16 @@ def make(backend: Backend, settings: Settings, members: Members) -> Enforcer:
     return IptablesDataplane(settings, members, _NAMES[backend])
 
 
-def remove_others(backend: Backend, settings: Settings) -> list[str]:
-    """Remove what other backends left in the kernel; what could not be, in words."""
+def settle_others(backend: Backend, settings: Settings) -> list[str]:
+    """Remove what other backends left in the kernel; what could not be, in words.
+
+    While nftables enforces, see to it that iptables lets pods' packets pass.
+    """
+    beside = backend is Backend.NFTABLES
     removals: dict[Backend, Callable[[], list[str]]] = {
         Backend.NFTABLES: _remove_nftables,
-        Backend.IPTABLES_NFT: lambda: _remove_iptables("nft", settings),
-        Backend.IPTABLES_LEGACY: lambda: _remove_iptables("legacy", settings),
+        Backend.IPTABLES_NFT: lambda: _settle_iptables("nft", settings, beside=beside),
+        Backend.IPTABLES_LEGACY: lambda: _settle_iptables("legacy", settings, beside=beside),
     }
     # The sets of the iptables variants are the same ones.
     if backend is not Backend.NFTABLES:
@@ -116,22 +129,48 @@ def _remove_nftables() -> list[str]:
     return []
 
 
-def _remove_iptables(variant: str, settings: Settings) -> list[str]:
-    """One that wants nothing finds all of ours too much."""
-    remover = IptablesDataplane(settings, _no_members, variant)
+def _settle_iptables(variant: str, settings: Settings, *, beside: bool) -> list[str]:
+    """Have an enforcer want nothing more than what stands beside nftables; it finds the rest."""
+    iptables = IptablesDataplane(settings, _no_members, variant)
     try:
-        remover.read()
-        if remover.apply_chains(0.0):
-            _log.info("removed the chains of iptables-%s", variant)
+        if beside:
+            iptables.want(_passage(variant, settings))
+        iptables.read()
+        if iptables.apply_chains(0.0):
+            _log.info("changed what is ours in iptables-%s beside the enforcer", variant)
         for attempt in range(_ATTEMPTS):
-            remover.trim_sets(float(attempt))
-            if remover.next_retry() is None:
+            iptables.trim_sets(float(attempt))
+            if iptables.next_retry() is None:
                 break
             # The kernel lets go of a deleted rule's sets only some milliseconds later.
             time.sleep(_PAUSE)
-        return [f"{what}: {message}" for what, message in remover.problems()]
+        return [f"{what}: {message}" for what, message in iptables.problems()]
     finally:
-        remover.close()
+        iptables.close()
+
+
+def _passage(variant: str, settings: Settings) -> Delta:
+    """Rules that let pods' packets pass where else they would be dropped."""
+    delta = Delta(settings=replace(settings, append_hooks=True))
+    pods = [f"{prefix}*" for prefix in settings.interface_prefixes]
+    rules = (
+        *(ChainRule(Accept(), Condition(in_interface=interface)) for interface in pods),
+        *(ChainRule(Accept(), Condition(out_interface=interface)) for interface in pods),
+    )
+    for version in VERSIONS:
+        if _drops_forwarded(version, variant) and not settings.nftables.returns:
+            key = ChainKey(version, Table.FILTER, names.FORWARD)
+            delta.chains[key] = Chain(names.FORWARD, rules)
+            hook = HookKey(version, Hook(Table.FILTER, "FORWARD"))
+            delta.hooks[hook] = ChainRule(Jump(names.FORWARD), comment="nftables has judged")
+    return delta
+
+
+def _drops_forwarded(version: int, variant: str) -> bool:
+    if not exists(version, Table.FILTER.value, variant):
+        return False
+    with IptablesTable(version, Table.FILTER.value, variant) as table:
+        return table.read().policies.get("FORWARD") == "DROP"
 
 
 def _no_members(key: SetKey) -> frozenset[Member]:

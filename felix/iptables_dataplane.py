@@ -7,7 +7,6 @@ in others' chains, and the sets of ``felix.iptables_sets``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from api.net import V4, V6
 from felix import chains, names
@@ -18,7 +17,7 @@ from felix.iptables_renderer import RenderedChain, Renderer
 from felix.iptables_sets import IptablesSets
 from felix.settings import Settings
 from felix.tables import Table
-from kernel.iptables import IptablesError, IptablesTable, TableUpdate, rule_hashes
+from kernel.iptables import IptablesError, IptablesTable, TableUpdate, exists, rule_hashes
 from policy.model import Direction
 from reconcile.plan import Plan
 
@@ -27,7 +26,6 @@ Hashes = tuple[str, ...]
 
 _DROP: Fragments = ("-j DROP",)
 _UNKNOWN: Hashes = ("",)  # equal to nothing that is wanted
-_LEGACY_TABLES = {V4: "ip_tables_names", V6: "ip6_tables_names"}
 
 
 class _Table:
@@ -90,7 +88,7 @@ class _Table:
         self.rules.want(place, rule_hashes(place, hook))
 
     def read(self) -> None:
-        if not self._exists():
+        if not exists(self._version, self._kind.value, self._iptables.backend):
             self.rules.found({})
             return
         state = self._iptables.read()
@@ -106,6 +104,10 @@ class _Table:
 
     def apply(self, now: float) -> int:
         steps = self.rules.apply(now)
+        if self.rules.errors:
+            # Perhaps somebody else changed our chains: begin from what is there.
+            self.read()
+            steps += self.rules.apply(now)
         if steps and self._kind is not chains.Table.FILTER:
             self._iptables.close()  # seldom needed: no reason to keep a process for it
         return steps
@@ -121,16 +123,6 @@ class _Table:
     def problems(self) -> Iterator[tuple[str, str]]:
         for name, error in self.rules.errors.items():
             yield f"{self._iptables} chain {name}", str(error)
-
-    def _exists(self) -> bool:
-        """Asking legacy iptables for a table would make it, and have packets pass it."""
-        if self._iptables.backend != "legacy":
-            return True
-        try:
-            loaded = Path("/proc/thread-self/net", _LEGACY_TABLES[self._version]).read_text()
-        except FileNotFoundError:
-            return False
-        return self._kind.value in loaded.split()
 
     def _placed(
         self, hooks: dict[str, Fragments]

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernel.netns import in_namespace
+from kernel.nftables import Nftables
 from kernel.restore import Restore, RestoreError, find_program, has_program
 
 CHAIN_NAME_LIMIT = 28  # characters
@@ -66,11 +67,12 @@ class TableState:
     """What stands in a table, one hash a rule; an empty text is a rule that isn't ours.
 
     ``chains`` are ours; ``inserted`` are the others: the builtin ones, and more where a
-    rule of ours is found.
+    rule of ours is found. ``policies`` are those of the builtin ones, such as ``DROP``.
     """
 
     chains: dict[str, tuple[str, ...]]
     inserted: dict[str, tuple[str, ...]]
+    policies: dict[str, str] = field(default_factory=dict)
 
     def update_to(
         self,
@@ -168,6 +170,23 @@ def _run(command: Sequence[str], netns_fd: int | None) -> str:
     return output
 
 
+def exists(family: int, table: str, backend: str) -> bool:
+    """Whether a table is there, in the network namespace of the calling thread.
+
+    Merely asking legacy iptables for one would make it, and have packets pass it.
+    """
+    if backend == "nft":
+        with Nftables(family, table) as found:
+            return found.exists()
+    names = Path(
+        "/proc/thread-self/net", f"{_COMMANDS[family].removesuffix('tables')}_tables_names"
+    )
+    try:
+        return table in names.read_text().split()
+    except FileNotFoundError:
+        return False  # the kernel module is not loaded
+
+
 class IptablesTable:
     """One table of one family and backend (``nft``, ``legacy``, ``auto``: what is in use).
 
@@ -221,6 +240,7 @@ class IptablesTable:
         """
         chains: dict[str, list[str]] = {}
         hooks: dict[str, list[tuple[str, str]]] = {}
+        policies: dict[str, str] = {}
         for line in _run(self._save, self._netns_fd).splitlines():
             if line.startswith("# Table") and "incompatible" in line:
                 # said with exit code 0 and instead of everything else
@@ -231,6 +251,7 @@ class IptablesTable:
                     chains[name] = []
                 elif policy != "-":
                     hooks[name] = []
+                    policies[name] = policy
             elif line.startswith("-A "):
                 name, _, rule = line[3:].partition(" ")
                 found = _OURS.search(rule)
@@ -242,6 +263,7 @@ class IptablesTable:
         return TableState(
             {name: tuple(hashes) for name, hashes in chains.items()},
             {name: tuple(mark for mark, _ in rules) for name, rules in hooks.items()},
+            policies,
         )
 
     def apply(self, update: TableUpdate) -> None:

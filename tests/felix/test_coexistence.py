@@ -1,0 +1,228 @@
+"""Beside kube-proxy and Docker: their rules do what they did, ours do what policy says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from datastore.interface import JSON
+from felix.backends import Backend, settle_others
+from kernel.netns import inside
+from tests.felix.fabric import MAKERS
+from tests.felix.gateway import FAR, NEAR, NODE, POD, Gateway, allowed, dropped
+from tests.felix.world import (
+    Listener,
+    Node,
+    cluster,
+    felix_configuration,
+    global_policy,
+    is_dropped,
+    reaches,
+)
+from tests.support.netns import connect, eventually, fresh_namespace, run
+
+BACKENDS = {
+    "nftables": Backend.NFTABLES,
+    "iptables": Backend.IPTABLES_NFT,
+    "iptables-legacy": Backend.IPTABLES_LEGACY,
+}
+VARIANTS = ("nft", "legacy")
+SERVICE = {4: "10.96.0.10", 6: "fd96::10"}
+
+
+@pytest.fixture(params=MAKERS)
+def world(request: pytest.FixtureRequest) -> Iterator[Gateway]:
+    with ExitStack() as stack:
+        yield Gateway(request.param, stack)
+
+
+def from_near(version: int, **rule: Any) -> JSON:
+    """Pods are reached by what is near."""
+    allow = {
+        "action": "Allow",
+        "source": {"nets": [f"{NEAR[version]}/{32 if version == 4 else 128}"]},
+    }
+    return global_policy(
+        f"near{version}", selector="all()", types=["Ingress"], ingress=[allow | rule]
+    )
+
+
+def theirs(node: Node, variant: str) -> list[str]:
+    """What others have in iptables."""
+    lines = []
+    for command in ("iptables", "ip6tables"):
+        saved = run(node.netns, f"{command}-{variant}-save").stdout.splitlines()
+        lines += [line for line in saved if line[0] in "-:" and "cali" not in line]
+    return [re.sub(r"\[.*\]", "", line) for line in lines]
+
+
+def docker(node: Node, variant: str) -> None:
+    """What Docker does to the table filter: what no rule accepts is not forwarded."""
+    for command in ("iptables", "ip6tables"):
+        rules = """*filter
+:FORWARD DROP [0:0]
+:DOCKER - [0:0]
+:DOCKER-FORWARD - [0:0]
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-FORWARD
+-A DOCKER ! -i docker0 -o docker0 -j DROP
+-A DOCKER-FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A DOCKER-FORWARD -o docker0 -j DOCKER
+-A DOCKER-FORWARD -i docker0 -j ACCEPT
+-A DOCKER-USER -p tcp --dport 22 -j DROP
+COMMIT
+"""
+        run(node.netns, f"{command}-{variant}-restore", "--noflush", stdin=rules)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_docker_drops_what_it_does_not_know_but_not_pods(world: Gateway, variant: str) -> None:
+    """With nftables, what others drop by a rule stays dropped: their rules come first."""
+    docker(world.node, variant)
+    before = theirs(world.node, variant)
+    world.enforce(from_near(4), from_near(6))
+    _settle(world)
+    if world.backend == "nftables" or world.backend.endswith("legacy") == (variant == "legacy"):
+        assert allowed(world.near, POD, 80) and allowed(world.pod.netns, FAR, 80)
+    assert dropped(world.far, POD, 80), "policy has its say"
+    assert dropped(world.near, FAR, 80), "and Docker about all others"
+    if world.backend == "nftables":
+        assert dropped(world.near, POD, 22)
+    assert theirs(world.node, variant) == before
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_lets_pods_pass_is_there_only_where_it_is_needed(variant: str) -> None:
+    with ExitStack() as stack:
+        world = Gateway("nftables", stack)
+        _settle(world)
+        for command in ("iptables", "ip6tables"):
+            listed = run(world.node.netns, f"{command}-nft-save").stdout
+            assert listed == "", "no table that nobody had"
+        docker(world.node, variant)
+        assert dropped(world.near, POD)
+        _settle(world)
+        assert allowed(world.near, POD)
+        last = run(world.node.netns, f"iptables-{variant}", "-S", "FORWARD").stdout.splitlines()[-1]
+        assert "cali-FORWARD" in last
+        world.enforce(felix_configuration("default", nftablesFilterAllowAction="Return"))
+        _settle(world)
+        assert dropped(world.near, POD), "who lets others decide lets them decide"
+        world.enforce(felix_configuration("default"))
+        _settle(world)
+        for command in ("iptables", "ip6tables"):
+            run(world.node.netns, f"{command}-{variant}", "-P", "FORWARD", "ACCEPT")
+        _settle(world)
+        assert "cali" not in run(world.node.netns, f"iptables-{variant}-save").stdout
+        assert allowed(world.near, POD)
+
+
+def test_the_agent_sees_docker_come() -> None:
+    with cluster("node1", addresses=("172.31.0.1/24",)) as (node,), fresh_namespace() as near:
+        connect(node.netns, "eth0", near, "eth0", [f"{NODE[4]}/24", f"{NEAR[4]}/24"])
+        run(near, "ip", "route", "add", "default", "via", NODE[4])
+        node.put(felix_configuration("default", nftablesRefreshInterval="1s"))
+        pod = node.pod("pod", POD[4])
+        node.start()
+        with Listener(pod.netns, 80):
+            assert reaches(near, POD[4], 80)
+            docker(node, "nft")
+            eventually(lambda: reaches(near, POD[4], 80, patience=0.3) is not None)
+        assert node.errors() == {}
+
+
+def kube_proxy_iptables(node: Node, variant: str) -> None:
+    """A service with one endpoint, as kube-proxy writes it in mode iptables."""
+    for version, command in ((4, "iptables"), (6, "ip6tables")):
+        pod = f"{POD[version]}:80" if version == 4 else f"[{POD[version]}]:80"
+        rules = f"""*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-SVC-1 - [0:0]
+:KUBE-SEP-1 - [0:0]
+-A PREROUTING -j KUBE-SERVICES
+-A OUTPUT -j KUBE-SERVICES
+-A POSTROUTING -j KUBE-POSTROUTING
+-A KUBE-SERVICES -d {SERVICE[version]} -p tcp --dport 8080 -j KUBE-SVC-1
+-A KUBE-SERVICES -d {NODE[version]} -p tcp --dport 30080 -j KUBE-MARK-MASQ
+-A KUBE-SERVICES -d {NODE[version]} -p tcp --dport 30080 -j KUBE-SVC-1
+-A KUBE-SVC-1 -j KUBE-SEP-1
+-A KUBE-SEP-1 -p tcp -j DNAT --to-destination {pod}
+-A KUBE-MARK-MASQ -j MARK --or-mark 0x4000
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --xor-mark 0x4000
+-A KUBE-POSTROUTING -j MASQUERADE --random-fully
+COMMIT
+*filter
+:KUBE-FORWARD - [0:0]
+-A FORWARD -j KUBE-FORWARD
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT
+COMMIT
+"""
+        run(node.netns, f"{command}-{variant}-restore", "--noflush", stdin=rules)
+
+
+def kube_proxy_nftables(node: Node, _: str) -> None:
+    """The same in mode nftables."""
+    for version, family in ((4, "ip"), (6, "ip6")):
+        pod = f"{POD[version]}:80" if version == 4 else f"[{POD[version]}]:80"
+        rules = f"""table {family} kube-proxy {{
+  map service-ips {{
+    type ipv{version}_addr . inet_proto . inet_service : verdict
+    elements = {{ {SERVICE[version]} . tcp . 8080 : goto service-1,
+                  {NODE[version]} . tcp . 30080 : goto external-1 }}
+  }}
+  chain nat-prerouting {{ type nat hook prerouting priority -100; jump services; }}
+  chain nat-output {{ type nat hook output priority -100; jump services; }}
+  chain nat-postrouting {{ type nat hook postrouting priority 100;
+    meta mark & 0x4000 == 0 return
+    meta mark set meta mark ^ 0x4000
+    masquerade fully-random
+  }}
+  chain filter-forward {{ type filter hook forward priority -110; ct state invalid drop; }}
+  chain services {{ {family} daddr . meta l4proto . th dport vmap @service-ips; }}
+  chain external-1 {{ meta mark set meta mark | 0x4000; goto service-1; }}
+  chain service-1 {{ meta l4proto tcp dnat to {pod}; }}
+}}
+"""
+        # chains before the map that leads to them
+        declared = f"table {family} kube-proxy {{ chain service-1 {{ }}; chain external-1 {{ }}; }}"
+        run(node.netns, "nft", "-f", "-", stdin=f"{declared}\n{rules}")
+
+
+@pytest.mark.parametrize("mode", ["nft", "legacy", "nftables"])
+def test_services_of_kube_proxy_obey_the_policy_of_their_pods(world: Gateway, mode: str) -> None:
+    """Policy sees a service's client and its endpoint, whatever the client asked for."""
+    write = kube_proxy_nftables if mode == "nftables" else kube_proxy_iptables
+    write(world.node, mode)
+    before = _theirs_everywhere(world.node)
+    assert allowed(world.near, SERVICE, 8080) and allowed(world.near, NODE, 30080)
+    only_80 = {"protocol": "TCP", "destination": {"ports": [80]}}
+    world.enforce(from_near(4, **only_80), from_near(6, **only_80))
+    _settle(world)
+    assert allowed(world.near, SERVICE, 8080)
+    assert dropped(world.far, SERVICE, 8080)
+    assert allowed(world.near, NODE, 30080) and dropped(world.far, NODE, 30080)
+    world.enforce(from_near(4, destination={"ports": [8080]}, protocol="TCP"))
+    assert is_dropped(world.near, SERVICE[4], 8080), "the endpoint's port counts"
+    world.clean()
+    assert allowed(world.far, SERVICE, 8080)
+    assert _theirs_everywhere(world.node) == before
+
+
+def _theirs_everywhere(node: Node) -> list[str]:
+    proxy = run(node.netns, "nft", "-s", "list", "table", "ip", "kube-proxy", check=False).stdout
+    return [proxy, *theirs(node, "nft"), *theirs(node, "legacy")]
+
+
+def _settle(world: Gateway) -> None:
+    """As the agent does after it has looked at the kernel."""
+    with inside(world.node.netns.fd):
+        assert settle_others(BACKENDS[world.backend], world.brain.calculator.settings) == []
