@@ -6,6 +6,7 @@ open, and a set without members could take away the ground of a denial.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -158,8 +159,7 @@ def _labels(value: object) -> tuple[tuple[str, str], ...]:
 def _nets(texts: object) -> tuple[Net, ...]:
     found = []
     for text in texts if isinstance(texts, list) else ():
-        try:
-            found.append(parse_interface(text)[1])
-        except (ValueError, TypeError):
-            continue
+        # What is no address has been told of, as the object's problem.
+        with contextlib.suppress(ValueError):
+            found.append(parse_interface(str(text))[1])
     return tuple(found)

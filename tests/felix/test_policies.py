@@ -1,0 +1,213 @@
+"""All kinds of policy on their way from the store to the engine, in any order."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from api.kinds import KINDS
+from api.net import Net, parse_net
+from datastore.interface import JSON, Key
+from felix.snapshot import Snapshot
+from policy.evaluate import Flow, evaluate
+from policy.model import Action, EndpointId
+from tests.felix.test_calculate import NODE, Run, Step, obj, replays, workload
+
+A, B = (EndpointId("WorkloadEndpoint", "default", f"{NODE}-k8s-{pod}-eth0") for pod in "ab")
+HOST = EndpointId("HostEndpoint", "", "host")
+ALLOW: dict[str, Any] = {"action": "Allow"}
+DENY: dict[str, Any] = {"action": "Deny"}
+
+
+def of(kind: str, name: str, spec: JSON | None = None, namespace: str = "", **rest: Any) -> Step:
+    """An object of any kind as stored."""
+    key, value = obj(kind, name, spec, namespace, **rest.pop("metadata", {}))
+    assert value is not None
+    return key, {**value, "apiVersion": KINDS[kind].api_version, "kind": KINDS[kind].kind, **rest}
+
+
+def endpoint_slice(name: str, service: str, address: str, port: int | None = 80) -> Step:
+    return of(
+        "EndpointSlice",
+        name,
+        namespace="default",
+        metadata={"labels": {"kubernetes.io/service-name": service}},
+        addressType="IPv4",
+        endpoints=[{"addresses": [address], "conditions": {"ready": False}}],
+        ports=[{"name": "http", "port": port}],
+    )
+
+
+BASE: list[Step] = [
+    obj("Namespace", "default", None, labels={"team": "red"}),
+    workload("a", "10.0.0.1"),
+    workload("b", "10.0.0.2"),
+]
+ADMIN: JSON = {
+    "tier": "Admin",
+    "priority": 1,
+    "subject": {"namespaces": {}},
+    "ingress": [{"action": "Deny", "from": [{"namespaces": {"matchLabels": {"team": "blue"}}}]}],
+}
+SCENARIO: list[Step] = [
+    *BASE,
+    of("HostEndpoint", "host", {"node": NODE, "interfaceName": "eth0", "profiles": ["own"]}),
+    of("HostEndpoint", "host", {"node": NODE, "interfaceName": "*", "profiles": ["own"]}),
+    of("HostEndpoint", "far", {"node": "node2", "expectedIPs": ["172.31.2.2"]}),
+    of("Profile", "own", {"ingress": [ALLOW], "labelsToApply": {"from": "profile"}}),
+    of("Profile", "kns.default", {"labelsToApply": {"pcns.team": "overruled"}}),
+    of("ServiceAccount", "robot", namespace="default", metadata={"labels": {"role": "x"}}),
+    of("GlobalNetworkSet", "nets", {"nets": ["198.51.100.0/24", "2001:db8::/32"]}),
+    of("NetworkSet", "nets", {"nets": ["203.0.113.7", "10.0.0.0/8"]}, "default"),
+    of(
+        "NetworkPolicy",
+        "np",
+        {
+            "selector": "all()",
+            "ingress": [{**ALLOW, "source": {"services": {"name": "web"}}}],
+            "egress": [{**ALLOW, "destination": {"services": {"name": "web"}}}],
+        },
+        "default",
+    ),
+    endpoint_slice("web-1", "web", "10.0.0.2"),
+    endpoint_slice("web-2", "web", "10.0.0.9", None),
+    endpoint_slice("web-2", "other", "10.0.0.9"),
+    of("StagedNetworkPolicy", "draft", {"selector": "all()", "ingress": [DENY]}, "default"),
+    of("StagedGlobalNetworkPolicy", "draft", {"stagedAction": "Delete"}),
+    of("StagedKubernetesNetworkPolicy", "draft", {"podSelector": {}}, "default"),
+    of("ClusterNetworkPolicy", "admin", ADMIN),
+    of("AdminNetworkPolicy", "admin", {"priority": 1, "subject": {"namespaces": {}}}),
+    of("BaselineAdminNetworkPolicy", "default", {"subject": {"namespaces": {}}}),
+    of(
+        "GlobalNetworkPolicy",
+        "hosts",
+        {
+            "selector": "from == 'profile'",
+            "applyOnForward": True,
+            "preDNAT": True,
+            "ingress": [
+                {**DENY, "source": {"namespaceSelector": "global()", "selector": "!has(x)"}}
+            ],
+        },
+    ),
+    of("GlobalNetworkPolicy", "broken", {"selector": "((", "doNotTrack": True}),
+    (of("NetworkSet", "nets", {}, "default")[0], None),
+]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_all_ways_lead_to_the_same_policy(seed: int) -> None:
+    states = {}
+    for name, batches in replays(SCENARIO, random.Random(seed)).items():
+        run_ = Run()
+        for batch in batches:
+            run_.feed(batch)
+        engine = run_.calculator.engine
+        states[name] = run_.state() | {
+            "hosts": run_.calculator.hosts,
+            "policies": dict(engine.policies),
+            "endpoints": dict(engine.endpoints),
+            "sets": dict(engine.sets),
+        }
+    expected = states.pop("squashed")
+    assert len(expected["policies"]) > 5
+    for name, state in states.items():
+        assert state == expected, name
+
+
+def fed(*steps: Step) -> Run:
+    run_ = Run()
+    run_.feed([*BASE, *steps])
+    return run_
+
+
+def allows(run_: Run, source: EndpointId | str, target: EndpointId | str) -> bool:
+    ends: list[tuple[Net, EndpointId | None]] = []
+    for end in (source, target):
+        if isinstance(end, str):
+            ends.append((parse_net(end), None))
+        else:
+            nets = {A: "10.0.0.1", B: "10.0.0.2", HOST: "172.31.1.1"}
+            ends.append((parse_net(nets[end]), end))
+    (src, src_id), (dst, dst_id) = ends
+    flow = Flow(src, dst, 6, 40000, 80, src_endpoint=src_id, dst_endpoint=dst_id)
+    return evaluate(run_.calculator.engine, flow).action is Action.ALLOW
+
+
+def test_a_namespace_is_a_profile_before_a_profile_of_its_name() -> None:
+    profile = of("Profile", "kns.default", {"ingress": [DENY], "egress": [DENY]})
+    run_ = fed(profile)
+    assert allows(run_, A, B)
+    run_.feed([(Key("Namespace", "default"), None)])
+    assert not allows(run_, A, B), "as in Calico's etcd, where namespaces are profiles"
+    run_.feed([BASE[0]])
+    assert allows(run_, A, B)
+
+
+def test_labels_of_a_service_account_are_its_pods() -> None:
+    pod = workload("c", "10.0.0.3", profiles=["kns.default", "ksa.default.robot"])
+    rule = {**ALLOW, "source": {"serviceAccounts": {"selector": "role == 'x'"}}}
+    run_ = fed(pod, of("NetworkPolicy", "np", {"ingress": [rule]}, "default"))
+    assert not allows(run_, "10.0.0.3", B)
+    account = of("ServiceAccount", "robot", namespace="default", metadata={"labels": {"role": "x"}})
+    run_.feed([account])
+    assert allows(run_, "10.0.0.3", B)
+    assert not allows(run_, A, B)
+
+
+def test_a_broken_network_set_keeps_what_can_be_read() -> None:
+    nets = ["198.51.100.0/24", "nowhere", 7, "203.0.113.7/24"]
+    broken = of("GlobalNetworkSet", "bad", {"nets": nets}, metadata={"labels": {"is": "bad"}})
+    rule = {**DENY, "source": {"selector": "is == 'bad'"}}
+    policy = of("GlobalNetworkPolicy", "gnp", {"ingress": [rule, ALLOW]})
+    run_ = fed(broken, policy)
+    assert not allows(run_, "198.51.100.1", B)
+    assert not allows(run_, "203.0.113.1", B)
+    assert allows(run_, "192.0.2.1", B)
+    assert any(
+        "GlobalNetworkSet(bad)" in text for text, _ in run_.calculator.problems(run_.snapshot)
+    )
+
+
+def test_a_broken_host_endpoint_still_guards_its_host() -> None:
+    spec = {"node": NODE, "interfaceName": "eth0", "ports": "none", "profiles": ["kns.default"]}
+    run_ = fed(of("HostEndpoint", "host", spec))
+    assert not allows(run_, "192.0.2.1", HOST)
+    assert run_.calculator.hosts[HOST].interface == "eth0"
+
+
+def test_a_broken_policy_of_administrators_denies_in_its_place() -> None:
+    unknown = [{"action": "Deny", "from": [{"namespaces": {}, "weather": "fine"}]}]
+    subject = {"pods": {"podSelector": {"matchLabels": {"app": "b"}}}}
+    newer = {**ADMIN, "subject": subject, "ingress": unknown}
+    run_ = fed(of("ClusterNetworkPolicy", "admin", newer))
+    b = Key("WorkloadEndpoint", B.name, "default")
+    assert run_.snapshot.workloads[b].labels
+    assert not allows(run_, A, B)
+    assert allows(run_, B, A), "only in the directions it has rules for, at its subject"
+    (problem,) = [text for text, _ in run_.calculator.problems(run_.snapshot)]
+    assert problem == "ClusterNetworkPolicy(admin)"
+
+
+def test_a_rule_that_cannot_be_converted_is_told() -> None:
+    rules = [{"action": "Deny", "to": [{"nodes": {}}]}]
+    spec = {"tier": "Baseline", "priority": 1, "subject": {"namespaces": {}}, "egress": rules}
+    run_ = fed(of("ClusterNetworkPolicy", "nodes", spec))
+    ((name, text),) = run_.calculator.problems(run_.snapshot)
+    assert name == "ClusterNetworkPolicy(nodes)"
+    assert "spec.egress[0].to[0].nodes" in text
+    assert not allows(run_, A, "192.0.2.1")
+    run_.feed([(Key("ClusterNetworkPolicy", "nodes"), None)])
+    assert not list(run_.calculator.problems(run_.snapshot))
+
+
+@pytest.mark.parametrize("value", [{}, {"spec": 5}, {"spec": []}, {"metadata": [], "spec": {}}])
+@pytest.mark.parametrize("kind", sorted({*KINDS} & {key.kind for key, _ in SCENARIO}))
+def test_anything_may_be_stored(kind: str, value: JSON) -> None:
+    snapshot, key = Snapshot(), Key(kind, "x", "default" if KINDS[kind].namespaced else "")
+    snapshot.update(key, value)
+    Run().calculator.calculate(snapshot)
+    snapshot.update(key, None)
+    assert not snapshot.problems
