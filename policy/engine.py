@@ -269,6 +269,7 @@ class Engine:
         self._index(id)
 
     def _apply_tier(self, name: str, tier: Tier | None) -> None:
+        before = self._tiers.get(name)
         if tier is not None:
             order = math.inf if tier.spec.order is None else tier.spec.order
             self._tiers[name] = order, Action(tier.spec.default_action)
@@ -277,6 +278,8 @@ class Engine:
             self._tiers[name] = order, Action(action)
         else:
             self._tiers.pop(name, None)
+        if self._tiers.get(name) == before:
+            return
         for policy_id, compilation in self._policies.items():
             if compilation.tier == name:
                 self._note_problems(policy_id, compilation.rules, compilation.tier)
