@@ -191,15 +191,43 @@ def test_what_is_allowed_may_go_on_to_others_rules(world: Gateway) -> None:
         run(world.node.netns, legacy, "-D", *drop[2:])
 
 
+def test_staged_policies_are_counted_and_do_nothing(world: Gateway) -> None:
+    """Of a draft's rules the first that matches counts, as it would act; none logs."""
+    only_80 = {"protocol": "TCP", "destination": {"ports": [80]}}
+    rules = [{"action": "Log"}, {"action": "Allow", **only_80}, {"action": "Deny"}]
+    draft = policy("draft", selector="all()", order=1, types=["Ingress"], ingress=rules)
+    draft["kind"] = "StagedNetworkPolicy"
+    world.enforce(draft, policy("late", selector="all()", order=9, ingress=[{"action": "Allow"}]))
+    assert allowed(world.near, POD, 80) and allowed(world.near, POD, 81)
+    counts = [_packets(world, f"(default/draft) ingress rule {index}") for index in range(3)]
+    assert counts == [0, 1, 1], "first packets only: the rest is established"
+    assert " LOG " not in _listed(world) and "log prefix" not in _listed(world)
+
+
+def _listed(world: Gateway) -> str:
+    command = {
+        "nftables": ("nft", "list", "table", "ip", "calico"),
+        "iptables": ("iptables-save", "-c"),
+        "iptables-legacy": ("iptables-legacy-save", "-c"),
+    }[world.backend]
+    return run(world.node.netns, *command).stdout
+
+
+def _packets(world: Gateway, comment: str) -> int:
+    """How many packets met rules with such a comment, in IPv4."""
+    lines = [line for line in _listed(world).splitlines() if comment in line]
+    if world.backend == "nftables":
+        words = [line.split() for line in lines]
+        return sum(int(each[each.index("packets") + 1]) for each in words)
+    return sum(int(line[1:].split(":")[0]) for line in lines)
+
+
 def test_marks_are_of_the_mask(world: Gateway) -> None:
     world.enforce(settings(iptablesMarkMask=0xF00, nftablesMarkMask=0xF000))
-    command, accept = {
-        "nftables": (("nft", "list", "table", "ip", "calico"), "& 0x00001000 == 0x00001000"),
-        "iptables": (("iptables-save",), "0x100/0x100"),
-        "iptables-legacy": (("iptables-legacy-save",), "0x100/0x100"),
-    }[world.backend]
-    rules = run(world.node.netns, *command).stdout
-    assert accept in rules and "0x10000" not in rules
+    rules = _listed(world)
+    nftables = world.backend == "nftables"
+    assert ("& 0x00001000 == 0x00001000" if nftables else "0x100/0x100") in rules
+    assert "0x10000" not in rules
     assert allowed(world.near, POD)
 
 

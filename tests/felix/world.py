@@ -161,10 +161,11 @@ class Flow:
     """
 
     def __init__(self, source: Namespace, target: Namespace, address: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with inside(source.fd):
-            self._out = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._out = socket.socket(family, socket.SOCK_DGRAM)
         with inside(target.fd):
-            self._in = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._in = socket.socket(family, socket.SOCK_DGRAM)
         self._in.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 26)
         self._in.bind((address, port))
         self._in.setblocking(False)

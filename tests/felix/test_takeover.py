@@ -1,0 +1,117 @@
+"""One enforcer takes over from another, and back: both IP versions, pods and the host itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from api.net import parse_net
+from kernel.netns import Namespace
+from tests.felix.world import (
+    V3,
+    Flow,
+    Node,
+    cluster,
+    felix_configuration,
+    global_policy,
+    policy,
+)
+from tests.support.netns import connect, eventually, fresh_namespace, run
+
+NODE = {4: "172.31.0.1", 6: "fd31::1"}
+NEAR = {4: "172.31.0.2", 6: "fd31::2"}
+WEB = {4: "10.0.0.1", 6: "fd10::1"}
+CLIENT = {4: "10.0.0.2", 6: "fd10::2"}
+
+# What a FelixConfiguration says, and with which commands its work and its remains show.
+CHOICES = {
+    "nftables": {"nftablesMode": "Enabled"},
+    "nft": {"nftablesMode": "Disabled", "iptablesBackend": "NFT"},
+    "legacy": {"nftablesMode": "Disabled", "iptablesBackend": "Legacy"},
+}
+ORDER = ("legacy", "nft", "nftables", "nft", "legacy", "nftables")
+
+
+def present(node: Node) -> set[str]:
+    """Which enforcers have anything in the kernel."""
+    listings: dict[str, list[tuple[str, ...]]] = {
+        "nftables": [("nft", "list", "table", family, "calico") for family in ("ip", "ip6")],
+        "nft": [("iptables-nft-save",), ("ip6tables-nft-save",)],
+        "legacy": [("iptables-legacy-save",), ("ip6tables-legacy-save",)],
+    }
+    found = set()
+    for name, commands in listings.items():
+        outputs = [run(node.netns, *command, check=False).stdout for command in commands]
+        assert len({"cali-" in output for output in outputs}) == 1, "both IP versions or none"
+        if "cali-" in outputs[0]:
+            found.add(name)
+    return found
+
+
+@contextmanager
+def flows(node: Node, near: Namespace, web: Namespace, client: Namespace) -> Iterator[None]:
+    """To the node and to a pod: what is allowed arrives, all of it, and nothing else does."""
+    with ExitStack() as stack:
+
+        def flow(*ends: object) -> Flow:
+            return stack.enter_context(Flow(*ends))  # type: ignore[arg-type]
+
+        good, bad = [], []
+        for version in (4, 6):
+            good.append(flow(near, node.netns, NODE[version], 5001))
+            bad.append(flow(near, node.netns, NODE[version], 5002))
+            good.append(flow(client, web, WEB[version], 5003))
+            bad.append(flow(near, web, WEB[version], 5004))
+        eventually(lambda: all(each.sent > 50 for each in good + bad))
+        yield
+        sent = [each.sent for each in good]
+        eventually(lambda: all(e.sent > s + 50 for e, s in zip(good, sent, strict=True)))
+        for each in bad:
+            assert each.finish() == set()
+        for each in good:
+            arrived = each.finish()
+            assert arrived == set(range(each.sent)), f"{each.sent - len(arrived)} lost"
+
+
+def test_enforcers_take_over_from_each_other() -> None:
+    with cluster("node1", addresses=(f"{NODE[4]}/24",)) as (node,), fresh_namespace() as near:
+        ends = [f"{end[v]}/{size}" for v, size in ((4, 24), (6, 64)) for end in (NODE, NEAR)]
+        connect(node.netns, "eth0", near, "eth0", ends)
+        for version in (4, 6):
+            run(near, "ip", f"-{version}", "route", "add", "default", "via", NODE[version])
+        eventually(lambda: "tentative" not in run(near, "ip", "-6", "address").stdout)
+        pods = {}
+        for name, addresses in (("web", WEB), ("client", CLIENT)):
+            pods[name] = node.pod(name, addresses[4], endpoint=False)
+            pods[name].add_address(addresses[6])
+            networks = [str(parse_net(address)) for address in addresses.values()]
+            node.put(pods[name].endpoint(labels={"app": name}, ipNetworks=networks))
+        udp = {"action": "Allow", "protocol": "UDP"}
+        node.put(
+            policy(
+                "web",
+                selector="app == 'web'",
+                types=["Ingress"],
+                ingress=[{**udp, "source": {"selector": "app == 'client'"}}],
+            )
+        )
+        node.put(
+            {
+                "apiVersion": V3,
+                "kind": "HostEndpoint",
+                "metadata": {"name": "eth0", "labels": {"host": "eth0"}},
+                "spec": {"node": node.name, "interfaceName": "eth0"},
+            }
+        )
+        ingress = [{**udp, "destination": {"ports": [5001]}}]
+        node.put(global_policy("host", selector="has(host)", types=["Ingress"], ingress=ingress))
+        node.start()
+        node.settle()
+        with flows(node, near, pods["web"].netns, pods["client"].netns):
+            for chosen in ORDER:
+                node.put(felix_configuration(f"node.{node.name}", **CHOICES[chosen]))
+                node.settle()
+                eventually(lambda chosen=chosen: present(node) == {chosen})  # type: ignore[misc]
+        assert node.errors() == {}
+        for pod in pods.values():
+            pod.netns.close()
