@@ -12,7 +12,7 @@ could let through what it forbids.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from types import MappingProxyType
@@ -20,12 +20,12 @@ from types import MappingProxyType
 from api.errors import Problem
 from api.policy import BUILT_IN_TIERS, GlobalNetworkPolicy, NetworkPolicy, Tier
 from api.policy import Rule as ApiRule
+from policy.active import ActiveRules
 from policy.compile import (
     SERVICE_LABEL,
     SERVICE_PORT,
     Compilation,
     CompiledRules,
-    SetSpec,
     compile_policy,
     compile_rules,
 )
@@ -46,7 +46,7 @@ from policy.model import (
     TierBinding,
 )
 from policy.selector import Selector
-from policy.sets import SetDelta, Sets
+from policy.sets import JoinedSets, SetDelta, Sets
 
 __all__ = ["Changes", "Engine", "Profile", "SetDelta", "profile_id"]
 
@@ -81,55 +81,14 @@ def profile_id(name: str) -> PolicyId:
 _Users = dict[str, set[EndpointId]]
 
 
-class _Rules:
-    """The policies and profiles that are enforced, and who uses which sets."""
-
-    def __init__(self, of_endpoints: Sets, of_services: Sets) -> None:
-        self.active: dict[PolicyId, CompiledPolicy] = {}
-        self._sets = {False: of_endpoints, True: of_services}
-        self._used: dict[PolicyId, frozenset[SetSpec]] = {}
-
-    def put(self, rules: CompiledRules) -> None:
-        id = rules.policy.id
-        before = self._used.get(id, frozenset())
-        for spec in rules.sets - before:
-            self._sets[spec.of_service].retain(spec)
-        for spec in before - rules.sets:
-            self._sets[spec.of_service].release(spec)
-        self.active[id] = rules.policy
-        self._used[id] = rules.sets
-
-    def drop(self, id: PolicyId) -> None:
-        if self.active.pop(id, None) is not None:
-            for spec in self._used.pop(id):
-                self._sets[spec.of_service].release(spec)
-
-
-class _Both(Mapping[str, frozenset[Member]]):
-    """Two tables of sets, whose ids differ, as one."""
-
-    def __init__(self, first: Sets, second: Sets) -> None:
-        self._first, self._second = first, second
-
-    def __getitem__(self, set_id: str) -> frozenset[Member]:
-        return (self._first if set_id in self._first else self._second)[set_id]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._first
-        yield from self._second
-
-    def __len__(self) -> int:
-        return len(self._first) + len(self._second)
-
-
 class Engine:
     """See the module. Not for several threads at once."""
 
     def __init__(self) -> None:
         self._sets = Sets()
         self._services = Sets()
-        self._rules = _Rules(self._sets, self._services)
-        self._all_sets: Mapping[str, frozenset[Member]] = _Both(self._sets, self._services)
+        self._rules = ActiveRules(self._sets, self._services)
+        self._all_sets: Mapping[str, frozenset[Member]] = JoinedSets(self._sets, self._services)
         self._bindings: dict[EndpointId, Binding] = {}
         self._problems: dict[PolicyId, tuple[Problem, ...]] = {}
 

@@ -176,6 +176,26 @@ class Sets(Mapping[str, frozenset[Member]]):
             changes[member] = present
 
 
+class JoinedSets(Mapping[str, frozenset[Member]]):
+    """Two tables of sets, whose ids differ, as one."""
+
+    def __init__(self, first: Sets, second: Sets) -> None:
+        self._first, self._second = first, second
+
+    def __getitem__(self, set_id: str) -> frozenset[Member]:
+        return (self._first if set_id in self._first else self._second)[set_id]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._first
+        yield from self._second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def __contains__(self, set_id: object) -> bool:
+        return set_id in self._first or set_id in self._second
+
+
 def _members(spec: SetSpec, endpoint: Endpoint | None) -> frozenset[Member]:
     """What an endpoint that matches contributes to a set."""
     if endpoint is None:

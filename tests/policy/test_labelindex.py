@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from policy.labelindex import LabelIndex
 from policy.selector import Selector, parse
+from tests.policy import vectors
 
 LABELS = st.dictionaries(st.sampled_from("abc"), st.sampled_from(["x", "y", "xy"]), max_size=3)
 ITEMS = st.integers(0, 40)
@@ -116,3 +117,13 @@ def test_a_selector_is_tried_only_where_an_anchor_points() -> None:
     list(index.add_selector(selector))
     assert index._anchors[selector.id] == frozenset({("app", "web")})
     assert list(index._candidates(None, {"orchestrator": "k8s", "app": "db"})) == []
+
+
+def test_selectors_that_need_a_label_are_tried_on_items_that_have_it_only() -> None:
+    """Recorded: which labels a selector restricts, and to which values."""
+    for row in vectors.load("selectors")["restrictions"]:
+        restrictions = (row["restrictions"] or {}).values()
+        index: LabelIndex[str] = LabelIndex()
+        index.add_selector(parse(row["selector"]))
+        if any(restriction["present"] for restriction in restrictions):
+            assert not list(index._candidates(None, {"other": "x"})), row
