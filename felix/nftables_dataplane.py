@@ -79,6 +79,7 @@ class _Family:
         self._dirty: set[str] = set()  # chains
         self._dirty_maps: set[str] = set()
         self._refused: dict[str, RenderedChain] = {}  # as which the kernel refused a chain
+        self._news = False  # something else is wanted than at the last attempt
         self._backoff: Backoff[str] = Backoff()
         self.errors: dict[str, str] = {}
 
@@ -92,6 +93,7 @@ class _Family:
             self._render(name)
 
     def want_set(self, key: SetKey, delta: Delta) -> None:
+        self._news = True
         change = delta.sets[key]
         if change is not None:
             self._sets.want(key.id, change, lambda: self._members(key))
@@ -150,6 +152,9 @@ class _Family:
         """Everything that is due, in one transaction; the number of its steps."""
         if not self._is_due(now) or not self._pending():
             return 0
+        self._news = False
+        if self._backoff.due(now):
+            self._refused.clear()
         try:
             steps = self._commit()
         except NftablesError:
@@ -199,6 +204,7 @@ class _Family:
         self._rendered[full] = after
         self._refused.pop(full, None)
         self._dirty.add(full)
+        self._news = True
 
     def _forget(self, full: str) -> None:
         del self._neutral[full]
@@ -208,6 +214,7 @@ class _Family:
         self._use(full, before.sets, frozenset())
         self._refused.pop(full, None)
         self._dirty.add(full)
+        self._news = True
         if self._maps.pop(full, None) is not None:
             self._dirty_maps.add(full)
 
@@ -223,7 +230,8 @@ class _Family:
         return bool(self._dirty or self._dirty_maps) or self._sets.pending()
 
     def _is_due(self, now: float) -> bool:
-        return not len(self._backoff) or bool(self._backoff.due(now))
+        """What failed waits for its time, but what is new doesn't wait for that."""
+        return self._news or not len(self._backoff) or bool(self._backoff.due(now))
 
     def _commit(self) -> int:
         """Build the transaction and have it carried out. Raises OSError."""
