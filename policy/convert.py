@@ -111,7 +111,7 @@ def service_slice(found: EndpointSlice) -> ServiceSlice | None:
     ports = ((protocol_number(port.protocol), port.port) for port in found.ports)
     return ServiceSlice(
         f"{found.namespace}/{found.service}",
-        tuple(dict.fromkeys(parse_interface(text)[0] for text in addresses)),
+        tuple(dict.fromkeys(parse_net(text, strict=False) for text in addresses)),
         tuple(sorted({(protocol, port) for protocol, port in ports if port})),
     )
 
