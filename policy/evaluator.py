@@ -42,11 +42,11 @@ class Evaluator:
 
     def update(self, changes: Changes) -> None:
         """What the engine's last flush changed. Must be told of every one."""
+        gone = {set_id for set_id, delta in changes.sets.items() if delta.deleted}
+        if gone:
+            self._addresses.forget(gone)
         for set_id, delta in changes.sets.items():
-            if delta.deleted:
-                self._addresses.forget(set_id)
-            else:
-                self._addresses.change(set_id, delta.added, delta.removed)
+            self._addresses.change(set_id, delta.added, delta.removed)
         stale = set(changes.endpoints)
         for policy in changes.policies:
             stale |= self._users.get(policy, set())

@@ -10,8 +10,8 @@ that are in the same sets share them, and so do ports between the same bounds.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -35,6 +35,7 @@ _MOST = 1 << 16  # remembered of one thing before all of it is forgotten
 
 # The sets that an address is in, and its IP version.
 _Class = frozenset[str | int]
+_NO_SETS: _Class = frozenset()
 
 
 class Decision(NamedTuple):
@@ -47,36 +48,52 @@ class Decision(NamedTuple):
 
 
 class Addresses:
-    """In which sets addresses are."""
+    """In which sets addresses are; and the members of sets of named ports."""
 
     def __init__(self, sets: Members) -> None:
-        self.members: dict[str, set[Member]] = {}
+        self.named: defaultdict[str, set[NamedPortMember]] = defaultdict(set)
+        self.classes: dict[Net, _Class] = {}
         self._of: dict[Net, _Class] = {}  # the sets that have exactly this member
         self._lengths: dict[int, Counter[int]] = {V4: Counter(), V6: Counter()}
         self._shared: dict[_Class, _Class] = {}
-        self.classes: dict[Net, _Class] = {}
         gathered: dict[Net, list[str]] = {}
         for set_id, members in sets.items():
-            self.members[set_id] = set(members)
-            for net in _nets(members):
+            for net in self._nets(set_id, members, set.update):
                 gathered.setdefault(net, []).append(set_id)
         for net, ids in gathered.items():
             self._put(net, frozenset(ids))
 
     def change(self, set_id: str, added: Iterable[Member], removed: Iterable[Member]) -> None:
         """Members of a set that came and went."""
-        members = self.members.setdefault(set_id, set())
-        members.difference_update(removed)
-        members.update(added)
-        for net in _nets(removed):
-            self._put(net, self._of.get(net, frozenset()) - {set_id})
-        for net in _nets(added):
-            self._put(net, self._of.get(net, frozenset()) | {set_id})
+        for net in self._nets(set_id, removed, set.difference_update):
+            self._put(net, self._of.get(net, _NO_SETS) - {set_id})
+        for net in self._nets(set_id, added, set.update):
+            self._put(net, self._of.get(net, _NO_SETS) | {set_id})
 
-    def forget(self, set_id: str) -> None:
-        """A set that is gone."""
-        for net in _nets(self.members.pop(set_id, ())):
-            self._put(net, self._of.get(net, frozenset()) - {set_id})
+    def forget(self, set_ids: Set[str]) -> None:
+        """Sets that are gone: looked for among all members, as nobody says what they held."""
+        for set_id in set_ids:
+            self.named.pop(set_id, None)
+        held = [(net, ids) for net, ids in self._of.items() if not ids.isdisjoint(set_ids)]
+        for net, ids in held:
+            self._put(net, ids - set_ids)
+
+    def _nets(
+        self,
+        set_id: str,
+        members: Iterable[Member],
+        change: Callable[[set[NamedPortMember], Iterable[NamedPortMember]], None],
+    ) -> list[Net]:
+        """Those members that are networks; the named ports among them are dealt with."""
+        nets, named = [], []
+        for member in members:
+            if isinstance(member, NamedPortMember):
+                named.append(member)
+            else:
+                nets.append(member)
+        if named:
+            change(self.named[set_id], named)
+        return nets
 
     def classify(self, address: Net) -> _Class:
         """The sets that hold an address, or a network around it; remembered in ``classes``."""
@@ -84,7 +101,7 @@ class Addresses:
         found: _Class = frozenset((version,))
         for length in self._lengths[version]:
             spare = BITS[version] - length
-            found |= self._of.get(Net(version, number >> spare << spare, length), frozenset())
+            found |= self._of.get(Net(version, number >> spare << spare, length), _NO_SETS)
         if len(self.classes) >= _MOST:
             self.classes.clear()
         found = self.classes[address] = self._shared.setdefault(found, found)
@@ -176,7 +193,7 @@ class Program:
         ]
         self._all = (1 << len(lines)) - 1
         self._addresses, self._classes = addresses, addresses.classes
-        self._sets = addresses.members
+        self._sets = addresses.named
         matches = [line.match for line in lines]
         self._named = sum(1 << n for n, match in enumerate(matches) if _has_names(match))
         self._class_conditions = (
@@ -359,9 +376,3 @@ def _bounds(ranges: Iterable[tuple[tuple[int, int], ...]]) -> list[int]:
     """Where ranges begin and where they have ended: between two of these, ports are alike."""
     pairs = [pair for some in ranges for pair in some]
     return sorted({first for first, _ in pairs} | {last + 1 for _, last in pairs})
-
-
-def _nets(members: Iterable[Member]) -> Iterator[Net]:
-    for member in members:
-        if not isinstance(member, NamedPortMember):
-            yield member
