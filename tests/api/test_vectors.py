@@ -109,7 +109,7 @@ def test_documents_calicoctl_refuses() -> None:
         assert any(refusal(document) for document in row["documents"]), row["name"]
 
 
-def test_recorded_names() -> None:
+def test_tricky_20_recorded_names() -> None:
     content = vectors.load("k8s_objects_conversion")
     for row in content["cidr_names"]:
         assert cidr_name(parse_net(row["cidr"])) == row["expected"]

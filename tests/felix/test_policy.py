@@ -295,7 +295,7 @@ def test_a_foreign_source_address_is_dropped(world: World) -> None:
     assert run(world.node.netns, "sysctl", "-n", own).stdout.strip() == "1"
 
 
-def test_a_pod_cannot_speak_vxlan(world: World) -> None:
+def test_tricky_13_a_pod_cannot_speak_vxlan(world: World) -> None:
     with fresh_namespace() as outside, Listener(outside, 4789), Listener(outside, 4790):
         connect_namespaces(
             world.node.netns, "up0", outside, "eth0", ["192.0.2.1/24", "192.0.2.2/24"]
