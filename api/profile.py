@@ -13,6 +13,9 @@ from api.fields import is_subdomain
 from api.metadata import CalicoResource, Checked, Fault, label_faults
 from api.policy import Rule
 
+# There is always a profile of this name, without labels, which allows everything.
+DEFAULT_ALLOW = "projectcalico-default-allow"
+
 # A ServiceAccount's name may be longer than the value of a label.
 NAME_LABELS = frozenset(("pcns.projectcalico.org/name", "pcsa.projectcalico.org/name"))
 

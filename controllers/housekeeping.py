@@ -1,4 +1,4 @@
-"""One round of the leader: read everything, audit, and collect what has been proved."""
+"""One round of the leader: host endpoints; read everything, audit, collect what is proved."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from controllers.hosts import Kept, keep_hosts
 from controllers.nodes import NodeCleaner, Removed
 from controllers.settings import Settings, read_settings
 from datastore.interface import Datastore
@@ -29,6 +30,7 @@ class Round:
     counts: dict[str, int] = field(default_factory=dict)
     collected: Collected = field(default_factory=Collected)
     removed: Removed = field(default_factory=Removed)
+    hosts: Kept = field(default_factory=Kept)
 
     def status(self) -> dict[str, Any]:
         """For the status socket."""
@@ -47,7 +49,7 @@ class Round:
             "unconfirmed_findings": self.fresh,
             "shown": {fault: texts[:_SHOWN] for fault, texts in by_fault.items()},
             "waiting": waiting,
-            "problems": self.collected.problems,
+            "problems": [*self.collected.problems, *self.hosts.problems],
         }
 
 
@@ -66,6 +68,7 @@ class Housekeeping:
         self._store = store
         self._kubernetes = kubernetes
         self._quiet = quiet
+        self._proceed = proceed
         self._known: frozenset[Finding] = frozenset()
         self._collector = Collector(store, kubernetes, clock=clock, proceed=proceed)
         self._cleaner = NodeCleaner(store, kubernetes, clock=clock, proceed=proceed)
@@ -77,6 +80,8 @@ class Housekeeping:
         done = Round(settings)
         if settings.idle is not None:
             return done
+        if settings.hosts is not None:
+            done.hosts = keep_hosts(self._store, settings.hosts, proceed=self._proceed)
         inventory = read(self._store, self._kubernetes)
         findings = audit(inventory)
         done.findings = [finding for finding in findings if finding in self._known]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from api.controllers import KubeControllersConfiguration
+from api.controllers import AutoHostEndpointConfig, KubeControllersConfiguration
 from api.registry import parse_as
 from datastore.interface import JSON, Datastore, Key, NotFoundError
 
@@ -19,11 +19,15 @@ _GRACE = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Seconds. ``grace`` 0: nothing is collected, only audited. ``idle``: why nothing is done."""
+    """Seconds. ``grace`` 0: nothing is collected, only audited. ``idle``: why nothing is done.
+
+    ``hosts``: which host endpoints are to be made; None: nobody says, so all stays as it is.
+    """
 
     period: float = _PERIOD
     grace: float = _GRACE
     idle: str | None = None
+    hosts: AutoHostEndpointConfig | None = None
 
 
 def read_settings(store: Datastore) -> Settings:
@@ -47,7 +51,8 @@ def read_settings(store: Datastore) -> Settings:
     period = _seconds(node.reconciler_period, _PERIOD)
     if period <= 0:
         return Settings(idle=f"{CONFIGURATION}: spec.controllers.node.reconcilerPeriod: 0s")
-    return Settings(max(1.0, period), max(0.0, _seconds(node.leak_grace_period, _GRACE)))
+    grace = max(0.0, _seconds(node.leak_grace_period, _GRACE))
+    return Settings(max(1.0, period), grace, hosts=node.host_endpoint or AutoHostEndpointConfig())
 
 
 def _seconds(duration: timedelta | None, default: float) -> float:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from api.net import V4, Net
-from api.policy import Tier
+from api.policy import Rule, Tier
+from api.profile import DEFAULT_ALLOW
 from datastore.interface import Key
 from felix import names
 from felix.desired import Delta, Device, Local, Registration, SetKey
@@ -22,10 +23,13 @@ from felix.ruleset import VERSIONS, Ruleset
 from felix.settings import CLUSTER, NODE_PREFIX, Settings, SettingsError, settings
 from felix.snapshot import PodView, Snapshot, Workload
 from policy import selector
-from policy.engine import Engine
+from policy.engine import Engine, Profile
 from policy.model import Endpoint, EndpointId, Member, PolicyId
 
 K = TypeVar("K", bound=Hashable)
+
+_ALL = (Rule(action="Allow"),)
+_BUILT_IN = {DEFAULT_ALLOW: Profile((), _ALL, _ALL)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,8 @@ class Calculator:
         self._settings = settings()
         self._settings_problem: str | None = None
         self._engine = Engine()
+        for name, profile in _BUILT_IN.items():
+            self._engine.set_profile(name, profile)
         self._ruleset = Ruleset(self._engine, self._settings)
         self._overlay = Overlay(node)
         self._places: dict[EndpointId, _Place] = {}
@@ -230,7 +236,7 @@ class Calculator:
             case "Namespace" | "ServiceAccount" | "Profile":
                 name, sources = profile_keys(key)
                 found = (snapshot.profiles.get(source) for source in sources)
-                self._engine.set_profile(name, next(filter(None, found), None))
+                self._engine.set_profile(name, next(filter(None, found), _BUILT_IN.get(name)))
             case "HostEndpoint":
                 self._take_host(key, snapshot)
             case "NetworkSet" | "GlobalNetworkSet":

@@ -100,6 +100,10 @@ def test_profiles_decide_where_no_policy_does(world: Gateway) -> None:
     }
     world.enforce(profile, host(profiles=["web"]))
     assert allowed(world.near, NODE, 80) and dropped(world.near, NODE, 81)
+    world.enforce(host(profiles=["projectcalico-default-allow"]))
+    assert allowed(world.near, NODE, 81) and allowed(world.node.netns, NEAR, 81)
+    world.enforce(on_hosts("in", types=INGRESS, ingress=[TCP_80]))
+    assert dropped(world.near, NODE, 81) and allowed(world.node.netns, NEAR, 81)
 
 
 def test_12_forwarded_traffic_is_allowed_unless_policy_applies_on_forward(world: Gateway) -> None:
