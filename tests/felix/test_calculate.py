@@ -194,7 +194,11 @@ SCENARIO: list[Step] = [
         "default",
     ),
     obj("Tier", "broken", "no"),
-    obj("FelixConfiguration", "default", {"defaultEndpointToHostAction": "Accept"}),
+    obj(
+        "FelixConfiguration",
+        "default",
+        {"defaultEndpointToHostAction": "Accept", "floatingIPs": "Enabled"},
+    ),
     obj("FelixConfiguration", f"node.{NODE}", {"logPrefix": "mine"}),
     workload("d", "10.0.0.1"),
     obj("Pod", "a", {"containers": []}, "default", labels={"app": "c"}),
@@ -203,6 +207,22 @@ SCENARIO: list[Step] = [
     workload("f", "10.0.0.7"),
     workload("f", "10.0.0.7", interfaceName="califf"),
     workload("b", "10.0.0.2", ports=[{"name": "http", "protocol": "TCP", "port": 81}]),
+    workload("g", "10.0.0.8", ipNATs=[{"internalIP": "10.0.0.8", "externalIP": "192.0.2.8"}]),
+    obj("HostEndpoint", "one", {"node": NODE, "interfaceName": "eth0"}, labels={"host": "1"}),
+    obj("HostEndpoint", "two", {"node": NODE, "interfaceName": "eth0"}, labels={"host": "2"}),
+    obj("HostEndpoint", "any", {"node": NODE, "interfaceName": "*"}, labels={"host": "3"}),
+    obj(
+        "GlobalNetworkPolicy",
+        "early",
+        {"selector": "has(host)", "preDNAT": True, "applyOnForward": True, "ingress": ALLOW},
+    ),
+    obj(
+        "GlobalNetworkPolicy",
+        "early",
+        {"selector": "has(host)", "doNotTrack": True, "applyOnForward": True, "egress": ALLOW},
+    ),
+    obj("StagedGlobalNetworkPolicy", "draft", {"selector": "all()", "ingress": ALLOW}),
+    obj("BGPConfiguration", "default", {"serviceClusterIPs": [{"cidr": "10.96.0.0/12"}]}),
 ]
 
 
@@ -264,7 +284,44 @@ drawn_steps = st.lists(
             lambda name, spec: obj("NetworkPolicy", name, spec, "default"), pod_names, policy_spec
         ),
         st.builds(
-            lambda name, spec: obj("GlobalNetworkPolicy", name, spec), pod_names, policy_spec
+            lambda name, spec, part: obj("GlobalNetworkPolicy", name, {**spec, **part}),
+            pod_names,
+            policy_spec,
+            st.sampled_from(
+                [
+                    {},
+                    {"applyOnForward": True},
+                    {"preDNAT": True, "applyOnForward": True},
+                    {"doNotTrack": True, "applyOnForward": True},
+                ]
+            ),
+        ),
+        st.builds(
+            lambda name, spec: obj("StagedGlobalNetworkPolicy", name, spec), pod_names, policy_spec
+        ),
+        st.builds(
+            lambda name, interface, node: obj(
+                "HostEndpoint",
+                name,
+                {"node": node, "interfaceName": interface},
+                labels={"app": name},
+            ),
+            pod_names,
+            st.sampled_from(["eth0", "eth1", "*", "cali1"]),
+            st.sampled_from([NODE, NODE, "node2"]),
+        ),
+        st.builds(
+            lambda pod, external: workload(
+                pod, "10.0.0.1", ipNATs=[{"internalIP": "10.0.0.1", "externalIP": external}]
+            ),
+            pod_names,
+            st.sampled_from(["192.0.2.1", "192.0.2.2"]),
+        ),
+        st.builds(
+            lambda cidr: obj(
+                "BGPConfiguration", "default", {"serviceClusterIPs": [{"cidr": cidr}]}
+            ),
+            st.sampled_from(["10.96.0.0/12", "fd96::/108"]),
         ),
         st.builds(lambda order: obj("Tier", "t", {"order": order}), st.sampled_from([1, 5])),
         st.just(obj("Namespace", "default", None, labels={})),
@@ -296,8 +353,13 @@ drawn_steps = st.lists(
             st.sampled_from(["10.0.5.1", "10.0.5.2"]),
         ),
         st.builds(
-            lambda prefix: obj("FelixConfiguration", "default", {"interfacePrefix": prefix}),
+            lambda prefix, floating: obj(
+                "FelixConfiguration",
+                "default",
+                {"interfacePrefix": prefix, "floatingIPs": floating},
+            ),
             st.sampled_from(["cali", "tap", "cali,tap", "!!"]),
+            st.sampled_from(["Enabled", "Disabled"]),
         ),
     ),
     max_size=14,
