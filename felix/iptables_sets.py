@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from felix import names
 from felix.dataplane import Members
 from felix.desired import SetKey
-from felix.iptables_renderer import ConstantSet
+from felix.iptables_matches import ConstantSet
 from kernel.ipsets import IpSet, IpSets, net_members, port_member
 from policy.engine import SetDelta
 from policy.model import Member, NamedPortMember, SetKind

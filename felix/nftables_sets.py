@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from felix.nftables_renderer import (
+from felix.nftables_matches import (
     ConstantSet,
     network_declaration,
     networks_name,

@@ -20,7 +20,8 @@ from felix.chains import (
     MarkAndReturn,
     Side,
 )
-from felix.iptables_renderer import ConstantSet, Renderer
+from felix.iptables_matches import ConstantSet
+from felix.iptables_renderer import Renderer
 from felix.rules import dispatches
 from felix.settings import Manner
 from kernel.ipsets import IpSet, IpSets, net_members
