@@ -267,7 +267,7 @@ def test_the_kernel_does_what_the_oracle_says(world: World, drawn_changes: dict[
             world.snapshot.update(pod.key, endpoint)
         elif isinstance(what, PolicyId):
             key = Key(what.kind, what.name, what.namespace)
-            world.snapshot.update(key, None if value is None else dump(value))
+            world.snapshot.update(key, None if value is None else dump(value) | {"kind": what.kind})
         else:
             world.snapshot.update(Key("Tier", what), None if value is None else dump(value))
     assert not world.snapshot.problems
