@@ -32,20 +32,19 @@ CHOICES = {
 ORDER = ("legacy", "nft", "nftables", "nft", "legacy", "nftables")
 
 
-def present(node: Node) -> set[str]:
-    """Which enforcers have anything in the kernel."""
+def present(node: Node) -> set[tuple[str, int]]:
+    """Which enforcers have anything in the kernel, in which IP versions."""
     listings: dict[str, list[tuple[str, ...]]] = {
         "nftables": [("nft", "list", "table", family, "calico") for family in ("ip", "ip6")],
         "nft": [("iptables-nft-save",), ("ip6tables-nft-save",)],
         "legacy": [("iptables-legacy-save",), ("ip6tables-legacy-save",)],
     }
-    found = set()
-    for name, commands in listings.items():
-        outputs = [run(node.netns, *command, check=False).stdout for command in commands]
-        assert len({"cali-" in output for output in outputs}) == 1, "both IP versions or none"
-        if "cali-" in outputs[0]:
-            found.add(name)
-    return found
+    return {
+        (name, version)
+        for name, commands in listings.items()
+        for version, command in zip((4, 6), commands, strict=True)
+        if "cali-" in run(node.netns, *command, check=False).stdout
+    }
 
 
 @contextmanager
@@ -111,7 +110,8 @@ def test_enforcers_take_over_from_each_other() -> None:
             for chosen in ORDER:
                 node.put(felix_configuration(f"node.{node.name}", **CHOICES[chosen]))
                 node.settle()
-                eventually(lambda chosen=chosen: present(node) == {chosen})  # type: ignore[misc]
+                expected = {(chosen, 4), (chosen, 6)}
+                eventually(lambda expected=expected: present(node) == expected)  # type: ignore[misc]
         assert node.errors() == {}
         for pod in pods.values():
             pod.netns.close()

@@ -73,8 +73,12 @@ def world(request: pytest.FixtureRequest, namespace: Namespace) -> Iterator[Worl
 
 def test_an_empty_table_has_nothing_of_ours(world: World) -> None:
     state = world.table.read()
-    assert state == TableState({}, {"INPUT": (), "FORWARD": (), "OUTPUT": ()})
+    builtin = ("INPUT", "FORWARD", "OUTPUT")
+    accepting = dict.fromkeys(builtin, "ACCEPT")
+    assert state == TableState({}, dict.fromkeys(builtin, ()), accepting)
     assert not state.update_to({}, {})
+    run(world.namespace, world.command, "-P", "FORWARD", "DROP")
+    assert world.table.read().policies == accepting | {"FORWARD": "DROP"}
 
 
 def test_a_new_agent_adopts_what_is_right(world: World) -> None:
