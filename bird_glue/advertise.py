@@ -1,4 +1,4 @@
-"""What is told to which peer, as the attributes that ExaBGP's command line takes.
+"""What is told to which peer.
 
 Every node tells every peer its own blocks, exactly, and nothing inside of them; it never
 tells one peer what it learned from another, so it is never transit between two routers. Only
@@ -11,17 +11,17 @@ a route reflector (a Node with ``routeReflectorClusterID``) tells on, inside of 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from api.net import V4, Net, format_address
+from api.net import Net
+from bird_glue.announcement import Announcement
 from bird_glue.decision import DEFAULT_LOCAL_PREFERENCE, Path
-from bird_glue.messages import Segment
+from bird_glue.messages import Attributes
 from bird_glue.pools import Pools
 
 # Calico carries a route's priority (metric) in the local preference: this less the priority.
 _HIGHEST_PREFERENCE = 2**31 - 1
 _NO_EXPORT, _NO_ADVERTISE = "65535:65281", "65535:65282"  # RFC 1997
-_ORIGINS = ("igp", "egp", "incomplete")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,12 @@ class Speaking:
 
 def own_announcements(
     blocks: Iterable[Net], pools: Pools, version: int, speaking: Speaking
-) -> dict[Net, str]:
+) -> dict[Net, Announcement]:
     """The blocks of this node, of one IP version, for one peer."""
-    attributes = "next-hop self origin igp"
-    if not speaking.external:
-        attributes += f" local-preference {_HIGHEST_PREFERENCE - speaking.priority}"
+    preference = None if speaking.external else _HIGHEST_PREFERENCE - speaking.priority
+    announcement = Announcement(None, Attributes(origin=0, local_preference=preference))
     return {
-        block: attributes
+        block: announcement
         for block in blocks
         if block.version == version and pools.exports_own(block)
     }
@@ -57,7 +56,7 @@ def reflected_announcement(
     *,
     own_cluster_id: int,
     router_id: int,
-) -> str | None:
+) -> Announcement | None:
     """A learned route as a reflector tells it on; None if that peer is not to know it.
 
     ``learned``: how we speak with the peer it came from, whose id is ``router_id``.
@@ -72,44 +71,14 @@ def reflected_announcement(
         return None
     if _NO_EXPORT in attributes.communities and to.external:
         return None
-    words = ["next-hop", "self" if own_hop else format_address(*path.next_hop[:2])]
-    words += ["origin", _ORIGINS[attributes.origin]]
-    segments = attributes.as_path
     if to.external:
-        # ExaBGP sends a path that is spelt out as it is, without our own AS in front
-        segments = (Segment("as-sequence", (to.asn,)), *segments)
-    else:
-        preference = attributes.local_preference
-        words.append("local-preference")
-        words.append(str(DEFAULT_LOCAL_PREFERENCE if preference is None else preference))
-        if attributes.med is not None:
-            words += ["med", str(attributes.med)]
-    words += _as_path(segments)
-    for name, communities in (
-        ("community", attributes.communities),
-        ("large-community", attributes.large_communities),
-        ("extended-community", attributes.extended_communities),
-    ):
-        if communities:
-            words += [name, "[", *communities, "]"]
+        attributes = replace(
+            attributes, local_preference=None, med=None, originator=None, clusters=()
+        )
+    elif attributes.local_preference is None:
+        attributes = replace(attributes, local_preference=DEFAULT_LOCAL_PREFERENCE)
     if internal:
         originator = router_id if attributes.originator is None else attributes.originator
         clusters = (own_cluster_id, *attributes.clusters)
-        words += ["originator-id", _dotted(originator)]
-        words += ["cluster-list", "[", *map(_dotted, clusters), "]"]
-    return " ".join(words)
-
-
-def _as_path(segments: Iterable[Segment]) -> list[str]:
-    words: list[str] = []
-    for segment in segments:
-        numbers = map(str, segment.asns)
-        if segment.kind == "as-sequence":
-            words += numbers
-        elif segment.kind == "as-set":
-            words += ["(", *numbers, ")"]
-    return ["as-path", "[", *words, "]"]
-
-
-def _dotted(number: int) -> str:
-    return format_address(V4, number)
+        attributes = replace(attributes, originator=originator, clusters=clusters)
+    return Announcement(None if own_hop else path.next_hop, attributes)

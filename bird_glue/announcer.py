@@ -12,14 +12,16 @@ request to load its configuration.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from api.net import V4, Net, format_address
+from bird_glue.announcement import Announcement, Announcements
 from bird_glue.dialogue import Dialogue, Result
-from bird_glue.messages import Down, EndOfRib, Hello, SessionEvent, Up, Updated
+from bird_glue.messages import Down, EndOfRib, Hello, Segment, SessionEvent, Up, Updated
 
 _PER_LINE = 20
+_ORIGINS = ("igp", "egp", "incomplete")
 _RETRY_SECONDS = 2.0
 
 
@@ -30,7 +32,7 @@ class Told:
     ``on_wire``: prefixes that were sent to the peer and not withdrawn.
     """
 
-    announced: dict[Net, str | None] = field(default_factory=dict)
+    announced: dict[Net, Announcement | None] = field(default_factory=dict)
     on_wire: set[Net] = field(default_factory=set)
     up: bool = False
     pending: int = 0  # commands about it that are under way
@@ -44,12 +46,23 @@ class Announcer:
 
     def __init__(self) -> None:
         self._told: dict[Net, Told] = {}
-        self._wanted: Mapping[Net, Mapping[Net, str]] | None = None
+        self._wanted: Mapping[Net, Announcements] | None = None
+        self._fronts: Mapping[Net, int | None] = {}
         self._mark_end = False
 
-    def want(self, wanted: Mapping[Net, Mapping[Net, str]], *, mark_end: bool) -> None:
-        """Per peer the prefixes and their attributes; peers that are not in it: nothing."""
+    def want(
+        self,
+        wanted: Mapping[Net, Announcements],
+        fronts: Mapping[Net, int | None],
+        *,
+        mark_end: bool,
+    ) -> None:
+        """Per peer the prefixes and their attributes; peers that are not in it: nothing.
+
+        ``fronts``: per peer the AS number that eBGP puts in front of a path.
+        """
         self._wanted = wanted
+        self._fronts = fronts
         self._mark_end = mark_end
 
     def forget(self) -> None:
@@ -113,15 +126,16 @@ class Announcer:
         dialogue: Dialogue,
         peer: Net,
         told: Told,
-        wanted: Mapping[Net, str] | None,
+        wanted: Announcements | None,
         now: float,
     ) -> None:
         told.retry = 0.0
         address = format_address(*peer[:2])
-        for attributes, nets in _missing(wanted or {}, told.announced):
+        for announcement, nets in _missing(wanted or {}, told.announced):
             prefixes = " ".join(map(str, nets))
+            attributes = attribute_words(announcement, self._fronts.get(peer))
             line = f"neighbor {address} announce attributes {attributes} nlri {prefixes}"
-            self._ask(dialogue, told, line, nets, attributes)
+            self._ask(dialogue, told, line, nets, announcement)
         for nets in _batches([net for net in told.announced if net not in (wanted or {})]):
             prefixes = " ".join(map(str, nets))
             line = f"neighbor {address} withdraw attributes next-hop self nlri {prefixes}"
@@ -139,16 +153,16 @@ class Announcer:
         told: Told,
         line: str,
         nets: Collection[Net],
-        attributes: str | None,
+        announcement: Announcement | None,
     ) -> None:
-        """``attributes`` None: the line withdraws."""
+        """``announcement`` None: the line withdraws."""
 
         def finish(result: Result) -> None:
             told.pending -= 1
             if not result.done:
                 told.retry = result.time + _RETRY_SECONDS
-            elif attributes is not None:
-                told.announced.update(dict.fromkeys(nets, attributes))
+            elif announcement is not None:
+                told.announced.update(dict.fromkeys(nets, announcement))
             else:
                 for net in nets:
                     told.announced.pop(net, None)
@@ -158,14 +172,56 @@ class Announcer:
 
 
 def _missing(
-    wanted: Mapping[Net, str], announced: Mapping[Net, str | None]
-) -> list[tuple[str, list[Net]]]:
-    """(attributes, prefixes that share them) to announce, in portions."""
-    groups: dict[str, list[Net]] = {}
-    for net, attributes in wanted.items():
-        if announced.get(net) != attributes:
-            groups.setdefault(attributes, []).append(net)
-    return [(attributes, part) for attributes, nets in groups.items() for part in _batches(nets)]
+    wanted: Announcements, announced: Mapping[Net, Announcement | None]
+) -> list[tuple[Announcement, list[Net]]]:
+    """(announcement, prefixes that share it) still to be told, in portions."""
+    groups: dict[Announcement, list[Net]] = {}
+    for net, announcement in wanted.items():
+        if announced.get(net) != announcement:
+            groups.setdefault(announcement, []).append(net)
+    return [(found, part) for found, nets in groups.items() for part in _batches(nets)]
+
+
+def attribute_words(announcement: Announcement, front: int | None) -> str:
+    """The attributes as ExaBGP's command line takes them; ``front``: our AS number, to eBGP.
+
+    ExaBGP sends a path that is spelt out as it is; without one it puts our AS in by itself.
+    """
+    next_hop, attributes = announcement
+    words = ["next-hop", "self" if next_hop is None else format_address(*next_hop[:2])]
+    words += ["origin", _ORIGINS[attributes.origin]]
+    if attributes.local_preference is not None:
+        words += ["local-preference", str(attributes.local_preference)]
+    if attributes.med is not None:
+        words += ["med", str(attributes.med)]
+    if attributes.as_path:
+        own = () if front is None else (Segment("as-sequence", (front,)),)
+        words += _as_path((*own, *attributes.as_path))
+    for name, communities in (
+        ("community", attributes.communities),
+        ("large-community", attributes.large_communities),
+        ("extended-community", attributes.extended_communities),
+    ):
+        if communities:
+            words += [name, "[", *communities, "]"]
+    if attributes.originator is not None:
+        words += ["originator-id", format_address(V4, attributes.originator)]
+    if attributes.clusters:
+        words += ["cluster-list", "["]
+        words += [format_address(V4, cluster) for cluster in attributes.clusters]
+        words += ["]"]
+    return " ".join(words)
+
+
+def _as_path(segments: Iterable[Segment]) -> list[str]:
+    words: list[str] = []
+    for segment in segments:
+        numbers = map(str, segment.asns)
+        if segment.kind == "as-sequence":
+            words += numbers
+        elif segment.kind == "as-set":
+            words += ["(", *numbers, ")"]
+    return ["as-path", "[", *words, "]"]
 
 
 def _batches(nets: list[Net]) -> list[list[Net]]:

@@ -16,7 +16,9 @@ from api.errors import Problem
 from api.net import V4, Net, format_address, host_net
 from bird_glue.adj_rib_in import AdjRibIn
 from bird_glue.advertise import Speaking, own_announcements, reflected_announcement
+from bird_glue.announcement import Announcement
 from bird_glue.decision import Guard, Session
+from bird_glue.engine import Engine, EngineEvent, Intent, Restarted
 from bird_glue.fib import Fib
 from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated
 from bird_glue.nexthops import Topology
@@ -26,7 +28,6 @@ from bird_glue.resources import Resources
 from bird_glue.rib import Rib
 from bird_glue.sessions import Sessions, listen, plan_sessions
 from bird_glue.settings import Local, ObjectProblem, local_settings
-from bird_glue.speaker import Restarted, Speaker, SpeakerEvent
 from bird_glue.status import BgpStatus, PeerStatus
 from bird_glue.tracker import Tracker
 from datastore.follower import Update
@@ -56,7 +57,7 @@ class Core:
         self,
         node: str,
         router_id: str,
-        speaker: Speaker,
+        engine: Engine,
         fib: Fib,
         *,
         silent: Callable[[Net], bool],
@@ -64,7 +65,7 @@ class Core:
     ) -> None:
         self._node = node
         self._router_id = router_id
-        self._speaker = speaker
+        self._engine = engine
         self._fib = fib
         self._silent = silent
         self._source_of = source_of
@@ -101,7 +102,7 @@ class Core:
             self._fib.set_topology(topology)
             self._configure_due = True
 
-    def session(self, event: SpeakerEvent, now: float) -> None:
+    def session(self, event: EngineEvent, now: float) -> None:
         """Something happened to a session."""
         if isinstance(event, Restarted):
             self._routes.restarted(now)
@@ -140,14 +141,14 @@ class Core:
         if self._advertise_due:
             self._advertise_due = False
             self._advertise(self._local)
-        for event in self._speaker.step(now):
+        for event in self._engine.step(now):
             self.session(event, now)
 
     def next_due(self, now: float) -> float | None:
         """When to call ``reconcile`` though nothing happens."""
         if self._local is None:
             return None
-        due = [self._speaker.next_due(now), self._routes.next_deadline(), self._fib.next_retry()]
+        due = [self._engine.next_due(now), self._routes.next_deadline(), self._fib.next_retry()]
         if self._fib.holding:
             due += [self._hold_until, self._routes.next_settled(now)]
         return min((time for time in due if time is not None), default=None)
@@ -179,37 +180,44 @@ class Core:
         self._local = local
         self._blocks = self._resources.blocks()
         self._pools = self._resources.pools(local.program_unencapsulated)
-        self._routes.set_peers(
-            {
+        neighbors = self._sessions.neighbors
+        intent = Intent(
+            listen(local, hosts),
+            neighbors,
+            sessions={
                 address: Session(
                     neighbor.external,
                     frozenset((local.asn, neighbor.local_as)),
                     max(0, self._sessions.peers[address].allowed_own_as),
                 )
-                for address, neighbor in self._sessions.neighbors.items()
-            }
-        )
-        self._rib.set_guard(
-            Guard(
+                for address, neighbor in neighbors.items()
+            },
+            speaking={address: self._speaking(address, local) for address in neighbors},
+            guard=Guard(
                 local.router_id,
                 local.node.cluster_id,
                 self._blocks,
                 hosts,
                 self._topology.subnets,
-            )
+            ),
+            pools=self._pools,
+            blocks=self._blocks,
+            metrics=local.priorities,
         )
+        self._routes.set_peers(intent.sessions)
+        self._rib.set_guard(intent.guard)
         self._fib.configure(
             pools=self._pools,
             metrics=local.priorities,
             blocks=self._blocks,
             selected=self._rib.selected,
         )
-        self._speaker.configure(listen(local, hosts), self._sessions.neighbors)
-        self._tracker.set_neighbors(self._sessions.neighbors, time.time())
+        self._engine.configure(intent)
+        self._tracker.set_neighbors(neighbors, time.time())
         self._advertise_due = True
 
     def _advertise(self, local: Local) -> None:
-        wanted: dict[Net, dict[Net, str]] = {}
+        wanted: dict[Net, dict[Net, Announcement]] = {}
         for address in self._sessions.neighbors:
             speaking = self._speaking(address, local)
             told = own_announcements(self._blocks, self._pools, address.version, speaking)
@@ -218,7 +226,7 @@ class Core:
             wanted[address] = told
         # a reflector that forgot everything must hear its peers before it says "that is all"
         complete = local.node.cluster_id is None or not self._fib.holding
-        self._speaker.advertise(wanted, mark_end=complete)
+        self._engine.advertise(wanted, mark_end=complete)
 
     def _speaking(self, address: Net, local: Local) -> Speaking:
         neighbor, peer = self._sessions.neighbors[address], self._sessions.peers[address]
@@ -233,9 +241,9 @@ class Core:
 
     def _reflected(
         self, address: Net, speaking: Speaking, local: Local, cluster_id: int
-    ) -> dict[Net, str]:
+    ) -> dict[Net, Announcement]:
         """What a route reflector tells a peer of what it learned."""
-        told: dict[Net, str] = {}
+        told: dict[Net, Announcement] = {}
         learned = {peer: self._speaking(peer, local) for peer in self._sessions.neighbors}
         for net, selection in self._rib.selected.items():
             path = selection.best
@@ -243,15 +251,15 @@ class Core:
                 continue
             if not self._pools.exports_learned(net):
                 continue
-            attributes = reflected_announcement(
+            announcement = reflected_announcement(
                 path,
                 learned[path.peer],
                 speaking,
                 own_cluster_id=cluster_id,
                 router_id=self._routes.peers[path.peer].router_id,
             )
-            if attributes is not None:
-                told[net] = attributes
+            if announcement is not None:
+                told[net] = announcement
         return told
 
     def _diagnose(self, peer: Net) -> str:
@@ -274,11 +282,11 @@ class Core:
         problems += [
             f"{' '.join(self._sessions.peers[address].owner)}: session with "
             f"{format_address(*address[:2])}: ExaBGP refuses it: {why}"
-            for address, why in self._speaker.rejected.items()
+            for address, why in self._engine.rejected.items()
             if address in self._sessions.peers
         ]
-        if self._speaker.problem:
-            problems.append(self._speaker.problem)
+        if self._engine.problem:
+            problems.append(self._engine.problem)
         problems += [f"route not programmed: {text}" for text in self._fib.errors.values()]
         used: Counter[Net] = Counter()
         installed: Counter[Net] = Counter()
@@ -293,7 +301,7 @@ class Core:
             router_id=format_address(V4, local.router_id) if local else "",
             in_sync=self._in_sync,
             holding=self._fib.holding,
-            exabgp=self._speaker.pid,
+            exabgp=self._engine.pid,
             blocks=[str(block) for block in self._blocks],
             peers=[self._peer_status(a, used[a], installed[a]) for a in self._sessions.peers],
             problems=problems,
@@ -314,6 +322,6 @@ class Core:
             received=len(self._routes.peers[address].nets),
             used=used,
             installed=installed,
-            announced=self._speaker.sent(address),
+            announced=self._engine.sent(address),
             refused=dict(refused),
         )

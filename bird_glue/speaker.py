@@ -10,16 +10,17 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from api.net import Net
+from bird_glue.announcement import Announcements
 from bird_glue.announcer import Announcer
 from bird_glue.channel import Channel, FromRelay
-from bird_glue.config import Listen, Neighbor, environment, listening
+from bird_glue.config import Listen, environment, listening
 from bird_glue.configfile import ConfigurationFile, NotLoadedError
 from bird_glue.dialogue import Dialogue
-from bird_glue.messages import Answer, Hello, Live, Malformed, SessionEvent, Text
+from bird_glue.engine import EXABGP, EngineEvent, Intent, Message, Report, Restarted
+from bird_glue.messages import Answer, Hello, Live, Malformed, Text
 from bird_glue.process import ExaBgp
 from reconcile.backoff import Backoff
 
@@ -33,16 +34,11 @@ _STOP_SECONDS = 3.0
 _LAST_WORDS = 3  # lines
 
 
-@dataclass(frozen=True, slots=True)
-class Restarted:
-    """ExaBGP has ended, and with it all sessions; it will be started again."""
-
-
-SpeakerEvent = SessionEvent | Restarted
-
-
 class Speaker:
-    """One ExaBGP, its files in ``run_dir``. ``sink`` gets FromRelay, meant for ``handle``."""
+    """The engine ExaBGP, its files in ``run_dir``. ``sink`` gets FromRelay, for ``handle``."""
+
+    name = EXABGP
+    programs = False
 
     def __init__(self, run_dir: Path, sink: Callable[[FromRelay], object]) -> None:
         self._run_dir = run_dir
@@ -93,29 +89,37 @@ class Speaker:
         if self._process:
             _log.info("found ExaBGP running, process %d", self._process.pid)
 
-    def configure(self, listen: Listen, neighbors: Mapping[Net, Neighbor]) -> None:
+    def configure(self, intent: Intent) -> None:
         """What sessions there should be."""
-        self._listen = listen
-        self._file.want(neighbors)
+        self._listen = intent.listen
+        self._file.want(intent.neighbors)
 
-    def advertise(self, wanted: Mapping[Net, Mapping[Net, str]], *, mark_end: bool) -> None:
-        """What each peer should be told: prefix to attributes, as ExaBGP spells them.
+    def advertise(self, wanted: Mapping[Net, Announcements], *, mark_end: bool) -> None:
+        """What each peer should be told.
 
         ``mark_end``: whether that is all, so that peers may forget what isn't in it.
         """
         if not self._leaving:
-            self._announcer.want(wanted, mark_end=mark_end)
+            fronts = {
+                address: neighbor.local_as if neighbor.external else None
+                for address, neighbor in self._file.neighbors.items()
+            }
+            self._announcer.want(wanted, fronts, mark_end=mark_end)
+
+    def report(self) -> Mapping[Net, Report]:
+        """Empty: events tell."""
+        return {}
 
     def leave(self) -> None:
         """Take back all that was announced; see ``left``."""
         self._leaving = True
-        self._announcer.want({}, mark_end=False)
+        self._announcer.want({}, {}, mark_end=False)
 
-    def handle(self, message: FromRelay, now: float) -> list[SpeakerEvent]:
+    def handle(self, message: Message, now: float) -> list[EngineEvent]:
         """Take in what came; returns what it says about sessions."""
-        if message.channel is not self._channel:
+        if not isinstance(message, FromRelay) or message.channel is not self._channel:
             return []
-        found: list[SpeakerEvent] = []
+        found: list[EngineEvent] = []
         for event in message.events:
             match event:
                 case Hello(pid=pid) if pid != self.pid:
@@ -142,7 +146,7 @@ class Speaker:
             found += self._end("it has ended" if ended else "its relay is gone", now)
         return found
 
-    def step(self, now: float) -> list[SpeakerEvent]:
+    def step(self, now: float) -> list[EngineEvent]:
         """Do what is due. Returns what became of sessions by it."""
         found = self._supervise(now)
         if not (self._live and self._dialogue):
@@ -169,6 +173,12 @@ class Speaker:
         due = (self._dialogue.next_due(), self._announcer.next_due(), self._file.next_due())
         return min(time for time in due if time is not None)
 
+    def abandon(self) -> None:
+        """End ExaBGP as if it had crashed."""
+        if self._process:
+            self._process.signal(signal.SIGKILL)
+        self.stop()
+
     def stop(self) -> None:
         """End ExaBGP. Peers that know graceful restart keep what was not withdrawn."""
         if self._process:
@@ -182,7 +192,7 @@ class Speaker:
             self._process.close()
             self._process = None
 
-    def _supervise(self, now: float) -> list[SpeakerEvent]:
+    def _supervise(self, now: float) -> list[EngineEvent]:
         if self._listen is None or self._leaving:
             return []
         if self._process is None:
@@ -212,7 +222,7 @@ class Speaker:
         self._started = now
         _log.info("started ExaBGP, process %d", self._process.pid)
 
-    def _end(self, why: str, now: float) -> list[SpeakerEvent]:
+    def _end(self, why: str, now: float) -> list[EngineEvent]:
         """ExaBGP is gone, or no good any more: see that it is gone, and forget it."""
         if self._process is None:
             return []
@@ -224,8 +234,7 @@ class Speaker:
             self._backoff.succeeded("start")
         else:
             self._backoff.failed("start", now)
-        self._process.signal(signal.SIGKILL)
-        self.stop()
+        self.abandon()
         return [Restarted()]
 
     def _last_words(self) -> str:
@@ -238,7 +247,7 @@ class Speaker:
                 return "; ".join(lines[-_LAST_WORDS:])
         return ""
 
-    def _connect(self, now: float) -> list[SpeakerEvent]:
+    def _connect(self, now: float) -> list[EngineEvent]:
         try:
             self._channel = Channel(self._socket, self._sink)
         except OSError as error:

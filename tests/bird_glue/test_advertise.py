@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from api.net import V4, Net, parse_net
 from bird_glue.advertise import Speaking, own_announcements, reflected_announcement
+from bird_glue.announcement import Announcement
+from bird_glue.announcer import attribute_words
 from bird_glue.decision import Path
 from bird_glue.messages import Attributes, Segment
 from bird_glue.pools import PoolPolicy, Pools
@@ -31,11 +33,18 @@ PATH = Path(parse_net("10.0.0.1"), parse_net("10.0.0.9"), LEARNED)
 
 
 def own(speaking: Speaking) -> dict[Net, str]:
-    return own_announcements((BLOCK, HIDDEN, OUTSIDE), POOLS, V4, speaking)
+    found = own_announcements((BLOCK, HIDDEN, OUTSIDE), POOLS, V4, speaking)
+    return {net: words(announcement, speaking) for net, announcement in found.items()}
+
+
+def words(announcement: Announcement, to: Speaking) -> str:
+    """As ExaBGP is told."""
+    return attribute_words(announcement, to.asn if to.external else None)
 
 
 def reflected(learned: Speaking, to: Speaking, path: Path = PATH) -> str | None:
-    return reflected_announcement(path, learned, to, own_cluster_id=9, router_id=0x0A000001)
+    found = reflected_announcement(path, learned, to, own_cluster_id=9, router_id=0x0A000001)
+    return None if found is None else words(found, to)
 
 
 def test_own_blocks_exactly_and_none_of_a_pool_that_is_not_exported() -> None:
