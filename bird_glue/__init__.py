@@ -2,7 +2,8 @@
 
 Not inside: pod policy.
 
-- ``resources``, ``settings``, ``peers``, ``pools``, ``filters``, ``sessions``: from objects to what should be
+- ``resources``, ``settings``, ``peers``, ``sessions``, ``pools``, ``services``, ``filters``: from
+  objects to what should be
 - ``adj_rib_in``, ``decision``, ``nexthops``, ``rib``: from what peers tell to what is used
 - ``advertise``, ``fib``: what peers are told, what the kernel gets
 - ``speaker`` and what it is made of: ``process`` and ``exabgp_main`` (a program that outlives us),
