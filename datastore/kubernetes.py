@@ -26,7 +26,13 @@ from datastore.interface import (
     StoreError,
     UnavailableError,
 )
-from datastore.kubernetes_client import MERGE_PATCH, ApiServer, KubernetesSettings, RequestError
+from datastore.kubernetes_client import (
+    MERGE_PATCH,
+    ApiServer,
+    KubernetesSettings,
+    RequestError,
+    is_absent,
+)
 from datastore.kubernetes_objects import REWRITTEN, SLIM, UndecodableError, decode, decode_list
 from datastore.kubernetes_translation import (
     RELEASED,
@@ -34,8 +40,17 @@ from datastore.kubernetes_translation import (
     node_annotations,
     pod_annotations,
 )
-from datastore.kubernetes_views import GIVEN, Source, collection, is_derived, item, origin, sources
-from datastore.kubernetes_watch import KubernetesWatch
+from datastore.kubernetes_views import (
+    GIVEN,
+    OPTIONAL,
+    Source,
+    collection,
+    is_derived,
+    item,
+    origin,
+    sources,
+)
+from datastore.kubernetes_watch import BEGINNING, KubernetesWatch
 
 _PART = 500  # objects in one answer
 _ATTEMPTS = 20  # at what others change meanwhile, or forget
@@ -83,6 +98,7 @@ class KubernetesDatastore:
         """The objects of a kind, sorted by key, in one namespace or (None) in all.
 
         ``prefix``: only those whose names begin with it; the API server reads and sends all.
+        Of an optional kind that is not installed there are none.
         """
         entries: dict[Key, Entry] = {}
         revisions = []
@@ -218,6 +234,8 @@ class KubernetesDatastore:
             except RequestError as error:
                 if selector and error.status.code == 400:
                     raise UnselectableError(selector) from error
+                if is_absent(error) and source.kind in OPTIONAL:
+                    return {}, BEGINNING
                 explained = self._server.explain(error, None, kind)
                 if not isinstance(explained, RevisionGoneError):  # between two parts
                     raise explained from error

@@ -338,6 +338,11 @@ def _retry_after(headers: Mapping[str, str]) -> float:
     return float(text) if text.isdecimal() else 0.0
 
 
+def is_absent(error: RequestError) -> bool:
+    """Whether the API server doesn't know the kind that it was asked to list or watch."""
+    return error.status.code == 404 and not (error.status.details or {}).get("name")
+
+
 def explain(server: str, status: Status, key: Key | None, what: str = "") -> StoreError:
     """A refusal as an error of stores."""
     subject = f"{key}" if key else what

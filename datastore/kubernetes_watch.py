@@ -17,7 +17,7 @@ from urllib3.exceptions import HTTPError
 
 from datastore.event_buffer import EventBuffer
 from datastore.interface import Entry, Event, RevisionGoneError, StoreError, UnavailableError
-from datastore.kubernetes_client import ApiServer, RequestError
+from datastore.kubernetes_client import ApiServer, RequestError, is_absent
 from datastore.kubernetes_objects import (
     UndecodableError,
     decode,
@@ -26,7 +26,7 @@ from datastore.kubernetes_objects import (
     decode_status,
     revision_of,
 )
-from datastore.kubernetes_views import Source, collection, sources
+from datastore.kubernetes_views import OPTIONAL, Source, collection, sources
 
 _OUTAGE_SECONDS = 10.0  # a shorter one is not worth a word
 _FIRST_PAUSE = 0.05
@@ -34,6 +34,10 @@ _LONGEST_PAUSE = 1.0
 _STREAM_SECONDS = (300, 600)  # how long a stream is asked for; spread out over the nodes
 _SILENCE_SECONDS = 150.0  # bookmarks come about every minute
 _READ_BYTES = 1 << 16
+_ABSENT_PAUSE = 10.0  # between two looks for an optional kind that is not installed
+
+# The revision of a list of an optional kind that is not installed.
+BEGINNING = "0"
 
 _random = Random()  # of its own: the global one belongs to programs
 _log = logging.getLogger(__name__)
@@ -44,6 +48,8 @@ class KubernetesWatch:
 
     A stream that is cut goes on after the last event or bookmark it brought. After 10 s without
     any, the watch is over with UnavailableError; ``resume`` of that error keeps what was reached.
+    An optional kind that is not installed is looked for every 10 s; when it is found, the watch is
+    over with RevisionGoneError, as from then on it is to be listed.
     """
 
     def __init__(
@@ -196,6 +202,10 @@ class _Stream(threading.Thread):
             except UnavailableError as error:
                 problem = error
             except RequestError as error:
+                if self._kind in OPTIONAL and is_absent(error):
+                    self.begun.set()
+                    self._buffer.pause(_ABSENT_PAUSE)
+                    continue
                 problem = self._server.explain(error, None, self._kind)
                 strangers += error.status.code == 401  # once may be an old token
                 if error.status.code != 401 or strangers > 1:
@@ -226,6 +236,8 @@ class _Stream(threading.Thread):
         answer = self._server.request("GET", collection(self._kind), query={"limit": "1"})
         _, _, revision = decode_list(self._kind, answer.body)
         mine = max((feed.position for feed in self.feeds), key=int)
+        if mine == BEGINNING:
+            raise RevisionGoneError(f"{self._server}: {self._kind} is installed now; list it")
         if revision.isdecimal() and int(revision) < int(mine):
             raise RevisionGoneError(
                 f"{self._server}: {self._kind} is at {revision}, before {mine}: it was"

@@ -85,7 +85,9 @@ def test_collection(server: KubeApiserver, store: KubernetesDatastore) -> None:
     networks = {"ipNetworks": [str(address)], "containerID": "c1"}
     store.update(entry.key, entry.value | {"spec": entry.value["spec"] | networks})
     assert wait(GRACE) == []
-    assert housekeeping.round().findings == []
+    found = housekeeping.round().findings
+    # of our own: the server is shared, and others' pods may have addresses outside all pools
+    assert [finding for finding in found if finding.subject.startswith("10.77.")] == []
     assert list(allocated(store)) == [address]
 
     ask(server, "DELETE", "/api/v1/namespaces/shop/pods/web", {"gracePeriodSeconds": 0})

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 import yaml
 from kubernetes.config import incluster_config
 
-from api.kinds import CALICO, KINDS
+from api.kinds import ADMIN_POLICY, CALICO, KINDS
 from api.net import parse_net
 from datastore import kubernetes_watch
 from datastore.connect import connect
@@ -38,7 +38,7 @@ from datastore.interface import (
 )
 from datastore.kubernetes import KubernetesDatastore
 from datastore.kubernetes_client import ApiServer, KubernetesSettings
-from datastore.kubernetes_views import sources
+from datastore.kubernetes_views import OPTIONAL, collection, sources
 from felix import snapshot
 from ipam.allocator import Allocator
 from ipam.records import Records
@@ -393,17 +393,65 @@ def test_a_namespace_that_is_not_there(store: KubernetesDatastore) -> None:
         store.get(key)
 
 
-def test_a_kind_that_is_not_installed(store: KubernetesDatastore, server: KubeApiserver) -> None:
-    kind = "ClusterNetworkPolicy"
+@contextmanager
+def without(server: KubeApiserver, kind: str) -> Iterator[None]:
+    """A server that doesn't have the CRD of the kind."""
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-    for crd in server.request("GET", path)[1]["items"]:
-        if crd["spec"]["names"]["kind"] == kind:
-            server.request("DELETE", f"{path}/{crd['metadata']['name']}")
-    eventually(lambda: missing(store, kind), seconds=30)
-    with pytest.raises(UnavailableError, match="kubectl apply -f manifests/crds"):
-        store.get(Key(kind, "a"))
-    with pytest.raises(UnavailableError, match="install the CRDs"):
-        store.watch([kind], "1").next(timeout=30)
+    (name,) = (
+        crd["metadata"]["name"]
+        for crd in server.request("GET", path)[1]["items"]
+        if crd["spec"]["names"]["kind"] == kind
+    )
+    assert server.request("DELETE", f"{path}/{name}")[0] == 200
+    try:
+        eventually(lambda: server.request("GET", f"{path}/{name}")[0] == 404, seconds=30)
+        yield
+    finally:
+        install_crds(server)
+
+
+def test_a_kind_that_is_not_installed(store: KubernetesDatastore, server: KubeApiserver) -> None:
+    kind = "CalicoNodeStatus"
+    with without(server, kind):
+        eventually(lambda: missing(store, kind), seconds=30)
+        with pytest.raises(UnavailableError, match="kubectl apply -f manifests/crds"):
+            store.get(Key(kind, "a"))
+        with pytest.raises(UnavailableError, match="install the CRDs"):
+            store.watch([kind], "1").next(timeout=30)
+
+
+def test_an_optional_kind_that_is_installed_later(
+    store: KubernetesDatastore, server: KubeApiserver
+) -> None:
+    kind = "BaselineAdminNetworkPolicy"
+    assert kind in OPTIONAL
+    heard: queue.SimpleQueue[Update | InSync] = queue.SimpleQueue()
+    key = Key(kind, "default")
+    subject: JSON = {"namespaces": {"matchLabels": {"k8s-store": "optional"}}}
+    value = {"apiVersion": ADMIN_POLICY, "kind": kind, "metadata": {"name": key.name}}
+    with without(server, kind):
+        eventually(lambda: is_unserved(server, kind), seconds=30)
+        assert store.list(kind).entries == []
+        with pytest.raises(UnavailableError, match="kubectl apply -f manifests/crds"):
+            store.create(key, value | {"spec": {"subject": subject}})
+        follower = Follower(store, [kind, "Tier"], heard.put)
+        follower.start()
+        while heard.get(timeout=30) != InSync():
+            pass
+    try:
+        store.create(key, value | {"spec": {"subject": subject}})
+        found = heard.get(timeout=60)
+        assert isinstance(found, Update)
+        assert (found.key, found.value is not None) == (key, True)
+        store.delete(key)
+        assert heard.get(timeout=60) == Update(key, None)
+        assert follower.problem is None
+    finally:
+        follower.stop()
+
+
+def is_unserved(server: KubeApiserver, kind: str) -> bool:
+    return server.request("GET", collection(kind))[0] == 404
 
 
 def missing(store: KubernetesDatastore, kind: str) -> bool:
