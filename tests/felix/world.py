@@ -142,7 +142,7 @@ class Listener:
             self.udp = socket.socket(family, socket.SOCK_DGRAM)
         self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.tcp.bind(("", port))
-        self.tcp.listen(64)
+        self.tcp.listen(socket.SOMAXCONN)  # nobody takes the connections off the queue
         self.udp.bind(("", port))
 
     def __enter__(self) -> Listener:
