@@ -347,25 +347,41 @@ class NetlinkSocket:
                     if sequence == sent[-1] and kind == NLMSG_ERROR:
                         return
 
+    def stream(self, message: Message) -> Iterator[bytes]:
+        """As ``dump``, but each body as it comes, and of a table that may change meanwhile.
+
+        For tables too large to be held. To be read to its end before anything else is asked.
+        """
+        return (body for _, body in self._dump_messages(message) if body is not None)
+
     def _dump_once(self, message: Message) -> tuple[list[bytes], bool]:
+        bodies: list[bytes] = []
+        interrupted = False
+        for flags, body in self._dump_messages(message):
+            interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
+            if body is not None:
+                bodies.append(body)
+        return bodies, interrupted
+
+    def _dump_messages(self, message: Message) -> Iterator[tuple[int, bytes | None]]:
+        """(flags, body) of all messages that answer; the last one has no body."""
         self._sequence += 1
         own = self._sequence
         flags = message.flags | NLM_F_REQUEST | NLM_F_DUMP
         length = 16 + len(message.body)
         self._socket.send(_HEADER.pack(length, message.type, flags, own, 0) + message.body)
-        bodies: list[bytes] = []
-        interrupted = False
         while True:
             for sequence, kind, flags, body in self._read():
                 if sequence != own:
                     continue
-                interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
-                if kind in (NLMSG_DONE, NLMSG_ERROR):
-                    code = -_INT.unpack_from(body)[0] if len(body) >= 4 else 0
-                    if code:
-                        raise OSError(code, _error_text(code, body, flags, kind))
-                    return bodies, interrupted
-                bodies.append(body)
+                if kind not in (NLMSG_DONE, NLMSG_ERROR):
+                    yield flags, body
+                    continue
+                code = -_INT.unpack_from(body)[0] if len(body) >= 4 else 0
+                if code:
+                    raise OSError(code, _error_text(code, body, flags, kind))
+                yield flags, None
+                return
 
     def _read(self, flags: int = 0) -> list[tuple[int, int, int, bytes]]:
         """One datagram's messages as (sequence, type, flags, body).

@@ -1,0 +1,271 @@
+"""Connection tracking: the flows the kernel knows, and the end of some. See conntrack(8).
+
+Speaks ctnetlink (linux/netfilter/nfnetlink_conntrack.h). A table may hold hundreds of thousands
+of flows, and the kernel has no index by address: to read it takes time in proportion to all of
+them. So flows come one at a time, only their ends are looked at before one is known to be wanted,
+and the kernel can be asked to send those of one address alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntFlag
+from itertools import chain, repeat
+from typing import NamedTuple
+
+from api.net import BITS, V4, V6, Net
+from kernel.netlink import (
+    NETLINK_NETFILTER,
+    Message,
+    NetlinkSocket,
+    attribute,
+    attribute_u32,
+    attributes,
+    nested,
+)
+
+_SUBSYSTEM = 1 << 8  # NFNL_SUBSYS_CTNETLINK
+_NEW, _GET, _DELETE = (_SUBSYSTEM | n for n in (0, 1, 2))
+_FAMILIES = {V4: 2, V6: 10}
+
+_ORIGINAL, _REPLY, _STATUS, _MARK, _ID, _MASTER, _ZONE, _FILTER = 1, 2, 3, 8, 12, 14, 18, 25
+_ADDRESSES, _PROTOCOL = 1, 2  # of a tuple
+_SOURCE = {V4: 1, V6: 3}
+_DESTINATION = {V4: 2, V6: 4}
+_NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
+_ICMP_ID = {V4: 4, V6: 7}
+_ICMP_TYPE = {V4: 5, V6: 8}
+_ICMP_CODE = {V4: 6, V6: 9}
+_FILTERS = {_ORIGINAL: 1, _REPLY: 2}
+_FILTER_SOURCE = 1  # CTA_FILTER_F_CTA_IP_SRC
+
+_NESTED = 0x8000
+# What a tuple begins with, as the kernel writes it: the heads (length, type) of the tuple, its
+# addresses and the source among them, one inside the other.
+_HEADS = struct.Struct("=HHHHHH")
+
+
+class Status(IntFlag):
+    """What the kernel knows of a flow (``IPS_…``); the ones that matter here."""
+
+    EXPECTED = 1  # it belongs to another flow, its master, as FTP's data to its commands
+    SEEN_REPLY = 2
+    ASSURED = 4
+    SOURCE_NAT = 16
+    DESTINATION_NAT = 32
+
+
+class Tuple(NamedTuple):
+    """The packets of a flow in one direction, as they are when they reach the kernel.
+
+    Addresses are a /32 or /128. What the protocol does not have is None.
+    """
+
+    src: Net
+    dst: Net
+    protocol: int
+    src_port: int | None = None
+    dst_port: int | None = None
+    icmp_id: int | None = None
+    icmp_type: int | None = None
+    icmp_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """A flow: the packets of who began it, and those that answer, which NAT may have made unlike.
+
+    So ``reply.src`` and ``reply.src_port`` are where the packets really go, and ``reply.dst`` as
+    which their source is seen there. ``master`` is whom an expected flow belongs to, as that
+    began. ``key`` is how the kernel is told which flow is meant.
+    """
+
+    original: Tuple
+    reply: Tuple
+    status: int
+    mark: int
+    zone: int
+    id: int
+    master: Tuple | None
+    key: bytes
+
+    def __str__(self) -> str:
+        return f"flow {_shown(self.original)}, answered {_shown(self.reply)}"
+
+
+class Conntrack:
+    """The flows in one network namespace.
+
+    That of the calling thread, unless ``netns_fd`` names another. For one thread at a time.
+    """
+
+    def __init__(self, *, netns_fd: int | None = None) -> None:
+        self._socket = NetlinkSocket(NETLINK_NETFILTER, netns_fd=netns_fd)
+
+    def __enter__(self) -> Conntrack:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def flows(self, version: int, ends: Container[bytes] | None = None) -> Iterator[Flow]:
+        """All flows of an IP version (``conntrack -L -f ipv4``). Raises OSError.
+
+        With ``ends`` those that have one of these addresses (packed) at either end, translated or
+        not. To be read to the end. A flow that comes or goes meanwhile is or isn't among them.
+        """
+        for body in self._socket.stream(Message(_GET, 0, _preamble(version))):
+            if ends is None or _has_end(body, version, ends):
+                yield parse_flow(body)
+
+    def flows_of(self, address: Net) -> list[Flow]:
+        """The flows that an address began, or that are really with it.
+
+        ``conntrack -L -s ADDRESS`` and ``conntrack -L -r ADDRESS``. The kernel chooses them in
+        IPv4; asked the same in IPv6 it sends those of all other addresses. Raises OSError.
+        """
+        version, packed = address.version, address.packed()
+        answers: list[Iterator[Flow]] = []
+        if version == V4:
+            answers += map(self._filtered, (_ORIGINAL, _REPLY), repeat(packed))
+        else:
+            answers.append(self.flows(version, {packed}))
+        # Of IPv4, too: a kernel before 5.8 sends everything.
+        return list(
+            {
+                flow.key: flow
+                for flow in chain.from_iterable(answers)
+                if address in (flow.original.src, flow.reply.src)
+            }.values()
+        )
+
+    def _filtered(self, kind: int, source: bytes) -> Iterator[Flow]:
+        """Those of IPv4 of which one of the tuples has this source."""
+        body = _preamble(V4)
+        body += nested(kind, nested(_ADDRESSES, attribute(_SOURCE[V4], source)))
+        body += nested(_FILTER, attribute_u32(_FILTERS[kind], _FILTER_SOURCE))
+        return map(parse_flow, self._socket.stream(Message(_GET, 0, body)))
+
+    def find(self, original: Tuple) -> Flow | None:
+        """The flow that began so, in the default zone. Raises OSError."""
+        key = _preamble(original.src.version) + _encode(original)
+        try:
+            return parse_flow(self._socket.request(Message(_GET, 0, key)))
+        except FileNotFoundError:
+            return None
+
+    def delete(self, flows: Iterable[Flow]) -> int:
+        """Forget these flows (``conntrack -D``); returns how many were still there.
+
+        The next packet of one begins a flow anew. Raises OSError.
+        """
+        doomed = list(flows)
+        failures = self._socket.batch([Message(_DELETE, 0, flow.key) for flow in doomed])
+        for failure in failures:
+            if failure.errno != errno.ENOENT:
+                raise failure.error(doomed[failure.index])
+        return len(doomed) - len(failures)
+
+
+def parse_flow(body: bytes) -> Flow:
+    """The flow that a message is about. Raises ValueError, KeyError on what is none."""
+    found = attributes(body, 4)
+    version = V4 if body[0] == _FAMILIES[V4] else V6
+    key = [body[:1] + b"\0\0\0", attribute(_ORIGINAL | _NESTED, found[_ORIGINAL])]
+    # The kernel compares the id, which nearly always tells a flow from one that began anew.
+    key += [attribute(kind, found[kind]) for kind in (_ID, _ZONE) if kind in found]
+    return Flow(
+        original=_parse_tuple(found[_ORIGINAL], version),
+        reply=_parse_tuple(found[_REPLY], version),
+        status=_number(found, _STATUS),
+        mark=_number(found, _MARK),
+        zone=_number(found, _ZONE),
+        id=_number(found, _ID),
+        master=_parse_tuple(found[_MASTER], version) if _MASTER in found else None,
+        key=b"".join(key),
+    )
+
+
+def _parse_tuple(data: bytes, version: int) -> Tuple:
+    parts = attributes(data)
+    addresses, protocol = attributes(parts[_ADDRESSES]), attributes(parts[_PROTOCOL])
+
+    def address(kind: int) -> Net:
+        raw = addresses[kind]
+        if len(raw) * 8 != BITS[version]:
+            raise ValueError(f"conntrack: address of {len(raw)} bytes in IPv{version}")
+        return Net(version, int.from_bytes(raw, "big"), BITS[version])
+
+    def number(kind: int) -> int | None:
+        return int.from_bytes(protocol[kind], "big") if kind in protocol else None
+
+    return Tuple(
+        address(_SOURCE[version]),
+        address(_DESTINATION[version]),
+        protocol[_NUMBER][0],
+        number(_SOURCE_PORT),
+        number(_DESTINATION_PORT),
+        number(_ICMP_ID[version]),
+        number(_ICMP_TYPE[version]),
+        number(_ICMP_CODE[version]),
+    )
+
+
+def _encode(own: Tuple) -> bytes:
+    """As a flow's original tuple."""
+    version = own.src.version
+    protocol = [attribute(_NUMBER, bytes((own.protocol,)))]
+    for kind, size, value in (
+        (_SOURCE_PORT, 2, own.src_port),
+        (_DESTINATION_PORT, 2, own.dst_port),
+        (_ICMP_ID[version], 2, own.icmp_id),
+        (_ICMP_TYPE[version], 1, own.icmp_type),
+        (_ICMP_CODE[version], 1, own.icmp_code),
+    ):
+        if value is not None:
+            protocol.append(attribute(kind, value.to_bytes(size, "big")))
+    addresses = (
+        attribute(_SOURCE[version], own.src.packed()),
+        attribute(_DESTINATION[version], own.dst.packed()),
+    )
+    return nested(_ORIGINAL, nested(_ADDRESSES, *addresses), nested(_PROTOCOL, *protocol))
+
+
+def _has_end(body: bytes, version: int, ends: Container[bytes]) -> bool:
+    """Whether an address at an end of the flow is among ``ends``; cheaper than to parse it."""
+    size = BITS[version] // 8
+    wanted = (4 + size, _SOURCE[version])
+    offset = 4
+    for kind in (_ORIGINAL, _REPLY):
+        length, outer, _, inner, *source = _HEADS.unpack_from(body, offset)
+        if (outer, inner, *source) != (kind | _NESTED, _ADDRESSES | _NESTED, *wanted):
+            # Not in the order that the kernel has always had.
+            flow = parse_flow(body)
+            both = (flow.original, flow.reply)
+            return any(end.packed() in ends for each in both for end in (each.src, each.dst))
+        first, second = offset + 12, offset + 16 + size
+        if body[first : first + size] in ends or body[second : second + size] in ends:
+            return True
+        offset += (length + 3) & ~3
+    return False
+
+
+def _preamble(version: int) -> bytes:
+    """struct nfgenmsg: family, version, resource id."""
+    return bytes((_FAMILIES[version], 0, 0, 0))
+
+
+def _number(found: Mapping[int, bytes], kind: int) -> int:
+    return int.from_bytes(found.get(kind, b""), "big")
+
+
+def _shown(own: Tuple) -> str:
+    ports = "" if own.src_port is None else f" ports {own.src_port}, {own.dst_port}"
+    return f"{own.src} to {own.dst} protocol {own.protocol}{ports}"
