@@ -3,7 +3,8 @@
 SIGTERM ends the agent and leaves ExaBGP and the routes in place, for the next one to take over;
 only ``leave`` withdraws them. Settings are environment variables: MANX_NODENAME,
 MANX_DATASTORE, MANX_RUN_DIR, MANX_LOG_LEVEL, and MANX_ROUTER_ID (an IPv4 address, or ``hash``;
-by default the node's IPv4 address).
+by default the node's IPv4 address), MANX_BFD (``on``, ``off``, or milliseconds between packets
+and how many may be missing, by default ``500x5``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import sys
 
 from bird_glue.agent import Agent, AlreadyRunningError
+from bird_glue.detector import Timing
 from bird_glue.status import StatusError, leave
 from datastore.connect import connect
 from datastore.environment import Environment, configure_logging
@@ -44,6 +46,7 @@ def _run(environment: Environment) -> None:
         environment.run_dir,
         connect(environment.datastore),
         router_id=os.environ.get("MANX_ROUTER_ID", ""),
+        bfd=Timing.parse(os.environ.get("MANX_BFD", "")),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())

@@ -115,6 +115,20 @@ class AdjRibIn:
         seconds = peer.graceful.seconds if peer.graceful else 0
         self._grow_stale(peer, now + seconds, ours=False)
 
+    def failed(self, address: Net, *, independent: bool) -> bool:
+        """The peer was seen to be dead (RFC 5882 4.3): nothing of it is kept.
+
+        ``independent``: its failure detection doesn't end with its control plane; else, while it
+        restarts gracefully, the failure means no more than that. Returns whether it was up.
+        """
+        peer = self.peers.get(address)
+        if peer is None:
+            return False
+        if peer.up or independent:
+            self._forget(address, tuple(peer.nets))
+            peer.deadline = None
+        return peer.up
+
     def restarted(self, now: float) -> None:
         """Our end of all sessions is gone and will come back: keep what was told."""
         for address, peer in tuple(self.peers.items()):

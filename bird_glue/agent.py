@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import queue
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from bird_glue.channel import FromRelay
 from bird_glue.core import Core
+from bird_glue.detector import Detector, FromDetector, Timing
 from bird_glue.fib import Fib
 from bird_glue.resources import KINDS
 from bird_glue.speaker import Speaker
@@ -31,6 +33,7 @@ _log = logging.getLogger(__name__)
 _RESYNC_SECONDS = 60.0
 _READ_PAUSE = 0.2  # between two looks at the kernel
 _LEAVE_SECONDS = 5.0
+_INIT = 1
 
 
 class AlreadyRunningError(Exception):
@@ -41,15 +44,24 @@ class Stop:
     """Put on the queue: end, and leave everything as it is."""
 
 
-Item = Update | InSync | FromRelay | KernelChanged | Request | Stop
+Item = Update | InSync | FromRelay | FromDetector | KernelChanged | Request | Stop
 
 
 class Agent:
     """BGP of one node. ``run`` returns after ``stop``, or after a request to leave."""
 
-    def __init__(self, node: str, run_dir: Path, store: Datastore, *, router_id: str = "") -> None:
+    def __init__(
+        self,
+        node: str,
+        run_dir: Path,
+        store: Datastore,
+        *,
+        router_id: str = "",
+        bfd: Timing | None = None,
+    ) -> None:
         """``router_id``: an IPv4 address, ``hash``, or empty (see ``local_settings``).
 
+        ``bfd``: how fast dead peers are found; None: when their hold time is over.
         Raises AlreadyRunningError, OSError.
         """
         run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -59,11 +71,13 @@ class Agent:
         self._kernel = KernelReader(self._netlink)
         self._fib = Fib(self._netlink)
         self._speaker = Speaker(run_dir, self._queue.put)
+        self._detector = Detector(run_dir, self._queue.put, bfd)
         self._core = Core(
             node,
             router_id,
             self._speaker,
             self._fib,
+            self._detector,
             silent=self._kernel.silent,
             source_of=source_of,
         )
@@ -95,6 +109,10 @@ class Agent:
             self._follower.stop()
             self._watch.stop()
             self._speaker.close()
+            if os.getpid() == _INIT:  # all that runs here ends with us
+                self._detector.end()
+            else:
+                self._detector.close()
             self._netlink.close()
             self._lock.close()
 
@@ -104,7 +122,9 @@ class Agent:
             self._read_kernel(now)
         self._core.reconcile(now)
         self._go_on_leaving(now)
-        due = min(self._core.next_due(now) or self._read_due, self._read_due)
+        self._detector.step(now)
+        dues = (self._core.next_due(now), self._detector.next_due(now), self._read_due)
+        due = min(time for time in dues if time is not None)
         for item in self._take(max(0.0, due - time.monotonic())):
             self._handle(item, time.monotonic())
 
@@ -125,6 +145,9 @@ class Agent:
             case FromRelay():
                 for event in self._speaker.handle(item, now):
                     self._core.session(event, now)
+            case FromDetector():
+                for failure in self._detector.handle(item, now):
+                    self._core.failed(failure)
             case Update():
                 self._core.update(item)
             case InSync():
@@ -169,6 +192,7 @@ class Agent:
             return
         left = self._speaker.left
         self._speaker.stop()
+        self._detector.end()
         self._fib.clear()
         answer = {"left": True} if left else {"error": "not all peers could be told"}
         for request in self._leaving:

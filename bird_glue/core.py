@@ -18,6 +18,7 @@ from bird_glue.adj_rib_in import AdjRibIn
 from bird_glue.advertise import Speaking, own_announcements, reflected_announcement
 from bird_glue.announcement import Announcement
 from bird_glue.decision import Guard, Session
+from bird_glue.detector import Detector, Failure, Watch, describe
 from bird_glue.engine import Engine, EngineEvent, Intent, Restarted
 from bird_glue.fib import Fib
 from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated
@@ -29,7 +30,7 @@ from bird_glue.rib import Rib
 from bird_glue.sessions import Sessions, listen, plan_sessions
 from bird_glue.settings import Local, ObjectProblem, local_settings
 from bird_glue.status import BgpStatus, PeerStatus
-from bird_glue.tracker import Tracker
+from bird_glue.tracker import ESTABLISHED, Tracker
 from datastore.follower import Update
 
 _log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Core:
         router_id: str,
         engine: Engine,
         fib: Fib,
+        detector: Detector,
         *,
         silent: Callable[[Net], bool],
         source_of: Callable[[Net], Net | None],
@@ -67,6 +69,7 @@ class Core:
         self._router_id = router_id
         self._engine = engine
         self._fib = fib
+        self._detector = detector
         self._silent = silent
         self._source_of = source_of
         self._resources = Resources(node)
@@ -112,8 +115,11 @@ class Core:
         match event:
             case Opened():
                 self._routes.opened(event)
-            case Up(peer=peer):
+            case Up(peer=peer, time=since):
                 self._routes.up(peer, now)
+                known = self._detector.get(peer)
+                if known and known.failed_at > since:  # while no agent was there to see it
+                    self.failed(Failure(peer, known.independent, known.failed_at))
             case Down(peer=peer):
                 graceful = not event.notified and not event.removed
                 self._routes.down(peer, now, graceful=graceful)
@@ -121,6 +127,17 @@ class Core:
                 self._routes.updated(event)
             case EndOfRib(sent=False, peer=peer, version=version):
                 self._routes.end_of_rib(peer, version)
+
+    def failed(self, failure: Failure) -> None:
+        """A peer is dead, or the way to it is: nothing goes there any more.
+
+        What failed before the session began is history.
+        """
+        tracked = self._tracker.get(failure.peer)
+        if tracked.state == ESTABLISHED and failure.time < tracked.since:
+            return
+        if self._routes.failed(failure.peer, independent=failure.independent):
+            self._engine.fail(failure.peer)
 
     def reconcile(self, now: float) -> None:
         """Bring the speaker and the kernel to what should be."""
@@ -213,8 +230,23 @@ class Core:
             selected=self._rib.selected,
         )
         self._engine.configure(intent)
+        self._detector.configure(self._watches())
         self._tracker.set_neighbors(neighbors, time.time())
         self._advertise_due = True
+
+    def _watches(self) -> dict[Net, Watch]:
+        """Whose failure is to be seen at once: of all peers that take part."""
+        found = {}
+        for address, neighbor in self._sessions.neighbors.items():
+            resolution = self._topology.resolve(address)
+            found[address] = Watch(
+                peer=address,
+                local=neighbor.local,
+                active=self._sessions.peers[address].is_node,
+                multihop=resolution is not None and not resolution.direct,
+                least_ttl=256 - neighbor.ttl_security if neighbor.ttl_security else 0,
+            )
+        return found
 
     def _advertise(self, local: Local) -> None:
         wanted: dict[Net, dict[Net, Announcement]] = {}
@@ -287,6 +319,8 @@ class Core:
         ]
         if self._engine.problem:
             problems.append(self._engine.problem)
+        if self._detector.problem:
+            problems.append(self._detector.problem)
         problems += [f"route not programmed: {text}" for text in self._fib.errors.values()]
         used: Counter[Net] = Counter()
         installed: Counter[Net] = Counter()
@@ -324,4 +358,5 @@ class Core:
             installed=installed,
             announced=self._engine.sent(address),
             refused=dict(refused),
+            bfd=describe(self._detector.get(address)),
         )

@@ -125,6 +125,9 @@ class Engine(Protocol):
     def sent(self, peer: Net) -> int:
         """How many prefixes a peer was sent and has not had withdrawn."""
 
+    def fail(self, peer: Net) -> None:
+        """The peer is dead (BFD): end its session, keep nothing of what it told."""
+
     def report(self) -> Mapping[Net, Report]:
         """Sessions as an engine that ``programs`` sees them; else empty: its events tell."""
 

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from api.net import Net
+from api.net import Net, format_address
 from bird_glue.announcement import Announcements
 from bird_glue.announcer import Announcer
 from bird_glue.channel import Channel, FromRelay
@@ -32,6 +32,7 @@ _HEALTHY_SECONDS = 30.0  # an ExaBGP that ran for so long starts the back-off an
 _DRAIN_SECONDS = 3.0
 _STOP_SECONDS = 3.0
 _LAST_WORDS = 3  # lines
+_BFD_DOWN = 10  # subcode of Cease
 
 
 class Speaker:
@@ -109,6 +110,11 @@ class Speaker:
     def report(self) -> Mapping[Net, Report]:
         """Empty: events tell."""
         return {}
+
+    def fail(self, peer: Net) -> None:
+        """Hang up on a peer that is dead: ``Cease / BFD Down`` (RFC 9384), to nobody probably."""
+        if self._dialogue:
+            self._dialogue.ask(f"neighbor {format_address(*peer[:2])} teardown {_BFD_DOWN}")
 
     def leave(self) -> None:
         """Take back all that was announced; see ``left``."""

@@ -38,7 +38,8 @@ class PeerStatus:
     ``since``: seconds of the epoch. ``info``: the last error, in words. ``received``:
     prefixes the peer told; ``used``: of these, those that are selected; ``installed``: of
     these, those that are in the kernel; ``announced``: prefixes the peer was sent. ``refused``:
-    why prefixes are not used, and how many.
+    why prefixes are not used, and how many. ``bfd``: ``up`` and the seconds of silence that would
+    end it, ``down``, or empty where the peer has not taken part.
     """
 
     address: str
@@ -53,6 +54,7 @@ class PeerStatus:
     installed: int
     announced: int
     refused: dict[str, int] = field(default_factory=dict)
+    bfd: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from api.names import cidr_name
 from api.net import parse_net
+from bird_glue.detector import kill as kill_bfd
 from bird_glue.process import ExaBgp
 from bird_glue.status import BgpStatus, PeerStatus, StatusError, query
 from datastore.connect import connect as connect_store
@@ -221,6 +222,7 @@ class Node(Station):
     def end(self) -> None:
         with contextlib.suppress(AttributeError):
             self.agent.__exit__()
+        kill_bfd(self.run_dir)
         found = ExaBgp.find(self.run_dir)
         if found is not None:
             found.signal(signal.SIGKILL)

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bird_glue.detector import kill as kill_bfd
 from bird_glue.process import ExaBgp
 from kernel.links import link_up
 from kernel.netlink import NetlinkSocket
@@ -113,6 +114,7 @@ class Machine:
         return (self.directory / f"{program}.log").read_text()
 
     def _end_exabgp(self) -> None:
+        kill_bfd(self.run_dir)
         found = ExaBgp.find(self.run_dir)
         if found is not None:
             found.stop(5)
