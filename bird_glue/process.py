@@ -1,8 +1,8 @@
-"""The ExaBGP process: start it, find the one an earlier agent started, watch it, end it.
+"""The processes of the engines: start one, find that which an earlier agent started, end it.
 
-It is in a session of its own and outlives the agent. A lock on ``exabgp.pid``, which it
-holds by inheriting the open file, says that it lives, so that a process id that was used
-again is never mistaken for it.
+Each is in a session of its own and outlives the agent. A lock on ``exabgp.pid`` (``bird.pid``),
+which it holds by inheriting the open file, says that it lives, so that a process id that was
+used again is never mistaken for it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
-_LOCK = "exabgp.pid"
 _PROGRAM = Path(__file__).with_name("exabgp_main.py")
+_EXECUTE = """
+import os, sys
+os.write(int(sys.argv[1]), b"%d\\n" % os.getpid())
+os.execvp(sys.argv[2], sys.argv[2:])
+"""  # what exabgp_main.py does for ExaBGP
 _START_SECONDS = 5.0
 _INHERITED = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV")
 
 
-class ExaBgp:
-    """A running ExaBGP. ``fileno`` becomes readable when it has ended (see pidfd_open(2))."""
+P = TypeVar("P", bound="Daemon")
+
+
+class Daemon:
+    """A running daemon. ``fileno`` becomes readable when it has ended (see pidfd_open(2))."""
+
+    name: ClassVar[str]
 
     def __init__(self, pid: int) -> None:
         """Raises ProcessLookupError."""
@@ -34,18 +44,20 @@ class ExaBgp:
         self._variables: dict[str, str] | None = None
 
     @classmethod
-    def start(cls, run_dir: Path, configuration: Path, variables: Mapping[str, str]) -> ExaBgp:
-        """``exabgp server CONFIGURATION`` with these environment variables.
+    def _start(
+        cls: type[P], run_dir: Path, command: Sequence[str], variables: Mapping[str, str]
+    ) -> P:
+        """Run a command that writes its process id to the file descriptor ``{lock}``.
 
         Raises OSError, and BlockingIOError where one is running.
         """
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        output = run_dir / "exabgp.out"  # the log goes elsewhere; this is for a traceback
-        with (run_dir / _LOCK).open("a") as lock, output.open("w") as out:
+        output = run_dir / f"{cls.name}.out"  # the log goes elsewhere; this is for last words
+        with (run_dir / f"{cls.name}.pid").open("a") as lock, output.open("w") as out:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             lock.truncate(0)
             process = subprocess.Popen(
-                [sys.executable, "-P", _PROGRAM, str(lock.fileno()), str(configuration)],
+                [word.replace("{lock}", str(lock.fileno())) for word in command],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -58,9 +70,9 @@ class ExaBgp:
             return cls(process.pid)
 
     @classmethod
-    def find(cls, run_dir: Path) -> ExaBgp | None:
+    def find(cls: type[P], run_dir: Path) -> P | None:
         """The one that runs with this directory, if any. Raises OSError."""
-        path = run_dir / _LOCK
+        path = run_dir / f"{cls.name}.pid"
         deadline = time.monotonic() + _START_SECONDS
         while path.exists():
             with path.open() as lock:
@@ -120,3 +132,35 @@ class ExaBgp:
     def close(self) -> None:
         """Let go of it; it goes on."""
         os.close(self._fd)
+
+
+class ExaBgp(Daemon):
+    """A running ExaBGP."""
+
+    name = "exabgp"
+
+    @classmethod
+    def start(cls, run_dir: Path, configuration: Path, variables: Mapping[str, str]) -> ExaBgp:
+        """``exabgp server CONFIGURATION`` with these environment variables.
+
+        Raises OSError, and BlockingIOError where one is running.
+        """
+        command = [sys.executable, "-P", str(_PROGRAM), "{lock}", str(configuration)]
+        return cls._start(run_dir, command, variables)
+
+
+class Bird(Daemon):
+    """A running BIRD."""
+
+    name = "bird"
+
+    @classmethod
+    def start(cls, run_dir: Path, configuration: Path, socket: Path, *, recover: bool) -> Bird:
+        """``bird -f -c CONFIGURATION -s SOCKET``; ``recover`` adds ``-R``.
+
+        With that it expects peers to have kept its routes, and the kernel to have kept theirs.
+        Raises OSError, and BlockingIOError where one is running.
+        """
+        command = [sys.executable, "-I", "-S", "-c", _EXECUTE, "{lock}"]
+        command += ["bird", "-f", "-c", str(configuration), "-s", str(socket)]
+        return cls._start(run_dir, command + ["-R"] * recover, {"TZ": "UTC"})
