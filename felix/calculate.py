@@ -23,7 +23,7 @@ from felix.ruleset import VERSIONS, Ruleset
 from felix.settings import CLUSTER, NODE_PREFIX, Settings, SettingsError, settings
 from felix.snapshot import PodView, Snapshot, Workload
 from policy import selector
-from policy.engine import Engine, Profile
+from policy.engine import Changes, Engine, Profile
 from policy.model import Endpoint, EndpointId, Member, PolicyId
 
 K = TypeVar("K", bound=Hashable)
@@ -104,6 +104,8 @@ class Calculator:
         self._hosts_changed = False
         self._guarding: frozenset[EndpointId] = frozenset()
         self.hosts: dict[EndpointId, HostPlace] = {}  # this node's
+        self.guards: Mapping[str, EndpointId] = {}  # by interface, as ``Ruleset.set_hosts`` says
+        self.changes = Changes({}, {}, {})  # of policy, by the last calculation
         self.pods: dict[Net, str] = {}
         self.registration: Registration | None = None  # before the first calculation
 
@@ -135,6 +137,15 @@ class Calculator:
     def holds(self, id: EndpointId, interface: str) -> bool:
         """Whether the interface is this endpoint's, of all that claim it."""
         return self._interfaces.holder(interface) == id
+
+    def owner(self, address: Net) -> EndpointId | None:
+        """The local endpoint that has an address, or is reached by it from outside."""
+        return self._addresses.holder(address)
+
+    @property
+    def blocks(self) -> tuple[Net, ...]:
+        """From which networks local endpoints get their addresses."""
+        return tuple(net for node, net in self._blocks.values() if node == self._node)
 
     def wants_addresses(self, snapshot: Snapshot) -> bool:
         """Whether a host endpoint of this node is to be found by its addresses."""
@@ -176,9 +187,10 @@ class Calculator:
         spared = self._settings.nat_outgoing.spare_hosts and "Node" in kinds
         if pools_changed or delta.peers or spared:
             self._own_sets = dict(self._make_own_sets(snapshot))
+        self.changes = self._engine.flush()
         self._ruleset.update(
             delta,
-            self._engine.flush(),
+            self.changes,
             self._settings,
             self._own_sets,
             vxlan=self._overlay.enabled,
@@ -281,6 +293,7 @@ class Calculator:
         self._guarding = frozenset(found.values())
         if ALL_INTERFACES in found:
             found[names.ANY_INTERFACE] = found.pop(ALL_INTERFACES)
+        self.guards = found
         self._ruleset.set_hosts(found)
         self._hosts_changed = False
 
