@@ -6,6 +6,7 @@ unchanged, and knows its new revision.
 
 from __future__ import annotations
 
+import queue
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -13,13 +14,24 @@ from functools import partial
 import grpc
 import orjson
 
-from bench._measure import OBJECTS, Connect, Side, cost_of_list, in_turn, measure, ratio
+from bench._measure import (
+    OBJECTS,
+    Connect,
+    Side,
+    cost,
+    cost_of_list,
+    in_turn,
+    measure,
+    plain_delays,
+    quantiles,
+    ratio,
+)
 from bench._objects import block, endpoint
 from datastore import etcd_pb2 as pb
 from datastore.etcd import EtcdDatastore
-from datastore.etcd_client import TXN, EtcdSettings
-from datastore.etcd_keys import path_of
-from datastore.interface import Datastore
+from datastore.etcd_client import RANGE, TXN, WATCH, EtcdSettings
+from datastore.etcd_keys import path_of, ranges
+from datastore.interface import JSON, Datastore
 from tests.support.etcd import single_node
 
 Txn = Callable[[pb.TxnRequest], pb.TxnResponse]
@@ -31,9 +43,60 @@ def run() -> dict[str, float]:
         (server,) = etcd.endpoints
         connect = partial(EtcdDatastore, EtcdSettings((server,)))
         figures = measure(connect)
+        figures |= quantiles("raw_watch", _raw_watch(connect, server))
         figures |= _beside_grpcio(connect, server)
         _fill(server)
-        return figures | cost_of_list(connect, "WorkloadEndpoint").named("list_10k")
+        figures |= cost_of_list(connect, "WorkloadEndpoint").named("list_10k")
+        return figures | cost(partial(_raw_list, server)).named("raw_list_10k")
+
+
+def _raw_watch(connect: Connect, server: str) -> list[float]:
+    """A stream of events under the path of blocks, and their JSON."""
+    (of_blocks, *_) = ranges("IPAMBlock")
+    create = pb.WatchCreateRequest(key=of_blocks.begin, range_end=of_blocks.end)
+    requests: queue.SimpleQueue[pb.WatchRequest | None] = queue.SimpleQueue()
+    requests.put(pb.WatchRequest(create_request=create))
+    with grpc.insecure_channel(server) as channel:
+        watch = channel.stream_stream(
+            WATCH.path,
+            request_serializer=pb.WatchRequest.SerializeToString,
+            response_deserializer=pb.WatchResponse.FromString,
+        )
+        answers = watch(iter(requests.get, None))
+        if not next(answers).created:
+            raise RuntimeError("etcd made no watch")
+
+        def heard() -> list[JSON]:
+            values = [orjson.loads(event.kv.value) for event in next(answers).events]
+            return [{"metadata": value.get("metadata") or {}} for value in values]
+
+        delays = plain_delays(connect, heard)
+        requests.put(None)
+        answers.cancel()
+        return delays
+
+
+def _raw_list(server: str) -> Callable[[], int]:
+    """All endpoints in parts, and their JSON."""
+    (of_endpoints,) = ranges("WorkloadEndpoint")
+    channel = grpc.insecure_channel(server)
+    ask = channel.unary_unary(
+        RANGE.path,
+        request_serializer=pb.RangeRequest.SerializeToString,
+        response_deserializer=pb.RangeResponse.FromString,
+    )
+    end = of_endpoints.end
+    kept: list[JSON] = []
+
+    def list_all() -> int:
+        start, more = of_endpoints.begin, True
+        while more:
+            part = ask(pb.RangeRequest(key=start, range_end=end, limit=500))
+            kept.extend(orjson.loads(kv.value) for kv in part.kvs)
+            start, more = part.kvs[-1].key + b"\0", part.more
+        return len(kept)
+
+    return list_all
 
 
 def _beside_grpcio(connect: Connect, server: str) -> dict[str, float]:

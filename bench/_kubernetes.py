@@ -10,7 +10,18 @@ from typing import Any
 import grpc
 import orjson
 
-from bench._measure import OBJECTS, Connect, cost, cost_of_list, in_turn, measure, ratio, typical
+from bench._measure import (
+    OBJECTS,
+    Connect,
+    cost,
+    cost_of_list,
+    in_turn,
+    measure,
+    plain_delays,
+    quantiles,
+    ratio,
+    typical,
+)
 from bench._objects import block
 from datastore import etcd_pb2 as pb
 from datastore.etcd_client import TXN
@@ -31,6 +42,7 @@ def run() -> dict[str, float]:
         kubeconfig = str(server.kubeconfig)
         connect = partial(KubernetesDatastore, KubernetesSettings(kubeconfig))
         figures = measure(connect)
+        figures |= quantiles("plain_watch", _plain_watch(connect, kubeconfig))
         figures |= _swaps_in_turn(connect, kubeconfig)
         _fill(server)
         return figures | _lists_in_turn(connect, kubeconfig)
@@ -48,6 +60,21 @@ def _lists_in_turn(connect: Connect, kubeconfig: str) -> dict[str, float]:
     ]
     endpoints, pods, plain = map(typical, zip(*rounds, strict=True))
     return endpoints.named("list_10k") | pods.named("list_10k_pods") | plain.named("plain_list_10k")
+
+
+def _plain_watch(connect: Connect, kubeconfig: str) -> list[float]:
+    """The package's watch."""
+    from kubernetes import client, config, watch
+
+    config.load_kube_config(kubeconfig)  # type: ignore[no-untyped-call]
+    api = client.CustomObjectsApi()
+    where = ("projectcalico.org", "v3", "ipamblocks")
+    listed: Any = api.list_cluster_custom_object(*where)
+    now = listed["metadata"]["resourceVersion"]
+    stream = watch.Watch().stream(  # type: ignore[no-untyped-call]
+        api.list_cluster_custom_object, *where, resource_version=now, timeout_seconds=120
+    )
+    return plain_delays(connect, lambda: [next(stream)["object"]])
 
 
 def _swaps_in_turn(connect: Connect, kubeconfig: str) -> dict[str, float]:

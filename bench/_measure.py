@@ -5,14 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 from bench._objects import block
-from datastore.interface import JSON, ConflictError, Datastore
+from datastore.interface import JSON, AlreadyExistsError, ConflictError, Datastore, Watch
 
 PROCESSES = 4
 CAS_SECONDS = 3.0
@@ -71,22 +71,29 @@ def watch_delays(connect: Connect) -> list[float]:
     """Seconds from before an update in one process to its event in another, store idle."""
     store = connect()
     with store.watch(["IPAMBlock"], store.list("IPAMBlock").revision) as watch:
-        writer = _processes.Process(target=_write_slowly, args=(connect,))
-        writer.start()
-        delays: list[float] = []
-        while len(delays) < WATCH_EVENTS:
-            events = watch.next(timeout=30)
-            if not events:
-                raise TimeoutError(f"no event for 30 s after {len(delays)} of {WATCH_EVENTS}")
-            now = time.monotonic()
-            delays += [
-                now - float(at)
-                for event in events
-                if event.entry is not None and (at := _written_at(event.entry.value))
-            ]
-        writer.join()
+        delays = plain_delays(connect, lambda: _heard(watch))
     store.close()
     return delays
+
+
+def plain_delays(connect: Connect, heard: Callable[[], Iterable[JSON]]) -> list[float]:
+    """The same of any watch on IPAMBlocks. ``heard`` waits, and returns what came."""
+    writer = _processes.Process(target=_write_slowly, args=(connect,))
+    writer.start()
+    delays: list[float] = []
+    while len(delays) < WATCH_EVENTS:
+        values = heard()
+        now = time.monotonic()
+        delays += [now - float(at) for value in values if (at := _written_at(value))]
+    writer.join()
+    return delays
+
+
+def _heard(watch: Watch) -> list[JSON]:
+    events = watch.next(timeout=30)
+    if not events:
+        raise TimeoutError("no event for 30 s")
+    return [event.entry.value for event in events if event.entry is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +161,11 @@ def _swap(connect: Connect, number: int) -> float:
 
 def _write_slowly(connect: Connect) -> None:
     store = connect()
-    entry = store.create(*block(PROCESSES))
+    key, value = block(PROCESSES)
+    try:
+        entry = store.create(key, value)
+    except AlreadyExistsError:  # by the writer for another watch
+        entry = store.get(key)
     for _ in range(WATCH_EVENTS):
         time.sleep(0.01)
         # one clock for all processes of a machine

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import orjson
 
-from bench._measure import CAS_SECONDS, OBJECTS, cost_of_list, measure
+from bench._measure import CAS_SECONDS, OBJECTS, cost, cost_of_list, measure
 from bench._objects import block, endpoint
 from datastore.sqlite import SqliteDatastore
 
@@ -26,7 +27,8 @@ def run() -> dict[str, float]:
         for number in range(OBJECTS):
             store.create(*endpoint(number))
         store.close()
-        return figures | cost_of_list(connect, "WorkloadEndpoint").named("list_10k")
+        figures |= cost_of_list(connect, "WorkloadEndpoint").named("list_10k")
+        return figures | cost(partial(_plain_list, Path(name) / "plain.db")).named("plain_list_10k")
 
 
 def _plain_swaps(path: Path) -> float:
@@ -46,3 +48,22 @@ def _plain_swaps(path: Path) -> float:
         revision += 1
     connection.close()
     return revision / (time.monotonic() - start)
+
+
+def _plain_list(path: Path) -> Callable[[], int]:
+    """One SELECT, and the JSON of each row."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("DELETE FROM objects")
+    connection.execute("BEGIN")
+    for key, value in map(endpoint, range(OBJECTS)):
+        row = (key.name, 1, orjson.dumps(value))
+        connection.execute("INSERT INTO objects VALUES (?, ?, ?)", row)
+    connection.execute("COMMIT")
+    kept: list[object] = []
+
+    def list_all() -> int:
+        for (data,) in connection.execute("SELECT value FROM objects ORDER BY name"):
+            kept.append(orjson.loads(data))
+        return len(kept)
+
+    return list_all
