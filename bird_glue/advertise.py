@@ -1,32 +1,54 @@
 """What is told to which peer.
 
-Every node tells every peer its own blocks, exactly, and nothing inside of them; it never
-tells one peer what it learned from another, so it is never transit between two routers. Only
-a route reflector (a Node with ``routeReflectorClusterID``) tells on, inside of the IP pools:
+Every node tells every peer its own routes: blocks, exactly, and nothing inside of them;
+addresses of its pods outside of them (borrowed from another node's block); addresses of
+services. It never tells one peer what it learned from another, so it is never transit between
+two routers. Only a route reflector (a Node with ``routeReflectorClusterID``) tells on, inside of
+the IP pools and of services' ranges:
 
 - what a client said, to all iBGP peers; what others said over iBGP, to clients (RFC 4456);
 - what it learned over iBGP, to eBGP peers, and the other way round; never eBGP to eBGP.
+
+That is where no BGPFilter of the peer decides. A filter may take away any of it, and add what
+else BGP permits: learned routes, and the kernel's. What it accepts is told as it leaves the
+filter, without the communities of prefixAdvertisements, as Calico does it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from api.net import Net
 from bird_glue.announcement import Announcement
-from bird_glue.decision import DEFAULT_LOCAL_PREFERENCE, Path
+from bird_glue.decision import Path, is_martian
+from bird_glue.filters import (
+    HIGHEST_PREFERENCE,
+    Direction,
+    Filter,
+    RouteFacts,
+    add_community,
+    evaluate,
+    preference_of,
+)
 from bird_glue.messages import Attributes
+from bird_glue.nexthops import Topology
 from bird_glue.pools import Pools
 
-# Calico carries a route's priority (metric) in the local preference: this less the priority.
-_HIGHEST_PREFERENCE = 2**31 - 1
 _NO_EXPORT, _NO_ADVERTISE = "65535:65281", "65535:65282"  # RFC 1997
+# never told, not even their subnets: pods, and what kube-proxy puts service addresses on
+_NEVER_DIRECT = ("cali*", "kube-ipvs*")
+
+Communities = tuple[tuple[Net, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Speaking:
-    """How this node speaks to one peer. ``cluster_id``: it is a client, reflected to so."""
+    """How this node speaks to one peer. ``cluster_id``: it is a client, reflected to so.
+
+    ``filters``: its BGPFilters. ``communities``: to add to prefixes inside of each.
+    """
 
     asn: int
     external: bool
@@ -34,51 +56,130 @@ class Speaking:
     cluster_id: int | None = None
     next_hop_self: bool = False
     next_hop_keep: bool = False
+    filters: tuple[Filter, ...] = ()
+    communities: Communities = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRoute:
+    """A route that this node has not learned by BGP.
+
+    ``told``: whether peers are told where no filter decides. ``interface``: that its traffic
+    leaves by, None if it ends here.
+    """
+
+    net: Net
+    told: bool
+    interface: str | None = None
+
+
+def own_routes(
+    blocks: Iterable[Net],
+    services: Iterable[Net],
+    pools: Pools,
+    topology: Topology,
+    ignored_interfaces: tuple[str, ...] = (),
+) -> tuple[OwnRoute, ...]:
+    """All routes of this node. Those to pods inside of ``blocks`` are never told."""
+    blocks = tuple(blocks)
+    found: dict[Net, OwnRoute] = {}
+    for block in blocks:
+        found[block] = OwnRoute(block, pools.exports_own(block))
+    for net in services:
+        found.setdefault(net, OwnRoute(net, True))
+    for host, ifindex in topology.pods.items():
+        if not any(block.contains(host) for block in blocks):
+            interface = topology.names.get(ifindex)
+            found.setdefault(host, OwnRoute(host, pools.exports_address(host), interface))
+    never = (*ignored_interfaces, *_NEVER_DIRECT)
+    for net, connected, hops in topology.routes():
+        interface = topology.interface(hops)
+        if is_martian(net) or (connected and _matches(interface, never)):
+            continue
+        found.setdefault(net, OwnRoute(net, False, interface))
+    return tuple(found[net] for net in sorted(found))
 
 
 def own_announcements(
-    blocks: Iterable[Net], pools: Pools, version: int, speaking: Speaking
+    routes: Iterable[OwnRoute], version: int, speaking: Speaking
 ) -> dict[Net, Announcement]:
-    """The blocks of this node, of one IP version, for one peer."""
-    preference = None if speaking.external else _HIGHEST_PREFERENCE - speaking.priority
-    announcement = Announcement(None, Attributes(origin=0, local_preference=preference))
-    return {
-        block: announcement
-        for block in blocks
-        if block.version == version and pools.exports_own(block)
-    }
+    """The routes of this node, of one IP version, for one peer."""
+    plain = Attributes(origin=0, local_preference=HIGHEST_PREFERENCE - speaking.priority)
+    told: dict[Net, Announcement] = {}
+    shared: dict[Attributes, Announcement] = {}
+    for route in routes:
+        if route.net.version != version or not (route.told or speaking.filters):
+            continue
+        facts = RouteFacts(route.net, plain, speaking.external, False, route.interface)
+        attributes = _leaving(facts, speaking, told=route.told)
+        if attributes is not None:
+            if attributes not in shared:
+                final = replace(attributes, local_preference=None)
+                shared[attributes] = Announcement(None, final if speaking.external else attributes)
+            told[route.net] = shared[attributes]
+    return told
 
 
-def reflected_announcement(
+def learned_announcement(
+    net: Net,
     path: Path,
     learned: Speaking,
     to: Speaking,
     *,
-    own_cluster_id: int,
+    cluster_id: int | None,
     router_id: int,
+    told: bool,
+    interface: str | None = None,
 ) -> Announcement | None:
-    """A learned route as a reflector tells it on; None if that peer is not to know it.
+    """A learned route as it is told on; None if that peer is not to know it.
 
     ``learned``: how we speak with the peer it came from, whose id is ``router_id``.
+    ``cluster_id``: ours, if this node is a reflector. ``told``: whether the prefix is one that
+    a reflector tells on by itself.
     """
+    attributes = path.attributes
     between_clients = learned.cluster_id is not None or to.cluster_id is not None
     internal = not learned.external and not to.external
-    if (learned.external and to.external) or (internal and not between_clients):
+    if internal and (cluster_id is None or not between_clients):
         return None
-    own_hop = to.next_hop_self or (to.external and not to.next_hop_keep)
-    attributes = path.attributes
     if _NO_ADVERTISE in attributes.communities:
         return None
     if _NO_EXPORT in attributes.communities and to.external:
         return None
+    by_itself = told and cluster_id is not None and not (learned.external and to.external)
+    facts = RouteFacts(net, attributes, to.external, True, interface)
+    leaving = _leaving(facts, to, told=by_itself)
+    if leaving is None:
+        return None
+    own_hop = to.next_hop_self or (to.external and not to.next_hop_keep)
     if to.external:
-        attributes = replace(
-            attributes, local_preference=None, med=None, originator=None, clusters=()
-        )
-    elif attributes.local_preference is None:
-        attributes = replace(attributes, local_preference=DEFAULT_LOCAL_PREFERENCE)
-    if internal:
-        originator = router_id if attributes.originator is None else attributes.originator
-        clusters = (own_cluster_id, *attributes.clusters)
-        attributes = replace(attributes, originator=originator, clusters=clusters)
-    return Announcement(None if own_hop else path.next_hop, attributes)
+        leaving = replace(leaving, local_preference=None, med=None, originator=None, clusters=())
+    elif leaving.local_preference is None:
+        leaving = replace(leaving, local_preference=preference_of(leaving))
+    if internal and cluster_id is not None:
+        originator = router_id if leaving.originator is None else leaving.originator
+        leaving = replace(leaving, originator=originator, clusters=(cluster_id, *leaving.clusters))
+    return Announcement(None if own_hop else path.next_hop, leaving)
+
+
+def _leaving(facts: RouteFacts, to: Speaking, *, told: bool) -> Attributes | None:
+    """What the filters and then the rules for all peers make of a route; None: not told."""
+    decision = evaluate(to.filters, Direction.EXPORT, facts)
+    if decision.accept is not None:
+        return decision.attributes if decision.accept else None
+    if not told:
+        return None
+    attributes = facts.attributes
+    for value in _communities(facts.net, to.communities):
+        attributes = add_community(attributes, value)
+    return attributes
+
+
+def _communities(net: Net, communities: Communities) -> Iterator[str]:
+    for prefix, values in communities:
+        if prefix.contains(net):
+            yield from values
+
+
+def _matches(interface: str | None, patterns: Iterable[str]) -> bool:
+    return interface is not None and any(fnmatchcase(interface, text) for text in patterns)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from api.errors import Problem
 from api.net import V4, Net, format_address, host_net
 from bird_glue.adj_rib_in import AdjRibIn
-from bird_glue.advertise import Speaking, own_announcements, reflected_announcement
+from bird_glue.advertise import Speaking, learned_announcement, own_announcements, own_routes
 from bird_glue.announcement import Announcement
 from bird_glue.decision import Guard, Session
 from bird_glue.detector import Detector, Failure, Watch, describe
@@ -99,6 +99,9 @@ class Core:
 
     def set_topology(self, topology: Topology) -> None:
         """The kernel's routes or addresses are these."""
+        if topology.pods != self._topology.pods:
+            self._topology.pods = topology.pods
+            self._advertise_due = True
         if not topology.same(self._topology):
             self._topology = topology
             self._rib.set_topology(topology)
@@ -153,7 +156,7 @@ class Core:
         self._fib.learned(changes)
         self._let_go(now)
         self._fib.apply(now)
-        if changes and self._local.node.cluster_id is not None:
+        if changes and self._tells_on(self._local):
             self._advertise_due = True
         if self._advertise_due:
             self._advertise_due = False
@@ -192,7 +195,8 @@ class Core:
             self._hold_until = now + HOLD_SECONDS
         peers, problems = desired_peers(cluster, local)
         hosts = self._topology.hosts
-        self._sessions = plan_sessions(peers, local, hosts, self._source_of)
+        filters = self._resources.filters()
+        self._sessions = plan_sessions(peers, local, hosts, self._source_of, filters)
         self._problems = problems + self._sessions.problems
         self._local = local
         self._blocks = self._resources.blocks()
@@ -206,6 +210,7 @@ class Core:
                     neighbor.external,
                     frozenset((local.asn, neighbor.local_as)),
                     max(0, self._sessions.peers[address].allowed_own_as),
+                    self._sessions.filters[address],
                 )
                 for address, neighbor in neighbors.items()
             },
@@ -250,12 +255,19 @@ class Core:
 
     def _advertise(self, local: Local) -> None:
         wanted: dict[Net, dict[Net, Announcement]] = {}
+        own = own_routes(
+            self._blocks,
+            self._resources.announced_services(self._node),
+            self._pools,
+            self._topology,
+            local.ignored_interfaces,
+        )
         for address in self._sessions.neighbors:
             speaking = self._speaking(address, local)
-            told = own_announcements(self._blocks, self._pools, address.version, speaking)
-            if local.node.cluster_id is not None:
-                told |= self._reflected(address, speaking, local, local.node.cluster_id)
-            wanted[address] = told
+            told = {}
+            if not self._engine.programs and (speaking.filters or local.node.cluster_id is not None):
+                told = self._told_on(address, speaking, local)
+            wanted[address] = told | own_announcements(own, address.version, speaking)
         # a reflector that forgot everything must hear its peers before it says "that is all"
         complete = local.node.cluster_id is None or not self._fib.holding
         self._engine.advertise(wanted, mark_end=complete)
@@ -269,26 +281,33 @@ class Core:
             cluster_id=peer.cluster_id,
             next_hop_self=peer.next_hop_self,
             next_hop_keep=peer.next_hop_keep,
+            filters=self._sessions.filters[address],
+            communities=local.communities,
         )
 
-    def _reflected(
-        self, address: Net, speaking: Speaking, local: Local, cluster_id: int
+    def _tells_on(self, local: Local) -> bool:
+        """Whether what is told depends on what was learned."""
+        return local.node.cluster_id is not None or any(self._sessions.filters.values())
+
+    def _told_on(
+        self, address: Net, speaking: Speaking, local: Local
     ) -> dict[Net, Announcement]:
-        """What a route reflector tells a peer of what it learned."""
+        """What a peer is told of what was learned: by a reflector, or where a filter says so."""
         told: dict[Net, Announcement] = {}
         learned = {peer: self._speaking(peer, local) for peer in self._sessions.neighbors}
         for net, selection in self._rib.selected.items():
             path = selection.best
             if net.version != address.version or path.peer == address:
                 continue
-            if not self._pools.exports_learned(net):
-                continue
-            announcement = reflected_announcement(
+            announcement = learned_announcement(
+                net,
                 path,
                 learned[path.peer],
                 speaking,
-                own_cluster_id=cluster_id,
+                cluster_id=local.node.cluster_id,
                 router_id=self._routes.peers[path.peer].router_id,
+                told=self._pools.exports_learned(net),
+                interface=self._topology.interface(selection.hops),
             )
             if announcement is not None:
                 told[net] = announcement

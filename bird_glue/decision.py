@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from api.net import Net, parse_net
+from bird_glue.filters import Filter, preference_of
 from bird_glue.messages import Attributes
 
-DEFAULT_LOCAL_PREFERENCE = 100
-
-_MARTIANS = tuple(
+MARTIANS = tuple(
     parse_net(text)
     for text in (
         "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4",
@@ -47,12 +46,13 @@ class Session:
     """How paths of a peer are looked at.
 
     ``external``: over eBGP. ``own_asns``: the AS numbers this node goes by; ``allowed``: how
-    often they may be in an AS path all the same.
+    often they may be in an AS path all the same. ``filters``: the BGPFilters of the peer.
     """
 
     external: bool
     own_asns: frozenset[int]
     allowed: int = 0
+    filters: tuple[Filter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,8 @@ class Guard:
 def cost(path: Path, *, external: bool, direct: bool) -> tuple[int, ...]:
     """Steps 1 to 6, lowest first. Paths of equal cost share the traffic."""
     attributes = path.attributes
-    preference = attributes.local_preference
     return (
-        -(DEFAULT_LOCAL_PREFERENCE if preference is None else preference),
+        -preference_of(attributes),
         attributes.path_length,
         attributes.origin,
         attributes.med or 0,
@@ -104,14 +103,21 @@ def refusal(net: Net, path: Path, session: Session, guard: Guard) -> str:
 
 
 def _forbidden(net: Net, next_hop: Net, guard: Guard) -> str:
-    if any(block.contains(net) for block in guard.blocks):
-        return "it is inside a block of this node"
+    for block in guard.blocks:
+        # an address of it may be borrowed by another node; a pod here has a better route to its own
+        if block.contains(net) and not (net.is_host and net != block):
+            return "it is inside a block of this node"
     if net in guard.subnets:
         return "it is a subnet this node is on"
     if net in guard.hosts:
         return "it is an address of this node"
     if net == next_hop:
         return "it is its own next hop"
-    if any(martian.contains(net) for martian in _MARTIANS):
+    if is_martian(net):
         return "it is not an address that is routed"
     return ""
+
+
+def is_martian(net: Net) -> bool:
+    """Whether a prefix is never routed: loopback, link-local, multicast, reserved."""
+    return any(martian.contains(net) for martian in MARTIANS)

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from api.bgpfilter import BGPFilter, BGPFilterRule, FilterOperation
 from api.net import BITS, V4, Net, parse_net
-from bird_glue.decision import DEFAULT_LOCAL_PREFERENCE
 from bird_glue.messages import Attributes, Segment
 
 # A route's priority (kernel metric) is carried as this less the priority, as Calico does.
 HIGHEST_PREFERENCE = 2**31 - 1
+DEFAULT_LOCAL_PREFERENCE = 100
 
 
 class Direction(Enum):
@@ -279,17 +279,23 @@ def _following(steps: Sequence[_Step], position: int) -> Iterator[int]:
 
 def _apply(operation: Operation, attributes: Attributes) -> Attributes:
     match operation:
-        case AddCommunity(value=value, large=large):
-            carried = attributes.large_communities if large else attributes.communities
-            if value in carried:
-                return attributes
-            if large:
-                return replace(attributes, large_communities=(*carried, value))
-            return replace(attributes, communities=(*carried, value))
+        case AddCommunity(value=value):
+            return add_community(attributes, value)
         case PrependAsPath(asns=asns):
             return replace(attributes, as_path=_prepend(asns, attributes.as_path))
         case SetLocalPreference(value=value):
             return replace(attributes, local_preference=value)
+
+
+def add_community(attributes: Attributes, value: str) -> Attributes:
+    """The attributes with ``65001:7`` or ``65001:7:8``, once."""
+    large = AddCommunity(value).large
+    carried = attributes.large_communities if large else attributes.communities
+    if value in carried:
+        return attributes
+    if large:
+        return replace(attributes, large_communities=(*carried, value))
+    return replace(attributes, communities=(*carried, value))
 
 
 def _prepend(asns: tuple[int, ...], path: tuple[Segment, ...]) -> tuple[Segment, ...]:

@@ -8,7 +8,7 @@ that only a BGP route leads to, to the next hops of that route, one level deep.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -69,7 +69,9 @@ class Resolution:
 class Topology:
     """The kernel's routes and addresses, less the routes of Manx.
 
-    ``running``: the interfaces that have a carrier; without it all count.
+    ``running``: the interfaces that have a carrier; without it all count. ``names``: what
+    they are called. ``pods``: addresses of pods that felix has routed here, and their
+    interfaces.
     """
 
     def __init__(
@@ -77,13 +79,18 @@ class Topology:
         routes: Iterable[Route] = (),
         hosts: Iterable[Net] = (),
         running: frozenset[int] | None = None,
+        names: Mapping[int, str] | None = None,
     ) -> None:
         self.hosts = frozenset(hosts)
+        self.names = names or {}
+        self.pods: dict[Net, int] = {}
         self._table: PrefixTable[Route] = PrefixTable()
         facts = []
         # of equal prefixes the lowest metric counts, and comes last
         for route in sorted(routes, key=lambda route: -route.metric):
             if route.protocol in (PROTO_BGP, PROTO_FELIX):
+                if route.protocol == PROTO_FELIX and route.net.is_host and _connected(route.hops):
+                    self.pods[route.net] = route.hops[0].ifindex
                 continue
             hops = tuple(hop for hop in route.hops if running is None or hop.ifindex in running)
             if hops or not route.hops:
@@ -94,6 +101,15 @@ class Topology:
     def same(self, other: Topology) -> bool:
         """Whether both mean the same."""
         return self.hosts == other.hosts and self._facts == other._facts
+
+    def interface(self, hops: Sequence[Hop]) -> str | None:
+        """The name of the interface that the first hop leaves by."""
+        return self.names.get(hops[0].ifindex) if hops else None
+
+    def routes(self) -> Iterator[tuple[Net, bool, tuple[Hop, ...]]]:
+        """Prefix, whether it is a connected subnet, and hops of each route; in no order."""
+        for net, kind, hops in self._facts:
+            yield net, kind == "unicast" and _connected(hops), hops
 
     @property
     def subnets(self) -> frozenset[Net]:

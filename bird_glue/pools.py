@@ -1,8 +1,7 @@
-"""What IP pools say about routes: which are told to peers, and which are ours to program."""
+"""What IP pools and service ranges say about routes: which are told, which are programmed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from api.ippool import IPPoolSpec
@@ -21,36 +20,49 @@ class PoolPolicy:
     programmed: bool
 
 
+@dataclass(frozen=True, slots=True)
 class Pools:
-    """The pools of the cluster. Routes outside of all of them are none of their business."""
+    """The pools of the cluster, and the ranges of its services.
 
-    def __init__(self, policies: Iterable[PoolPolicy] = ()) -> None:
-        self._policies = tuple(policies)
+    ``services``: ranges that every node announces; ``told_on``: ranges of services whose
+    routes a reflector tells on. Routes outside of all of them are none of their business.
+    """
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pools) and self._policies == other._policies
-
-    def __hash__(self) -> int:
-        return hash(self._policies)
+    policies: tuple[PoolPolicy, ...] = ()
+    services: tuple[Net, ...] = ()
+    told_on: tuple[Net, ...] = ()
 
     def of(self, net: Net) -> PoolPolicy | None:
         """The pool that contains the prefix."""
-        return next((policy for policy in self._policies if policy.net.contains(net)), None)
+        return next((policy for policy in self.policies if policy.net.contains(net)), None)
 
     def exports_own(self, block: Net) -> bool:
         """Whether a block of this node is announced: unless its pool forbids it."""
         policy = self.of(block)
         return policy is None or policy.exported
 
-    def exports_learned(self, net: Net) -> bool:
-        """Whether a learned prefix may be told on: only inside of a pool that allows it."""
-        policy = self.of(net)
+    def exports_address(self, host: Net) -> bool:
+        """Whether an address outside of this node's blocks is announced: if its pool allows it."""
+        policy = self.of(host)
         return policy is not None and policy.exported
 
-    def programs(self, net: Net) -> bool:
-        """Whether a learned prefix goes to the kernel: unless its pool leaves it to felix."""
+    def exports_learned(self, net: Net) -> bool:
+        """Whether a learned prefix may be told on: inside of a pool that allows it, or service."""
         policy = self.of(net)
-        return policy is None or policy.programmed
+        if policy is not None:
+            return policy.exported
+        return any(services.contains(net) for services in self.told_on)
+
+    def programs(self, net: Net) -> bool:
+        """Whether a learned prefix goes to the kernel: unless its pool leaves it to felix.
+
+        What is inside of a range of service addresses that every node announces is found on
+        this node as well as elsewhere.
+        """
+        policy = self.of(net)
+        if policy is not None:
+            return policy.programmed
+        return not any(services.contains(net) for services in self.services)
 
 
 def pool_policy(spec: IPPoolSpec, program_unencapsulated: bool) -> PoolPolicy:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from api.bgp import BGPConfiguration, BGPPeer
+from api.bgpfilter import BGPFilter
 from api.clusterinformation import is_locked
 from api.errors import InvalidObjectError
 from api.ipam import BlockAffinity
@@ -15,7 +16,9 @@ from api.metadata import Resource
 from api.net import Net
 from api.node import Node
 from api.registry import parse_as
+from bird_glue.filters import Filter, compile_filter
 from bird_glue.pools import Pools, pool_policy
+from bird_glue.services import EXCLUDED, SERVICE_KINDS, Services, service_ranges
 from bird_glue.settings import Cluster, ObjectProblem
 from datastore.follower import Update
 from datastore.interface import JSON, Key
@@ -23,7 +26,10 @@ from datastore.interface import JSON, Key
 _log = logging.getLogger(__name__)
 
 # The lock comes first: what is told after it waits for its end.
-KINDS = ("ClusterInformation", "Node", "BGPConfiguration", "BGPPeer", "IPPool", "BlockAffinity")
+KINDS = (
+    *("ClusterInformation", "Node", "BGPConfiguration", "BGPPeer", "BGPFilter"),
+    *("IPPool", "BlockAffinity"),
+)
 _CLUSTER = Key("ClusterInformation", "default")
 _CONFIRMED = ("confirmed", "")  # "" is an old spelling
 
@@ -42,11 +48,13 @@ class Resources:
         self._problems: dict[Key, list[ObjectProblem]] = {}
         self._waiting: dict[Key, Update] = {}
         self.locked = False
+        self.services = Services(node)
 
     @property
     def problems(self) -> list[ObjectProblem]:
         """What is wrong with objects that are not valid."""
-        return [problem for found in self._problems.values() for problem in found]
+        found = [problem for found in self._problems.values() for problem in found]
+        return found + self.services.problems
 
     @property
     def usable(self) -> bool:
@@ -78,6 +86,8 @@ class Resources:
 
     def _take(self, update: Update) -> bool:
         key, value = update.key, update.value
+        if key.kind in SERVICE_KINDS:
+            return self.services.update(key, value)
         if key.kind == "BlockAffinity" and value is not None and not self._is_own(value):
             value = None
         if value is None:
@@ -109,7 +119,16 @@ class Resources:
     def pools(self, program_unencapsulated: bool) -> Pools:
         """What the IP pools say."""
         found = sorted(self._of(IPPool).items())
-        return Pools(pool_policy(pool.spec, program_unencapsulated) for _, pool in found)
+        ranges = service_ranges(self.cluster().default)
+        return Pools(
+            tuple(pool_policy(pool.spec, program_unencapsulated) for _, pool in found),
+            services=tuple(sorted(ranges.whole)),
+            told_on=ranges.reflected,
+        )
+
+    def filters(self) -> dict[str, Filter]:
+        """The BGPFilters by name, compiled."""
+        return {name: compile_filter(found) for name, found in self._of(BGPFilter).items()}
 
     def blocks(self) -> tuple[Net, ...]:
         """The confirmed blocks of this node, sorted."""
@@ -122,3 +141,10 @@ class Resources:
                 and not affinity.spec.deleted
             )
         )
+
+    def announced_services(self, node: str) -> frozenset[Net]:
+        """What a node announces for services."""
+        cluster = self.cluster()
+        labels = cluster.nodes[node].metadata.labels if node in cluster.nodes else {}
+        excluded = labels.get(EXCLUDED) == "true"
+        return self.services.announced(service_ranges(cluster.default), excluded=excluded)

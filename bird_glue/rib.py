@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from api.net import Net
 from bird_glue.adj_rib_in import AdjRibIn
-from bird_glue.decision import Guard, Path, cost, refusal, tie_break
+from bird_glue.decision import Guard, Path, Session, cost, refusal, tie_break
+from bird_glue.filters import Direction, RouteFacts, evaluate
 from bird_glue.nexthops import PrefixTable, Resolution, Topology
 from kernel.routes import Hop
 
@@ -141,6 +142,8 @@ class Rib:
                 continue
             resolution = resolved[path.next_hop]
             why = refusal(net, path, session, self._guard)
+            if not why and session.filters:
+                path, why = self._filtered(net, path, session, resolution)
             if not why and resolution is None:
                 why = NO_NEXT_HOP
             if why or resolution is None:
@@ -162,6 +165,17 @@ class Rib:
             key=lambda hop: (hop.ifindex, hop.gateway or 0),
         )
         return Selection(equal[0][0], tuple(path for path, _ in equal), tuple(hops))
+
+    def _filtered(
+        self, net: Net, path: Path, session: Session, resolution: Resolution | None
+    ) -> tuple[Path, str]:
+        """The path as the peer's BGPFilters leave it, and why they refuse it, if they do."""
+        interface = self._topology.interface(resolution.hops) if resolution else None
+        facts = RouteFacts(net, path.attributes, session.external, True, interface)
+        decision = evaluate(session.filters, Direction.IMPORT, facts)
+        if decision.accept is False:
+            return path, f"rejected by {decision.why}"
+        return path._replace(attributes=decision.attributes), ""
 
     def _note(self, net: Net, refused: dict[Net, str]) -> None:
         if refused:

@@ -11,7 +11,6 @@ As Calico does it, address by address:
   a range of that address alone, or load balancers that are not aggregated.
 
 ``externalTrafficPolicy`` is meant, and for cluster addresses ``internalTrafficPolicy`` as well.
-Pure.
 """
 
 from __future__ import annotations
@@ -21,9 +20,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from api.bgp import BGPConfigurationSpec, ServiceBlock
+from api.errors import InvalidObjectError
+from api.metadata import Resource
 from api.net import V4, V6, Net, host_net, parse_net
+from api.registry import parse_as
 from api.services import EndpointSlice, Service
+from bird_glue.settings import ObjectProblem
+from datastore.interface import JSON, Key
 
+SERVICE_KINDS = ("Service", "EndpointSlice")
 EXCLUDED = "node.kubernetes.io/exclude-from-external-load-balancers"
 
 ServiceKey = tuple[str, str]  # namespace and name
@@ -43,7 +48,7 @@ class ServiceRanges:
 
     @property
     def whole(self) -> frozenset[Net]:
-        """The ranges that every node announces. Nobody's routes inside of them are used."""
+        """The ranges that every node announces; what is learned inside of them is not used."""
         found = {*self.cluster, *(net for net in self.external if not net.is_host)}
         if self.aggregated:
             found.update(net for net in self.load_balancer if not net.is_host)
@@ -61,6 +66,9 @@ class Endpoints:
 
     anywhere: frozenset[int] = frozenset()
     here: frozenset[int] = frozenset()
+
+    def __or__(self, other: Endpoints) -> Endpoints:
+        return Endpoints(self.anywhere | other.anywhere, self.here | other.here)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +108,15 @@ def service_addresses(service: Service) -> ServiceAddresses | None:
     )
 
 
-def endpoints_of(slices: Iterable[EndpointSlice], node: str) -> Endpoints:
-    """Where the endpoints of these slices, of one service, are ready. None counts as ready."""
-    anywhere, here = set(), set()
-    for found in slices:
-        version = _VERSIONS.get(found.address_type)
-        for endpoint in found.endpoints if version else ():
-            if endpoint.conditions.ready is not False and version:
-                anywhere.add(version)
-                if endpoint.node_name == node:
-                    here.add(version)
-    return Endpoints(frozenset(anywhere), frozenset(here))
+def endpoints_of(found: EndpointSlice, node: str) -> Endpoints:
+    """Where the endpoints of a slice are ready; unknown counts as ready."""
+    version = _VERSIONS.get(found.address_type)
+    ready = [e for e in found.endpoints if e.conditions.ready is not False]
+    if version is None or not ready:
+        return Endpoints()
+    versions = frozenset((version,))
+    here = any(endpoint.node_name == node for endpoint in ready)
+    return Endpoints(versions, versions if here else frozenset())
 
 
 def announced_services(
@@ -127,6 +133,76 @@ def announced_services(
     for key, service in services.items():
         found.update(_announced(ranges, service, endpoints.get(key, Endpoints())))
     return frozenset(found)
+
+
+class Services:
+    """Services and where their endpoints are, kept small: there may be many of both.
+
+    An object that is not valid keeps its last valid version, if it had one.
+    """
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._addresses: dict[ServiceKey, ServiceAddresses] = {}
+        self._slices: dict[Key, tuple[ServiceKey, Endpoints]] = {}
+        self._of_service: dict[ServiceKey, set[Key]] = {}
+        self._endpoints: dict[ServiceKey, Endpoints] = {}
+        self._problems: dict[Key, list[ObjectProblem]] = {}
+
+    @property
+    def problems(self) -> list[ObjectProblem]:
+        """What is wrong with objects that are not valid."""
+        return [problem for found in self._problems.values() for problem in found]
+
+    def update(self, key: Key, value: JSON | None) -> bool:
+        """Take in a Service or an EndpointSlice; returns whether it may matter."""
+        known = bool(self._problems.pop(key, None))
+        try:
+            parsed = None if value is None else parse_as(key.kind, value)
+        except InvalidObjectError as error:
+            name = f"{key.namespace}/{key.name}"
+            self._problems[key] = [ObjectProblem(key.kind, name, p) for p in error.problems]
+            return True
+        if key.kind == "Service":
+            return self._set_service(key, parsed) or known
+        return self._set_slice(key, parsed) or known
+
+    def announced(self, ranges: ServiceRanges, *, excluded: bool) -> frozenset[Net]:
+        """All that this node announces for services."""
+        return announced_services(ranges, self._addresses, self._endpoints, excluded=excluded)
+
+    def _set_service(self, key: Key, service: Resource | None) -> bool:
+        where = (key.namespace, key.name)
+        before = self._addresses.pop(where, None)
+        after = service_addresses(service) if isinstance(service, Service) else None
+        if after is not None:
+            self._addresses[where] = after
+        return before != after
+
+    def _set_slice(self, key: Key, found: Resource | None) -> bool:
+        changed = False
+        if key in self._slices:
+            where, _ = self._slices.pop(key)
+            self._of_service[where].discard(key)
+            changed = self._sum_up(where)
+        if isinstance(found, EndpointSlice) and found.service:
+            where = (key.namespace, found.service)
+            self._slices[key] = (where, endpoints_of(found, self._node))
+            self._of_service.setdefault(where, set()).add(key)
+            changed |= self._sum_up(where)
+        return changed
+
+    def _sum_up(self, where: ServiceKey) -> bool:
+        """Whether the endpoints of a service are elsewhere now."""
+        before = self._endpoints.pop(where, Endpoints())
+        after = Endpoints()
+        for key in self._of_service[where]:
+            after |= self._slices[key][1]
+        if self._of_service[where]:
+            self._endpoints[where] = after
+        else:
+            del self._of_service[where]
+        return before != after
 
 
 def _announced(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from api.errors import Problem
@@ -17,6 +17,7 @@ from bird_glue.config import (
     Listen,
     Neighbor,
 )
+from bird_glue.filters import Filter
 from bird_glue.peers import Peer, PeerType, greater
 from bird_glue.settings import Local, ObjectProblem
 
@@ -32,6 +33,7 @@ class Sessions:
 
     neighbors: dict[Net, Neighbor] = field(default_factory=dict)
     peers: dict[Net, Peer] = field(default_factory=dict)
+    filters: dict[Net, tuple[Filter, ...]] = field(default_factory=dict)
     problems: list[ObjectProblem] = field(default_factory=list)
 
     def refuse(self, peer: Peer, where: str, value: object, expected: str) -> None:
@@ -44,9 +46,10 @@ def plan_sessions(
     local: Local,
     hosts: frozenset[Net],
     source_of: Callable[[Net], Net | None],
+    filters: Mapping[str, Filter] | None = None,
 ) -> Sessions:
     """The sessions. ``hosts``: addresses this machine has; ``source_of``: the one that the
-    kernel would speak from.
+    kernel would speak from. ``filters``: the BGPFilters there are, by name.
     """
     sessions = Sessions()
     for peer in sorted(peers, key=lambda peer: (peer.address, _PRECEDENCE[peer.type])):
@@ -61,6 +64,7 @@ def plan_sessions(
                 _note_source(sessions, local, source)
             else:
                 sessions.peers[peer.address] = peer
+                sessions.filters[peer.address] = _filters(sessions, peer, filters or {})
                 sessions.neighbors[peer.address] = _neighbor(peer, local, source)
     return sessions
 
@@ -119,11 +123,15 @@ def _offered(sessions: Sessions, peer: Peer) -> bool:
         expected = "absent: not offered yet, so no session is made"
         sessions.refuse(peer, "spec.reachableBy", text, expected)
         return False
-    if peer.filters:
-        expected = "absent: BGPFilter is not offered yet, so no session is made"
-        sessions.refuse(peer, "spec.filters", list(peer.filters), expected)
-        return False
     return True
+
+
+def _filters(sessions: Sessions, peer: Peer, known: Mapping[str, Filter]) -> tuple[Filter, ...]:
+    for name in peer.filters:
+        if name not in known:
+            expected = "the name of a BGPFilter; until there is one no route passes"
+            sessions.refuse(peer, "spec.filters", name, expected)
+    return tuple(known.get(name) or Filter(name, missing=True) for name in peer.filters)
 
 
 def _note_second(sessions: Sessions, peer: Peer) -> None:

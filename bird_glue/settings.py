@@ -73,6 +73,8 @@ class Local:
     bind_node_address: bool
     priorities: Mapping[int, int]  # metric of learned routes, by IP version
     program_unencapsulated: bool  # whether learned routes of such pools are ours to program
+    communities: tuple[tuple[Net, tuple[str, ...]], ...] = ()  # for prefixes inside of one
+    ignored_interfaces: tuple[str, ...] = ()  # whose subnets BGP doesn't know; with wildcards
 
     @property
     def asn(self) -> int:
@@ -127,6 +129,22 @@ def local_settings(cluster: Cluster, name: str, router_id: str = "") -> Local | 
         },
         program_unencapsulated=spec.program_cluster_routes
         in (None, "Enabled", "EnabledNoEncapOnly"),
+        communities=prefix_communities(cluster, name),
+        ignored_interfaces=tuple(spec.ignored_interfaces),
+    )
+
+
+def prefix_communities(cluster: Cluster, name: str) -> tuple[tuple[Net, tuple[str, ...]], ...]:
+    """prefixAdvertisements of a node, else of the cluster, with the values of the names in it."""
+    own = cluster.configurations.get(f"node.{name}")
+    spec = own.spec if own and own.spec.prefix_advertisements else cluster.default
+    values = {community.name: community.value for community in spec.communities}
+    return tuple(
+        (
+            parse_net(advertisement.cidr),
+            tuple(dict.fromkeys(values.get(text, text) for text in advertisement.communities)),
+        )
+        for advertisement in spec.prefix_advertisements
     )
 
 

@@ -117,6 +117,7 @@ class KernelReader:
             [route for v in (V4, V6) for route in routes.read(version=v).values()],
             [address.host for v in (V4, V6) for address in addresses.read(version=v).values()],
             frozenset(link.index for link in links if link.running),
+            {link.index: link.name for link in links},
         )
 
     def silent(self, host: Net) -> bool:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from api.net import V4, Net, parse_net
-from bird_glue.advertise import Speaking, own_announcements, reflected_announcement
+from bird_glue.advertise import (
+    Speaking,
+    learned_announcement,
+    own_announcements,
+    own_routes,
+)
 from bird_glue.announcement import Announcement
 from bird_glue.announcer import attribute_words
 from bird_glue.decision import Path
+from bird_glue.filters import AddCommunity, Filter, PrefixMatch, PrependAsPath, Rule
 from bird_glue.messages import Attributes, Segment
+from bird_glue.nexthops import Topology
 from bird_glue.pools import PoolPolicy, Pools
+from kernel.routes import PROTO_FELIX, Hop, Route
 
 BLOCK, HIDDEN, OUTSIDE = (
     parse_net(text) for text in ("10.1.0.0/26", "10.2.0.0/26", "192.0.2.0/26")
 )
 POOLS = Pools(
-    [
+    (
         PoolPolicy(parse_net("10.1.0.0/16"), exported=True, programmed=True),
         PoolPolicy(parse_net("10.2.0.0/16"), exported=False, programmed=True),
-    ]
+    )
 )
 ROUTER = Speaking(64512, external=True, priority=1024)
 NODE = Speaking(64512, external=False, priority=1024)
@@ -33,7 +43,8 @@ PATH = Path(parse_net("10.0.0.1"), parse_net("10.0.0.9"), LEARNED)
 
 
 def own(speaking: Speaking) -> dict[Net, str]:
-    found = own_announcements((BLOCK, HIDDEN, OUTSIDE), POOLS, V4, speaking)
+    routes = own_routes((BLOCK, HIDDEN, OUTSIDE), (), POOLS, Topology())
+    found = own_announcements(routes, V4, speaking)
     return {net: words(announcement, speaking) for net, announcement in found.items()}
 
 
@@ -43,7 +54,9 @@ def words(announcement: Announcement, to: Speaking) -> str:
 
 
 def reflected(learned: Speaking, to: Speaking, path: Path = PATH) -> str | None:
-    found = reflected_announcement(path, learned, to, own_cluster_id=9, router_id=0x0A000001)
+    found = learned_announcement(
+        BLOCK, path, learned, to, cluster_id=9, router_id=0x0A000001, told=True
+    )
     return None if found is None else words(found, to)
 
 
@@ -52,7 +65,7 @@ def test_own_blocks_exactly_and_none_of_a_pool_that_is_not_exported() -> None:
     # 2^31 - 1 - 1024, as a Calico node announces a route of normal priority
     preferred = "next-hop self origin igp local-preference 2147482623"
     assert own(NODE) == dict.fromkeys((BLOCK, OUTSIDE), preferred)
-    assert own_announcements((BLOCK,), POOLS, 6, NODE) == {}
+    assert own_announcements(own_routes((BLOCK,), (), POOLS, Topology()), 6, NODE) == {}
 
 
 def test_who_hears_of_a_learned_route() -> None:
@@ -88,3 +101,106 @@ def test_well_known_communities_are_honoured() -> None:
     assert reflected(CLIENT, NODE, no_export)
     no_advertise = PATH._replace(attributes=Attributes(communities=("65535:65282",)))
     assert reflected(CLIENT, NODE, no_advertise) is None
+
+
+def test_only_a_reflector_tells_on_inside_of_pools() -> None:
+    def told(*, cluster_id: int | None, told: bool) -> bool:
+        found = learned_announcement(
+            BLOCK, PATH, CLIENT, ROUTER, cluster_id=cluster_id, router_id=1, told=told
+        )
+        return found is not None
+
+    assert told(cluster_id=9, told=True)
+    assert not told(cluster_id=9, told=False)
+    assert not told(cluster_id=None, told=True)
+
+
+HOST, OWN_HOST, STATIC, LAN = (
+    parse_net(text) for text in ("10.1.5.7", "10.1.0.7", "198.51.100.0/24", "10.0.0.0/24")
+)
+TOPOLOGY = Topology(
+    [
+        Route(HOST, (Hop(7),), protocol=PROTO_FELIX),
+        Route(OWN_HOST, (Hop(7),), protocol=PROTO_FELIX),
+        Route(parse_net("10.2.0.9"), (Hop(7),), protocol=PROTO_FELIX),
+        Route(parse_net("192.0.2.99"), (Hop(7),), protocol=PROTO_FELIX),
+        Route(parse_net("10.1.9.9"), (Hop(8, 5),), protocol=PROTO_FELIX),  # a tunnel's
+        Route(STATIC, (Hop(2, 1),), protocol=4),
+        Route(LAN, (Hop(2),), protocol=4),
+        Route(parse_net("172.17.0.0/16"), (Hop(3),), protocol=4),
+        Route(parse_net("169.254.1.1"), (Hop(7),), protocol=4),
+    ],
+    names={2: "eth0", 3: "docker0", 7: "cali1", 8: "vxlan.calico"},
+)
+
+
+def all_told(speaking: Speaking, *, services: tuple[Net, ...] = ()) -> set[Net]:
+    routes = own_routes((BLOCK, HIDDEN), services, POOLS, TOPOLOGY, ("docker*",))
+    return set(own_announcements(routes, V4, speaking))
+
+
+def test_addresses_of_pods_outside_of_own_blocks() -> None:
+    """Borrowed ones: inside of a pool that is announced, and routed to a pod here."""
+    assert all_told(NODE) == all_told(ROUTER) == {BLOCK, HOST}
+    service = parse_net("10.96.0.0/12")
+    assert all_told(ROUTER, services=(service,)) == {BLOCK, HOST, service}
+
+
+def with_rules(speaking: Speaking, *rules: Rule) -> Speaking:
+    return replace(speaking, filters=(Filter("f", export_v4=rules),))
+
+
+def test_a_filter_takes_away_and_adds() -> None:
+    none = with_rules(ROUTER, Rule(accept=False))
+    assert all_told(none) == set()
+    every = with_rules(ROUTER, Rule(accept=True))
+    # what the kernel has, but no pods inside of own blocks, no link-local, no ignored interface
+    assert all_told(every) == {BLOCK, HIDDEN, HOST, STATIC, LAN, parse_net("192.0.2.99")}
+    by_interface = with_rules(ROUTER, Rule(accept=True, interface="eth*"))
+    assert all_told(by_interface) == {BLOCK, HOST, STATIC, LAN}
+    learned = with_rules(ROUTER, Rule(accept=False, remote=True))
+    assert all_told(learned) == {BLOCK, HOST}
+    assert all_told(replace(ROUTER, filters=(Filter("gone", missing=True),))) == set()
+
+
+def test_a_filter_lets_learned_routes_through_where_bgp_permits() -> None:
+    accept = Rule(accept=True, prefix=PrefixMatch(BLOCK, 26, 32), remote=True)
+
+    def told(learned: Speaking, to: Speaking, cluster_id: int | None = None) -> bool:
+        to = with_rules(to, accept)
+        found = learned_announcement(
+            BLOCK, PATH, learned, to, cluster_id=cluster_id, router_id=1, told=False
+        )
+        return found is not None
+
+    assert told(ROUTER, ROUTER)
+    assert told(NODE, ROUTER)
+    assert told(ROUTER, NODE)
+    assert not told(NODE, NODE)  # RFC 4456 6
+    assert not told(NODE, NODE, cluster_id=9)
+    assert told(CLIENT, NODE, cluster_id=9)
+
+
+def test_what_a_filter_changes() -> None:
+    operations = (AddCommunity("65001:7"), AddCommunity("1:2:3"), PrependAsPath((64512, 64513)))
+    changing = Rule(accept=True, operations=operations)
+    assert own(with_rules(ROUTER, changing))[BLOCK] == (
+        "next-hop self origin igp as-path [ 64512 64512 64513 ] "
+        "community [ 65001:7 ] large-community [ 1:2:3 ]"
+    )
+
+
+def test_communities_of_prefixes() -> None:
+    communities = (
+        (parse_net("10.1.0.0/16"), ("65001:1", "1:2:3")),
+        (BLOCK, ("65001:2", "65001:1")),
+        (OUTSIDE, ("65001:9",)),
+    )
+    speaking = replace(ROUTER, communities=communities)
+    assert own(speaking) == {
+        BLOCK: ("next-hop self origin igp community [ 65001:1 65001:2 ] large-community [ 1:2:3 ]"),
+        OUTSIDE: "next-hop self origin igp community [ 65001:9 ]",
+    }
+    # as Calico: what a filter accepts is told as the filter leaves it
+    accepted = with_rules(speaking, Rule(accept=True))
+    assert own(accepted)[BLOCK] == "next-hop self origin igp"

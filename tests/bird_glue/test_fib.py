@@ -22,7 +22,7 @@ A, B = parse_net("10.0.0.1"), parse_net("10.0.0.2")
 NET, OTHER, BLOCK = (parse_net(t) for t in ("10.50.0.0/24", "10.51.0.0/24", "10.1.0.0/26"))
 SUBNET = parse_net("10.0.0.0/24")
 METRICS = {V4: 1024, V6: 1024}
-POOLS = Pools([PoolPolicy(parse_net("10.51.0.0/16"), exported=True, programmed=False)])
+POOLS = Pools((PoolPolicy(parse_net("10.51.0.0/16"), exported=True, programmed=False),))
 
 
 class Kernel:

@@ -14,7 +14,6 @@ import yaml
 from api.bgpfilter import BGPFilter
 from api.net import BITS, V4, V6, Net, format_address, parse_net
 from api.registry import parse_as
-from api.services import SERVICE_NAME, EndpointSlice, Service
 from bird_glue.fib import blackhole
 from bird_glue.filters import (
     AddCommunity,
@@ -28,13 +27,7 @@ from bird_glue.filters import (
 )
 from bird_glue.peers import Peer, PeerType, desired_peers
 from bird_glue.resources import Resources
-from bird_glue.services import (
-    EXCLUDED,
-    announced_services,
-    endpoints_of,
-    service_addresses,
-    service_ranges,
-)
+from bird_glue.services import EXCLUDED, Services, service_ranges
 from bird_glue.settings import local_settings
 from datastore.follower import Update
 from datastore.interface import Key
@@ -206,30 +199,17 @@ def services_of(case_id: str) -> frozenset[Net]:
     if case_id in BASES:
         return frozenset()  # what was recorded there has no services of its own
     cluster, _ = cluster_of(case_id)
-    services, slices = {}, []
+    services = Services(case["node"])
     for document in yaml.safe_load_all(case["kubectl_input_yaml"] or ""):
-        if not document:
-            continue
-        document["metadata"].setdefault("namespace", "default")
-        parsed = parse_as(document["kind"], document)
-        if isinstance(parsed, Service):
-            services[parsed.metadata.namespace or "", parsed.name] = parsed
-        elif isinstance(parsed, EndpointSlice):
-            slices.append(parsed)
-    addresses = {key: service_addresses(service) for key, service in services.items()}
-    endpoints = {
-        key: endpoints_of(
-            [s for s in slices if s.metadata.labels.get(SERVICE_NAME) == key[1]], case["node"]
-        )
-        for key in services
-    }
+        if document:
+            metadata = document["metadata"]
+            metadata.setdefault("namespace", "default")
+            key = Key(document["kind"], metadata["name"], metadata["namespace"])
+            services.update(key, document)
+    assert services.problems == []
     labels = cluster.nodes[case["node"]].metadata.labels
-    return announced_services(
-        service_ranges(cluster.default),
-        {key: found for key, found in addresses.items() if found},
-        endpoints,
-        excluded=labels.get(EXCLUDED) == "true",
-    )
+    excluded = labels.get(EXCLUDED) == "true"
+    return services.announced(service_ranges(cluster.default), excluded=excluded)
 
 
 @pytest.mark.parametrize("case_id", CASES or ["-"])

@@ -144,7 +144,7 @@ def test_what_is_refused_and_why() -> None:
             A, NET, next_hop=parse_net("10.0.0.100")
         ): "its next hop is an address of this node",
         announce(A, parse_net("10.1.0.0/26")): "it is inside a block of this node",
-        announce(A, parse_net("10.1.0.5/32")): "it is inside a block of this node",
+        announce(A, parse_net("10.1.0.4/30")): "it is inside a block of this node",
         announce(A, parse_net("10.0.0.0/24")): "it is a subnet this node is on",
         announce(A, parse_net("10.0.0.100/32")): "it is an address of this node",
         announce(A, parse_net("10.0.0.1/32")): "it is its own next hop",
@@ -263,3 +263,12 @@ def test_result_is_that_of_a_recomputation_in_any_order(
         assert selection.hops
         assert all(hop.gateway is not None and hop.ifindex == 2 for hop in selection.hops)
         assert all(p.next_hop.version == V4 for p in selection.paths)
+
+
+def test_an_address_of_our_block_may_be_borrowed_by_another_node() -> None:
+    block, host = parse_net("10.1.0.0/26"), parse_net("10.1.0.5/32")
+    rib = make(announce(A, host), guard=Guard(blocks=(block,)))
+    assert rib.selected[host].best.peer == A
+    # a block of one address has nothing to lend
+    rib = make(announce(A, host), guard=Guard(blocks=(host,)))
+    assert rib.selected == {}

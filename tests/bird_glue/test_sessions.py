@@ -10,6 +10,7 @@ from pathlib import Path
 from api.net import Net, format_address, parse_net
 from bird_glue.config import Listen, Neighbor, environment, listening, render
 from bird_glue.configfile import ConfigurationFile
+from bird_glue.filters import Filter, Rule
 from bird_glue.peers import Peer, PeerType
 from bird_glue.sessions import Sessions, listen, plan_sessions
 from bird_glue.settings import ClusterNode, Local
@@ -74,7 +75,6 @@ def test_one_session_with_an_address_and_a_bgppeer_before_the_mesh() -> None:
 def test_what_is_not_offered_makes_no_session_rather_than_another_one() -> None:
     for change, field in (
         ({"password": True}, "spec.password"),
-        ({"filters": ("f",)}, "spec.filters"),
         ({"reachable_by": TOR}, "spec.reachableBy"),
     ):
         found = plan(replace(BASE, **change), MESH)
@@ -140,3 +140,11 @@ def test_a_session_exabgp_refuses_takes_no_other_down(tmp_path: Path) -> None:
     text = file.path.read_text()
     assert "neighbor 10.0.0.1 " in text
     assert "neighbor 10.0.0.6 " not in text
+
+
+def test_a_filter_that_is_missing_lets_nothing_pass() -> None:
+    known = Filter("a", import_v4=(Rule(accept=True),))
+    peer = replace(BASE, filters=("a", "b"))
+    found = plan_sessions([peer], LOCAL, HOSTS, lambda address: None, {"a": known})
+    assert found.filters == {TOR: (known, Filter("b", missing=True))}
+    assert problems(found) == [("BGPPeer", "tor", "spec.filters")]
