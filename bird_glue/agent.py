@@ -21,6 +21,7 @@ from bird_glue.core import Core
 from bird_glue.detector import Detector, FromDetector, Timing
 from bird_glue.fib import Fib
 from bird_glue.resources import KINDS
+from bird_glue.services import SERVICE_KINDS
 from bird_glue.speaker import Speaker
 from bird_glue.status import Request, StatusServer, status_answer
 from bird_glue.watch import KernelChanged, KernelReader, KernelWatch, source_of
@@ -44,7 +45,11 @@ class Stop:
     """Put on the queue: end, and leave everything as it is."""
 
 
-Item = Update | InSync | FromRelay | FromDetector | KernelChanged | Request | Stop
+class ServicesInSync:
+    """Put on the queue: all Services and EndpointSlices are known."""
+
+
+Item = Update | InSync | FromRelay | FromDetector | KernelChanged | Request | ServicesInSync | Stop
 
 
 class Agent:
@@ -82,7 +87,9 @@ class Agent:
             source_of=source_of,
         )
         self._watch = KernelWatch(self._queue.put)
+        self._store = store
         self._follower = Follower(store, KINDS, self._queue.put)
+        self._service_follower: Follower | None = None
         self._status = StatusServer(run_dir, self._queue.put)
         self._stopping = False
         self._leaving: list[Request] = []
@@ -107,6 +114,8 @@ class Agent:
             self._refuse_requests()
             self._status.stop()
             self._follower.stop()
+            if self._service_follower:
+                self._service_follower.stop()
             self._watch.stop()
             self._speaker.close()
             if os.getpid() == _INIT:  # all that runs here ends with us
@@ -121,12 +130,23 @@ class Agent:
         if now >= self._read_due:
             self._read_kernel(now)
         self._core.reconcile(now)
+        self._watch.blocks = self._core.blocks
+        self._follow_services()
         self._go_on_leaving(now)
         self._detector.step(now)
         dues = (self._core.next_due(now), self._detector.next_due(now), self._read_due)
         due = min(time for time in dues if time is not None)
         for item in self._take(max(0.0, due - time.monotonic())):
             self._handle(item, time.monotonic())
+
+    def _follow_services(self) -> None:
+        """Follow what there may be much of only where it is needed; from then on it is kept."""
+        if self._service_follower is None and self._core.wants_services:
+            self._service_follower = Follower(self._store, SERVICE_KINDS, self._take_service)
+            self._service_follower.start()
+
+    def _take_service(self, item: Update | InSync) -> None:
+        self._queue.put(ServicesInSync() if isinstance(item, InSync) else item)
 
     def _take(self, seconds: float) -> list[Item]:
         """All that is on the queue; waits for the first."""
@@ -152,6 +172,8 @@ class Agent:
                 self._core.update(item)
             case InSync():
                 self._core.in_sync()
+            case ServicesInSync():
+                self._core.services_in_sync()
             case KernelChanged():
                 self._read_due = min(self._read_due, now + _READ_PAUSE)
             case Request(command="status"):

@@ -27,6 +27,7 @@ from bird_glue.peers import desired_peers
 from bird_glue.pools import Pools
 from bird_glue.resources import Resources
 from bird_glue.rib import Rib
+from bird_glue.services import SERVICE_KINDS
 from bird_glue.sessions import Sessions, listen, plan_sessions
 from bird_glue.settings import Local, ObjectProblem, local_settings
 from bird_glue.status import BgpStatus, PeerStatus
@@ -45,6 +46,7 @@ _LOCKED = ObjectProblem(
         " manxctl datastore migrate unlock",
     ),
 )
+SERVICES_SECONDS = 10.0  # how long announcements wait for services at the start
 HOLD_SECONDS = 120.0  # how long routes of an earlier run are kept for peers that don't come
 
 
@@ -86,11 +88,31 @@ class Core:
         self._configure_due = False
         self._advertise_due = False
         self._hold_until: float | None = None
+        self._services_in_sync = False
+        self._services_until: float | None = None
+
+    @property
+    def blocks(self) -> tuple[Net, ...]:
+        """The blocks of this node."""
+        return self._blocks
+
+    @property
+    def wants_services(self) -> bool:
+        """Whether Services and EndpointSlices decide about what is announced."""
+        return self._local is not None and bool(self._resources.ranges)
+
+    def services_in_sync(self) -> None:
+        """All Services and EndpointSlices are known."""
+        self._services_in_sync = True
+        self._advertise_due = True
 
     def update(self, update: Update) -> None:
         """A resource changed."""
         if self._resources.update(update):
-            self._configure_due = True
+            if update.key.kind in SERVICE_KINDS:
+                self._advertise_due = True
+            else:
+                self._configure_due = True
 
     def in_sync(self) -> None:
         """All resources are known."""
@@ -158,7 +180,7 @@ class Core:
         self._fib.apply(now)
         if changes and self._tells_on(self._local):
             self._advertise_due = True
-        if self._advertise_due:
+        if self._advertise_due and self._knows_services(now):
             self._advertise_due = False
             self._advertise(self._local)
         for event in self._engine.step(now):
@@ -171,7 +193,19 @@ class Core:
         due = [self._engine.next_due(now), self._routes.next_deadline(), self._fib.next_retry()]
         if self._fib.holding:
             due += [self._hold_until, self._routes.next_settled(now)]
+        if self._advertise_due:
+            due.append(self._services_until)
         return min((time for time in due if time is not None), default=None)
+
+    def _knows_services(self, now: float) -> bool:
+        """Whether to announce: not before services are known, lest those of an earlier run be
+        withdrawn for a moment; but other routes can't wait for them for long.
+        """
+        if self._services_in_sync or not self.wants_services:
+            return True
+        if self._services_until is None:
+            self._services_until = now + SERVICES_SECONDS
+        return now >= self._services_until
 
     def _let_go(self, now: float) -> None:
         """Routes of an earlier run go when all peers have told theirs, or time is up."""

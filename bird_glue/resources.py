@@ -18,7 +18,13 @@ from api.node import Node
 from api.registry import parse_as
 from bird_glue.filters import Filter, compile_filter
 from bird_glue.pools import Pools, pool_policy
-from bird_glue.services import EXCLUDED, SERVICE_KINDS, Services, service_ranges
+from bird_glue.services import (
+    EXCLUDED,
+    SERVICE_KINDS,
+    ServiceRanges,
+    Services,
+    service_ranges,
+)
 from bird_glue.settings import Cluster, ObjectProblem
 from datastore.follower import Update
 from datastore.interface import JSON, Key
@@ -31,6 +37,7 @@ KINDS = (
     *("IPPool", "BlockAffinity"),
 )
 _CLUSTER = Key("ClusterInformation", "default")
+_CONFIGURATION = Key("BGPConfiguration", "default")
 _CONFIRMED = ("confirmed", "")  # "" is an old spelling
 
 R = TypeVar("R", bound=Resource)
@@ -40,6 +47,7 @@ class Resources:
     """Parsed objects. One that is not valid keeps its last valid version, if it had one.
 
     ``locked``: the datastore is being moved; until that ends the objects are as they were.
+    ``ranges``: of service addresses to announce.
     """
 
     def __init__(self, node: str) -> None:
@@ -49,6 +57,7 @@ class Resources:
         self._waiting: dict[Key, Update] = {}
         self.locked = False
         self.services = Services(node)
+        self.ranges = ServiceRanges()
 
     @property
     def problems(self) -> list[ObjectProblem]:
@@ -59,8 +68,7 @@ class Resources:
     @property
     def usable(self) -> bool:
         """Whether the cluster's BGPConfiguration is known; never guess an AS number."""
-        default = Key("BGPConfiguration", "default")
-        return default not in self._problems or default in self._objects
+        return _CONFIGURATION not in self._problems or _CONFIGURATION in self._objects
 
     def update(self, update: Update) -> bool:
         """Take in a change; returns whether it matters now."""
@@ -92,6 +100,8 @@ class Resources:
             value = None
         if value is None:
             self._problems.pop(key, None)
+            if key == _CONFIGURATION:
+                self.ranges = ServiceRanges()
             return self._objects.pop(key, None) is not None
         try:
             parsed = parse_as(key.kind, value)
@@ -102,6 +112,8 @@ class Resources:
             return True
         self._problems.pop(key, None)
         self._objects[key] = parsed
+        if key == _CONFIGURATION and isinstance(parsed, BGPConfiguration):
+            self.ranges = service_ranges(parsed.spec)
         return True
 
     def _is_own(self, value: JSON) -> bool:
@@ -119,11 +131,10 @@ class Resources:
     def pools(self, program_unencapsulated: bool) -> Pools:
         """What the IP pools say."""
         found = sorted(self._of(IPPool).items())
-        ranges = service_ranges(self.cluster().default)
         return Pools(
             tuple(pool_policy(pool.spec, program_unencapsulated) for _, pool in found),
-            services=tuple(sorted(ranges.whole)),
-            told_on=ranges.reflected,
+            services=tuple(sorted(self.ranges.whole)),
+            told_on=self.ranges.reflected,
         )
 
     def filters(self) -> dict[str, Filter]:
@@ -144,7 +155,6 @@ class Resources:
 
     def announced_services(self, node: str) -> frozenset[Net]:
         """What a node announces for services."""
-        cluster = self.cluster()
-        labels = cluster.nodes[node].metadata.labels if node in cluster.nodes else {}
-        excluded = labels.get(EXCLUDED) == "true"
-        return self.services.announced(service_ranges(cluster.default), excluded=excluded)
+        found = self._objects.get(Key("Node", node))
+        excluded = found is not None and found.metadata.labels.get(EXCLUDED) == "true"
+        return self.services.announced(self.ranges, excluded=excluded)

@@ -46,6 +46,9 @@ class ServiceRanges:
     load_balancer: tuple[Net, ...] = ()
     aggregated: bool = True
 
+    def __bool__(self) -> bool:
+        return bool(self.cluster or self.external or self.load_balancer)
+
     @property
     def whole(self) -> frozenset[Net]:
         """The ranges that every node announces; what is learned inside of them is not used."""

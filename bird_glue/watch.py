@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from api.net import V4, V6, Net, format_address, host_net
+from api.net import BITS, V4, V6, Net, format_address, host_net
 from bird_glue.nexthops import Topology
 from kernel.addresses import RTM_DELADDR, RTM_NEWADDR, Addresses
 from kernel.links import RTM_DELLINK, RTM_NEWLINK, Links, parse_link
@@ -26,7 +26,10 @@ from kernel.routes import (
 
 # RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE
 _GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
-_PROTOCOL_OFFSET = 5  # of rtm_protocol in struct rtmsg
+_RTMSG_SIZE = 12  # of struct rtmsg, with rtm_dst_len and rtm_protocol at these offsets:
+_LENGTH_OFFSET = 1
+_PROTOCOL_OFFSET = 5
+_RTA_DST = 1
 _AF_BRIDGE = 7
 _POD_PREFIX = "cali"
 _RTM_GETNEIGH = 30
@@ -44,11 +47,13 @@ class KernelChanged:
 class KernelWatch:
     """A thread that tells ``sink`` of changes, once until ``rearm`` is called.
 
-    Interfaces and routes of pods are left out. ``stop`` may come from any thread, once.
+    Interfaces of pods are left out, and routes to pods inside of ``blocks``. ``stop`` may come
+    from any thread, once.
     """
 
     def __init__(self, sink: Callable[[KernelChanged], object]) -> None:
         self._sink = sink
+        self.blocks: tuple[Net, ...] = ()
         self._socket = NetlinkSocket(groups=_GROUPS)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._told = threading.Event()
@@ -86,20 +91,31 @@ class KernelWatch:
             if error.errno != errno.ENOBUFS:
                 raise
             return True
-        return any(map(_matters, messages))
+        blocks = self.blocks
+        return any(_matters(message, blocks) for message in messages)
 
 
-def _matters(message: Message) -> bool:
+def _matters(message: Message, blocks: tuple[Net, ...]) -> bool:
     if message.type in (RTM_NEWROUTE, RTM_DELROUTE):
         protocol = message.body[_PROTOCOL_OFFSET]
         if protocol == PROTO_BGP:
             return message.type == RTM_DELROUTE  # by us, or by someone who should not
-        return protocol != PROTO_FELIX
+        return protocol != PROTO_FELIX or _is_borrowed(message.body, blocks)
     if message.type in (RTM_NEWLINK, RTM_DELLINK):
         return message.body[0] != _AF_BRIDGE and not parse_link(message.body).name.startswith(
             _POD_PREFIX
         )
     return message.type in (RTM_NEWADDR, RTM_DELADDR)
+
+
+def _is_borrowed(route: bytes, blocks: tuple[Net, ...]) -> bool:
+    """Whether a route of felix is to an address outside of the node's blocks."""
+    version = V4 if route[0] == socket.AF_INET else V6
+    destination = attributes(route, _RTMSG_SIZE).get(_RTA_DST, b"")
+    if route[_LENGTH_OFFSET] != BITS[version] or not destination:
+        return False
+    host = host_net(version, int.from_bytes(destination, "big"))
+    return not any(block.contains(host) for block in blocks)
 
 
 class KernelReader:
