@@ -1,0 +1,274 @@
+"""BIRD's configuration: the sessions, what is accepted and told, what goes to the kernel.
+
+Tables: ``igp4`` holds what the kernel and the interfaces say, and next hops are looked up in
+it; ``master4`` holds what peers told, and of this node's own routes those that some peer is
+told. An own route carries the attributes that most peers are told; the filter of a peer that
+is told other ones, or nothing, says so. Thus a new block changes one static route and no
+filter of a peer. BIRD User's Guide, chapters 3, 5 and 6.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from api.net import V4, V6, Net, format_address
+from bird_glue.advertise import Speaking
+from bird_glue.announcement import Announcement, Announcements
+from bird_glue.bird_filters import (
+    EXTERNAL,
+    block,
+    changed,
+    community,
+    forbidden,
+    import_body,
+    pool_functions,
+    prefix_set,
+    rules,
+)
+from bird_glue.config import Neighbor
+from bird_glue.engine import Intent
+from bird_glue.filters import Direction, PrependAsPath
+from kernel.routes import PROTO_BGP, PROTO_FELIX
+
+# How long routes of an earlier run are kept, and announcements of new ones wait, for peers
+# that don't come back; all that BIRD offers is one time for both.
+RECOVERY_SECONDS = 30
+_ANNOUNCED = "manx_announced"  # an attribute of our own: most peers are told the route
+_LOG_BYTES = 1 << 20
+_WAYS = 64  # of one route
+_VERSIONS = (V4, V6)
+_ORIGINS = ("ORIGIN_IGP", "ORIGIN_EGP", "ORIGIN_INCOMPLETE")
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Own routes of one IP version: what most peers are told, and per peer what differs.
+
+    A difference of None: the peer is not told.
+    """
+
+    base: Mapping[Net, Announcement]
+    different: Mapping[Net, Mapping[Net, Announcement | None]]
+
+
+def protocol_name(peer: Net) -> str:
+    """``peer_10_0_0_1``; distinct for distinct addresses."""
+    return "peer_" + format_address(*peer[:2]).replace(".", "_").replace(":", "_")
+
+
+def render(intent: Intent, wanted: Mapping[Net, Announcements], run_dir: Path) -> str:
+    """The configuration file. ``wanted``: own routes, per peer."""
+    router_id = format_address(V4, intent.guard.router_id)
+    log = run_dir / "bird.log"
+    parts = [
+        f'log "{log}" {_LOG_BYTES} "{log}.1" '
+        "{ info, remote, warning, error, auth, fatal, bug };\n"
+        f"router id {router_id};\n"
+        "timeformat protocol iso long ms;\n"
+        f"graceful restart wait {RECOVERY_SECONDS};\n"
+        f"attribute int {_ANNOUNCED};\n"
+        f"attribute int {EXTERNAL};\n"
+        "ipv4 table igp4;\n"
+        "ipv6 table igp6;\n"
+        "protocol device { scan time 10; }\n"
+        "protocol direct {\n"
+        "  ipv4 { table igp4; };\n"
+        "  ipv6 { table igp6; };\n"
+        "  check link;\n"
+        '  interface -"cali*", "*";\n'
+        "}\n"
+    ]
+    for version in _VERSIONS:
+        parts.append(forbidden(intent.guard, version))
+        parts.append(pool_functions(intent.pools, version))
+        parts.append(_kernel(version, intent.metrics[version]))
+        told = {peer: routes for peer, routes in wanted.items() if peer.version == version}
+        own = divide(told, intent.speaking)
+        parts.append(_statics(version, own.base))
+        parts.append(_sessions(intent, version, own))
+    return "".join(parts)
+
+
+def divide(wanted: Mapping[Net, Announcements], speaking: Mapping[Net, Speaking]) -> Own:
+    """What most peers are told, iBGP before eBGP, and what the others are told instead."""
+    groups: list[tuple[Announcements, list[Net]]] = []
+    for peer, told in wanted.items():
+        for known, peers in groups:
+            if known == told and speaking[peers[0]].external == speaking[peer].external:
+                peers.append(peer)
+                break
+        else:
+            groups.append((told, [peer]))
+    groups.sort(key=lambda group: (speaking[group[1][0]].external, -len(group[1])))
+    base: dict[Net, Announcement] = {}
+    for told, _ in groups:
+        base = {**told, **base}
+    different: dict[Net, Mapping[Net, Announcement | None]] = {}
+    for told, peers in groups:
+        external = speaking[peers[0]].external
+        found = {
+            net: told.get(net)
+            for net, usual in base.items()
+            if told.get(net) != _as_told(usual, external)
+        }
+        different.update(dict.fromkeys(peers, found))
+    return Own(base, different)
+
+
+def _as_told(announcement: Announcement, external: bool) -> Announcement:
+    """What arrives: eBGP carries no local preference."""
+    if not external:
+        return announcement
+    attributes = replace(announcement.attributes, local_preference=None)
+    return Announcement(announcement.next_hop, attributes)
+
+
+def _kernel(version: int, metric: int) -> str:
+    """``ip route show proto bird metric METRIC``; and what others have put into the kernel."""
+    ours = f"krt_source != {PROTO_FELIX} && krt_source != {PROTO_BGP}"
+    return (
+        f"filter kernel_v{version} {{\n"
+        f"  if source = RTS_BGP then {{ if programs_v{version}() then accept; }}\n"
+        "  reject;\n"
+        "}\n"
+        f"protocol kernel kernel{version} {{\n"
+        f"  learn; persist; graceful restart on; scan time 10; metric {metric};\n"
+        f"  merge paths on limit {_WAYS};\n"
+        f"  ipv{version} {{ import where {ours}; export filter kernel_v{version}; }};\n"
+        "}\n"
+        f"protocol pipe igp_v{version} {{\n"
+        f"  table master{version}; peer table igp{version};\n"
+        "  import none; export where source = RTS_INHERIT;\n"
+        "}\n"
+    )
+
+
+def _statics(version: int, base: Mapping[Net, Announcement]) -> str:
+    lines = [f"ipv{version};"]
+    for net, announcement in sorted(base.items()):
+        attributes = " ".join([f"{_ANNOUNCED} = 1;", *_attributes(announcement)])
+        lines.append(f"route {net} blackhole {{ {attributes} }};")
+    return block(f"protocol static own_v{version}", lines)
+
+
+def _attributes(announcement: Announcement) -> Iterable[str]:
+    """Statements that give a route without attributes these."""
+    next_hop, attributes = announcement
+    if next_hop is not None:
+        yield f"bgp_next_hop = {format_address(*next_hop[:2])};"
+    yield f"bgp_origin = {_ORIGINS[attributes.origin]};"
+    if attributes.local_preference is not None:
+        yield f"bgp_local_pref = {attributes.local_preference};"
+    if attributes.med is not None:
+        yield f"bgp_med = {attributes.med};"
+    for segment in reversed(attributes.as_path):
+        yield from changed(PrependAsPath(segment.asns))
+    for value in attributes.communities:
+        yield f"bgp_community.add({community(value)});"
+    for value in attributes.large_communities:
+        yield f"bgp_large_community.add({community(value)});"
+
+
+def _sessions(intent: Intent, version: int, own: Own) -> str:
+    filters: dict[str, str] = {}
+    protocols = []
+    for address, neighbor in intent.neighbors.items():
+        if address.version == version:
+            accepted = import_body(intent.sessions[address], version)
+            told = _export_body(intent, address, own.different.get(address, {}))
+            names = _filter(filters, "accepted", accepted), _filter(filters, "told", told)
+            protocols.append(_session(intent, neighbor, *names))
+    return "".join([*filters.values(), *protocols])
+
+
+def _filter(filters: dict[str, str], kind: str, lines: list[str]) -> str:
+    """The name of the filter with these lines, which is written once for all that have it."""
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    name = f"{kind}_{digest}"
+    filters.setdefault(name, block(f"filter {name}", lines))
+    return name
+
+
+def _export_body(
+    intent: Intent, address: Net, different: Mapping[Net, Announcement | None]
+) -> list[str]:
+    """The filter for what a peer is told; see ``advertise.learned_announcement``."""
+    to = intent.speaking[address]
+    version = address.version
+    lines = [
+        "if source = RTS_STATIC then {",
+        *_differences(different),
+        f"if defined({_ANNOUNCED}) then accept;",
+        "reject; }",
+        "if source != RTS_BGP then reject;",
+        *rules(to.filters, Direction.EXPORT, version, external=to.external),
+    ]
+    if intent.guard.cluster_id is None:
+        return [*lines, "reject;"]
+    if to.external:
+        lines.append(f"if defined({EXTERNAL}) then reject;")
+    lines.append(f"if ! tells_on_v{version}() then reject;")
+    for net, values in to.communities:
+        if net.version == version:
+            added = " ".join(f"{_add(value)}" for value in values)
+            lines.append(f"if net ~ [ {net}+ ] then {{ {added} }}")
+    return [*lines, "accept;"]
+
+
+def _add(value: str) -> str:
+    name = "bgp_large_community" if value.count(":") == 2 else "bgp_community"
+    return f"{name}.add({community(value)});"
+
+
+def _differences(different: Mapping[Net, Announcement | None]) -> list[str]:
+    groups: dict[Announcement | None, list[str]] = {}
+    for net, announcement in sorted(different.items()):
+        groups.setdefault(announcement, []).append(f"{net}{{{net.length},{net.length}}}")
+    lines = []
+    for announcement, nets in groups.items():
+        body = "reject;"
+        if announcement is not None:
+            forget = (
+                "unset(bgp_local_pref); unset(bgp_med); unset(bgp_path); "
+                "unset(bgp_community); unset(bgp_large_community);"
+            )
+            body = " ".join([forget, *_attributes(announcement), "accept;"])
+        lines.append(f"if net ~ {prefix_set(nets)} then {{ {body} }}")
+    return lines
+
+
+def _session(intent: Intent, neighbor: Neighbor, accepted: str, told: str) -> str:
+    address, version = neighbor.address, neighbor.address.version
+    to = intent.speaking[address]
+    listen = intent.listen
+    lines = [
+        f"local {format_address(*neighbor.local[:2])} port {listen.port} as {neighbor.local_as};",
+        f"neighbor {format_address(*address[:2])} port {neighbor.port} as {neighbor.remote_as};",
+        f"multihop {neighbor.ttl_security or ''};",
+        f"hold time {neighbor.hold_seconds};",
+        f"graceful restart on; graceful restart time {neighbor.restart_seconds};",
+        "connect delay time 1; connect retry time 3; error wait time 1, 5;",
+        # loops are looked for in the filter, which also knows the node's other AS number
+        "allow local as; med metric on;",
+    ]
+    if neighbor.ttl_security:
+        lines.append("ttl security on;")
+    if neighbor.passive:
+        lines.append("passive;")
+    if not {"0.0.0.0", "::"} & set(listen.addresses):
+        lines.append("strict bind;")
+    if intent.guard.cluster_id is not None and not neighbor.external:
+        lines.append(f"rr cluster id {format_address(V4, intent.guard.cluster_id)};")
+        if to.cluster_id is not None:
+            lines.append("rr client;")
+    channel = f"import keep filtered; import filter {accepted}; export filter {told};"
+    channel += f" gateway recursive; igp table igp{version};"
+    if to.next_hop_self or (to.external and not to.next_hop_keep):
+        channel += " next hop self;"
+    elif to.next_hop_keep:
+        channel += " next hop keep;"
+    lines.append(f"ipv{version} {{ {channel} }};")
+    return block(f"protocol bgp {protocol_name(address)}", lines)

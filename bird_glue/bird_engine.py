@@ -1,0 +1,344 @@
+"""BIRD as an engine: told what should be by a configuration file, it does the rest by itself.
+
+It selects routes, resolves next hops, writes the kernel (protocol ``bird``, the metric of
+learned routes), reflects, and restarts gracefully. A change to one peer is a change to one
+protocol in the file; ``birdc configure`` leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Set
+from dataclasses import replace
+from pathlib import Path
+
+from api.net import Net
+from bird_glue.announcement import Announcements
+from bird_glue.bird_config import protocol_name, render
+from bird_glue.bird_status import ProtocolStatus, error_in_words, parse_protocols
+from bird_glue.birdc import Birdc, BirdError
+from bird_glue.channel import FromRelay
+from bird_glue.engine import BIRD, EngineEvent, Intent, Report, Restarted
+from bird_glue.process import Bird
+from reconcile.backoff import Backoff
+
+_log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.05  # while it starts
+_WATCH_SECONDS = 0.5  # between two looks whether it lives
+_PAUSE_SECONDS = 0.3  # between two configurations; what changes meanwhile is loaded together
+_START_SECONDS = 10.0
+_HEALTHY_SECONDS = 30.0  # one that ran for so long starts the back-off anew
+_STOP_SECONDS = 3.0
+_CHECK_SECONDS = 30.0
+_FRESH_SECONDS = 0.2  # that an answer about sessions counts for
+_LAST_WORDS = 3  # lines
+_REFUSED = "refused by a rule of this node or a BGPFilter"
+
+
+class BirdEngine:
+    """The engine BIRD, its files in ``run_dir``."""
+
+    name = BIRD
+    programs = True
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._path = run_dir / "bird.conf"
+        self._socket = run_dir / "bird.ctl"
+        self._process: Bird | None = None
+        self._birdc: Birdc | None = None
+        self._intent: Intent | None = None
+        self._wanted: Mapping[Net, Announcements] = {}
+        self._stale = False  # it runs on something else than is wanted
+        self._next = 0.0
+        self._started = 0.0
+        self._backoff: Backoff[str] = Backoff(0.1, 10.0)
+        self._rejected: dict[Net, str] = {}
+        self._leaving = False
+        self._problem = ""
+        self._seen: dict[str, ProtocolStatus] = {}
+        self._seen_at = 0.0
+
+    @property
+    def problem(self) -> str:
+        """Why BIRD doesn't do what it should; else empty."""
+        return self._problem
+
+    @property
+    def rejected(self) -> Mapping[Net, str]:
+        """Sessions that BIRD refuses to be configured with, and what it says."""
+        return self._rejected
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of BIRD."""
+        return self._process.pid if self._process else None
+
+    @property
+    def left(self) -> bool:
+        """After ``leave``: whether all sessions have ended."""
+        return self._birdc is None or all(found.state == "Idle" for found in self._look().values())
+
+    @property
+    def recovering(self) -> bool:
+        """Whether routes of an earlier run are kept until peers have told theirs."""
+        if self._process and not self._birdc:
+            return True
+        return any("recovery" in line.lower() for line in self._ask("show status"))
+
+    def adopt(self, now: float) -> None:
+        """Find the BIRD that an earlier agent started. Raises OSError."""
+        self._process = Bird.find(self._run_dir)
+        self._started = now
+        self._stale = True  # whatever it runs on
+        if self._process:
+            _log.info("found BIRD running, process %d", self._process.pid)
+
+    def configure(self, intent: Intent) -> None:
+        """What sessions there should be, and their rules."""
+        if intent != self._intent:
+            self._intent = intent
+            self._rejected = {}
+            self._stale = True
+
+    def advertise(self, wanted: Mapping[Net, Announcements], *, mark_end: bool) -> None:
+        """What each peer should be told of our own routes; BIRD marks the end by itself."""
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._stale = True
+
+    def handle(self, message: FromRelay, now: float) -> list[EngineEvent]:
+        """Nothing comes from BIRD unasked."""
+        return []
+
+    def step(self, now: float) -> list[EngineEvent]:
+        """Do what is due: see that it runs, and on what is wanted."""
+        intent = self._intent
+        if intent is None or self._leaving:
+            return []
+        try:
+            if self._process is None:
+                if intent.neighbors and (self._backoff.next_due() or 0.0) <= now:
+                    self._start(intent, now)
+                return []
+            if self._process.ended():
+                return self._end("it has ended", now)
+            if self._birdc is None:
+                return self._connect(now)
+            if self._stale and now >= self._next:
+                self._next = now + _PAUSE_SECONDS
+                self._load(intent, self._birdc)
+        except BirdError as error:
+            return self._end(str(error), now)
+        except OSError as error:
+            self._failed(f"BIRD can't be configured: {error}")
+            self._backoff.failed("start", now)
+            self._next = now + 1.0
+        return []
+
+    def next_due(self, now: float) -> float | None:
+        """When to call ``step`` though nothing happens; None: no need."""
+        if self._leaving:
+            return now + _POLL_SECONDS
+        if self._process is None:
+            wanted = self._intent is not None and self._intent.neighbors
+            return (self._backoff.next_due() or now) if wanted else None
+        if self._birdc is None:
+            return now + _POLL_SECONDS
+        return max(now, self._next) if self._stale else now + _WATCH_SECONDS
+
+    def sent(self, peer: Net) -> int:
+        """How many prefixes a peer was sent and has not had withdrawn."""
+        found = self._look().get(protocol_name(peer))
+        return found.exported if found else 0
+
+    def fail(self, peer: Net) -> None:
+        """The peer is dead: end its session, and with it its routes; and try again."""
+        self._ask(f"restart {protocol_name(peer)}")
+
+    def report(self) -> Mapping[Net, Report]:
+        """The sessions as BIRD sees them."""
+        found = self._look()
+        reports: dict[Net, Report] = {}
+        for address, neighbor in (self._intent.neighbors if self._intent else {}).items():
+            name = protocol_name(address)
+            if name not in found:
+                continue
+            seen = found[name]
+            up = seen.state == "Established"
+            reports[address] = Report(
+                state=seen.state,
+                since=seen.since,
+                info="" if up else error_in_words(seen.error, neighbor),
+                received=seen.imported + seen.filtered,
+                used=seen.preferred,
+                installed=self._installed(name, address.version) if up else 0,
+                refused={_REFUSED: seen.filtered} if seen.filtered else {},
+            )
+        return reports
+
+    def leave(self) -> None:
+        """End all sessions, and say so: peers forget our routes at once."""
+        self._leaving = True
+        self._ask('disable "peer_*"')
+
+    def abandon(self) -> None:
+        """End BIRD as if it had crashed."""
+        if self._process:
+            self._process.signal(signal.SIGKILL)
+        self.stop()
+
+    def stop(self) -> None:
+        """End BIRD. Its routes stay in the kernel."""
+        if self._process:
+            self._process.stop(_STOP_SECONDS)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of BIRD, which goes on."""
+        if self._birdc:
+            self._birdc.close()
+            self._birdc = None
+        if self._process:
+            self._process.close()
+            self._process = None
+        self._stale = True
+        self._seen_at = 0.0
+
+    def _start(self, intent: Intent, now: float) -> None:
+        # expect routes to be kept where an engine has run since the machine was started
+        recover = any((self._run_dir / name).exists() for name in ("bird.pid", "exabgp.pid"))
+        self._socket.unlink(missing_ok=True)
+        self._write(intent)
+        self._process = Bird.start(self._run_dir, self._path, self._socket, recover=recover)
+        self._started = now
+        self._stale = False
+        _log.info("started BIRD, process %d", self._process.pid)
+
+    def _connect(self, now: float) -> list[EngineEvent]:
+        try:
+            self._birdc = Birdc(self._socket)
+        except BirdError as error:
+            if now - self._started > _START_SECONDS:
+                return self._end(str(error), now)
+            return []
+        self._problem = ""
+        return []
+
+    def _load(self, intent: Intent, birdc: Birdc) -> None:
+        """``birdc configure``. Raises BirdError, OSError."""
+        self._write(intent)
+        birdc.ask("configure")
+        self._stale = False
+        self._problem = ""
+
+    def _write(self, intent: Intent) -> None:
+        """Put the file in place, less sessions that BIRD would refuse. Raises OSError."""
+        text = render(intent, self._wanted, self._run_dir)
+        if self._path.exists() and self._path.read_text() == text:
+            return
+        if error := self._error_in(text):
+            _log.error("BIRD refuses its configuration: %s", error)
+            for address in intent.neighbors:
+                if why := self._error_in(render(_only(intent, {address}), {}, self._run_dir)):
+                    self._rejected[address] = why
+            if not self._rejected:
+                raise OSError(error)
+            accepted = intent.neighbors.keys() - self._rejected.keys()
+            text = render(_only(intent, accepted), self._wanted, self._run_dir)
+            if error := self._error_in(text):
+                raise OSError(error)
+        new = self._path.with_suffix(".new")
+        _write_private(new, text)
+        new.replace(self._path)
+
+    def _error_in(self, text: str) -> str:
+        """What ``bird -p`` says; empty if all is well."""
+        path = self._path.with_suffix(".check")
+        _write_private(path, text)
+        try:
+            result = subprocess.run(
+                ["bird", "-p", "-c", str(path)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_CHECK_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise OSError(f"bird -p -c {path}: {error}") from error
+        finally:
+            path.unlink()
+        if result.returncode == 0:
+            return ""
+        return "; ".join(result.stderr.split("\n")[:_LAST_WORDS]).strip("; ")
+
+    def _end(self, why: str, now: float) -> list[EngineEvent]:
+        """BIRD is gone, or no good any more: see that it is gone, and forget it."""
+        assert self._process is not None
+        problem = f"BIRD, process {self._process.pid}: {why}"
+        if self._process.ended() and (words := self._last_words()):
+            problem += f": {words}"
+        self._failed(problem)
+        if now - self._started > _HEALTHY_SECONDS:
+            self._backoff.succeeded("start")
+        else:
+            self._backoff.failed("start", now)
+        self.abandon()
+        return [Restarted()]
+
+    def _failed(self, problem: str) -> None:
+        if problem != self._problem:
+            _log.warning("%s; trying again", problem)
+        self._problem = problem
+
+    def _last_words(self) -> str:
+        path = self._run_dir / "bird.out"
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        return "; ".join(lines[-_LAST_WORDS:])
+
+    def _ask(self, command: str) -> list[str]:
+        """An answer's lines; empty if there is none: then ``step`` sees to it."""
+        if self._birdc is None:
+            return []
+        try:
+            return [line.text for line in self._birdc.ask(command)]
+        except BirdError as error:
+            _log.warning("%s", error)
+            return []
+
+    def _look(self) -> dict[str, ProtocolStatus]:
+        """The sessions by the name of their protocol, as of just now."""
+        now = time.monotonic()
+        if now - self._seen_at > _FRESH_SECONDS:
+            self._seen_at = now
+            self._seen = {}
+            if self._birdc is not None:
+                try:
+                    found = parse_protocols(self._birdc.ask('show protocols all "peer_*"'))
+                    self._seen = {protocol.name: protocol for protocol in found}
+                except BirdError as error:
+                    _log.warning("%s", error)
+        return self._seen
+
+    def _installed(self, name: str, version: int) -> int:
+        """How many routes of a peer the kernel gets."""
+        answer = self._ask(f"show route count protocol {name} export kernel{version}")
+        words = answer[0].split() if answer else []
+        return int(words[0]) if words and words[0].isdigit() else 0
+
+
+def _only(intent: Intent, addresses: Set[Net]) -> Intent:
+    """The same with these sessions alone."""
+    neighbors = {a: neighbor for a, neighbor in intent.neighbors.items() if a in addresses}
+    return replace(intent, neighbors=neighbors)
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)  # passwords may be in it
+    path.write_text(text)
