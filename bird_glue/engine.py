@@ -52,16 +52,6 @@ EngineEvent = SessionEvent | Restarted
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """The daemon with this process id has ended."""
-
-    pid: int
-
-
-Message = FromRelay | Ended  # what an engine's thread puts on the agent's queue
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """What an engine that decides by itself says of a session; as in ``PeerStatus``."""
 
@@ -113,7 +103,7 @@ class Engine(Protocol):
         ``mark_end``: whether that is all, so that peers may forget what isn't in it.
         """
 
-    def handle(self, message: Message, now: float) -> list[EngineEvent]:
+    def handle(self, message: FromRelay, now: float) -> list[EngineEvent]:
         """Take in what came; returns what it says about sessions."""
 
     def step(self, now: float) -> list[EngineEvent]:
@@ -127,6 +117,10 @@ class Engine(Protocol):
 
     def fail(self, peer: Net) -> None:
         """The peer is dead (BFD): end its session, keep nothing of what it told."""
+
+    @property
+    def recovering(self) -> bool:
+        """Whether it keeps the routes of an earlier run until peers have told theirs."""
 
     def report(self) -> Mapping[Net, Report]:
         """Sessions as an engine that ``programs`` sees them; else empty: its events tell."""

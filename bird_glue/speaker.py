@@ -19,7 +19,7 @@ from bird_glue.channel import Channel, FromRelay
 from bird_glue.config import Listen, environment, listening
 from bird_glue.configfile import ConfigurationFile, NotLoadedError
 from bird_glue.dialogue import Dialogue
-from bird_glue.engine import EXABGP, EngineEvent, Intent, Message, Report, Restarted
+from bird_glue.engine import EXABGP, EngineEvent, Intent, Report, Restarted
 from bird_glue.messages import Answer, Hello, Live, Malformed, Text
 from bird_glue.process import ExaBgp
 from reconcile.backoff import Backoff
@@ -107,6 +107,11 @@ class Speaker:
             }
             self._announcer.want(wanted, fronts, mark_end=mark_end)
 
+    @property
+    def recovering(self) -> bool:
+        """No: of what was learned the RIB is kept here."""
+        return False
+
     def report(self) -> Mapping[Net, Report]:
         """Empty: events tell."""
         return {}
@@ -121,9 +126,9 @@ class Speaker:
         self._leaving = True
         self._announcer.want({}, {}, mark_end=False)
 
-    def handle(self, message: Message, now: float) -> list[EngineEvent]:
+    def handle(self, message: FromRelay, now: float) -> list[EngineEvent]:
         """Take in what came; returns what it says about sessions."""
-        if not isinstance(message, FromRelay) or message.channel is not self._channel:
+        if message.channel is not self._channel:
             return []
         found: list[EngineEvent] = []
         for event in message.events:
