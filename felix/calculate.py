@@ -142,6 +142,11 @@ class Calculator:
         """The local endpoint that has an address, or is reached by it from outside."""
         return self._addresses.holder(address)
 
+    def addresses(self, id: EndpointId) -> tuple[Net, ...]:
+        """Those of a workload, of whatever node."""
+        place = self._places.get(id)
+        return place.nets if place else ()
+
     @property
     def blocks(self) -> tuple[Net, ...]:
         """From which networks local endpoints get their addresses."""

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntFlag
-from itertools import chain, repeat
+from itertools import chain, islice
 from typing import NamedTuple
 
 from api.net import BITS, V4, V6, Net
@@ -40,7 +40,13 @@ _ICMP_ID = {V4: 4, V6: 7}
 _ICMP_TYPE = {V4: 5, V6: 8}
 _ICMP_CODE = {V4: 6, V6: 9}
 _FILTERS = {_ORIGINAL: 1, _REPLY: 2}
-_FILTER_SOURCE = 1  # CTA_FILTER_F_CTA_IP_SRC
+# Of which tuple, which end, and the flag that has it compared (CTA_FILTER_F_CTA_IP_…).
+_FILTERED_ENDS = (
+    (_ORIGINAL, _SOURCE[V4], 1),
+    (_ORIGINAL, _DESTINATION[V4], 2),
+    (_REPLY, _SOURCE[V4], 1),
+)
+_STEP = 100
 
 _NESTED = 0x8000
 # What a tuple begins with, as the kernel writes it: the heads (length, type) of the tuple, its
@@ -121,36 +127,43 @@ class Conntrack:
         With ``ends`` those that have one of these addresses (packed) at either end, translated or
         not. To be read to the end. A flow that comes or goes meanwhile is or isn't among them.
         """
-        for body in self._socket.stream(Message(_GET, 0, _preamble(version))):
-            if ends is None or _has_end(body, version, ends):
-                yield parse_flow(body)
+        return chain.from_iterable(self.steps(version, ends))
+
+    def steps(self, version: int, ends: Container[bytes] | None = None) -> Iterator[list[Flow]]:
+        """As ``flows``, but what is among every so many of the kernel's, to be busy with others
+        in between.
+        """
+        bodies = self._socket.stream(Message(_GET, 0, _preamble(version)))
+        while some := list(islice(bodies, _STEP)):
+            yield [
+                parse_flow(body) for body in some if ends is None or _has_end(body, version, ends)
+            ]
 
     def flows_of(self, address: Net) -> list[Flow]:
-        """The flows that an address began, or that are really with it.
+        """The flows that an address began, that were for it, or that are really with it.
 
-        ``conntrack -L -s ADDRESS`` and ``conntrack -L -r ADDRESS``. The kernel chooses them in
-        IPv4; asked the same in IPv6 it sends those of all other addresses. Raises OSError.
+        ``conntrack -L`` with ``-s``, ``-d`` or ``-r``. The kernel chooses them in IPv4; asked the
+        same in IPv6 it sends those of all other addresses. Raises OSError.
         """
         version, packed = address.version, address.packed()
-        answers: list[Iterator[Flow]] = []
         if version == V4:
-            answers += map(self._filtered, (_ORIGINAL, _REPLY), repeat(packed))
+            answers = [self._filtered(*end, packed) for end in _FILTERED_ENDS]
         else:
-            answers.append(self.flows(version, {packed}))
+            answers = [self.flows(version, {packed})]
         # Of IPv4, too: a kernel before 5.8 sends everything.
         return list(
             {
                 flow.key: flow
                 for flow in chain.from_iterable(answers)
-                if address in (flow.original.src, flow.reply.src)
+                if address in (flow.original.src, flow.original.dst, flow.reply.src)
             }.values()
         )
 
-    def _filtered(self, kind: int, source: bytes) -> Iterator[Flow]:
-        """Those of IPv4 of which one of the tuples has this source."""
+    def _filtered(self, kind: int, end: int, flag: int, address: bytes) -> Iterator[Flow]:
+        """Those of IPv4 of which one of the tuples has this address at one end."""
         body = _preamble(V4)
-        body += nested(kind, nested(_ADDRESSES, attribute(_SOURCE[V4], source)))
-        body += nested(_FILTER, attribute_u32(_FILTERS[kind], _FILTER_SOURCE))
+        body += nested(kind, nested(_ADDRESSES, attribute(end, address)))
+        body += nested(_FILTER, attribute_u32(_FILTERS[kind], flag))
         return map(parse_flow, self._socket.stream(Message(_GET, 0, body)))
 
     def find(self, original: Tuple) -> Flow | None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from api.net import BITS, Net
 from kernel.netlink import (
+    attribute,
     attribute_list,
     attribute_text,
     attributes,
@@ -42,6 +43,7 @@ _CONCATENATION_BITS = 6  # of a type's number, in the number of a concatenation
 
 _FLAG_INTERVAL = 0x4
 _FLAG_MAP = 0x8
+_FLAG_TIMEOUT = 0x10
 _FLAG_CONCATENATION = 0x80
 _VERDICT_TYPE = 0xFFFFFF00
 _INTERVAL_END = 1
@@ -53,6 +55,7 @@ _KEY_LENGTH = 5
 _DATA_TYPE = 6
 _DESCRIPTION = 9
 _ID = 10
+_TIMEOUT = 11
 _DESCRIPTION_SIZE = 1
 _DESCRIPTION_FIELDS = 2
 
@@ -72,6 +75,7 @@ class NftSet:
     """A set, or (``verdicts``) a verdict map. ``key`` is more than one type in a concatenation.
 
     With ``ranges`` it holds ranges of one type. ``size`` 0: as many elements as one likes.
+    Elements go after ``timeout`` seconds; 0: they stay.
     """
 
     name: str
@@ -79,6 +83,7 @@ class NftSet:
     ranges: bool = False
     verdicts: bool = False
     size: int = 0
+    timeout: int = 0
 
     @property
     def key_length(self) -> int:
@@ -141,6 +146,7 @@ def declaration(wanted: NftSet, identity: int) -> bytes:
         (_FLAG_INTERVAL if wanted.ranges else 0)
         | (_FLAG_MAP if wanted.verdicts else 0)
         | (_FLAG_CONCATENATION if len(wanted.key) > 1 else 0)
+        | (_FLAG_TIMEOUT if wanted.timeout else 0)
     )
     code = 0
     for kind in wanted.key:
@@ -152,6 +158,8 @@ def declaration(wanted: NftSet, identity: int) -> bytes:
         number(_KEY_LENGTH, wanted.key_length),
         number(_ID, identity),
     ]
+    if wanted.timeout:
+        parts.append(attribute(_TIMEOUT, (1000 * wanted.timeout).to_bytes(8, "big")))
     if wanted.verdicts:
         parts.append(number(_DATA_TYPE, _VERDICT_TYPE))
     description = []
@@ -178,7 +186,12 @@ def parse_declaration(found: Mapping[int, bytes]) -> NftSet:
     description = attributes(found.get(_DESCRIPTION, b""))
     size = _BE32.unpack(description.get(_DESCRIPTION_SIZE, bytes(4)))[0]
     return NftSet(
-        text(found[_NAME]), types, bool(flags & _FLAG_INTERVAL), bool(flags & _FLAG_MAP), size
+        text(found[_NAME]),
+        types,
+        ranges=bool(flags & _FLAG_INTERVAL),
+        verdicts=bool(flags & _FLAG_MAP),
+        size=size,
+        timeout=int.from_bytes(found.get(_TIMEOUT, b""), "big") // 1000,
     )
 
 

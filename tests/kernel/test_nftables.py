@@ -188,6 +188,7 @@ def test_what_was_written_is_read_back(table: Nftables) -> None:
         NftSet("hosts", (address,)),
         NftSet("nets", (address,), ranges=True),
         NftSet("ports", (address, PROTOCOL, PORT), size=100),
+        NftSet("passing", (address,), timeout=3600),
         NftSet("interfaces", (INTERFACE,), verdicts=True),
     ]
     transaction = table.transaction()
@@ -227,7 +228,7 @@ def test_what_was_written_is_read_back(table: Nftables) -> None:
     table.commit(transaction)
     state = table.read()
     assert state.chains == {"forward": ChainState(FORWARD, ())}
-    assert state.sets.keys() == {"nets", "ports", "interfaces"}
+    assert state.sets.keys() == {"nets", "passing", "ports", "interfaces"}
     assert not table.keys("ports")
 
 
