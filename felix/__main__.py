@@ -27,12 +27,12 @@ def main() -> int:
         environment = Environment.load()
         store = connect(environment.datastore)
         configure_logging(environment, "felix")
+        agent = Agent(environment, store)
         lock = _lock(environment.run_dir)
     except (ValueError, OSError) as error:
         print(f"manx-felix: {error}", file=sys.stderr)
         return 1
     sys.setswitchinterval(_SWITCH_SECONDS)
-    agent = Agent(environment, store)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     _log.info("node %s, pid %d, datastore %s", environment.node, os.getpid(), environment.datastore)

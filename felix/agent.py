@@ -23,6 +23,7 @@ from felix import backends, names
 from felix.announcer import SOCKET as ENDPOINTS_SOCKET
 from felix.announcer import Announcer, Subscription
 from felix.calculate import Calculator
+from felix.conntrack import Connections, ends_forbidden
 from felix.dataplane import Dataplane, Enforcer
 from felix.door import Door
 from felix.network import host_addresses
@@ -62,7 +63,10 @@ Item = (
 
 
 class Agent:
-    """The agent of ``environment.node``, in the network namespace of the thread that runs it."""
+    """The agent of ``environment.node``, in the network namespace of the thread that runs it.
+
+    Raises ValueError for an environment variable that says what can't be.
+    """
 
     def __init__(self, environment: Environment, store: Datastore) -> None:
         self._environment = environment
@@ -70,6 +74,8 @@ class Agent:
         self._snapshot = Snapshot()
         self._calculator = Calculator(environment.node)
         self._dataplane: Dataplane | None = None
+        self._connections: Connections | None = None
+        self._ends_forbidden = ends_forbidden(os.environ)
         self._backend: backends.Backend | None = None
         self._remains: list[str] | None = None  # of other backends; None: not looked for yet
         self._follower = Follower(store, KINDS, self._queue.put)
@@ -110,8 +116,7 @@ class Agent:
                 for thread in (self._follower, self._registrar, endpoints, status):
                     thread.stop()
                 self._announcer.close()
-                if self._dataplane is not None:
-                    self._dataplane.close()
+                self._let_go()
 
     def _turn(self) -> None:
         try:
@@ -133,6 +138,8 @@ class Agent:
         times = [self._next_read, self._backoff.next_due()]
         if self._dataplane is not None and not len(self._backoff):
             times.append(self._dataplane.next_retry())
+            if self._connections is not None:
+                times.append(self._connections.next_due())
         due = [moment for moment in times if moment is not None]
         return max(0.0, min(due) - time.monotonic()) if due else None
 
@@ -173,6 +180,7 @@ class Agent:
             self._calculate()
             self._apply(now)
             self._announcer.tell(self._is_enforced)
+            self._review(now)
         except Exception as error:
             # Nothing is certain now: begin anew, from the snapshot and from what the kernel has.
             _log.exception("what is enforced stays; beginning anew")
@@ -196,7 +204,10 @@ class Agent:
         if self._dataplane is None:
             self._backend = backends.choose(settings, self._backend)
             self._dataplane = Dataplane(self._make_enforcer(self._backend))
+            self._connections = Connections(self._calculator, ends_forbidden=self._ends_forbidden)
+        assert self._connections is not None
         self._dataplane.want(delta)
+        self._connections.note(delta)
         if delta.settings is not None:
             self._follow_backend(backends.choose(settings, self._backend))
         self._announcer.want(delta.endpoints)
@@ -226,8 +237,14 @@ class Agent:
         if not any(self._dataplane.enforcer.problems()):
             self._remains = backends.settle_others(self._backend, self._calculator.settings)
 
+    def _review(self, now: float) -> None:
+        """See to the connections that the change, now in force, may concern."""
+        assert self._connections is not None and self._dataplane is not None
+        problems = self._dataplane.enforcer.problems()
+        self._connections.review(now, in_force=not any(problems))
+
     def _apply(self, now: float) -> None:
-        assert self._dataplane is not None
+        assert self._dataplane is not None and self._connections is not None
         if self._must_read or (self._next_read is not None and now >= self._next_read):
             self._dataplane.read()
             self._must_read = False
@@ -237,6 +254,7 @@ class Agent:
             self._next_read = now + refresh if refresh else None
         begin = time.perf_counter()
         changes = self._dataplane.apply(now)
+        self._connections.forget()
         if self._remains is None:
             self._settle_others()
         if changes or self._last_apply is None:
@@ -257,10 +275,14 @@ class Agent:
         assert self._dataplane is not None
         return self._calculator.holds(id, interface) and self._dataplane.enforces(interface)
 
+    def _let_go(self) -> None:
+        for held in (self._connections, self._dataplane):
+            if held is not None:
+                held.close()
+        self._connections = self._dataplane = None
+
     def _abandon(self) -> None:
-        if self._dataplane is not None:
-            self._dataplane.close()
-        self._dataplane = None
+        self._let_go()
         self._next_read = None
         self._calculator = Calculator(self._environment.node)
         self._addresses_changed = True
@@ -307,6 +329,8 @@ class Agent:
         yield from self._calculator.problems(self._snapshot)
         if self._dataplane is not None:
             yield from self._dataplane.problems()
+        if self._connections is not None:
+            yield from self._connections.problems()
         for remains in self._remains or ():
             yield "what another backend left", remains
 

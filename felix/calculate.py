@@ -147,6 +147,10 @@ class Calculator:
         place = self._places.get(id)
         return place.nets if place else ()
 
+    def taken(self) -> frozenset[Net]:
+        """The addresses that any workload has."""
+        return frozenset(net for place in self._places.values() for net in place.nets)
+
     @property
     def blocks(self) -> tuple[Net, ...]:
         """From which networks local endpoints get their addresses."""

@@ -1,0 +1,291 @@
+"""What becomes of running connections when policy changes, or an address goes.
+
+The kernel lets pass what belongs to a flow it knows, so a policy that forbids a flow would not
+end it. After a change is in force the flows that it may concern are held against policy, and
+those it forbids are removed from connection tracking: their next packet is judged as a first one.
+The flows of an address that is gone go as well, lest who gets the address inherits them.
+
+To look at flows takes time, for the table may be large. So only flows of addresses that a change
+concerns are looked at, a few milliseconds at a time, and never for more than a part of all time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from api.net import V4, V6, Net
+from felix.calculate import Calculator
+from felix.conntrack_ended import Ended
+from felix.conntrack_judge import Judge
+from felix.desired import Delta
+from kernel.conntrack import Conntrack, Flow
+from policy.model import (
+    Binding,
+    EndpointId,
+    HostBinding,
+    Member,
+    NamedPortMember,
+    Part,
+    PolicyId,
+)
+
+_SLICE = 0.005  # s, to look at flows before other work has its turn
+_SHARE = 0.1  # of all time, at most, is spent on this
+_PATIENCE = 5.0  # s, until what failed is tried again
+# So many addresses are asked for one by one; to read all flows takes about as long as for these.
+_FEW = 16
+
+FORBIDDEN_FLOWS = "MANX_FORBIDDEN_FLOWS"
+
+_log = logging.getLogger(__name__)
+
+
+def ends_forbidden(env: Mapping[str, str]) -> bool:
+    """What ``MANX_FORBIDDEN_FLOWS`` says: ``end`` (or nothing), or ``keep``. Raises ValueError."""
+    choice = env.get(FORBIDDEN_FLOWS) or "end"
+    if choice not in ("end", "keep"):
+        raise ValueError(f"{FORBIDDEN_FLOWS}: {choice!r}: expected end or keep")
+    return choice == "end"
+
+
+@dataclass(slots=True)
+class _Concerned:
+    """Whose flows a change may concern. ``everybody``: all of them.
+
+    As a container: of addresses, packed.
+    """
+
+    everybody: bool = False
+    hosts: set[Net] = field(default_factory=set)
+    networks: set[Net] = field(default_factory=set)
+    _packed: frozenset[bytes] = frozenset()
+
+    def __bool__(self) -> bool:
+        return self.everybody or bool(self.hosts or self.networks)
+
+    def __contains__(self, packed: object) -> bool:
+        if packed in self._packed:
+            return True
+        if not self.networks or not isinstance(packed, bytes):
+            return False
+        address = Net(
+            V4 if len(packed) == 4 else V6, int.from_bytes(packed, "big"), 8 * len(packed)
+        )
+        return any(net.contains(address) for net in self.networks)
+
+    def add(self, members: Iterable[Member]) -> None:
+        """Members of a set that came or went."""
+        for member in members:
+            net = member.net if isinstance(member, NamedPortMember) else member
+            (self.hosts if net.is_host else self.networks).add(net)
+
+    def merge(self, other: _Concerned) -> None:
+        """Those of the other, too."""
+        self.everybody |= other.everybody
+        self.hosts |= other.hosts
+        self.networks |= other.networks
+
+    def pack(self) -> None:
+        """Get ready to be asked; nothing may be added from now on."""
+        self._packed = frozenset(net.packed() for net in self.hosts)
+
+
+class Connections:
+    """Looks after the flows of local endpoints, in the calling thread's network namespace.
+
+    ``ends_forbidden`` False: what policy forbids is left to end by itself.
+    """
+
+    def __init__(self, calculator: Calculator, *, ends_forbidden: bool = True) -> None:
+        self._calculator = calculator
+        self._ends_forbidden = ends_forbidden
+        self._reader = Conntrack()
+        self._writer = Conntrack()  # a second conversation, in the midst of reading
+        self._ended = {version: Ended(version) for version in (V4, V6)}
+        self._judge = Judge(calculator, self._writer.find)
+        self._users: dict[PolicyId, set[EndpointId]] = {}
+        self._uses: dict[EndpointId, frozenset[PolicyId]] = {}
+        self._known: set[Net] = set()  # addresses of local endpoints
+        self._gone: set[Net] = set()
+        self._concerned = _Concerned(everybody=True)
+        self._unsure: _Concerned = _Concerned()  # looked at when not all was in force
+        self._sweep = True
+        self._review: Iterator[None] | None = None
+        self._under_review = _Concerned()
+        self._spent = 0.0
+        self._resume = 0.0
+        self._problem: str | None = None
+        self.ended = 0  # flows, since the start
+
+    def close(self) -> None:
+        """Close the sockets. What is in the kernel stays."""
+        self._reader.close()
+        self._writer.close()
+        for ended in self._ended.values():
+            ended.close()
+
+    def note(self, delta: Delta) -> None:
+        """What the calculator's last calculation changed."""
+        changes = self._calculator.changes
+        self._judge.update(changes)
+        endpoints = set(changes.endpoints)
+        for policy in changes.policies:
+            endpoints |= self._users.get(policy, set())
+        for id, binding in changes.endpoints.items():
+            self._use(id, binding)
+        concerned = self._concerned
+        if delta.settings is not None or any(id.kind == "HostEndpoint" for id in endpoints):
+            concerned.everybody = True
+        for id in endpoints:
+            concerned.add(self._calculator.addresses(id))
+        for change in changes.sets.values():
+            if not (change.created or change.deleted):
+                concerned.add(change.added)
+                concerned.add(change.removed)
+        for net, interface in delta.pods.items():
+            if interface is None:
+                self._known.discard(net)
+                self._gone.add(net)
+            elif net in self._known:
+                self._gone.add(net)  # it has moved
+            else:
+                self._known.add(net)
+                concerned.hosts.discard(net)  # nothing could pass before
+
+    def doubt(self) -> None:
+        """Policy was not in force for a while: look at everybody's flows."""
+        self._concerned.everybody = True
+
+    def forget(self) -> None:
+        """Remove the flows of addresses that are gone."""
+        if not self._gone:
+            return
+        try:
+            flows = self._flows_of(self._gone)
+            self._writer.delete(flows)
+        except OSError as error:
+            self._failed(error)
+        else:
+            _log.debug("%d flows of %d addresses that are gone", len(flows), len(self._gone))
+            self._gone.clear()
+
+    def review(self, now: float, *, in_force: bool) -> None:
+        """Look at flows for a moment; ``in_force``: all that policy says is enforced."""
+        if in_force and self._unsure:
+            self._concerned.merge(self._unsure)
+            self._unsure = _Concerned()
+        if self._review is None and not self._begin(now, in_force):
+            return
+        assert self._review is not None
+        begin = time.perf_counter()
+        try:
+            for _ in self._review:
+                if time.perf_counter() - begin > _SLICE:
+                    break
+            else:
+                self._review = None
+        except OSError as error:
+            self._concerned.merge(self._under_review)
+            self._review = None
+            self._failed(error)
+            return
+        self._spent += time.perf_counter() - begin
+        if self._review is None:
+            self._problem = None
+            self._resume = time.monotonic() + self._spent * (1 / _SHARE - 1)
+            self._spent = 0.0
+
+    def next_due(self) -> float | None:
+        """When ``review`` has something to do, in monotonic seconds."""
+        if self._review is not None or self._concerned:
+            return self._resume
+        return self._resume if self._gone else None
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """(object, what the kernel said)."""
+        if self._problem is not None:
+            yield "connection tracking", self._problem
+
+    def _use(self, id: EndpointId, binding: Binding | None) -> None:
+        for policy in self._uses.pop(id, ()):
+            self._users[policy].discard(id)
+            if not self._users[policy]:
+                del self._users[policy]
+        if binding is not None:
+            used = self._uses[id] = _policies(binding)
+            for policy in used:
+                self._users.setdefault(policy, set()).add(id)
+
+    def _begin(self, now: float, in_force: bool) -> bool:
+        """Begin to look at the flows of those concerned, if there are any and it is time."""
+        if not self._concerned or now < self._resume:
+            return False
+        concerned, self._concerned = self._concerned, _Concerned()
+        self._under_review = concerned
+        if not in_force:
+            self._unsure.merge(concerned)
+        if not self._ends_forbidden:
+            return False
+        concerned.pack()
+        self._judge.look_around()
+        self._review = self._steps(concerned)
+        return True
+
+    def _steps(self, concerned: _Concerned) -> Iterator[None]:
+        versions = self._calculator.ruleset.versions
+        for version in (V4, V6) if self._calculator.guards else versions:
+            for flows in self._concerned_flows(concerned, version):
+                self._end(version, flows)
+                yield
+            self._ended[version].review(self._judge.forbids_tuple)
+            yield
+        self._sweep = False
+
+    def _concerned_flows(self, concerned: _Concerned, version: int) -> Iterator[Iterable[Flow]]:
+        if concerned.everybody:
+            yield from self._reader.steps(version)
+        elif concerned.networks or len(concerned.hosts) > _FEW:
+            yield from self._reader.steps(version, concerned)
+        else:
+            own = (net for net in concerned.hosts if net.version == version)
+            yield from map(self._reader.flows_of, own)
+
+    def _end(self, version: int, flows: Iterable[Flow]) -> None:
+        """End those of the flows that policy forbids."""
+        judge = self._judge
+        doomed = [
+            flow for flow in flows if judge.forbids(flow) or (self._sweep and judge.is_stray(flow))
+        ]
+        if not doomed:
+            return
+        try:
+            self._ended[version].add(doomed)
+        except OSError as error:
+            _log.warning("%s; a server may go on with what policy ended", error)
+        self._writer.delete(doomed)
+        self.ended += len(doomed)
+        _log.info("ended %d flows that policy forbids, such as %s", len(doomed), doomed[0])
+
+    def _flows_of(self, addresses: set[Net]) -> list[Flow]:
+        if len(addresses) <= _FEW:
+            return [flow for net in addresses for flow in self._writer.flows_of(net)]
+        ends = {net.packed() for net in addresses}
+        versions = {net.version for net in addresses}
+        return [flow for version in versions for flow in self._writer.flows(version, ends)]
+
+    def _failed(self, error: OSError) -> None:
+        if self._problem != str(error):
+            _log.warning("connection tracking: %s; will be tried again", error)
+        self._problem = str(error)
+        self._resume = time.monotonic() + _PATIENCE
+
+
+def _policies(binding: Binding) -> frozenset[PolicyId]:
+    """All that decide."""
+    parts = [binding.part(part) for part in Part] if isinstance(binding, HostBinding) else [binding]
+    return frozenset(
+        id for part in parts for tier in part.tiers for id in (*tier.ingress, *tier.egress)
+    ) | frozenset(id for part in parts for id in part.profiles)
