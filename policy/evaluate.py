@@ -57,8 +57,9 @@ class Flow:
 
     ``src_endpoint`` and ``dst_endpoint`` are the node's: a workload, or a host endpoint where
     the node itself sends or receives; None where that end is elsewhere. ``entry`` and ``exit``:
-    the host endpoints of the interfaces by which a forwarded packet comes in and goes out;
-    None where there is none, as at the interfaces of workloads.
+    the host endpoints of the interfaces by which a packet comes in and goes out that is
+    forwarded, or comes from a workload; None where there is none. Interfaces of workloads have
+    that of all interfaces, if any.
     """
 
     src: Net
@@ -154,22 +155,25 @@ def stages(flow: Flow) -> Iterator[Stage]:
     """What a flow meets, in order, where there is such an endpoint.
 
     As the kernel's hooks are: raw and mangle prerouting, then input, or forward, or output. What
-    a node sends to itself meets nothing.
+    a node sends to itself or its workloads meets nothing. What a workload sends is never
+    untracked, nor is it the host's to judge when it is for the host itself.
     """
     from_host, to_host = _is_host(flow.src_endpoint), _is_host(flow.dst_endpoint)
-    if from_host and to_host:
+    if from_host and flow.dst_endpoint:
         return
-    incoming = flow.dst_endpoint if to_host else flow.entry
+    from_workload = bool(flow.src_endpoint) and not from_host
+    incoming = flow.dst_endpoint if to_host and not from_workload else flow.entry
     if incoming and not from_host:
         for part in EARLY:
-            yield Stage(incoming, Direction.INGRESS, part)
+            if not (from_workload and part is Part.UNTRACKED):
+                yield Stage(incoming, Direction.INGRESS, part)
     if flow.src_endpoint and from_host:
         yield Stage(flow.src_endpoint, Direction.EGRESS, Part.UNTRACKED)
     if flow.entry and not (from_host or to_host):
         yield Stage(flow.entry, Direction.INGRESS, Part.FORWARD)
     if flow.src_endpoint:
         yield Stage(flow.src_endpoint, Direction.EGRESS, Part.NORMAL)
-    if flow.dst_endpoint:
+    if flow.dst_endpoint and not (from_workload and to_host):
         yield Stage(flow.dst_endpoint, Direction.INGRESS, Part.NORMAL)
     if flow.exit and not (from_host or to_host):
         yield Stage(flow.exit, Direction.EGRESS, Part.FORWARD)

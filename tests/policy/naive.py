@@ -57,15 +57,17 @@ class State:
         """What happens to a flow: at hosts it passes, at its source, at its destination."""
         source, destination = flow.src_endpoint, flow.dst_endpoint
         verdicts: list[str | None] = []
-        if is_host(source) and is_host(destination):
+        if is_host(source) and destination is not None:
             return True
         if is_host(source):
             verdicts.append(self._of_host(source, flow, "Egress", (UNTRACKED, NORMAL)))
+        elif is_host(destination) and source is not None:
+            verdicts.append(self._of_host(flow.entry, flow, "Ingress", (PRE_DNAT,)))
         elif is_host(destination):
             order = (UNTRACKED, PRE_DNAT, NORMAL)
             verdicts.append(self._of_host(destination, flow, "Ingress", order))
         else:
-            order = (UNTRACKED, PRE_DNAT, FORWARD)
+            order = (PRE_DNAT, FORWARD) if source else (UNTRACKED, PRE_DNAT, FORWARD)
             verdicts.append(self._of_host(flow.entry, flow, "Ingress", order))
             verdicts.append(self._of_host(flow.exit, flow, "Egress", (FORWARD,)))
         if not is_host(source):

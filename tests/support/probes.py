@@ -62,8 +62,11 @@ class Station:
                 tcp = [make(socket.SOCK_STREAM) for _ in ports]
                 udp = [make(socket.SOCK_DGRAM) for _ in (*ports, FENCE)]
                 sender = make(socket.SOCK_DGRAM)
+                sender.bind((address, 0))
                 icmp = ICMP if version == 4 else ICMPV6
                 raw = {protocol: make(socket.SOCK_RAW, protocol) for protocol in (icmp, SCTP)}
+                for one in raw.values():
+                    one.bind((address, 0))
             for listener, port in zip(tcp, ports, strict=True):
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 listener.bind((address, port))
@@ -227,16 +230,21 @@ def _serial(protocol: int, data: bytes) -> int | None:
         return int.from_bytes(data[:4], "big")
     if protocol == SCTP:
         return int.from_bytes(data[16:20], "big") - 1 if data[12] == _INIT else None
-    return int.from_bytes(data[4:8], "big") if data[0] == _ECHO[protocol][1] else None
+    if data[0] != _ECHO[protocol][1]:
+        return None
+    return int.from_bytes(data[6:8] + data[4:6], "big")
 
 
 def _echo_request(protocol: int, serial: int) -> bytes:
-    """RFC 792, RFC 4443. The kernel fills in the checksum of ICMPv6."""
+    """RFC 792, RFC 4443. The kernel fills in the checksum of ICMPv6.
+
+    To connection tracking each identifier is another flow, so that is where the serial begins.
+    """
     kind, _ = _ECHO[protocol]
     total = (kind << 8) + (serial >> 16) + (serial & 0xFFFF)
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    return struct.pack("!BBHI", kind, 0, ~total & 0xFFFF, serial)
+    return struct.pack("!BBHHH", kind, 0, ~total & 0xFFFF, serial & 0xFFFF, serial >> 16)
 
 
 _INIT = 1
