@@ -14,6 +14,9 @@ from typing import NamedTuple
 from api.net import Net
 from policy.model import Match, PortRange
 
+# TCP, UDP, SCTP, DCCP, UDP-Lite: their headers begin with the ports.
+PORT_PROTOCOLS = (6, 17, 132, 33, 136)
+
 
 class Table(Enum):
     """Where in a packet's way chains hang. The values are netfilter's names."""
@@ -45,6 +48,13 @@ class State(Enum):
     RELATED = "RELATED"
     ESTABLISHED = "ESTABLISHED"
     INVALID = "INVALID"
+
+
+class Peer(Enum):
+    """Which address of a packet is the other's, not the endpoint's."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
 
 
 class Side(Enum):
@@ -218,6 +228,35 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
+class Ticket:
+    """Packets with a protocol, to one of the ports, from or to a peer. All must hold.
+
+    ``protocol`` None: any. ``ports`` empty: any; else the protocol has ports. The peer is in the
+    set ``set_id`` if there is one, else in one of ``nets``; None: anybody.
+    """
+
+    protocol: int | None = None
+    ports: tuple[int, ...] = ()
+    set_id: str = ""
+    nets: tuple[Net, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Many policies' chains that all do the same ``action``: the packet goes to any that matches.
+
+    ``side`` is where a packet's peer is. ``entries`` are (chain, its rules as tickets), in order.
+    One may walk the chains, of which one does the action; or look the packet up in all tickets
+    at once, do the action and return.
+    """
+
+    name: str
+    side: Peer
+    action: Action
+    entries: tuple[tuple[str, tuple[Ticket, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Dispatch:
     """The chain that an interface's packets go to; ``otherwise`` is walked by all others.
 
@@ -229,3 +268,7 @@ class Dispatch:
     side: Side
     targets: tuple[tuple[str, str], ...]
     otherwise: tuple[ChainRule, ...]
+
+
+# Whatever one can jump to.
+AnyChain = Chain | Dispatch | Index

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from api.net import Net
-from felix.chains import Chain, ChainRule, Dispatch, Hook, Table
+from felix.chains import AnyChain, ChainRule, Hook, Table
 from felix.overlay import Peer, Remote
 from felix.settings import Settings
 from policy.engine import SetDelta
@@ -67,7 +67,7 @@ class Delta:
 
     settings: Settings | None = None
     sets: dict[SetKey, SetDelta] = field(default_factory=dict)
-    chains: dict[ChainKey, Chain | Dispatch | None] = field(default_factory=dict)
+    chains: dict[ChainKey, AnyChain | None] = field(default_factory=dict)
     hooks: dict[HookKey, ChainRule | None] = field(default_factory=dict)
     pods: dict[Net, str | None] = field(default_factory=dict)  # address -> interface
     endpoints: dict[EndpointId, Local | None] = field(default_factory=dict)  # of this node

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from api.net import V4, V6
 from felix import chains, names
-from felix.chains import Chain, ChainRule, Dispatch
+from felix.chains import AnyChain, Chain, ChainRule
 from felix.dataplane import Members
 from felix.desired import Delta
 from felix.iptables_renderer import RenderedChain, Renderer
@@ -41,7 +41,7 @@ class _Table:
         self._renderer = renderer
         self._sets = sets
         self._append = False
-        self._neutral: dict[str, Chain | Dispatch] = {}
+        self._neutral: dict[str, AnyChain] = {}
         self._rendered: dict[str, dict[str, RenderedChain]] = {}  # by neutral chain
         self._fragments: dict[str, Fragments] = {}
         self._hooks: dict[str, Fragments] = {}
@@ -57,7 +57,7 @@ class _Table:
         for chain in list(self._neutral.values()):
             self.want_chain(chain.name, chain)
 
-    def want_chain(self, name: str, chain: Chain | Dispatch | None) -> None:
+    def want_chain(self, name: str, chain: AnyChain | None) -> None:
         before = self._rendered.pop(name, {})
         after: dict[str, RenderedChain] = {}
         if chain is None:

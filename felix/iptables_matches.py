@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from api.net import V4, Net
 from felix import names
+from felix.chains import PORT_PROTOCOLS
 from policy.model import Match, PortRange
 
 ICMP = {4: 1, 6: 58}
-PORT_PROTOCOLS = (6, 17, 132, 33, 136)  # TCP, UDP, SCTP, DCCP, UDP-Lite: multiport reads theirs
 MULTIPORT_SLOTS = 15  # iptables-extensions(8), multiport; a range takes two
 
 

@@ -19,6 +19,7 @@ from felix.chains import (
     Accept,
     Action,
     Allow,
+    AnyChain,
     Chain,
     ChainRule,
     ClearMarks,
@@ -28,6 +29,7 @@ from felix.chains import (
     Dispatch,
     Drop,
     Goto,
+    Index,
     Jump,
     Log,
     Mark,
@@ -64,11 +66,16 @@ class Renderer:
     manner: Manner
     table: Table = Table.FILTER
 
-    def render(self, chain: Chain | Dispatch) -> dict[str, RenderedChain]:
+    def render(self, chain: AnyChain) -> dict[str, RenderedChain]:
         """The chains it takes, by name: a ``Dispatch`` may take several, callers first."""
-        if isinstance(chain, Dispatch):
-            return self._dispatch(chain)
-        return {chain.name: self._chain(chain.rules)}
+        match chain:
+            case Dispatch():
+                return self._dispatch(chain)
+            case Index():
+                # An ipset holds no (address, protocol, port) without the address: one by one.
+                return {chain.name: self._chain(tuple(_walk(chain)))}
+            case Chain():
+                return {chain.name: self._chain(chain.rules)}
 
     def _chain(self, rules: Sequence[ChainRule]) -> RenderedChain:
         fragments: list[str] = []
@@ -196,6 +203,13 @@ class Renderer:
     def _marked(self, marks: Mark) -> str:
         bits = self._bits(marks)
         return _mark_match(bits, bits)
+
+
+def _walk(index: Index) -> Iterator[ChainRule]:
+    """Its chains one after the other, until one decides."""
+    decided = index.action.mark if isinstance(index.action, MarkAndReturn) else Mark.NONE
+    for chain, _ in index.entries:
+        yield ChainRule(Jump(chain), Condition(unmarked=decided))
 
 
 def quoted(text: str) -> str:

@@ -83,6 +83,12 @@ def policy_chain(direction: Direction, policy: PolicyId) -> str:
     return prefix + digest("/".join(policy), MAX_CHAIN - len(prefix))
 
 
+def index_chain(direction: Direction, place: str) -> str:
+    """The chain of an index (``cali-xi-…``, ``cali-xo-…``), by where it is used first."""
+    prefix = f"cali-x{'i' if direction is Direction.INGRESS else 'o'}-"
+    return prefix + digest(place, MAX_CHAIN - len(prefix))
+
+
 def set_name(set_id: str, version: int) -> str:
     """The kernel's name of a set in one IP version: ``cali40…`` for IPv4, ``cali60…`` for IPv6."""
     prefix = f"cali{version}0"

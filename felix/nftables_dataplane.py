@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 
 from api.net import V4, V6
 from felix import names
-from felix.chains import Chain, ChainRule, Dispatch, Drop, Hook, Table
+from felix.chains import AnyChain, Chain, ChainRule, Dispatch, Drop, Hook, Index, Table
 from felix.dataplane import Members
 from felix.desired import Delta, SetKey
+from felix.nftables_index import Indexes
 from felix.nftables_renderer import (
     RenderedChain,
     Renderer,
@@ -25,7 +26,7 @@ from felix.settings import Settings
 from kernel.nft_expressions import interface_name
 from kernel.nft_sets import NftSet, Target
 from kernel.nftables import BaseChain, ChainState, Nftables, NftablesError, Transaction
-from policy.model import Direction
+from policy.model import Direction, Member
 from reconcile.backoff import Backoff
 
 TABLE = "calico"
@@ -67,8 +68,9 @@ class _Family:
         self._version = version
         self._members = members
         self._sets = NftablesSets(self._nftables)
+        self._indexes = Indexes(version, self._sets, self._members_of)
         self._renderer = self._make_renderer(settings)
-        self._neutral: dict[str, tuple[Table, Chain | Dispatch]] = {}
+        self._neutral: dict[str, tuple[Table, AnyChain]] = {}
         self._rendered: dict[str, RenderedChain] = {}
         self._bases: dict[str, BaseChain] = {}
         self._maps: dict[str, tuple[NftSet, dict[bytes, Target]]] = {}
@@ -95,8 +97,10 @@ class _Family:
     def want_set(self, key: SetKey, delta: Delta) -> None:
         self._news = True
         change = delta.sets[key]
-        if change is not None:
-            self._sets.want(key.id, change, lambda: self._members(key))
+        self._sets.want(key.id, change, lambda: self._members(key))
+        if not change.created:
+            for full in self._indexes.change_set(key.id, change):
+                self._render(full)
 
     def reshape(self) -> None:
         """Render again the chains that look up a set which took another shape."""
@@ -105,12 +109,14 @@ class _Family:
                 self._render(name)
         self._sets.reshaped.clear()
 
-    def want_chain(self, table: Table, name: str, chain: Chain | Dispatch | None) -> None:
+    def want_chain(self, table: Table, name: str, chain: AnyChain | None) -> None:
         full = chain_name(table, name)
         if chain is None:
             self._forget(full)
             return
         self._neutral[full] = table, chain
+        if isinstance(chain, Index):
+            self._indexes.want(full, chain)
         self._render(full)
         if isinstance(chain, Dispatch):
             self._maps[full] = dispatch_map(table, chain)
@@ -192,10 +198,16 @@ class _Family:
     def _make_renderer(self, settings: Settings) -> Renderer:
         return Renderer(self._version, settings.nftables, self._sets.holds_networks)
 
+    def _members_of(self, set_id: str) -> frozenset[Member]:
+        return self._members(SetKey(self._version, set_id))
+
     def _render(self, full: str) -> None:
         table, chain = self._neutral[full]
         before = self._rendered.get(full)
-        after = self._renderer.render(table, chain)
+        if isinstance(chain, Index):
+            after = self._renderer.index(table, chain, self._indexes[full])
+        else:
+            after = self._renderer.render(table, chain)
         for constant in after.constants:
             self._sets.want_constant(constant)
         for constant in before.constants if before else ():
@@ -207,7 +219,9 @@ class _Family:
         self._news = True
 
     def _forget(self, full: str) -> None:
-        del self._neutral[full]
+        _, chain = self._neutral.pop(full)
+        if isinstance(chain, Index):
+            self._indexes.forget(full)
         before = self._rendered.pop(full)
         for constant in before.constants:
             self._sets.unwant_constant(constant)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from api.net import BITS, V4, Net
 from felix import names
+from felix.chains import PORT_PROTOCOLS
 from kernel import nft_expressions as nft
 from kernel.nft_expressions import Base, Compare, Meta
 from kernel.nft_sets import (
@@ -29,10 +30,9 @@ from kernel.nft_sets import (
 from policy.model import Match, PortRange, SetKind
 
 ICMP = {4: 1, 6: 58}
-PORT_PROTOCOLS = (6, 17, 132, 33, 136)  # TCP, UDP, SCTP, DCCP, UDP-Lite: ports come first
 
-_SOURCE_OFFSET = {4: 12, 6: 8}
-_DESTINATION_OFFSET = {4: 16, 6: 24}
+SOURCE_OFFSET = {4: 12, 6: 8}
+DESTINATION_OFFSET = {4: 16, 6: 24}
 
 # Whether a set holds networks besides hosts, by its name in the kernel.
 HoldsNetworks = Callable[[str], bool]
@@ -78,10 +78,10 @@ class Matches:
         choices = [
             *self._protocol(match),
             *self._icmp(match),
-            *self._nets(_SOURCE_OFFSET, match.src_nets, match.not_src_nets),
-            *self._nets(_DESTINATION_OFFSET, match.dst_nets, match.not_dst_nets),
-            *self._sets(_SOURCE_OFFSET, match.src_sets, match.not_src_sets),
-            *self._sets(_DESTINATION_OFFSET, match.dst_sets, match.not_dst_sets),
+            *self._nets(SOURCE_OFFSET, match.src_nets, match.not_src_nets),
+            *self._nets(DESTINATION_OFFSET, match.dst_nets, match.not_dst_nets),
+            *self._sets(SOURCE_OFFSET, match.src_sets, match.not_src_sets),
+            *self._sets(DESTINATION_OFFSET, match.dst_sets, match.not_dst_sets),
             *self._ports(0, match.src_ports, match.src_named_ports),
             *self._ports(2, match.dst_ports, match.dst_named_ports),
         ]
@@ -203,7 +203,7 @@ class Matches:
 
     def _in_ports(self, offset: int, ports: Sequence[PortRange] | str, inverted: bool) -> bytes:
         if isinstance(ports, str):
-            addresses = _SOURCE_OFFSET if offset == 0 else _DESTINATION_OFFSET
+            addresses = SOURCE_OFFSET if offset == 0 else DESTINATION_OFFSET
             next_register = nft.NARROW_REGISTER + BITS[self._version] // 32
             return (
                 self._address_at(addresses[self._version])

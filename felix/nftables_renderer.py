@@ -25,6 +25,7 @@ from felix.chains import (
     Dispatch,
     Drop,
     Goto,
+    Index,
     Jump,
     Log,
     Mark,
@@ -38,6 +39,7 @@ from felix.chains import (
     State,
     Table,
 )
+from felix.nftables_index import Keys
 from felix.nftables_matches import ConstantSet, HoldsNetworks, Matches, NeverError
 from felix.settings import Manner
 from kernel import nft_expressions as nft
@@ -109,6 +111,13 @@ class Renderer:
         return self._chain(
             table, name, nft.load_meta(key) + nft.lookup_verdict(name), chain.otherwise
         )
+
+    def index(self, table: Table, index: Index, keys: Keys) -> RenderedChain:
+        """The rules that look up an index: one for each shape of its keys."""
+        action = nft.counter() + self._action(table, index.action)
+        comment = "Many policies at once"
+        made = [(keys.condition(shape, index.side) + action, comment) for shape in keys.shapes]
+        return RenderedChain(tuple(_recognisable(chain_name(table, index.name), made)))
 
     def _chain(
         self, table: Table, name: str, first: bytes, rules: Sequence[ChainRule]

@@ -8,7 +8,7 @@ one failed, and at a resync, it is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from felix.nftables_matches import (
@@ -39,6 +39,14 @@ class _Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class _Keyed:
+    """A set of the kernel's own form, and where to learn its keys."""
+
+    declaration: NftSet
+    keys: Callable[[], frozenset[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Contents:
     """What a set in the kernel should hold: keys, or ranges."""
 
@@ -57,6 +65,7 @@ class NftablesSets:
         self._nftables = nftables
         self._version = nftables.version
         self._wanted: dict[str, _Wanted] = {}
+        self._keyed: dict[str, _Keyed] = {}
         self._constants: dict[str, ConstantSet] = {}
         self._uses: dict[str, int] = {}  # of constant sets, by chains
         self._spans: dict[str, frozenset[Range]] = {}  # of those that hold networks
@@ -75,7 +84,7 @@ class NftablesSets:
     def found(self, present: Mapping[str, NftSet]) -> None:
         """The sets in the kernel, just read; what they hold is compared at the next ``fill``."""
         self._present = dict(present)
-        self._compare = {*self._wanted, *self._constants}
+        self._compare = {*self._wanted, *self._keyed, *self._constants}
         self._known.clear()
         self._add.clear()
         self._remove.clear()
@@ -86,22 +95,29 @@ class NftablesSets:
         if change.deleted:
             del self._wanted[name]
             self._spans.pop(name, None)
-            self._compare.discard(name)
-            self._add.pop(name, None)
-            self._remove.pop(name, None)
+            self._forget(name)
             return
         if change.created:
             self._wanted[name] = _Wanted(change.kind, members)
             self._compare.add(name)
-        elif name not in self._compare:
-            added, removed = _keys(change.added), _keys(change.removed)
-            add = self._add.setdefault(name, set())
-            remove = self._remove.setdefault(name, set())
-            # What came and went, or went and came, since the last transaction, is nothing.
-            self._add[name] = (add - removed) | (added - remove)
-            self._remove[name] = (remove - added) | (removed - add)
+        else:
+            self._change(name, _keys(change.added), _keys(change.removed))
         if change.created or any(map(_is_network, (*change.added, *change.removed))):
             self._update_spans(name)
+
+    def want_keys(self, declaration: NftSet, keys: Callable[[], frozenset[bytes]]) -> None:
+        """A set of that form came; it is to hold what ``keys`` says."""
+        self._keyed[declaration.name] = _Keyed(declaration, keys)
+        self._compare.add(declaration.name)
+
+    def change_keys(self, name: str, added: Set[bytes], removed: Set[bytes]) -> None:
+        """Keys came that were not in such a set, and went that were."""
+        self._change(name, added, removed)
+
+    def unwant_keys(self, name: str) -> None:
+        """Such a set went."""
+        del self._keyed[name]
+        self._forget(name)
 
     def want_constant(self, constant: ConstantSet) -> None:
         """A chain refers to a list. One of several that do."""
@@ -181,9 +197,23 @@ class NftablesSets:
             or self._present.keys() - self._all_names()
         )
 
+    def _change(self, name: str, added: Set[bytes], removed: Set[bytes]) -> None:
+        if name in self._compare:
+            return
+        add = self._add.setdefault(name, set())
+        remove = self._remove.setdefault(name, set())
+        # What came and went, or went and came, since the last transaction, is nothing.
+        self._add[name] = (add - removed) | (added - remove)
+        self._remove[name] = (remove - added) | (removed - add)
+
+    def _forget(self, name: str) -> None:
+        self._compare.discard(name)
+        self._add.pop(name, None)
+        self._remove.pop(name, None)
+
     def _all_names(self) -> set[str]:
         networks = (networks_name(name) for name in self._spans)
-        return {*self._wanted, *self._constants, *networks}
+        return {*self._wanted, *self._keyed, *self._constants, *networks}
 
     def _contents(self, name: str) -> Iterator[_Contents]:
         """The kernel's sets that a set takes."""
@@ -191,6 +221,10 @@ class NftablesSets:
         if constant is not None:
             spans = frozenset(constant.spans)
             yield _Contents(constant.declaration, frozenset(constant.keys), spans)
+            return
+        keyed = self._keyed.get(name)
+        if keyed is not None:
+            yield _Contents(keyed.declaration, keyed.keys())
             return
         wanted = self._wanted[name]
         declaration = set_declarations(self._version, name, wanted.kind)

@@ -6,7 +6,8 @@ it would have decided, and decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from felix import names
 from felix.chains import (
@@ -25,7 +26,7 @@ from felix.chains import (
 )
 from felix.settings import Settings
 from policy.model import Action as PolicyAction
-from policy.model import CompiledPolicy, Direction, EndpointBinding, Match, Rule
+from policy.model import CompiledPolicy, Direction, EndpointBinding, Match, Rule, TierBinding
 
 ALLOWED = Condition(marked=Mark.ACCEPT)
 UNDECIDED = Condition(unmarked=Mark.PASS)
@@ -38,6 +39,13 @@ NEIGHBOUR_DISCOVERY = tuple(
     Condition(packet=Match(protocol=_ICMPV6, icmp_type=kind))
     for kind in (130, 131, 132, 133, 135, 136)
 )
+
+# What a rule does that isn't staged and doesn't log.
+UNIFORM: Mapping[PolicyAction, Action] = {
+    PolicyAction.ALLOW: MarkAndReturn(Mark.ACCEPT),
+    PolicyAction.DENY: Deny(),
+    PolicyAction.PASS: MarkAndReturn(Mark.PASS),
+}
 
 _RETURN = (ChainRule(Return(), ALLOWED),)
 
@@ -64,13 +72,22 @@ def policy_chain(policy: CompiledPolicy, direction: Direction, settings: Setting
 def _action(rule: Rule, settings: Settings, *, staged: bool) -> Action:
     if staged:
         return Return()  # and the rule is counted
-    actions: dict[PolicyAction, Action] = {
-        PolicyAction.ALLOW: MarkAndReturn(Mark.ACCEPT),
-        PolicyAction.DENY: Deny(),
-        PolicyAction.PASS: MarkAndReturn(Mark.PASS),
-        PolicyAction.LOG: Log(f"{settings.log_prefix}: "),
-    }
-    return actions[rule.action]
+    if rule.action is PolicyAction.LOG:
+        return Log(f"{settings.log_prefix}: ")
+    return UNIFORM[rule.action]
+
+
+class Step(NamedTuple):
+    """A chain to walk on the way through a tier; not ``decides``: whatever it says, go on."""
+
+    chain: str
+    decides: bool = True
+
+
+def policy_steps(tier: TierBinding, direction: Direction) -> Iterator[Step]:
+    """A tier's policies, one by one."""
+    for policy in tier.policies(direction):
+        yield Step(names.policy_chain(direction, policy), not policy.is_staged)
 
 
 def tier_rules(
@@ -79,19 +96,20 @@ def tier_rules(
     *,
     ends: bool = True,
     allowed: tuple[ChainRule, ...] = _RETURN,
+    steps: Callable[[TierBinding, Direction], Iterable[Step]] = policy_steps,
 ) -> Iterator[ChainRule]:
     """Tiers in order. ``allowed``: what follows a policy; not ``ends``: a tier never denies.
 
+    ``steps``: what to walk for a tier, if not its policies one by one.
     ACCEPT must be clear, unless all policies are staged.
     """
     for tier in binding.tiers:
-        policies = tier.policies(direction)
-        if not policies:
+        if not tier.policies(direction):
             continue
         yield ChainRule(ClearMarks(Mark.PASS), comment=f"Tier {tier.name}")
-        for policy in policies:
-            yield ChainRule(Jump(names.policy_chain(direction, policy)), UNDECIDED)
-            if not policy.is_staged:
+        for step in steps(tier, direction):
+            yield ChainRule(Jump(step.chain), UNDECIDED)
+            if step.decides:
                 yield from allowed
         if ends and tier.ends(direction) and tier.default_action is PolicyAction.DENY:
             yield ChainRule(Deny(), UNDECIDED, comment=f"End of tier {tier.name}")

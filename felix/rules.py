@@ -8,7 +8,7 @@ passes sets PASS. An interface that no chain knows drops: that protects a pod ju
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from api.net import V6, Net
@@ -39,11 +39,13 @@ from felix.policy_rules import (
     ALLOWED,
     ESTABLISHED,
     NEIGHBOUR_DISCOVERY,
+    Step,
+    policy_steps,
     profile_rules,
     tier_rules,
 )
 from felix.settings import EndpointToHost, LoopPrevention, Settings
-from policy.model import Direction, EndpointBinding, Match, Part, PortRange
+from policy.model import Direction, EndpointBinding, Match, Part, PortRange, TierBinding
 
 IPIP = 4
 UDP = 17
@@ -135,15 +137,16 @@ def endpoint_chain(
     binding: EndpointBinding,
     direction: Direction,
     settings: Settings,
+    steps: Callable[[TierBinding, Direction], Iterable[Step]] = policy_steps,
 ) -> Chain:
-    """What decides about a workload's packets in one direction."""
+    """What decides about a workload's packets in one direction; ``steps``: in each tier."""
     rules = [ChainRule(Allow(), ESTABLISHED)]
     if settings.drop_invalid:
         rules.append(ChainRule(Drop(), Condition(states=(State.INVALID,))))
     rules.append(ChainRule(ClearMarks(Mark.ACCEPT)))
     if direction is Direction.EGRESS:
         rules += _no_encapsulation(settings)
-    rules += tier_rules(binding, direction)
+    rules += tier_rules(binding, direction, steps=steps)
     rules += profile_rules(binding, direction)
     rules.append(ChainRule(Deny(), comment="No policy or profile allows it"))
     return Chain(names.endpoint_chain(direction, interface), tuple(rules))

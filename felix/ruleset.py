@@ -13,10 +13,11 @@ from typing import TypeVar
 
 from api.net import V4, V6, Net
 from felix import host_rules, names, rules
-from felix.chains import Chain, ChainRule, Dispatch, Table
+from felix.chains import AnyChain, ChainRule, Table
 from felix.desired import ChainKey, Delta, HookKey, SetKey
 from felix.host_rules import Guard
 from felix.policy_rules import policy_chain
+from felix.runs import Runs
 from felix.settings import Settings
 from policy.engine import Changes, Engine, SetDelta
 from policy.model import (
@@ -68,7 +69,8 @@ class Ruleset:
         self._host_chains: set[tuple[Table, str]] = set()
         self._early: Early = {}
         self._unfiltered: set[PolicyId] = set()
-        self.chains: dict[ChainKey, Chain | Dispatch] = {}
+        self._runs = Runs()
+        self.chains: dict[ChainKey, AnyChain] = {}
         self.hooks: dict[HookKey, ChainRule] = {}
         self.sets: set[SetKey] = set()
 
@@ -163,6 +165,7 @@ class Ruleset:
         if fresh:
             self._dirty.update(self._holders)
         redispatch = self._update_known()
+        indexes = self._update_runs(changes)
         rehost = fresh or hosts != self._bindings
         self._bindings = hosts
         moved = self._update_early(hosts) if rehost else set()
@@ -173,6 +176,7 @@ class Ruleset:
                 for dispatch in rules.dispatches(self._known[version]):
                     self._chain(delta, version, dispatch.name, dispatch)
             self._update_policies(delta, version, changes, moved, before[version], fresh)
+            self._update_indexes(delta, version, indexes, before[version])
             self._update_sets(delta, version, changes, before[version])
             for name in self._dirty:
                 self._update_endpoint(delta, version, name)
@@ -225,7 +229,7 @@ class Ruleset:
                     self._guard, interface, binding, self._settings, version
                 )
             )
-            chains: list[tuple[Table, Chain | Dispatch]] = [*dispatches, *ends]
+            chains: list[tuple[Table, AnyChain]] = [*dispatches, *ends]
             for table, chain in chains:
                 made.add((table, chain.name))
                 self._chain(delta, version, chain.name, chain, table)
@@ -311,6 +315,24 @@ class Ruleset:
             return id not in self._unfiltered
         return id in self._early.get((table, direction), ())
 
+    def _update_runs(self, changes: Changes) -> set[str]:
+        """Bring the indexes up to date, and find the endpoints that use them differently now."""
+        self._runs.change_sets(changes.sets)
+        self._runs.change_policies(changes.policies)
+        for interface in self._dirty:
+            self._runs.bind(interface, self._binding(interface))
+        interfaces, indexes = self._runs.flush()
+        self._dirty |= interfaces
+        return indexes
+
+    def _update_indexes(
+        self, delta: Delta, version: int, changed: Iterable[str], was: bool
+    ) -> None:
+        active = self._is_active(version)
+        present = self._runs.indexes
+        for name in changed if active is was else {*changed, *present}:
+            self._chain(delta, version, name, present.get(name) if active else None)
+
     def _update_sets(self, delta: Delta, version: int, changes: Changes, was: bool) -> None:
         active = self._is_active(version)
         if not active and not was:
@@ -350,20 +372,27 @@ class Ruleset:
             delta.sets[key] = SetDelta(kind, _NONE, _NONE, False, True)
 
     def _update_endpoint(self, delta: Delta, version: int, interface: str) -> None:
-        holder = self._holders.get(interface)
-        binding = self._engine.endpoints.get(holder) if holder else None
+        binding = self._binding(interface)
         for direction in Direction:
             chain = None
-            if isinstance(binding, EndpointBinding) and interface in self._known[version]:
-                chain = rules.endpoint_chain(interface, binding, direction, self._settings)
+            if binding is not None and interface in self._known[version]:
+                chain = rules.endpoint_chain(
+                    interface, binding, direction, self._settings, self._runs.steps
+                )
             self._chain(delta, version, names.endpoint_chain(direction, interface), chain)
+
+    def _binding(self, interface: str) -> EndpointBinding | None:
+        """What decides about the workload behind an interface."""
+        holder = self._holders.get(interface)
+        binding = self._engine.endpoints.get(holder) if holder else None
+        return binding if isinstance(binding, EndpointBinding) else None
 
     def _chain(
         self,
         delta: Delta,
         version: int,
         name: str,
-        chain: Chain | Dispatch | None,
+        chain: AnyChain | None,
         table: Table = Table.FILTER,
     ) -> None:
         _put(self.chains, delta.chains, ChainKey(version, table, name), chain)

@@ -1,0 +1,274 @@
+"""Long lists of policies: those of a tier that a packet may be looked up in, all at once.
+
+An endpoint walks the policies of a tier one after the other. Where many of them in a row do
+nothing but allow, or nothing but deny, or nothing but pass, their order doesn't matter; so those
+whose rules are plain (protocol, ports, a peer) become an ``Index``, which comes first, and
+the others of the row are walked behind it. Endpoints with the same list share it.
+
+An index is called after the first interface that uses it, not after what is in it: so a policy
+that comes, changes or goes changes an index rather than make another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from felix import names
+from felix.chains import PORT_PROTOCOLS, Index, Peer, Ticket
+from felix.policy_rules import UNIFORM, Step, policy_steps
+from policy.engine import SetDelta
+from policy.model import (
+    Action,
+    CompiledPolicy,
+    Direction,
+    EndpointBinding,
+    Match,
+    PolicyId,
+    Rule,
+    SetKind,
+    TierBinding,
+)
+
+LEAST = 12  # so many policies in a row are worth an index
+MOST_MEMBERS = 256  # of a set: each is an entry of every index that refers to the set
+MOST_PORTS = 16  # of a rule: the same
+MOST_NETS = 256
+
+_PEERS = {Direction.INGRESS: Peer.SOURCE, Direction.EGRESS: Peer.DESTINATION}
+
+
+class _Outline(NamedTuple):
+    """A policy of which all rules do the same; ``action`` None: it has none.
+
+    ``tickets`` None: some rule is more than a ticket can say.
+    """
+
+    action: Action | None
+    tickets: tuple[Ticket, ...] | None
+
+
+class _RollKey(NamedTuple):
+    direction: Direction
+    tier: str
+    policies: tuple[PolicyId, ...]
+
+
+_Place = tuple[Direction, PolicyId]
+
+
+@dataclass(slots=True)
+class _Roll:
+    """A long list of policies, and the interfaces of the endpoints that have it."""
+
+    users: set[str] = field(default_factory=set)
+    steps: tuple[Step, ...] = ()
+    indexes: dict[str, Index] = field(default_factory=dict)
+
+
+class Runs:
+    """What becomes of the long lists of all workloads. ``indexes`` are the present ones by name."""
+
+    def __init__(self) -> None:
+        self._outlines: dict[_Place, _Outline] = {}
+        self._large: set[str] = set()  # sets with too many members
+        self._sizes: dict[str, int] = {}
+        self._by_set: dict[str, set[_Place]] = {}
+        self._rolls: dict[_RollKey, _Roll] = {}
+        self._by_policy: dict[_Place, set[_RollKey]] = {}
+        self._bound: dict[str, tuple[_RollKey, ...]] = {}  # by interface
+        self._dirty: set[_RollKey] = set()
+        self.indexes: dict[str, Index] = {}
+
+    def change_policies(self, changed: Mapping[PolicyId, CompiledPolicy | None]) -> None:
+        """Active policies as they are now."""
+        for id, policy in changed.items():
+            for direction in Direction:
+                place = direction, id
+                before = self._outlines.pop(place, None)
+                after = _outline(policy, direction) if policy else None
+                if after is not None:
+                    self._outlines[place] = after
+                if before == after:
+                    continue
+                for set_id in _sets(before):
+                    self._by_set[set_id].discard(place)
+                    if not self._by_set[set_id]:
+                        del self._by_set[set_id]
+                for set_id in _sets(after):
+                    self._by_set.setdefault(set_id, set()).add(place)
+                self._dirty |= self._by_policy.get(place, set())
+
+    def change_sets(self, changed: Mapping[str, SetDelta]) -> None:
+        """What became of sets: whether they are small enough."""
+        for set_id, change in changed.items():
+            if change.kind is not SetKind.NET:
+                continue
+            if change.deleted:
+                self._sizes.pop(set_id, None)
+                self._large.discard(set_id)
+                continue
+            before = 0 if change.created else self._sizes[set_id]
+            size = self._sizes[set_id] = before + len(change.added) - len(change.removed)
+            if (size > MOST_MEMBERS) is (set_id in self._large):
+                continue
+            self._large ^= {set_id}
+            for place in self._by_set.get(set_id, ()):
+                self._dirty |= self._by_policy.get(place, set())
+
+    def bind(self, interface: str, binding: EndpointBinding | None) -> None:
+        """The policies of an interface's endpoint as they are now; None: it has no chains."""
+        after = tuple(_long_lists(binding)) if binding else ()
+        before = self._bound.pop(interface, ())
+        if after:
+            self._bound[interface] = after
+        for key in before:
+            self._rolls[key].users.discard(interface)
+        for key in after:
+            if key not in self._rolls:
+                self._rolls[key] = _Roll()
+                for id in key.policies:
+                    self._by_policy.setdefault((key.direction, id), set()).add(key)
+            self._rolls[key].users.add(interface)
+        self._dirty.update(before, after)
+
+    def flush(self) -> tuple[set[str], set[str]]:
+        """Bring all up to date: the indexes that may be different, the interfaces that are."""
+        named: set[str] = set()
+        interfaces: set[str] = set()
+        touched = {key: self._rolls[key] for key in self._dirty if key in self._rolls}
+        self._dirty.clear()
+        for key, roll in touched.items():
+            named |= roll.indexes.keys()
+            for name in roll.indexes:
+                self.indexes.pop(name, None)
+            if not roll.users:
+                self._drop(key)
+        for key, roll in touched.items():
+            if not roll.users:
+                continue
+            before, roll.indexes = roll.steps, {}
+            roll.steps = tuple(self._lay_out(key, roll))
+            if roll.steps != before:
+                interfaces |= roll.users
+            named |= roll.indexes.keys()
+            self.indexes |= roll.indexes
+        return interfaces, named
+
+    def steps(self, tier: TierBinding, direction: Direction) -> Iterable[Step]:
+        """What to walk for a tier of an endpoint that was bound, in order."""
+        policies = tier.policies(direction)
+        if len(policies) < LEAST:
+            return policy_steps(tier, direction)
+        return self._rolls[_RollKey(direction, tier.name, policies)].steps
+
+    def _drop(self, key: _RollKey) -> None:
+        del self._rolls[key]
+        for id in key.policies:
+            users = self._by_policy[key.direction, id]
+            users.discard(key)
+            if not users:
+                del self._by_policy[key.direction, id]
+
+    def _lay_out(self, key: _RollKey, roll: _Roll) -> Iterator[Step]:
+        """The steps of a roll; its indexes are noted there."""
+        for row in self._rows(key):
+            plain = [id for id in row if self._is_plain(key.direction, id)]
+            if len(plain) < LEAST:
+                plain = []
+            else:
+                index = self._index(key, roll, plain)
+                roll.indexes[index.name] = index
+                yield Step(index.name)
+            looked_up = set(plain)
+            for id in row:
+                if id not in looked_up:
+                    yield Step(names.policy_chain(key.direction, id), not id.is_staged)
+
+    def _rows(self, key: _RollKey) -> Iterator[list[PolicyId]]:
+        """Neighbours that do the same, or nothing."""
+        row: list[PolicyId] = []
+        action: Action | None = None
+        for id in key.policies:
+            outline = self._outlines.get((key.direction, id))
+            fits = outline and (None in (action, outline.action) or action is outline.action)
+            if row and not fits:
+                yield row
+                row, action = [], None
+            row.append(id)
+            if outline is None:
+                yield row
+                row, action = [], None
+            else:
+                action = action or outline.action
+        if row:
+            yield row
+
+    def _is_plain(self, direction: Direction, id: PolicyId) -> bool:
+        outline = self._outlines.get((direction, id))
+        if outline is None or outline.tickets is None:
+            return False
+        return not any(ticket.set_id in self._large for ticket in outline.tickets)
+
+    def _index(self, key: _RollKey, roll: _Roll, policies: Iterable[PolicyId]) -> Index:
+        entries = []
+        action = Action.ALLOW
+        for id in policies:
+            outline = self._outlines[key.direction, id]
+            entries.append((names.policy_chain(key.direction, id), outline.tickets or ()))
+            action = outline.action or action
+        place = f"{key.tier}/{len(roll.indexes)}/{min(roll.users)}"
+        name = names.index_chain(key.direction, place)
+        return Index(name, _PEERS[key.direction], UNIFORM[action], tuple(entries))
+
+
+def _long_lists(binding: EndpointBinding) -> Iterator[_RollKey]:
+    for tier in binding.tiers:
+        for direction in Direction:
+            policies = tier.policies(direction)
+            if len(policies) >= LEAST:
+                yield _RollKey(direction, tier.name, policies)
+
+
+def _sets(outline: _Outline | None) -> set[str]:
+    tickets = outline.tickets if outline else None
+    return {ticket.set_id for ticket in tickets or () if ticket.set_id}
+
+
+def _outline(policy: CompiledPolicy, direction: Direction) -> _Outline | None:
+    """None: its rules do different things, or some log, or it is staged, or not for this way."""
+    rules = policy.ingress if direction is Direction.INGRESS else policy.egress
+    if rules is None or policy.id.is_staged:
+        return None
+    actions = {rule.action for rule in rules}
+    if not actions:
+        return _Outline(None, ())
+    if len(actions) > 1 or Action.LOG in actions:
+        return None
+    tickets = [_ticket(rule, direction) for rule in rules]
+    plain = tuple(ticket for ticket in tickets if ticket is not None)
+    return _Outline(actions.pop(), plain if len(plain) == len(tickets) else None)
+
+
+def _ticket(rule: Rule, direction: Direction) -> Ticket | None:
+    """The rule as a ticket; None: it says more, or would take too many entries."""
+    match = rule.match
+    if direction is Direction.INGRESS:
+        nets, sets = match.src_nets, match.src_sets
+        said = Match(
+            protocol=match.protocol, src_nets=nets, src_sets=sets, dst_ports=match.dst_ports
+        )
+    else:
+        nets, sets = match.dst_nets, match.dst_sets
+        said = Match(
+            protocol=match.protocol, dst_nets=nets, dst_sets=sets, dst_ports=match.dst_ports
+        )
+    if said != match or len(sets) + bool(nets) > 1 or len(nets) > MOST_NETS:
+        return None
+    if match.dst_ports and match.protocol not in PORT_PROTOCOLS:
+        return None
+    if sum(last - first + 1 for first, last in match.dst_ports) > MOST_PORTS:
+        return None
+    ports = {port for first, last in match.dst_ports for port in range(first, last + 1)}
+    return Ticket(match.protocol, tuple(sorted(ports)), sets[0] if sets else "", nets or None)
