@@ -20,6 +20,7 @@ from typing import Any
 from api.names import cidr_name
 from api.net import parse_net
 from bird_glue.detector import kill as kill_bfd
+from bird_glue.process import Bird as BirdProcess
 from bird_glue.process import ExaBgp
 from bird_glue.status import BgpStatus, PeerStatus, StatusError, query
 from datastore.connect import connect as connect_store
@@ -112,8 +113,8 @@ class Store:
         }
         self.put_raw(kind, name, value)
 
-    def put_raw(self, kind: str, name: str, value: dict[str, Any]) -> None:
-        key = Key(kind, name)
+    def put_raw(self, kind: str, name: str, value: dict[str, Any], namespace: str = "") -> None:
+        key = Key(kind, name, namespace)
         if any(entry.key == key for entry in self._store.list(kind).entries):
             self._store.update(key, value)
         else:
@@ -223,14 +224,15 @@ class Node(Station):
         with contextlib.suppress(AttributeError):
             self.agent.__exit__()
         kill_bfd(self.run_dir)
-        found = ExaBgp.find(self.run_dir)
-        if found is not None:
-            found.signal(signal.SIGKILL)
-            found.stop(5)
-            found.close()
+        for kind in (ExaBgp, BirdProcess):
+            found = kind.find(self.run_dir)
+            if found is not None:
+                found.signal(signal.SIGKILL)
+                found.stop(5)
+                found.close()
 
     def logs(self) -> str:
-        names = ("agent.log", "run/exabgp.log", "run/exabgp.out", "run/exabgp.conf")
+        names = ("agent.log", "run/exabgp.log", "run/exabgp.out", "run/exabgp.conf", "run/bird.log", "run/bird.out")
         found = (self.directory / name for name in names)
         return "\n".join(f"--- {p}\n{p.read_text()[-4000:]}" for p in found if p.exists())
 
