@@ -1,10 +1,11 @@
 """``manx-bird-glue [run]``: the BGP agent. ``manx-bird-glue leave``: take the node out of BGP.
 
-SIGTERM ends the agent and leaves ExaBGP and the routes in place, for the next one to take over;
-only ``leave`` withdraws them. Settings are environment variables: MANX_NODENAME,
+SIGTERM ends the agent and leaves the engine and the routes in place, for the next one to take
+over; only ``leave`` withdraws them. Settings are environment variables: MANX_NODENAME,
 MANX_DATASTORE, MANX_RUN_DIR, MANX_LOG_LEVEL, and MANX_ROUTER_ID (an IPv4 address, or ``hash``;
 by default the node's IPv4 address), MANX_BFD (``on``, ``off``, or milliseconds between packets
-and how many may be missing, by default ``500x5``).
+and how many may be missing, by default ``500x5``), MANX_BGP_ENGINE (``auto``, ``exabgp`` or
+``bird``, unless the annotation ``projectcalico.org/BGPEngine`` of a BGPConfiguration says which).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import sys
 
 from bird_glue.agent import Agent, AlreadyRunningError
+from bird_glue.choice import AUTO
 from bird_glue.detector import Timing
 from bird_glue.status import StatusError, leave
 from datastore.connect import connect
@@ -47,6 +49,7 @@ def _run(environment: Environment) -> None:
         connect(environment.datastore),
         router_id=os.environ.get("MANX_ROUTER_ID", ""),
         bfd=Timing.parse(os.environ.get("MANX_BFD", "")),
+        engine=os.environ.get("MANX_BGP_ENGINE", "") or AUTO,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())

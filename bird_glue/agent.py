@@ -17,12 +17,13 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from bird_glue.channel import FromRelay
+from bird_glue.choice import AUTO
 from bird_glue.core import Core
 from bird_glue.detector import Detector, FromDetector, Timing
+from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.resources import KINDS
 from bird_glue.services import SERVICE_KINDS
-from bird_glue.speaker import Speaker
 from bird_glue.status import Request, StatusServer, status_answer
 from bird_glue.watch import KernelChanged, KernelReader, KernelWatch, source_of
 from datastore.follower import Follower, InSync, Update
@@ -63,10 +64,12 @@ class Agent:
         *,
         router_id: str = "",
         bfd: Timing | None = None,
+        engine: str = AUTO,
     ) -> None:
         """``router_id``: an IPv4 address, ``hash``, or empty (see ``local_settings``).
 
-        ``bfd``: how fast dead peers are found; None: when their hold time is over.
+        ``bfd``: how fast dead peers are found; None: when their hold time is over. ``engine``:
+        ``exabgp``, ``bird`` or ``auto``, unless a resource says which.
         Raises AlreadyRunningError, OSError.
         """
         run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -75,12 +78,13 @@ class Agent:
         self._netlink = NetlinkSocket()
         self._kernel = KernelReader(self._netlink)
         self._fib = Fib(self._netlink)
-        self._speaker = Speaker(run_dir, self._queue.put)
+        self._engines = Engines(run_dir, self._queue.put)
         self._detector = Detector(run_dir, self._queue.put, bfd)
         self._core = Core(
             node,
             router_id,
-            self._speaker,
+            self._engines,
+            engine,
             self._fib,
             self._detector,
             silent=self._kernel.silent,
@@ -103,7 +107,7 @@ class Agent:
     def run(self) -> None:
         """Work until told to stop. Raises OSError where ExaBGP can't be taken over."""
         now = time.monotonic()
-        self._speaker.adopt(now)
+        self._engines.adopt(now)
         self._watch.start()
         self._follower.start()
         self._status.start()
@@ -117,7 +121,7 @@ class Agent:
             if self._service_follower:
                 self._service_follower.stop()
             self._watch.stop()
-            self._speaker.close()
+            self._engines.close()
             if os.getpid() == _INIT:  # all that runs here ends with us
                 self._detector.end()
             else:
@@ -127,10 +131,11 @@ class Agent:
 
     def _turn(self) -> None:
         now = time.monotonic()
-        if now >= self._read_due:
+        if now >= self._read_due or self._fib.unread:
             self._read_kernel(now)
         self._core.reconcile(now)
         self._watch.blocks = self._core.blocks
+        self._watch.bird_metrics = self._fib.bird_metrics
         self._follow_services()
         self._go_on_leaving(now)
         self._detector.step(now)
@@ -163,7 +168,7 @@ class Agent:
     def _handle(self, item: Item, now: float) -> None:
         match item:
             case FromRelay():
-                for event in self._speaker.handle(item, now):
+                for event in self._engines.current.handle(item, now):
                     self._core.session(event, now)
             case FromDetector():
                 for failure in self._detector.handle(item, now):
@@ -194,7 +199,7 @@ class Agent:
         """See what the kernel has: after a change, and every minute in case one was missed."""
         self._watch.rearm()
         try:
-            self._core.set_topology(self._kernel.topology())
+            self._core.set_topology(self._kernel.topology(self._fib.owns))
             self._fib.read()
         except OSError as error:
             _log.warning("can't read the kernel's routes, trying again: %s", error)
@@ -205,15 +210,16 @@ class Agent:
     def _leave(self, request: Request, now: float) -> None:
         if self._leave_until is None:
             _log.info("leaving: withdrawing all routes")
-            self._speaker.leave()
+            self._engines.current.leave()
             self._leave_until = now + _LEAVE_SECONDS
         self._leaving.append(request)
 
     def _go_on_leaving(self, now: float) -> None:
-        if self._leave_until is None or not (self._speaker.left or now >= self._leave_until):
+        engine = self._engines.current
+        if self._leave_until is None or not (engine.left or now >= self._leave_until):
             return
-        left = self._speaker.left
-        self._speaker.stop()
+        left = engine.left
+        engine.stop()
         self._detector.end()
         self._fib.clear()
         answer = {"left": True} if left else {"error": "not all peers could be told"}

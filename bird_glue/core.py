@@ -8,18 +8,22 @@ works out what changed and brings the speaker and the kernel towards it.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from api.errors import Problem
 from api.net import V4, Net, format_address, host_net
 from bird_glue.adj_rib_in import AdjRibIn
 from bird_glue.advertise import Speaking, learned_announcement, own_announcements, own_routes
 from bird_glue.announcement import Announcement
+from bird_glue.choice import choose
 from bird_glue.decision import Guard, Session
-from bird_glue.detector import Detector, Failure, Watch, describe
-from bird_glue.engine import Engine, EngineEvent, Intent, Restarted
+from bird_glue.detector import Detector, Failure, Watch, describe, failure
+from bird_glue.engine import Engine, EngineEvent, Intent, Report, Restarted
+from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated
 from bird_glue.nexthops import Topology
@@ -29,7 +33,7 @@ from bird_glue.resources import Resources
 from bird_glue.rib import Rib
 from bird_glue.services import SERVICE_KINDS
 from bird_glue.sessions import Sessions, listen, plan_sessions
-from bird_glue.settings import Local, ObjectProblem, local_settings
+from bird_glue.settings import Cluster, Local, ObjectProblem, local_settings
 from bird_glue.status import BgpStatus, PeerStatus
 from bird_glue.tracker import ESTABLISHED, Tracker
 from datastore.follower import Update
@@ -51,7 +55,9 @@ HOLD_SECONDS = 120.0  # how long routes of an earlier run are kept for peers tha
 
 
 class Core:
-    """``silent``: whether an address on a link was asked for and didn't answer.
+    """``engine``: which one where no resource says: ``exabgp``, ``bird`` or ``auto``.
+
+    ``silent``: whether an address on a link was asked for and didn't answer.
 
     ``source_of``: the address the kernel would speak from to another.
     """
@@ -60,7 +66,8 @@ class Core:
         self,
         node: str,
         router_id: str,
-        engine: Engine,
+        engines: Engines,
+        engine: str,
         fib: Fib,
         detector: Detector,
         *,
@@ -69,7 +76,8 @@ class Core:
     ) -> None:
         self._node = node
         self._router_id = router_id
-        self._engine = engine
+        self._engines = engines
+        self._default_engine = engine
         self._fib = fib
         self._detector = detector
         self._silent = silent
@@ -90,6 +98,10 @@ class Core:
         self._hold_until: float | None = None
         self._services_in_sync = False
         self._services_until: float | None = None
+
+    @property
+    def _engine(self) -> Engine:
+        return self._engines.current
 
     @property
     def blocks(self) -> tuple[Net, ...]:
@@ -144,7 +156,7 @@ class Core:
                 self._routes.up(peer, now)
                 known = self._detector.get(peer)
                 if known and known.failed_at > since:  # while no agent was there to see it
-                    self.failed(Failure(peer, known.independent, known.failed_at))
+                    self.failed(failure(peer, known))
             case Down(peer=peer):
                 graceful = not event.notified and not event.removed
                 self._routes.down(peer, now, graceful=graceful)
@@ -153,16 +165,21 @@ class Core:
             case EndOfRib(sent=False, peer=peer, version=version):
                 self._routes.end_of_rib(peer, version)
 
-    def failed(self, failure: Failure) -> None:
+    def failed(self, found: Failure) -> None:
         """A peer is dead, or the way to it is: nothing goes there any more.
 
         What failed before the session began is history.
         """
-        tracked = self._tracker.get(failure.peer)
-        if tracked.state == ESTABLISHED and failure.time < tracked.since:
+        reports = self._engine.report()
+        known = reports.get(found.peer) or self._tracker.get(found.peer)
+        if known.state == ESTABLISHED and found.time < known.since:
             return
-        if self._routes.failed(failure.peer, independent=failure.independent):
-            self._engine.fail(failure.peer)
+        ends = self._engine.programs or self._routes.failed(
+            found.peer, independent=found.independent
+        )
+        if ends:
+            self._tracker.failed(found.peer, found.info)
+            self._engine.fail(found.peer)
 
     def reconcile(self, now: float) -> None:
         """Bring the speaker and the kernel to what should be."""
@@ -260,7 +277,8 @@ class Core:
             blocks=self._blocks,
             metrics=local.priorities,
         )
-        self._routes.set_peers(intent.sessions)
+        self._choose_engine(cluster, local, now)
+        self._routes.set_peers({} if self._engine.programs else intent.sessions)
         self._rib.set_guard(intent.guard)
         self._fib.configure(
             pools=self._pools,
@@ -272,6 +290,25 @@ class Core:
         self._detector.configure(self._watches())
         self._tracker.set_neighbors(neighbors, time.time())
         self._advertise_due = True
+
+    def _choose_engine(self, cluster: Cluster, local: Local, now: float) -> None:
+        """Have the one that is wanted run, and know who writes learned routes."""
+        clients = sum(peer.cluster_id is not None for peer in self._sessions.peers.values())
+        choice = choose(
+            cluster,
+            self._node,
+            self._default_engine,
+            clients=clients,
+            has_bird=shutil.which("bird") is not None,
+        )
+        self._problems += choice.problems
+        if self._engines.choose(choice.engine):
+            self._hold_until = now + HOLD_SECONDS
+            self.session(Restarted(), now)
+        if self._engine.programs:
+            self._fib.give()
+        elif self._engines.bird_was_here:
+            self._fib.take_back()
 
     def _watches(self) -> dict[Net, Watch]:
         """Whose failure is to be seen at once: of all peers that take part."""
@@ -299,7 +336,9 @@ class Core:
         for address in self._sessions.neighbors:
             speaking = self._speaking(address, local)
             told = {}
-            if not self._engine.programs and (speaking.filters or local.node.cluster_id is not None):
+            if not self._engine.programs and (
+                speaking.filters or local.node.cluster_id is not None
+            ):
                 told = self._told_on(address, speaking, local)
             wanted[address] = told | own_announcements(own, address.version, speaking)
         # a reflector that forgot everything must hear its peers before it says "that is all"
@@ -323,9 +362,7 @@ class Core:
         """Whether what is told depends on what was learned."""
         return local.node.cluster_id is not None or any(self._sessions.filters.values())
 
-    def _told_on(
-        self, address: Net, speaking: Speaking, local: Local
-    ) -> dict[Net, Announcement]:
+    def _told_on(self, address: Net, speaking: Speaking, local: Local) -> dict[Net, Announcement]:
         """What a peer is told of what was learned: by a reflector, or where a filter says so."""
         told: dict[Net, Announcement] = {}
         learned = {peer: self._speaking(peer, local) for peer in self._sessions.neighbors}
@@ -366,7 +403,7 @@ class Core:
         problems = [str(problem) for problem in found]
         problems += [
             f"{' '.join(self._sessions.peers[address].owner)}: session with "
-            f"{format_address(*address[:2])}: ExaBGP refuses it: {why}"
+            f"{format_address(*address[:2])}: {self._engine.name} refuses it: {why}"
             for address, why in self._engine.rejected.items()
             if address in self._sessions.peers
         ]
@@ -375,6 +412,7 @@ class Core:
         if self._detector.problem:
             problems.append(self._detector.problem)
         problems += [f"route not programmed: {text}" for text in self._fib.errors.values()]
+        reports = self._engine.report()
         used: Counter[Net] = Counter()
         installed: Counter[Net] = Counter()
         for net, selection in self._rib.selected.items():
@@ -387,10 +425,16 @@ class Core:
             asn=local.asn if local else 0,
             router_id=format_address(V4, local.router_id) if local else "",
             in_sync=self._in_sync,
-            holding=self._fib.holding,
-            exabgp=self._engine.pid,
+            holding=self._fib.holding or self._engine.recovering,
+            engine=self._engine.name,
+            pid=self._engine.pid,
             blocks=[str(block) for block in self._blocks],
-            peers=[self._peer_status(a, used[a], installed[a]) for a in self._sessions.peers],
+            peers=[
+                self._reported(address, reports[address])
+                if address in reports
+                else self._peer_status(address, used[address], installed[address])
+                for address in self._sessions.peers
+            ],
             problems=problems,
         )
 
@@ -398,6 +442,7 @@ class Core:
         neighbor, peer = self._sessions.neighbors[address], self._sessions.peers[address]
         tracked = self._tracker.get(address)
         refused = Counter(self._rib.refusals(address).values())
+        peer_state = self._routes.peers.get(address)
         return PeerStatus(
             address=format_address(*address[:2]),
             port=neighbor.port,
@@ -406,10 +451,23 @@ class Core:
             state=tracked.state,
             since=tracked.since,
             info=tracked.info,
-            received=len(self._routes.peers[address].nets),
+            received=len(peer_state.nets) if peer_state else 0,
             used=used,
             installed=installed,
             announced=self._engine.sent(address),
             refused=dict(refused),
             bfd=describe(self._detector.get(address)),
+        )
+
+    def _reported(self, address: Net, report: Report) -> PeerStatus:
+        """A session as the engine sees it, and what the kernel knows of one that isn't there."""
+        tracked = self._tracker.get(address)
+        up = report.state == ESTABLISHED
+        return replace(
+            self._peer_status(address, report.used, report.installed),
+            state=report.state,
+            since=report.since,
+            info="" if up else report.info or tracked.info,
+            received=report.received,
+            refused=dict(report.refused),
         )

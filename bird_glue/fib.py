@@ -4,6 +4,10 @@
 metric (1024 unless BGPConfiguration says otherwise), so that a connected, static or pod
 route to the same prefix always wins over them.
 
+Where BIRD is the engine it writes the learned routes, as protocol ``bird`` (12; it knows no
+other), with the same metric. Those of us it is given by changing their protocol in place, so
+it finds them as its own; and those that it leaves behind are taken back in the same way.
+
 After a start, and until all peers have told their routes, what an earlier run left in the
 kernel is kept (``holding``): none is deleted, and none replaced by one that merely knows fewer
 of the same ways. So neither our restart nor ExaBGP's moves a packet.
@@ -13,13 +17,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from api.net import V4, V6, Net, host_net
 from bird_glue.nexthops import Topology
 from bird_glue.pools import Pools
 from bird_glue.rib import Selection
 from kernel.netlink import NetlinkSocket
-from kernel.routes import PROTO_BGP, Hop, Route, RouteKey, Routes
+from kernel.routes import PROTO_BGP, PROTO_BIRD, Hop, Route, RouteKey, Routes
 from reconcile.backoff import Backoff
 from reconcile.plan import Plan
 
@@ -79,7 +84,41 @@ class Fib:
         self._metrics: Mapping[int, int] = {V4: 0, V6: 0}
         self._pools = Pools()
         self._topology = Topology()
+        self._given = False  # BIRD writes what is learned
+        self._adopting = False  # routes that BIRD has left are ours
         self.holding = True
+        self.unread = True
+
+    def give(self) -> None:
+        """BIRD writes what is learned, from here on, and has what is there already."""
+        if not self._given:
+            self._given, self._adopting, self.holding = True, False, False
+            self._mark(self._wanted.values())
+            self._wanted.clear()
+            self._dirty.update(self._actual)
+
+    def take_back(self) -> None:
+        """BIRD has ended: what it left is ours, and held until peers have told their routes.
+
+        ``unread``: the kernel has to be read for that.
+        """
+        if self._given or not self._adopting:
+            self._given, self._adopting, self.holding = False, True, True
+            self.unread = True
+
+    def owns(self, route: Route) -> bool:
+        """Whether a route of the kernel is one that BGP on this node has put there."""
+        if route.protocol == PROTO_BIRD:
+            return (self._given or self._adopting) and self._has_metric(route)
+        return route.protocol == PROTO_BGP
+
+    @property
+    def bird_metrics(self) -> frozenset[int]:
+        """The metrics of what BIRD writes for us; empty while it doesn't."""
+        return frozenset(self._metrics.values() if self._given else ())
+
+    def _has_metric(self, route: Route) -> bool:
+        return route.metric == self._metrics[route.net.version]
 
     @property
     def errors(self) -> Mapping[RouteKey, str]:
@@ -121,7 +160,7 @@ class Fib:
             old = self._wanted.pop(net, None)
             if old is not None:
                 self._dirty.add(old.key)
-            if selection is not None and self._pools.programs(net):
+            if selection is not None and not self._given and self._pools.programs(net):
                 route = learned_route(net, selection.hops, self._metrics[net.version])
                 self._wanted[net] = route
                 self._dirty.add(route.key)
@@ -130,6 +169,7 @@ class Fib:
         """Stop holding on to what an earlier run left."""
         if self.holding:
             self.holding = False
+            self._adopting = False
             self._dirty.update(self._actual)
 
     def read(self) -> None:
@@ -137,6 +177,10 @@ class Fib:
         self._actual = {}
         for version in (V4, V6):
             self._actual |= self._routes.read(version=version, protocol=PROTO_BGP)
+            if self._adopting:
+                left = self._routes.read(version=version, protocol=PROTO_BIRD)
+                self._actual |= {k: route for k, route in left.items() if self._has_metric(route)}
+        self.unread = False
         self._dirty.update(self._actual)
         self._mark(self._wanted.values())
         self._mark(self._static.values())
@@ -149,6 +193,8 @@ class Fib:
             return
         wanted = {route.key: route for route in self._wanted.values() if route.key in keys}
         wanted |= {route.key: route for route in self._static.values() if route.key in keys}
+        if self._given:
+            wanted |= self._for_bird(keys - wanted.keys())
         holding = self._leads_somewhere if self.holding else None
         plan = plan_routes(wanted, self._actual, keys, holding=holding)
         failed = self._routes.apply(plan) if plan else {}
@@ -167,9 +213,19 @@ class Fib:
         """Remove all that is ours."""
         self._wanted.clear()
         self._static.clear()
-        self.holding = False
+        self._adopting = self._adopting or self._given
+        self._given = self.holding = False
         self.read()
         self.apply(0.0)
+
+    def _for_bird(self, keys: Iterable[RouteKey]) -> dict[RouteKey, Route]:
+        """Routes that were learned before BIRD writes them, with its protocol."""
+        found = {key: self._actual[key] for key in keys if key in self._actual}
+        return {
+            key: replace(route, protocol=PROTO_BIRD)
+            for key, route in found.items()
+            if route.kind == "unicast"
+        }
 
     def _leads_somewhere(self, route: Route) -> bool:
         """Whether all gateways are on connected subnets with a carrier."""
@@ -186,6 +242,8 @@ class Fib:
         for key, route in (plan.create | plan.update).items():
             if key not in failed:
                 self._actual[key] = route
+                if route.protocol == PROTO_BIRD:
+                    del self._actual[key]  # BIRD's from here on
         for key in plan.delete:
             if key not in failed:
                 self._actual.pop(key, None)

@@ -62,8 +62,8 @@ class BgpStatus:
     """BGP on this node. ``holding``: routes of an earlier run are kept until peers are heard.
 
     ``problems``: what is wrong with objects, each with object, field, value and what would be
-    right, and routes that the kernel refused. ``exabgp``: its process id, None if not running.
-    ``datastore``: ``followed``, or why it is not.
+    right, and routes that the kernel refused. ``engine``: ``exabgp`` or ``bird``; ``pid``: its
+    process id, None if not running. ``datastore``: ``followed``, or why it is not.
     """
 
     node: str
@@ -71,11 +71,12 @@ class BgpStatus:
     router_id: str
     in_sync: bool
     holding: bool
-    exabgp: int | None
+    pid: int | None
     blocks: list[str]
     peers: list[PeerStatus]
     problems: list[str]
     datastore: str = "followed"
+    engine: str = "exabgp"
 
 
 Answer = dict[str, Any]

@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from kernel.links import RTM_DELLINK, RTM_NEWLINK, Links, parse_link
 from kernel.netlink import Message, NetlinkSocket, attributes
 from kernel.routes import (
     PROTO_BGP,
+    PROTO_BIRD,
     PROTO_FELIX,
     RTM_DELROUTE,
     RTM_NEWROUTE,
+    Route,
     Routes,
 )
 
@@ -30,6 +33,7 @@ _RTMSG_SIZE = 12  # of struct rtmsg, with rtm_dst_len and rtm_protocol at these 
 _LENGTH_OFFSET = 1
 _PROTOCOL_OFFSET = 5
 _RTA_DST = 1
+_RTA_PRIORITY = 6
 _AF_BRIDGE = 7
 _POD_PREFIX = "cali"
 _RTM_GETNEIGH = 30
@@ -47,13 +51,14 @@ class KernelChanged:
 class KernelWatch:
     """A thread that tells ``sink`` of changes, once until ``rearm`` is called.
 
-    Interfaces of pods are left out, and routes to pods inside of ``blocks``. ``stop`` may come
-    from any thread, once.
+    Interfaces of pods are left out, routes to pods inside of ``blocks``, and what BIRD writes
+    with one of ``bird_metrics``. ``stop`` may come from any thread, once.
     """
 
     def __init__(self, sink: Callable[[KernelChanged], object]) -> None:
         self._sink = sink
         self.blocks: tuple[Net, ...] = ()
+        self.bird_metrics: frozenset[int] = frozenset()
         self._socket = NetlinkSocket(groups=_GROUPS)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._told = threading.Event()
@@ -91,15 +96,18 @@ class KernelWatch:
             if error.errno != errno.ENOBUFS:
                 raise
             return True
-        blocks = self.blocks
-        return any(_matters(message, blocks) for message in messages)
+        blocks, metrics = self.blocks, self.bird_metrics
+        return any(_matters(message, blocks, metrics) for message in messages)
 
 
-def _matters(message: Message, blocks: tuple[Net, ...]) -> bool:
+def _matters(message: Message, blocks: tuple[Net, ...], bird_metrics: frozenset[int]) -> bool:
     if message.type in (RTM_NEWROUTE, RTM_DELROUTE):
         protocol = message.body[_PROTOCOL_OFFSET]
         if protocol == PROTO_BGP:
             return message.type == RTM_DELROUTE  # by us, or by someone who should not
+        if protocol == PROTO_BIRD:
+            metric = attributes(message.body, _RTMSG_SIZE).get(_RTA_PRIORITY, bytes(4))
+            return int.from_bytes(metric, sys.byteorder) not in bird_metrics
         return protocol != PROTO_FELIX or _is_borrowed(message.body, blocks)
     if message.type in (RTM_NEWLINK, RTM_DELLINK):
         return message.body[0] != _AF_BRIDGE and not parse_link(message.body).name.startswith(
@@ -124,13 +132,16 @@ class KernelReader:
     def __init__(self, netlink: NetlinkSocket) -> None:
         self._netlink = netlink
 
-    def topology(self) -> Topology:
-        """Routes, addresses and interfaces with a carrier. Raises OSError."""
+    def topology(self, owns: Callable[[Route], bool]) -> Topology:
+        """Routes, addresses and interfaces with a carrier. Raises OSError.
+
+        ``owns``: whether BGP on this node has put a route there, which is then left out.
+        """
         links = Links(self._netlink).read().values()
         routes = Routes(self._netlink)
         addresses = Addresses(self._netlink)
         return Topology(
-            [route for v in (V4, V6) for route in routes.read(version=v).values()],
+            [r for v in (V4, V6) for r in routes.read(version=v).values() if not owns(r)],
             [address.host for v in (V4, V6) for address in addresses.read(version=v).values()],
             frozenset(link.index for link in links if link.running),
             {link.index: link.name for link in links},

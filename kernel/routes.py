@@ -33,6 +33,7 @@ RTM_DELROUTE = 25
 RTM_GETROUTE = 26
 
 PROTO_FELIX = 80  # routes to pods and to blocks on other nodes, as in Calico
+PROTO_BIRD = 12  # what BIRD writes, ours or another (rtnetlink(7): RTPROT_BIRD)
 PROTO_BGP = 179  # routes learned by BGP, and the blackholes of own blocks
 
 TABLE_MAIN = 254

@@ -98,10 +98,11 @@ def _felix(status: dict[str, Any]) -> Iterator[str]:
 
 
 def _bgp(status: BgpStatus) -> Iterator[str]:
-    if status.exabgp is not None:
-        state = "running"
+    engine = "BIRD" if status.engine == "bird" else "ExaBGP"
+    if status.pid is not None:
+        state = "running on BIRD" if status.engine == "bird" else "running"
     else:
-        state = "ExaBGP does not run" if status.peers else "no peers to talk to"
+        state = f"{engine} does not run" if status.peers else "no peers to talk to"
     if not status.in_sync:
         state += ", still reading the datastore"
     if status.datastore != "followed":

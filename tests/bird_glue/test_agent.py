@@ -50,7 +50,7 @@ def test_a_node_without_a_node_object_and_without_peers(tmp_path: Path) -> None:
         eventually(lambda: node.routes() == ["blackhole 10.1.0.0/26 metric 1024"])
         status = node.status()
         assert status
-        assert (status.problems, status.peers, status.exabgp) == ([], [], None)
+        assert (status.problems, status.peers, status.pid) == ([], [], None)
         assert (status.asn, status.router_id) == (64512, "172.31.1.11")
 
         path = node.run_dir / "bgp.sock"

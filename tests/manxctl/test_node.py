@@ -48,7 +48,7 @@ BGP = bgp.BgpStatus(
     router_id="172.31.1.11",
     in_sync=True,
     holding=False,
-    exabgp=42,
+    pid=42,
     blocks=["10.0.0.0/26"],
     peers=[
         peer("172.31.1.1", since=0.0, refused={"in a pool of this cluster": 1}),
@@ -101,7 +101,7 @@ def test_status(run: Run, tmp_path: Path) -> None:
     [([], "no peers to talk to"), ([peer("172.31.1.1")], "ExaBGP does not run")],
 )
 def test_without_exabgp(run: Run, tmp_path: Path, peers: list[bgp.PeerStatus], state: str) -> None:
-    with programs(tmp_path / "run", replace(BGP, exabgp=None, peers=peers)):
+    with programs(tmp_path / "run", replace(BGP, pid=None, peers=peers)):
         assert f"\nBGP: {state} (AS 64512" in run("node", "status").stdout
 
 

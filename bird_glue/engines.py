@@ -1,0 +1,55 @@
+"""Both engines, of which one runs.
+
+To change over, the daemon that runs is ended as if it had crashed: peers with graceful restart
+keep our routes, the kernel keeps theirs, and the other daemon says that it has restarted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from bird_glue.bird_engine import BirdEngine
+from bird_glue.channel import FromRelay
+from bird_glue.engine import Engine
+from bird_glue.speaker import Speaker
+
+_log = logging.getLogger(__name__)
+
+
+class Engines:
+    """``current`` is the one that runs or is to run; it begins as the one that was found."""
+
+    def __init__(self, run_dir: Path, sink: Callable[[FromRelay], object]) -> None:
+        self._run_dir = run_dir
+        engines: tuple[Engine, ...] = (Speaker(run_dir, sink), BirdEngine(run_dir))
+        self._engines = {engine.name: engine for engine in engines}
+        self.current = engines[0]
+
+    @property
+    def bird_was_here(self) -> bool:
+        """Whether BIRD has run since the machine was started, and may have left routes."""
+        return (self._run_dir / "bird.pid").exists()
+
+    def adopt(self, now: float) -> None:
+        """Find the daemon that an earlier agent started. Raises OSError."""
+        for engine in self._engines.values():
+            engine.adopt(now)
+            if engine.pid is not None:
+                self.current = engine
+
+    def choose(self, name: str) -> bool:
+        """Change over to an engine. Returns whether another one ran until now."""
+        wanted = self._engines[name]
+        ran = [other for other in self._engines.values() if other is not wanted and other.pid]
+        for other in ran:
+            _log.info("changing over from %s to %s", other.name, name)
+            other.abandon()
+        self.current = wanted
+        return bool(ran)
+
+    def close(self) -> None:
+        """Let go of the daemon, which goes on."""
+        for engine in self._engines.values():
+            engine.close()

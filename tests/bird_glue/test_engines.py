@@ -1,0 +1,212 @@
+"""Both engines in the same place: one node, a top-of-rack router, and packets between."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from bird_glue.process import Bird as BirdProcess
+from bird_glue.process import ExaBgp
+from tests.bird_glue.world import (
+    BIRD_COMMON,
+    BIRD_SESSION,
+    Bird,
+    Node,
+    Ping,
+    Station,
+    World,
+    world,
+)
+from tests.support.netns import connect, eventually
+
+BLOCK, POD, OUTSIDE = "10.1.0.0/26", "10.1.0.5", "192.0.2.9"
+TOR = "172.31.1.1"
+ANNOTATION = "projectcalico.org/BGPEngine"
+STATICS = "protocol static {{ ipv4; {routes} }}\n"
+
+
+def tor_configuration(*statics: str, asn: int = 65001) -> str:
+    routes = " ".join(f"route {net} blackhole;" for net in statics)
+    session = BIRD_SESSION.format(
+        name="n1", local=TOR, asn=asn, peer="172.31.1.11", peer_asn=64512, export="all"
+    )
+    return BIRD_COMMON.format(router_id=TOR) + STATICS.format(routes=routes) + session
+
+
+def set_engine(made: World, engine: str, **spec: object) -> None:
+    """The annotation that says which engine runs."""
+    made.store.put_raw(
+        "BGPConfiguration",
+        "default",
+        {
+            "apiVersion": "projectcalico.org/v3",
+            "kind": "BGPConfiguration",
+            "metadata": {"name": "default", "annotations": {ANNOTATION: engine}},
+            "spec": {"nodeToNodeMeshEnabled": False, "asNumber": 64512, **spec},
+        },
+    )
+
+
+@dataclass
+class Rack:
+    engine: str
+    node: Node
+    tor: Bird
+    pod: Station
+    outside: Station
+    world: World
+
+    def settle(self) -> None:
+        """Everything as the fixture made it, and heard."""
+        eventually(lambda: self.node.established(TOR), 20)
+        eventually(lambda: self.tor.blocks() == {BLOCK}, 20)
+        eventually(lambda: self.learned() == [f"192.0.2.0/24 via {TOR} dev eth0 metric 1024"])
+        eventually(lambda: bool((s := self.node.status()) and not s.holding), 20)
+
+    def learned(self) -> list[str]:
+        """What the kernel has of peers."""
+        protocol = {"exabgp": "179", "bird": "bird"}[self.engine]
+        return self.node.routes(f"proto {protocol} type unicast")
+
+    def daemon(self) -> int:
+        """The process id of the engine; 0 while there is none."""
+        kind = {"exabgp": ExaBgp, "bird": BirdProcess}[self.engine]
+        found = kind.find(self.node.run_dir)
+        if found is None:
+            return 0
+        found.close()
+        return found.pid
+
+
+@pytest.fixture(scope="module", params=["exabgp", "bird"])
+def rack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Rack]:
+    with world(tmp_path_factory.mktemp("engines")) as made:
+        node, tor, outside = made.node("n1"), made.bird("tor"), made.host("outside")
+        connect(node.namespace, "eth0", tor.namespace, "n1", ["172.31.1.11/24", f"{TOR}/24"])
+        connect(outside.namespace, "eth0", tor.namespace, "up", [f"{OUTSIDE}/24", "192.0.2.1/24"])
+        outside.run("ip", "route", "add", "default", "via", "192.0.2.1")
+        pod = made.pod(node, "pod", POD)
+        set_engine(made, request.param)
+        made.store.put("IPPool", "plain", cidr="10.1.0.0/16")
+        made.store.put("IPPool", "overlay", cidr="10.2.0.0/16", vxlanMode="Always")
+        made.store.put("BGPPeer", "tor", peerIP=TOR, asNumber=65001)
+        made.store.node("n1", "172.31.1.11/24")
+        made.store.block("n1", BLOCK)
+        tor.start(tor_configuration())
+        node.start()
+        yield Rack(request.param, node, tor, pod, outside, made)
+
+
+@pytest.fixture(autouse=True)
+def settled(request: pytest.FixtureRequest) -> None:
+    if "rack" in request.fixturenames:
+        request.getfixturevalue("rack").settle()
+
+
+def test_blocks_are_told_routes_learned_and_packets_flow(rack: Rack) -> None:
+    assert rack.outside.reaches(POD)
+    assert rack.pod.reaches(OUTSIDE)
+    assert f"blackhole {BLOCK} metric 1024" in rack.node.routes("proto 179")
+    eventually(lambda: (seen := rack.node.peer(TOR)) is not None and seen.announced == 1)
+    peer, status = rack.node.peer(TOR), rack.node.status()
+    assert peer
+    assert status
+    assert (status.engine, status.pid) == (rack.engine, rack.daemon())
+    assert status.problems == []
+    assert (peer.type, peer.asn, peer.port, peer.info) == ("global", 65001, 179, "")
+    # the node's own subnet is told too, and not used
+    assert (peer.received, peer.used, peer.installed) == (2, 1, 1)
+    assert sum(peer.refused.values()) == 1
+
+
+def test_blocks_and_routes_come_and_go(rack: Rack) -> None:
+    store, node, tor = rack.world.store, rack.node, rack.tor
+    since = tor.since("n1")
+    store.block("n1", "10.1.9.0/26")
+    tor.configure(tor_configuration("10.50.0.0/16", "10.2.7.0/26", "10.1.0.4/30"))
+    eventually(lambda: tor.blocks() == {BLOCK, "10.1.9.0/26"})
+    expected = [
+        f"{net} via {TOR} dev eth0 metric 1024" for net in ("10.50.0.0/16", "192.0.2.0/24")
+    ]
+    eventually(lambda: rack.learned() == expected)  # neither felix's nor inside of our block
+    assert "blackhole 10.1.9.0/26 metric 1024" in node.routes("proto 179")
+    store.drop_block("n1", "10.1.9.0/26")
+    tor.configure(tor_configuration())
+    eventually(lambda: tor.blocks() == {BLOCK})
+    assert tor.since("n1") == since
+
+
+def test_a_change_to_one_peer_leaves_the_others_alone(rack: Rack) -> None:
+    store, tor = rack.world.store, rack.tor
+    since = tor.since("n1")
+    store.put("BGPPeer", "other", peerIP="172.31.1.77", asNumber=65001, keepaliveTime="10s")
+    eventually(lambda: rack.node.peer("172.31.1.77") is not None)
+    missing = "no answer from 172.31.1.77 on its link"
+    eventually(lambda: bool((p := rack.node.peer("172.31.1.77")) and p.info == missing), 20)
+    store.put("BGPPeer", "other", peerIP="172.31.1.78", asNumber=65002)
+    eventually(lambda: rack.node.peer("172.31.1.78") is not None)
+    store.delete("BGPPeer", "other")
+    eventually(lambda: rack.node.peer("172.31.1.78") is None)
+    assert tor.since("n1") == since
+
+
+def test_wrong_as_is_explained(rack: Rack) -> None:
+    rack.tor.configure(tor_configuration(asn=65009))
+    eventually(
+        lambda: bool((p := rack.node.peer(TOR)) and p.info.startswith("wrong AS number: the peer"))
+    )
+    rack.tor.configure(tor_configuration())
+
+
+@pytest.mark.parametrize("who", ["agent", "engine", "agent and engine"])
+def test_nothing_is_lost_when_it_is_killed(rack: Rack, who: str) -> None:
+    node, tor = rack.node, rack.tor
+    since, daemon = tor.since("n1"), rack.daemon()
+    with Ping(rack.outside, POD) as ping:
+        if "agent" in who:
+            node.agent.end()
+        if "engine" in who:
+            os.kill(daemon, signal.SIGKILL)
+        if "agent" in who:
+            node.start()
+        if "engine" in who:
+            eventually(lambda: tor.since("n1") != since)
+        rack.settle()
+        eventually(lambda: "restart active" not in tor.birdc("show", "protocols", "all", "n1"))
+    assert ping.lost == 0
+    if who == "agent":
+        assert (rack.daemon(), tor.since("n1")) == (daemon, since)
+
+
+def test_a_router_that_restarts_gracefully_loses_nothing(rack: Rack) -> None:
+    with Ping(rack.outside, POD) as ping:
+        rack.tor.daemon.end()
+        eventually(lambda: not rack.node.established(TOR))
+        assert rack.learned() != []
+        rack.tor.start(tor_configuration(), "-R")
+        rack.settle()
+    assert ping.lost == 0
+
+
+def test_a_peer_that_is_removed_forgets_us_at_once(rack: Rack) -> None:
+    rack.world.store.delete("BGPPeer", "tor")
+    eventually(lambda: rack.tor.blocks() == set())
+    eventually(lambda: rack.learned() == [])
+    rack.world.store.put("BGPPeer", "tor", peerIP=TOR, asNumber=65001)
+
+
+def test_leaving_takes_everything_back_first(rack: Rack) -> None:
+    from bird_glue.status import leave
+
+    leave(rack.node.run_dir)
+    assert rack.node.agent.wait() == 0
+    eventually(lambda: rack.tor.blocks() == set())
+    assert rack.node.routes("proto 179") == rack.node.routes("proto bird") == []
+    assert rack.daemon() == 0
+    rack.node.start()
