@@ -15,7 +15,7 @@ VERBS = {
     "datastore": ("manxctl.datastore", "Move the data to another datastore."),
     "delete": ("manxctl.delete", "Delete resources by file or by kind and name."),
     "get": ("manxctl.get", "Show resources."),
-    "ipam": ("manxctl.ipam", "Show how addresses are used."),
+    "ipam": ("manxctl.ipam", "Show, check and set how addresses are used."),
     "label": ("manxctl.label", "Set or remove labels of a resource."),
     "node": ("manxctl.node", "Show what this node's programs do, and collect it."),
     "patch": ("manxctl.patch", "Change some fields of a resource."),
