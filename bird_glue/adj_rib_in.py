@@ -40,11 +40,12 @@ class PeerState:
     up: bool = False
     ended: set[int] = field(default_factory=set)
     settles: float | None = None  # when a peer that marks no end counts as complete
+    dead: bool = False  # as BFD saw it, since it was up
 
     def complete(self, now: float) -> bool:
-        """Whether it is up and has told all it has."""
+        """Whether it is up and has told all it has, or is dead and has nothing to tell."""
         waited = self.settles is not None and now >= self.settles
-        return self.up and (waited or bool(self.ended))
+        return self.dead or (self.up and (waited or bool(self.ended)))
 
 
 class AdjRibIn:
@@ -87,6 +88,7 @@ class AdjRibIn:
         graceful = peer.graceful
         marks_end = bool(graceful and graceful.families)
         peer.up = True
+        peer.dead = False
         peer.ended.clear()
         peer.settles = None if marks_end else now + UNMARKED_SECONDS
         if peer.stale and not peer.ours:
@@ -127,6 +129,7 @@ class AdjRibIn:
         if peer.up or independent:
             self._forget(address, tuple(peer.nets))
             peer.deadline = None
+            peer.dead = True
         return peer.up
 
     def restarted(self, now: float) -> None:
@@ -181,7 +184,7 @@ class AdjRibIn:
         return min((time for time in deadlines if time is not None), default=None)
 
     def complete(self, now: float) -> bool:
-        """Whether every peer that is wanted is up and has told all it has."""
+        """Whether every peer that is wanted has told all it has, or has been seen to be dead."""
         return all(peer.complete(now) for peer in self.peers.values() if peer.session)
 
     def next_settled(self, now: float) -> float | None:

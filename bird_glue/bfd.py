@@ -269,7 +269,7 @@ class Session:
         if self.state is State.UP:
             self.failed = failed and state is State.DOWN
         self.state = state
-        if state is not State.INIT:  # else the reason of the last end is still told
+        if state in (State.DOWN, State.ADMIN_DOWN):  # else why it ended last is still told
             self.diagnostic = why
         # from the slow interval to the agreed one, which the peer must confirm
         self._polling = state is State.UP

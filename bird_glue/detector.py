@@ -25,7 +25,7 @@ from pathlib import Path
 import orjson
 
 from api.net import Net, format_address
-from bird_glue.bfd import State
+from bird_glue.bfd import Diagnostic, State
 from bird_glue.messages import parse_host
 from reconcile.backoff import Backoff
 
@@ -85,12 +85,14 @@ class Detection:
     """What is known of a peer. ``failed_at``: seconds of the epoch, 0.0 for never.
 
     ``independent``: it says that its BFD lives on when its control plane restarts.
+    ``seconds``: of silence that end it.
     """
 
     state: State
     since: float
     independent: bool
     failed_at: float
+    why: Diagnostic
     seconds: float
 
 
@@ -98,12 +100,13 @@ class Detection:
 class Failure:
     """A peer that was there has fallen silent, or says that it doesn't hear us.
 
-    ``time``: when, in seconds of the epoch.
+    ``time``: when, in seconds of the epoch. ``info``: in words.
     """
 
     peer: Net
     independent: bool
     time: float
+    info: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,15 @@ class FromDetector:
     channel: _Channel
     lines: tuple[bytes, ...] = ()
     closed: bool = False
+
+
+def failure(peer: Net, found: Detection) -> Failure:
+    """What a peer's failure is, from what is known of it."""
+    if found.why is Diagnostic.NEIGHBOR_SAID_DOWN:
+        info = "BFD: the peer does not hear us, or its BFD has started anew"
+    else:
+        info = f"BFD: nothing heard from the peer for {found.seconds:g} s"
+    return Failure(peer, found.independent, found.failed_at, info)
 
 
 def describe(found: Detection | None) -> str:
@@ -271,6 +283,7 @@ class Detector:
         since: float,
         independent: bool,
         failed_at: float,
+        why: int,
         seconds: float,
         news: bool,
     ) -> list[Failure]:
@@ -278,13 +291,14 @@ class Detector:
         if address not in self._wanted:
             return []
         before = self._found.get(address)
-        found = Detection(State(state), since, independent, failed_at, seconds)
+        found = Detection(State(state), since, independent, failed_at, Diagnostic(why), seconds)
         self._found[address] = found
         missed = found.failed_at and (before is None or before.failed_at != found.failed_at)
         if not (news or missed):
             return []
-        _log.warning("BFD: %s does not answer, or does not hear us", peer)
-        return [Failure(address, independent, failed_at)]
+        failed = failure(address, found)
+        _log.warning("%s: %s", peer, failed.info)
+        return [failed]
 
     def _connect(self, now: float) -> None:
         try:

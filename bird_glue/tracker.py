@@ -27,6 +27,7 @@ class Tracked:
     info: str = ""
     opened: Opened | None = None
     notified: Notified | None = None
+    failure: str = ""  # what BFD saw, while its end is awaited
 
 
 class Tracker:
@@ -73,11 +74,16 @@ class Tracker:
                 session.notified = event
             case Up(time=time):
                 session.state, session.since, session.info = ESTABLISHED, time, ""
-                session.notified = None
+                session.notified, session.failure = None, ""
             case Down() if event.peer not in self._neighbors:
                 del self._sessions[event.peer]
             case Down():
                 self._down(session, event)
+
+    def failed(self, peer: Net, info: str) -> None:
+        """BFD saw that the peer is dead: the end of its session will be no surprise."""
+        if session := self._sessions.get(peer):
+            session.failure = info
 
     def lost_all(self, now: float) -> None:
         """ExaBGP has ended. ``now``: seconds of the epoch."""
@@ -95,9 +101,11 @@ class Tracker:
         if session.state == ESTABLISHED:
             session.state, session.since = "Active", event.time
         session.info = info or session.info
-        session.opened = None
+        session.opened, session.failure = None, ""
 
     def _why(self, session: Tracked, event: Down) -> str:
+        if session.failure:
+            return session.failure
         if session.notified is not None:
             return self._notification(session, session.notified)
         if event.removed:

@@ -102,6 +102,31 @@ def test_routes_go_when_our_own_restart_finds_the_peer_gone() -> None:
     assert held(routes) == set()
 
 
+def test_a_dead_peer_keeps_nothing_and_is_not_waited_for() -> None:
+    routes = established(KEEPING)
+    assert routes.failed(PEER, independent=False)
+    assert held(routes) == set()
+    assert routes.complete(10)
+    routes.down(PEER, 11, graceful=True)
+    assert routes.next_deadline() is None
+    assert routes.complete(11)
+    come_up(routes, 12, KEEPING, ONE)
+    assert held(routes) == {ONE}
+    assert not routes.complete(12)
+    assert not AdjRibIn().failed(PEER, independent=True)
+
+
+def test_a_failure_while_the_peer_restarts_counts_where_its_detection_does_not_restart_too() -> (
+    None
+):
+    routes = established(KEEPING)
+    routes.down(PEER, 10, graceful=True)
+    assert not routes.failed(PEER, independent=False)
+    assert held(routes) == {ONE, TWO}
+    assert not routes.failed(PEER, independent=True)
+    assert held(routes) == set()
+
+
 def test_complete_means_that_all_peers_have_told_all() -> None:
     routes = established(KEEPING)
     assert routes.complete(0)

@@ -1,0 +1,48 @@
+"""Dead peers are found within seconds; restarts and pauses of ours kill nobody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.bird_glue.world import Node, World, world
+from tests.support.netns import eventually
+
+HOSTS = ("172.31.1.9", "172.31.1.10", "172.31.1.11")
+
+
+# what the machine sends is kept and never goes out; its link stays up
+RESTORE = ("qdisc", "del", "dev", "eth0", "root")
+CUT = ("qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "8bit", "burst", "1", "limit", "1")
+
+
+def mesh(made: World, count: int) -> list[Node]:
+    nodes = [made.node(f"n{n}") for n in range(1, count + 1)]
+    made.switch("rack", *((node, f"{host}/24") for node, host in zip(nodes, HOSTS, strict=False)))
+    for n, node in enumerate(nodes):
+        made.store.node(node.name, f"{HOSTS[n]}/24")
+        made.store.block(node.name, f"10.1.{n}.0/26")
+    for node in nodes:
+        node.start()
+    return nodes
+
+
+def watched(node: Node, *addresses: str) -> bool:
+    found = [node.peer(address) for address in addresses]
+    return all(p is not None and p.state == "Established" and p.bfd[:2] == "up" for p in found)
+
+
+def test_routes_of_a_node_that_dies_are_gone(tmp_path: Path) -> None:
+    """It vanishes without a word: nothing is reset, no cable is seen to be unplugged."""
+    with world(tmp_path) as made:
+        one, two, three = mesh(made, 3)
+        eventually(lambda: watched(one, *HOSTS[1:]) and watched(two, HOSTS[0], HOSTS[2]), 20)
+        eventually(lambda: one.route_to("10.1.2.0/26") != "")
+        three.run("tc", *CUT)
+        eventually(lambda: not one.route_to("10.1.2.0/26") and not two.route_to("10.1.2.0/26"))
+        peer = one.peer(HOSTS[2])
+        assert peer
+        assert peer.info == "BFD: nothing heard from the peer for 2.5 s"
+        assert peer.bfd == "down"
+        assert watched(one, HOSTS[1])
+        three.run("tc", *RESTORE)
+        eventually(lambda: watched(one, HOSTS[2]) and one.route_to("10.1.2.0/26") != "", 30)
