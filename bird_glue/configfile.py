@@ -65,9 +65,14 @@ class ConfigurationFile:
             self._text, self._mark = render(self._wanted.values(), self._socket)
             self._validated = False
 
-    def write(self) -> None:
-        """Put it in place, for an ExaBGP that will be started. Raises OSError."""
-        self._validate()
+    def write(self, *, check: bool) -> None:
+        """Put it in place, for an ExaBGP that will be started. Raises OSError.
+
+        ``check``: leave out what ExaBGP would refuse. It takes as long as starting ExaBGP,
+        which refuses it just the same, so it is for when that has happened.
+        """
+        if check and not self._validated:
+            self._leave_out_refused()
         self._replace()
         self._running = self._mark
         self._loading = self._again = None
@@ -130,9 +135,11 @@ class ConfigurationFile:
         dialogue.ask(f"show neighbor configuration{some}", finish)
 
     def _validate(self) -> None:
-        """Leave out what ExaBGP would refuse. What is in place already was validated before."""
-        if self._validated or (self.path.exists() and self.path.read_text() == self._text):
-            return
+        """Leave out what ExaBGP would refuse; what is in place already, it runs on."""
+        if not self._validated and not (self.path.exists() and self.path.read_text() == self._text):
+            self._leave_out_refused()
+
+    def _leave_out_refused(self) -> None:
         if error := self._error_in(self._text):
             _log.error("ExaBGP refuses its configuration: %s", error)
             for address, neighbor in self._wanted.items():

@@ -222,7 +222,7 @@ class Speaker:
 
     def _start(self, listen: Listen, now: float) -> None:
         try:
-            self._file.write()
+            self._file.write(check=self._backoff.next_due() is not None)
             variables = environment(listen, self._run_dir / "exabgp.log")
             self._process = ExaBgp.start(self._run_dir, self._file.path, variables)
         except OSError as error:
