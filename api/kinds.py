@@ -165,6 +165,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 namespaced=True,
                 api_version=CORE,
             ),
+            _kind("secret", "Secret", "secrets", namespaced=True, api_version=CORE),
             _kind("services", "Service", "services", "svc", namespaced=True, api_version=CORE),
             _kind(
                 "services",

@@ -582,6 +582,14 @@ KUBERNETES_EXAMPLES: list[JSON] = [
         ports=[{"name": "http", "protocol": "TCP", "port": 80}],
     ),
     kubernetes(
+        CORE,
+        "Secret",
+        "kube-system",
+        type="Opaque",
+        data={"password": "c2VjcmV0"},
+        stringData={"other": "text"},
+    ),
+    kubernetes(
         COORDINATION,
         "Lease",
         "kube-system",
