@@ -210,3 +210,39 @@ def test_leaving_takes_everything_back_first(rack: Rack) -> None:
     assert rack.node.routes("proto 179") == rack.node.routes("proto bird") == []
     assert rack.daemon() == 0
     rack.node.start()
+
+
+def test_engines_change_under_traffic(rack: Rack) -> None:
+    """There and back. The router keeps our routes, the kernel keeps its: nothing is lost."""
+    first, other = rack.engine, {"exabgp": "bird", "bird": "exabgp"}[rack.engine]
+    with Ping(rack.outside, POD) as inward, Ping(rack.pod, OUTSIDE) as outward:
+        for engine in (other, first):
+            since, daemon = rack.tor.since("n1"), rack.daemon()
+            set_engine(rack.world, engine)
+            rack.engine = engine
+            eventually(lambda since=since: rack.tor.since("n1") != since, 20)  # type: ignore[misc]
+            rack.settle()
+            assert rack.daemon() != daemon
+            status = rack.node.status()
+            assert status
+            assert (status.engine, status.problems) == (engine, [])
+            assert len(rack.node.routes("192.0.2.0/24")) == 1  # the other one's is gone
+    assert (inward.lost, outward.lost) == (0, 0)
+
+
+def test_an_agent_that_dies_while_engines_change(rack: Rack) -> None:
+    """The next one finds the wrong engine, or none, and routes of both."""
+    first, other = rack.engine, {"exabgp": "bird", "bird": "exabgp"}[rack.engine]
+    with Ping(rack.outside, POD) as inward, Ping(rack.pod, OUTSIDE) as outward:
+        rack.node.agent.end()
+        set_engine(rack.world, other)
+        rack.node.start()
+        rack.engine = other
+        rack.settle()
+        os.kill(rack.daemon(), signal.SIGKILL)
+        rack.node.agent.end()
+        set_engine(rack.world, first)
+        rack.node.start()
+        rack.engine = first
+        rack.settle()
+    assert (inward.lost, outward.lost) == (0, 0)
