@@ -96,7 +96,8 @@ class _Concerned:
 class Connections:
     """Looks after the flows of local endpoints, in the calling thread's network namespace.
 
-    ``ends_forbidden`` False: what policy forbids is left to end by itself.
+    Begins with what ``calculator`` has calculated, and all flows. ``ends_forbidden`` False: what
+    policy forbids is left to end by itself.
     """
 
     def __init__(self, calculator: Calculator, *, ends_forbidden: bool = True) -> None:
@@ -108,7 +109,9 @@ class Connections:
         self._judge = Judge(calculator, self._writer.find)
         self._users: dict[PolicyId, set[EndpointId]] = {}
         self._uses: dict[EndpointId, frozenset[PolicyId]] = {}
-        self._known: set[Net] = set()  # addresses of local endpoints
+        for id, binding in calculator.engine.endpoints.items():
+            self._use(id, binding)
+        self._known = set(calculator.pods)
         self._gone: set[Net] = set()
         self._concerned = _Concerned(everybody=True)
         self._unsure: _Concerned = _Concerned()  # looked at when not all was in force
@@ -128,7 +131,7 @@ class Connections:
             ended.close()
 
     def note(self, delta: Delta) -> None:
-        """What the calculator's last calculation changed."""
+        """What the calculator's last calculation changed. Must be told of every later one."""
         changes = self._calculator.changes
         self._judge.update(changes)
         endpoints = set(changes.endpoints)

@@ -1,20 +1,24 @@
-"""TCP connections that policy ended stay ended, also when their server goes on sending.
+"""What policy ended stays ended, also when the server goes on sending.
 
-The kernel takes a TCP packet of a connection that it doesn't know for the first of a new one
-(``nf_conntrack_tcp_loose``). When that packet comes from the server, the connection seems to
-begin there: what may not be begun by the client would go on as a connection begun by the server,
-which policy may well allow. So what a server sends on is dropped by a table of its own, ``calico-
-ended``, as long as the set ``connections`` in it names the connection; a packet that begins a
-connection is not what it drops. It is nftables also where iptables enforces: there is no set of
-iptables' that could hold both ends with their ports.
+To the kernel a packet of a flow that it doesn't know is the first of a new one, in the midst of a
+TCP connection, too (``nf_conntrack_tcp_loose``). When it comes from the server, the flow seems to
+begin there: what the client may not begin would go on as begun by the server, which policy may
+well allow. So what servers go on sending is dropped, by a table of its own, ``calico-ended``,
+whose sets name the flows. It is nftables also where iptables enforces: no set of iptables' holds
+both ends with their ports.
 
-Elements go by themselves after a day, or when policy allows the connection again; the table is
-there only while it is needed. A restarted agent finds it as it was.
+- TCP: what does not begin a connection, for a day.
+- UDP: everything, as long as the kernel would remember a conversation that is silent
+  (``nf_conntrack_udp_timeout_stream``). What is still sent then is a conversation of the server's.
+
+Or until policy allows it again. The table is there only while it is needed; a restarted agent
+finds it as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping, Set
+from typing import NamedTuple
 
 from api.net import V4, V6, host_net
 from kernel import nft_expressions as nft
@@ -24,10 +28,7 @@ from kernel.nft_sets import ADDRESS4, ADDRESS6, PORT, NftSet, key
 from kernel.nftables import BaseChain, Nftables, NftablesError, NftRule
 
 TABLE = "calico-ended"
-SET = "connections"
-TCP = 6
 
-_DAY = 24 * 3600  # s
 _MOST = 1 << 13
 _AFTER_MANGLE = -149  # connection tracking is at -200
 _HOOKS = ("prerouting", "output")
@@ -35,6 +36,17 @@ _FLAGS = 13  # offset in TCP's header
 _FIN_SYN_RST_ACK, _SYN = b"\x17", b"\x02"
 _SOURCE = {V4: 12, V6: 8}  # offset in the IP header
 _SIZE = {V4: 4, V6: 16}
+
+
+class _Protocol(NamedTuple):
+    number: int
+    name: str  # of the set
+    seconds: int
+
+
+_TCP = _Protocol(6, "tcp", 24 * 3600)
+_UDP = _Protocol(17, "udp", 120)
+_PROTOCOLS = (_TCP, _UDP)
 
 
 class Ended:
@@ -49,17 +61,20 @@ class Ended:
         """Close the socket. What is in the kernel stays."""
         self._nftables.close()
 
-    def add(self, flows: Iterable[Flow]) -> None:
+    def add(self, flows: Collection[Flow]) -> None:
         """Let the servers of these say no more. Raises OSError.
 
         Translated sources are left out: without the translation nobody knows for whom it is.
         """
         keys = {
-            _key(flow.reply)
-            for flow in flows
-            if flow.original.protocol == TCP and flow.reply.dst == flow.original.src
+            protocol: {
+                _key(flow.reply)
+                for flow in flows
+                if flow.original.protocol == protocol.number and flow.reply.dst == flow.original.src
+            }
+            for protocol in _PROTOCOLS
         }
-        if not keys:
+        if not any(keys.values()):
             return
         try:
             self._add(keys)
@@ -77,61 +92,72 @@ class Ended:
             self._exists = self._nftables.exists()
         if not self._exists:
             return
-        try:
-            keys = self._nftables.keys(SET)
-        except FileNotFoundError:
-            self._exists = None
-            return
-        allowed = {each for each in keys if not is_forbidden(self._began(each))}
         transaction = self._nftables.transaction()
-        if allowed == keys:
+        needed = False
+        for protocol in _PROTOCOLS:
+            try:
+                keys = self._nftables.keys(protocol.name)
+            except FileNotFoundError:
+                self._exists = None
+                return
+            allowed = {key for key in keys if not is_forbidden(self._began(protocol, key))}
+            transaction.delete_keys(protocol.name, allowed)
+            needed = needed or allowed != keys
+        if not needed:
+            transaction = self._nftables.transaction()
             transaction.delete_table()
-        else:
-            transaction.delete_keys(SET, allowed)
         self._nftables.commit(transaction)
-        self._exists = allowed != keys
+        self._exists = needed
 
-    def _add(self, keys: set[bytes]) -> None:
+    def _add(self, keys: Mapping[_Protocol, Set[bytes]]) -> None:
         transaction = self._nftables.transaction()
         if not self._exists:
             address = ADDRESS4 if self._version == V4 else ADDRESS6
             transaction.create_table()
-            fields = (address, PORT, address, PORT)
-            transaction.create_set(NftSet(SET, fields, size=_MOST, timeout=_DAY))
             for hook in _HOOKS:
                 transaction.create_chain(hook, BaseChain("filter", hook, _AFTER_MANGLE))
                 transaction.flush_chain(hook)
-                transaction.append_rules(hook, [NftRule(self._rule(), "Policy ended it")])
-        transaction.add_keys(SET, keys)
+            for protocol in _PROTOCOLS:
+                fields = (address, PORT, address, PORT)
+                wanted = NftSet(protocol.name, fields, size=_MOST, timeout=protocol.seconds)
+                transaction.create_set(wanted)
+                for hook in _HOOKS:
+                    rule = NftRule(self._rule(protocol), "Policy ended it")
+                    transaction.append_rules(hook, [rule])
+        for protocol, some in keys.items():
+            transaction.add_keys(protocol.name, some)
         self._nftables.commit(transaction)
         self._exists = True
 
-    def _rule(self) -> bytes:
-        """``ct state new tcp flags & (fin|syn|rst|ack) != syn … @connections counter drop``."""
+    def _rule(self, protocol: _Protocol) -> bytes:
+        """``ct state new tcp flags & (fin|syn|rst|ack) != syn … @tcp counter drop``."""
         source, size = _SOURCE[self._version], _SIZE[self._version]
         first = nft.NARROW_REGISTER
         second = first + size // 4 + 1
+        middle = (
+            nft.load_payload(Base.TRANSPORT, _FLAGS, 1),
+            nft.mask(_FIN_SYN_RST_ACK),
+            nft.compare(_SYN, Compare.NOT_EQUAL),
+        )
         return b"".join(
             (
                 nft.load_conntrack_state(),
                 nft.mask(nft.host_order(ConntrackState.NEW)),
                 nft.compare(bytes(4), Compare.NOT_EQUAL),
                 nft.load_meta(Meta.L4PROTO),
-                nft.compare(bytes((TCP,))),
-                nft.load_payload(Base.TRANSPORT, _FLAGS, 1),
-                nft.mask(_FIN_SYN_RST_ACK),
-                nft.compare(_SYN, Compare.NOT_EQUAL),
+                nft.compare(bytes((protocol.number,))),
+                *(middle if protocol is _TCP else ()),
                 nft.load_payload(Base.NETWORK, source, size, first),
                 nft.load_payload(Base.TRANSPORT, 0, 2, second - 1),
                 nft.load_payload(Base.NETWORK, source + size, size, second),
                 nft.load_payload(Base.TRANSPORT, 2, 2, second + size // 4),
-                nft.lookup(SET, register=first),
+                nft.lookup(protocol.name, register=first),
                 nft.counter(),
                 nft.verdict(Verdict.DROP),
             )
         )
 
-    def _began(self, raw: bytes) -> Tuple:
+    def _began(self, protocol: _Protocol, raw: bytes) -> Tuple:
         size = _SIZE[self._version]
 
         def end(offset: int) -> tuple[int, int]:
@@ -142,7 +168,7 @@ class Ended:
         return Tuple(
             host_net(self._version, client),
             host_net(self._version, server),
-            TCP,
+            protocol.number,
             client_port,
             server_port,
         )
