@@ -14,6 +14,7 @@ VERBS = {
     "create": ("manxctl.create", "Create resources from files."),
     "datastore": ("manxctl.datastore", "Move the data to another datastore."),
     "delete": ("manxctl.delete", "Delete resources by file or by kind and name."),
+    "explain": ("manxctl.explain", "Say whether policy lets a flow pass, and why."),
     "get": ("manxctl.get", "Show resources."),
     "ipam": ("manxctl.ipam", "Show, check and set how addresses are used."),
     "label": ("manxctl.label", "Set or remove labels of a resource."),
