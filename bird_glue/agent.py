@@ -23,6 +23,7 @@ from bird_glue.detector import Detector, FromDetector, Timing
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.resources import KINDS
+from bird_glue.secrets import SecretRead, SecretReader, own_namespace
 from bird_glue.services import SERVICE_KINDS
 from bird_glue.status import Request, StatusServer, status_answer
 from bird_glue.watch import KernelChanged, KernelReader, KernelWatch, source_of
@@ -50,7 +51,17 @@ class ServicesInSync:
     """Put on the queue: all Services and EndpointSlices are known."""
 
 
-Item = Update | InSync | FromRelay | FromDetector | KernelChanged | Request | ServicesInSync | Stop
+Item = (
+    Update
+    | InSync
+    | FromRelay
+    | FromDetector
+    | KernelChanged
+    | Request
+    | ServicesInSync
+    | SecretRead
+    | Stop
+)
 
 
 class Agent:
@@ -94,6 +105,7 @@ class Agent:
         self._store = store
         self._follower = Follower(store, KINDS, self._queue.put)
         self._service_follower: Follower | None = None
+        self._secrets = SecretReader(store, own_namespace(), self._queue.put)
         self._status = StatusServer(run_dir, self._queue.put)
         self._stopping = False
         self._leaving: list[Request] = []
@@ -120,6 +132,7 @@ class Agent:
             self._follower.stop()
             if self._service_follower:
                 self._service_follower.stop()
+            self._secrets.stop()
             self._watch.stop()
             self._engines.close()
             if os.getpid() == _INIT:  # all that runs here ends with us
@@ -136,6 +149,7 @@ class Agent:
         self._core.reconcile(now)
         self._watch.blocks = self._core.blocks
         self._watch.bird_metrics = self._fib.bird_metrics
+        self._secrets.want(self._core.wanted_secrets)
         self._follow_services()
         self._go_on_leaving(now)
         self._detector.step(now)
@@ -177,6 +191,8 @@ class Agent:
                 self._core.update(item)
             case InSync():
                 self._core.in_sync()
+            case SecretRead():
+                self._core.secret(item)
             case ServicesInSync():
                 self._core.services_in_sync()
             case KernelChanged():

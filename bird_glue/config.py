@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from api.net import V4, Net, format_address
@@ -35,6 +36,7 @@ class Neighbor:
     hold_seconds: int = DEFAULT_HOLD_SECONDS
     restart_seconds: int = DEFAULT_RESTART_SECONDS
     ttl_security: int | None = None
+    password: bytes = field(default=b"", repr=False)
 
     @property
     def external(self) -> bool:
@@ -108,6 +110,9 @@ def _template(neighbor: Neighbor) -> str:
         # else it would call at the port we listen on
         f"connect {neighbor.port}",
     ]
+    if neighbor.password:
+        lines.append(f'md5-password "{password_word(neighbor)}"')
+        lines.append("md5-base64 true")
     if neighbor.ttl_security is not None:
         lines.append(f"outgoing-ttl {_MAX_TTL}")
         lines.append(f"incoming-ttl {_MAX_TTL + 1 - neighbor.ttl_security}")
@@ -128,6 +133,11 @@ def _template(neighbor: Neighbor) -> str:
         "send { parsed; update; notification; }\n"
         "}\n"
     )
+
+
+def password_word(neighbor: Neighbor) -> str:
+    """How the configuration spells the password (RFC 2385), whatever is in it."""
+    return base64.b64encode(neighbor.password).decode()
 
 
 def environment(listen: Listen, log_file: Path) -> dict[str, str]:

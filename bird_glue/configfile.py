@@ -9,13 +9,14 @@ runs on, by the mark in the file, until that is what it should be.
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from api.net import Net, format_address
-from bird_glue.config import Neighbor, render
+from bird_glue.config import Neighbor, password_word, render
 from bird_glue.dialogue import Dialogue, Result
 
 _log = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ class ConfigurationFile:
     def _error_in(self, text: str) -> str:
         """What ``exabgp validate`` says; empty if all is well."""
         path = self.path.with_suffix(".new")
-        path.write_text(text)
+        _write_private(path, text)
         try:
             result = subprocess.run(
                 [sys.executable, "-m", "exabgp", "validate", str(path)],
@@ -167,9 +168,21 @@ class ConfigurationFile:
         if result.returncode == 0:
             return ""
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        return "; ".join(lines[-3:]) or f"exit code {result.returncode}"
+        shown = "; ".join(lines[-3:]) or f"exit code {result.returncode}"
+        for neighbor in self._wanted.values():
+            if neighbor.password:
+                shown = shown.replace(password_word(neighbor), "(password)")
+        return shown
 
     def _replace(self) -> None:
         path = self.path.with_suffix(".new")
-        path.write_text(self._text)
+        _write_private(path, self._text)
         path.replace(self.path)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that may hold passwords."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        os.fchmod(descriptor, 0o600)
+        file.write(text)

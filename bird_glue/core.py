@@ -27,10 +27,11 @@ from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated
 from bird_glue.nexthops import Topology
-from bird_glue.peers import desired_peers
+from bird_glue.peers import Peer, desired_peers
 from bird_glue.pools import Pools
 from bird_glue.resources import Resources
 from bird_glue.rib import Rib
+from bird_glue.secrets import SecretRead
 from bird_glue.services import SERVICE_KINDS
 from bird_glue.sessions import Sessions, listen, plan_sessions
 from bird_glue.settings import Cluster, Local, ObjectProblem, local_settings
@@ -50,6 +51,7 @@ _LOCKED = ObjectProblem(
         " manxctl datastore migrate unlock",
     ),
 )
+SECRETS_SECONDS = 10.0  # how long sessions wait for passwords at the start
 SERVICES_SECONDS = 10.0  # how long announcements wait for services at the start
 HOLD_SECONDS = 120.0  # how long routes of an earlier run are kept for peers that don't come
 
@@ -98,6 +100,9 @@ class Core:
         self._hold_until: float | None = None
         self._services_in_sync = False
         self._services_until: float | None = None
+        self._secrets: dict[str, SecretRead] = {}
+        self._secrets_until: float | None = None
+        self.wanted_secrets: frozenset[str] = frozenset()  # those that sessions need
 
     @property
     def _engine(self) -> Engine:
@@ -112,6 +117,11 @@ class Core:
     def wants_services(self) -> bool:
         """Whether Services and EndpointSlices decide about what is announced."""
         return self._local is not None and bool(self._resources.ranges)
+
+    def secret(self, read: SecretRead) -> None:
+        """A Secret was read, or could not be."""
+        self._secrets[read.name] = read
+        self._configure_due = True
 
     def services_in_sync(self) -> None:
         """All Services and EndpointSlices are known."""
@@ -186,8 +196,7 @@ class Core:
         if not self._in_sync or (self._resources.locked and self._local is None):
             return
         if self._configure_due:
-            self._configure_due = False
-            self._configure(now)
+            self._configure_due = not self._configure(now)
         if self._local is None:
             return
         self._routes.expire(now)
@@ -206,7 +215,7 @@ class Core:
     def next_due(self, now: float) -> float | None:
         """When to call ``reconcile`` though nothing happens."""
         if self._local is None:
-            return None
+            return self._secrets_until
         due = [self._engine.next_due(now), self._routes.next_deadline(), self._fib.next_retry()]
         if self._fib.holding:
             due += [self._hold_until, self._routes.next_settled(now)]
@@ -232,8 +241,23 @@ class Core:
             self._fib.release()
             self._advertise_due = True
 
-    def _configure(self, now: float) -> None:
-        """Resources or addresses changed: work out the sessions and all that is said."""
+    def _reads_secrets(self, peers: list[Peer], now: float) -> bool:
+        """Whether to wait for Secrets: at the start, lest sessions that run are ended because
+        their passwords are not known yet; but the other sessions can't wait for them for long.
+        """
+        names = (peer.password.name for peer in peers if peer.password)
+        self.wanted_secrets = frozenset(name for name in names if name)
+        if self._local is not None or self.wanted_secrets <= self._secrets.keys():
+            return False
+        if self._secrets_until is None:
+            self._secrets_until = now + SECRETS_SECONDS
+        return now < self._secrets_until
+
+    def _configure(self, now: float) -> bool:
+        """Resources or addresses changed: work out the sessions and all that is said.
+
+        Returns whether it could be done now.
+        """
         cluster = self._resources.cluster()
         local = local_settings(cluster, self._node, self._router_id)
         self._problems = []
@@ -241,13 +265,15 @@ class Core:
             if local is None:
                 problem = Problem("metadata.name", self._node, "a Node object with this name")
                 self._problems.append(ObjectProblem("Node", self._node, problem))
-            return  # what is in force stays
+            return True  # what is in force stays
         if self._hold_until is None:
             self._hold_until = now + HOLD_SECONDS
         peers, problems = desired_peers(cluster, local)
+        if self._reads_secrets(peers, now):
+            return False
         hosts = self._topology.hosts
         filters = self._resources.filters()
-        self._sessions = plan_sessions(peers, local, hosts, self._source_of, filters)
+        self._sessions = plan_sessions(peers, local, hosts, self._source_of, filters, self._secrets)
         self._problems = problems + self._sessions.problems
         self._local = local
         self._blocks = self._resources.blocks()
@@ -290,6 +316,7 @@ class Core:
         self._detector.configure(self._watches())
         self._tracker.set_neighbors(neighbors, time.time())
         self._advertise_due = True
+        return True
 
     def _choose_engine(self, cluster: Cluster, local: Local, now: float) -> None:
         """Have the one that is wanted run, and know who writes learned routes."""

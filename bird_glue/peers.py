@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 
-from api.bgp import BGPPeer, split_peer_ip
+from api.bgp import BGPPassword, BGPPeer, split_peer_ip
 from api.errors import Problem
 from api.net import V4, V6, Net, format_address, parse_net
 from api.registry import selectors
+from bird_glue.secrets import SecretKey
 from bird_glue.settings import Cluster, ClusterNode, Local, ObjectProblem, cluster_node
 from policy.selector import SelectorError
 from policy.selector import parse as parse_selector
@@ -64,7 +65,7 @@ class Peer:
     allowed_own_as: int = 0
     reachable_by: Net | None = None
     filters: tuple[str, ...] = ()
-    password: bool = False
+    password: SecretKey | None = None
 
 
 def desired_peers(cluster: Cluster, local: Local) -> tuple[list[Peer], list[ObjectProblem]]:
@@ -123,7 +124,7 @@ class _Peers:
                             passive=greater(host, own.hosts[version]),
                             is_node=True,
                             restart_seconds=_seconds(spec.node_mesh_max_restart_time),
-                            password=spec.node_mesh_password is not None,
+                            password=_password(spec.node_mesh_password),
                         )
                     )
 
@@ -268,7 +269,7 @@ class _Peers:
             allowed_own_as=allowed_own_as,
             reachable_by=parse_net(spec.reachable_by) if spec.reachable_by else None,
             filters=tuple(spec.filters),
-            password=spec.password is not None,
+            password=_password(spec.password),
         )
 
     def _problem(self, peer: BGPPeer, field: str, value: object, expected: str) -> None:
@@ -288,6 +289,13 @@ def _type(peer: BGPPeer) -> PeerType:
 
 def _seconds(duration: timedelta | None) -> int | None:
     return None if duration is None else round(duration.total_seconds())
+
+
+def _password(password: BGPPassword | None) -> SecretKey | None:
+    if password is None:
+        return None
+    found = password.secret_key_ref
+    return SecretKey(found.name, found.key) if found else SecretKey("", "")
 
 
 def _order(peer: Peer) -> tuple[Net, int, str]:

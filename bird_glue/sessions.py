@@ -19,6 +19,7 @@ from bird_glue.config import (
 )
 from bird_glue.filters import Filter
 from bird_glue.peers import Peer, PeerType, greater
+from bird_glue.secrets import PasswordError, SecretRead, password_of
 from bird_glue.settings import Local, ObjectProblem
 
 # which of several sessions with one address is made
@@ -47,15 +48,17 @@ def plan_sessions(
     hosts: frozenset[Net],
     source_of: Callable[[Net], Net | None],
     filters: Mapping[str, Filter] | None = None,
+    secrets: Mapping[str, SecretRead] | None = None,
 ) -> Sessions:
     """The sessions. ``hosts``: addresses this machine has; ``source_of``: the one that the
-    kernel would speak from. ``filters``: the BGPFilters there are, by name.
+    kernel would speak from. ``filters``: the BGPFilters there are, by name;
+    ``secrets``: what was read of Secrets.
     """
     sessions = Sessions()
     for peer in sorted(peers, key=lambda peer: (peer.address, _PRECEDENCE[peer.type])):
         if peer.address in sessions.peers:
             _note_second(sessions, peer)
-        elif _offered(sessions, peer):
+        elif (password := _find_password(sessions, peer, secrets or {})) is not None:
             source = peer.source or source_of(peer.address)
             if source is None:
                 text = format_address(*peer.address[:2])
@@ -65,7 +68,7 @@ def plan_sessions(
             else:
                 sessions.peers[peer.address] = peer
                 sessions.filters[peer.address] = _filters(sessions, peer, filters or {})
-                sessions.neighbors[peer.address] = _neighbor(peer, local, source)
+                sessions.neighbors[peer.address] = _neighbor(peer, local, source, password)
     return sessions
 
 
@@ -80,7 +83,7 @@ def listen(local: Local, hosts: frozenset[Net]) -> Listen:
     return Listen(tuple(addresses), local.port or DEFAULT_PORT)
 
 
-def _neighbor(peer: Peer, local: Local, source: Net) -> Neighbor:
+def _neighbor(peer: Peer, local: Local, source: Net, password: bytes) -> Neighbor:
     hold = DEFAULT_HOLD_SECONDS
     if peer.keepalive_seconds is not None:
         hold = max(MIN_HOLD_SECONDS, min(MAX_HOLD_SECONDS, _KEEPALIVES * peer.keepalive_seconds))
@@ -100,30 +103,32 @@ def _neighbor(peer: Peer, local: Local, source: Net) -> Neighbor:
         hold_seconds=hold,
         restart_seconds=restart,
         ttl_security=peer.ttl_security,
+        password=password,
     )
 
 
-def _offered(sessions: Sessions, peer: Peer) -> bool:
-    """Whether all that the session needs is offered. If not, none is made: it would not do
-    what its author relies on.
+def _find_password(
+    sessions: Sessions, peer: Peer, secrets: Mapping[str, SecretRead]
+) -> bytes | None:
+    """The password, empty if there is to be none. None: it is missing, so no session is made,
+    rather than one without.
     """
-    if peer.password:
-        mesh = peer.type is PeerType.MESH
-        where = "spec.nodeMeshPassword" if mesh else "spec.password"
-        expected = "absent: passwords from Secrets are not offered yet, so no session is made"
-        if mesh:
-            problem = ObjectProblem("BGPConfiguration", "default", Problem(where, "set", expected))
-            if problem not in sessions.problems:
-                sessions.problems.append(problem)
-        else:
-            sessions.refuse(peer, where, "set", expected)
-        return False
-    if peer.reachable_by:
-        text = format_address(*peer.reachable_by[:2])
-        expected = "absent: not offered yet, so no session is made"
-        sessions.refuse(peer, "spec.reachableBy", text, expected)
-        return False
-    return True
+    if peer.password is None:
+        return b""
+    mesh = peer.type is PeerType.MESH
+    where = "spec.nodeMeshPassword" if mesh else "spec.password"
+    found = peer.password
+    try:
+        if not found.name:
+            raise PasswordError("the name of a Secret, in secretKeyRef")
+        return password_of(found, secrets)
+    except PasswordError as error:
+        owner = ("BGPConfiguration", "default") if mesh else peer.owner
+        value = f"{found.name}/{found.key}" if found.name else None
+        problem = ObjectProblem(*owner, Problem(where, value, str(error)))
+        if problem not in sessions.problems:
+            sessions.problems.append(problem)
+    return None
 
 
 def _filters(sessions: Sessions, peer: Peer, known: Mapping[str, Filter]) -> tuple[Filter, ...]:
