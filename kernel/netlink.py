@@ -226,6 +226,12 @@ class NetlinkSocket:
         """The file descriptor, for poll and select."""
         return self._socket.fileno()
 
+    @property
+    def port(self) -> int:
+        """The number by which the kernel names this socket to those who hear of its changes."""
+        own: tuple[int, int] = self._socket.getsockname()
+        return own[0]
+
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
@@ -296,8 +302,12 @@ class NetlinkSocket:
 
     def receive(self) -> list[Message]:
         """Wait for one datagram of a multicast group. Raises OSError, MessagesLostError."""
+        return [Message(kind, 0, body) for _, kind, _, body in _messages(self.receive_raw())]
+
+    def receive_raw(self) -> bytes:
+        """As ``receive``, but for who looks into few of many datagrams."""
         try:
-            return [Message(kind, 0, body) for _, kind, _, body in self._read()]
+            return self._read_raw()
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
@@ -388,25 +398,31 @@ class NetlinkSocket:
 
         With MSG_DONTWAIT none where nothing waits.
         """
+        return _messages(self._read_raw(flags))
+
+    def _read_raw(self, flags: int = 0) -> bytes:
         buffer = _take_buffer()
         try:
             size = self._socket.recv_into(buffer, 0, flags)
-            data = bytes(buffer[:size])
+            return bytes(buffer[:size])
         except BlockingIOError as error:
             if flags & socket.MSG_DONTWAIT:
-                return []
+                return b""
             raise TimeoutError(
                 errno.ETIMEDOUT, f"netlink: no answer within {_ANSWER_SECONDS} s"
             ) from error
         finally:
             _buffers.append(buffer)
-        found = []
-        offset = 0
-        while offset + 16 <= len(data):
-            length, kind, header_flags, sequence, _ = _HEADER.unpack_from(data, offset)
-            found.append((sequence, kind, header_flags, data[offset + 16 : offset + length]))
-            offset += (length + 3) & ~3
-        return found
+
+
+def _messages(data: bytes) -> list[tuple[int, int, int, bytes]]:
+    found = []
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind, header_flags, sequence, _ = _HEADER.unpack_from(data, offset)
+        found.append((sequence, kind, header_flags, data[offset + 16 : offset + length]))
+        offset += (length + 3) & ~3
+    return found
 
 
 def _windows(messages: Sequence[Message]) -> Iterator[range]:
