@@ -7,7 +7,7 @@ everything that became different, so packets never see a new chain beside an old
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from api.net import V4, V6
 from felix import names
@@ -75,7 +75,7 @@ class _Family:
         self._bases: dict[str, BaseChain] = {}
         self._maps: dict[str, tuple[NftSet, dict[bytes, Target]]] = {}
         self._users: dict[str, set[str]] = {}  # set -> the chains that look it up
-        self._chains: Mapping[str, ChainState] = {}  # in the kernel
+        self._chains: dict[str, ChainState] = {}  # in the kernel
         self._targets: dict[str, dict[bytes, Target]] = {}  # of the maps in the kernel
         self._exists = False
         self._dirty: set[str] = set()  # chains
@@ -137,7 +137,7 @@ class _Family:
         """See what is in the kernel. Raises OSError."""
         state = self._nftables.read()
         self._exists = bool(state.chains or state.sets) or self._nftables.exists()
-        self._chains = state.chains
+        self._chains = dict(state.chains)
         maps = {name for name, found in state.sets.items() if found.verdicts}
         self._targets = {name: self._nftables.targets(name) for name in maps}
         self._sets.found({name: s for name, s in state.sets.items() if name not in maps})
@@ -281,7 +281,7 @@ class _Family:
         if not self._exists:
             transaction.create_table()
         changed = {name for name in self._dirty if self._differs(name)}
-        gone = [name for name in self._dirty if name in self._chains.keys() - self._rendered.keys()]
+        gone = [name for name in self._dirty if name in self._chains and name not in self._rendered]
         # A chain can't become a base chain, nor cease to be one: it is made anew.
         for name in sorted(changed):
             if name in self._chains and self._chains[name].base != self._bases.get(name):
@@ -331,13 +331,11 @@ class _Family:
         return self._rendered[name]
 
     def _committed(self) -> None:
-        present = dict(self._chains)
         for name in self._dirty:
             if name not in self._rendered:
-                present.pop(name, None)
+                self._chains.pop(name, None)
             elif self._differs(name):
-                present[name] = ChainState(self._bases.get(name), self._wanted(name).comments)
-        self._chains = present
+                self._chains[name] = ChainState(self._bases.get(name), self._wanted(name).comments)
         for name in self._dirty_maps & self._maps.keys():
             self._targets[name] = dict(self._maps[name][1])
         for name in self._targets.keys() - self._maps.keys():

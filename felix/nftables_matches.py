@@ -34,6 +34,8 @@ ICMP = {4: 1, 6: 58}
 SOURCE_OFFSET = {4: 12, 6: 8}
 DESTINATION_OFFSET = {4: 16, 6: 24}
 
+_NETWORKS = "-networks"
+
 # Whether a set holds networks besides hosts, by its name in the kernel.
 HoldsNetworks = Callable[[str], bool]
 
@@ -250,7 +252,12 @@ def set_name(set_id: str) -> str:
 
 def networks_name(name: str) -> str:
     """Beside the set of a set's hosts, that of its networks."""
-    return f"{name}-networks"
+    return name + _NETWORKS
+
+
+def networks_holder(name: str) -> str | None:
+    """Beside which set one is that holds networks; None: it is not such a one by its name."""
+    return name.removesuffix(_NETWORKS) if name.endswith(_NETWORKS) else None
 
 
 def address_type(version: int) -> KeyType:

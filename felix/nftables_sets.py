@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from felix.nftables_matches import (
     ConstantSet,
     network_declaration,
+    networks_holder,
     networks_name,
     set_declarations,
     set_name,
@@ -73,6 +74,7 @@ class NftablesSets:
         self._known: dict[str, frozenset[Range]] = {}  # ranges in the kernel
         self._compare: set[str] = set()  # what these hold is not known, or they are not there
         self._renetted: set[str] = set()  # whose ranges may have changed
+        self._spare: set[str] = set()  # of the kernel's, that perhaps nobody wants
         self._add: dict[str, set[bytes]] = {}
         self._remove: dict[str, set[bytes]] = {}
         self.reshaped: set[str] = set()
@@ -84,6 +86,7 @@ class NftablesSets:
     def found(self, present: Mapping[str, NftSet]) -> None:
         """The sets in the kernel, just read; what they hold is compared at the next ``fill``."""
         self._present = dict(present)
+        self._spare = set(present)
         self._compare = {*self._wanted, *self._keyed, *self._constants}
         self._known.clear()
         self._add.clear()
@@ -133,7 +136,7 @@ class NftablesSets:
         self._uses[name] -= 1
         if not self._uses[name]:
             del self._uses[name], self._constants[name]
-            self._compare.discard(name)
+            self._forget(name)
 
     def preload(self) -> int:
         """Fill new sets that are large, outside of the transaction to come. Raises OSError."""
@@ -167,7 +170,7 @@ class NftablesSets:
 
     def trim(self, transaction: Transaction) -> None:
         """Remove the sets that nobody wants, once no rule refers to them."""
-        for name in sorted(self._present.keys() - self._all_names()):
+        for name in sorted(self._unwanted()):
             transaction.delete_set(name)
 
     def committed(self) -> None:
@@ -181,10 +184,14 @@ class NftablesSets:
         for name in self._renetted & self._spans.keys():
             declaration = network_declaration(self._version, name)
             self._present[declaration.name] = declaration
-        for name in self._present.keys() - self._all_names():
+        for name in self._unwanted():
             del self._present[name]
-        self._known = dict(self._spans)
-        for work in (self._compare, self._renetted, self._add, self._remove):
+        for name in self._renetted | self._compare:
+            if name in self._spans:
+                self._known[name] = self._spans[name]
+            else:
+                self._known.pop(name, None)
+        for work in (self._compare, self._renetted, self._spare, self._add, self._remove):
             work.clear()
 
     def pending(self) -> bool:
@@ -194,7 +201,7 @@ class NftablesSets:
             or self._renetted
             or any(self._add.values())
             or any(self._remove.values())
-            or self._present.keys() - self._all_names()
+            or self._unwanted()
         )
 
     def _change(self, name: str, added: Set[bytes], removed: Set[bytes]) -> None:
@@ -207,13 +214,21 @@ class NftablesSets:
         self._remove[name] = (remove - added) | (removed - add)
 
     def _forget(self, name: str) -> None:
+        self._spare |= {name, networks_name(name)}
+        self._known.pop(name, None)
         self._compare.discard(name)
         self._add.pop(name, None)
         self._remove.pop(name, None)
 
-    def _all_names(self) -> set[str]:
-        networks = (networks_name(name) for name in self._spans)
-        return {*self._wanted, *self._keyed, *self._constants, *networks}
+    def _unwanted(self) -> set[str]:
+        """The sets in the kernel that should not be there."""
+        return {n for n in self._spare if n in self._present and not self._is_wanted(n)}
+
+    def _is_wanted(self, name: str) -> bool:
+        if name in self._wanted or name in self._keyed or name in self._constants:
+            return True
+        holder = networks_holder(name)
+        return holder is not None and holder in self._spans
 
     def _contents(self, name: str) -> Iterator[_Contents]:
         """The kernel's sets that a set takes."""
@@ -266,6 +281,7 @@ class NftablesSets:
             self._spans[name] = frozenset(ranges(networks))  # type: ignore[arg-type]
         else:
             self._spans.pop(name, None)
+            self._spare.add(networks_name(name))
         if had != bool(networks):
             self.reshaped.add(name)
         if had or networks:

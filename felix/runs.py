@@ -12,7 +12,7 @@ that comes, changes or goes changes an index rather than make another.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from felix import names
@@ -42,20 +42,18 @@ _PEERS = {Direction.INGRESS: Peer.SOURCE, Direction.EGRESS: Peer.DESTINATION}
 class _Outline(NamedTuple):
     """A policy of which all rules do the same; ``action`` None: it has none.
 
-    ``tickets`` None: some rule is more than a ticket can say.
+    ``entry`` is what an index holds of it; None: some rule is more than a ticket can say.
     """
 
     action: Action | None
-    tickets: tuple[Ticket, ...] | None
+    entry: tuple[str, tuple[Ticket, ...]] | None
+    sets: frozenset[str] = frozenset()
 
 
 class _RollKey(NamedTuple):
     direction: Direction
     tier: str
     policies: tuple[PolicyId, ...]
-
-
-_Place = tuple[Direction, PolicyId]
 
 
 @dataclass(slots=True)
@@ -65,40 +63,61 @@ class _Roll:
     users: set[str] = field(default_factory=set)
     steps: tuple[Step, ...] = ()
     indexes: dict[str, Index] = field(default_factory=dict)
+    positions: dict[PolicyId, tuple[str, int]] = field(default_factory=dict)  # in indexes
+
+
+@dataclass(slots=True)
+class _Way:
+    """What is known of policies in one direction."""
+
+    outlines: dict[PolicyId, _Outline] = field(default_factory=dict)
+    users: dict[PolicyId, set[_RollKey]] = field(default_factory=dict)
+    by_set: dict[str, set[PolicyId]] = field(default_factory=dict)
 
 
 class Runs:
     """What becomes of the long lists of all workloads. ``indexes`` are the present ones by name."""
 
     def __init__(self) -> None:
-        self._outlines: dict[_Place, _Outline] = {}
+        self._ways = {direction: _Way() for direction in Direction}
         self._large: set[str] = set()  # sets with too many members
         self._sizes: dict[str, int] = {}
-        self._by_set: dict[str, set[_Place]] = {}
         self._rolls: dict[_RollKey, _Roll] = {}
-        self._by_policy: dict[_Place, set[_RollKey]] = {}
         self._bound: dict[str, tuple[_RollKey, ...]] = {}  # by interface
         self._dirty: set[_RollKey] = set()
+        self._edited: dict[_RollKey, set[PolicyId]] = {}  # policies that stay where they are
         self.indexes: dict[str, Index] = {}
 
     def change_policies(self, changed: Mapping[PolicyId, CompiledPolicy | None]) -> None:
         """Active policies as they are now."""
-        for id, policy in changed.items():
-            for direction in Direction:
-                place = direction, id
-                before = self._outlines.pop(place, None)
-                after = _outline(policy, direction) if policy else None
-                if after is not None:
-                    self._outlines[place] = after
-                if before == after:
-                    continue
-                for set_id in _sets(before):
-                    self._by_set[set_id].discard(place)
-                    if not self._by_set[set_id]:
-                        del self._by_set[set_id]
-                for set_id in _sets(after):
-                    self._by_set.setdefault(set_id, set()).add(place)
-                self._dirty |= self._by_policy.get(place, set())
+        for direction, way in self._ways.items():
+            for id, policy in changed.items():
+                self._change_policy(way, id, _outline(policy, direction) if policy else None)
+
+    def _change_policy(self, way: _Way, id: PolicyId, after: _Outline | None) -> None:
+        before = way.outlines.pop(id, None)
+        if after is not None:
+            way.outlines[id] = after
+        if before == after:
+            return
+        for set_id in before.sets if before else ():
+            way.by_set[set_id].discard(id)
+            if not way.by_set[set_id]:
+                del way.by_set[set_id]
+        for set_id in after.sets if after else ():
+            way.by_set.setdefault(set_id, set()).add(id)
+        stays = (
+            before is not None
+            and after is not None
+            and before.action is after.action
+            and self._is_plain(before)
+            and self._is_plain(after)
+        )
+        for key in way.users.get(id, ()):
+            if stays:
+                self._edited.setdefault(key, set()).add(id)
+            else:
+                self._dirty.add(key)
 
     def change_sets(self, changed: Mapping[str, SetDelta]) -> None:
         """What became of sets: whether they are small enough."""
@@ -114,8 +133,9 @@ class Runs:
             if (size > MOST_MEMBERS) is (set_id in self._large):
                 continue
             self._large ^= {set_id}
-            for place in self._by_set.get(set_id, ()):
-                self._dirty |= self._by_policy.get(place, set())
+            for way in self._ways.values():
+                for id in way.by_set.get(set_id, ()):
+                    self._dirty |= way.users.get(id, set())
 
     def bind(self, interface: str, binding: EndpointBinding | None) -> None:
         """The policies of an interface's endpoint as they are now; None: it has no chains."""
@@ -128,8 +148,9 @@ class Runs:
         for key in after:
             if key not in self._rolls:
                 self._rolls[key] = _Roll()
+                users = self._ways[key.direction].users
                 for id in key.policies:
-                    self._by_policy.setdefault((key.direction, id), set()).add(key)
+                    users.setdefault(id, set()).add(key)
             self._rolls[key].users.add(interface)
         self._dirty.update(before, after)
 
@@ -154,6 +175,10 @@ class Runs:
                 interfaces |= roll.users
             named |= roll.indexes.keys()
             self.indexes |= roll.indexes
+        for key, policies in self._edited.items():
+            if key in self._rolls and key not in touched:
+                named |= self._edit(key, policies)
+        self._edited.clear()
         return interfaces, named
 
     def steps(self, tier: TierBinding, direction: Direction) -> Iterable[Step]:
@@ -165,33 +190,50 @@ class Runs:
 
     def _drop(self, key: _RollKey) -> None:
         del self._rolls[key]
+        users = self._ways[key.direction].users
         for id in key.policies:
-            users = self._by_policy[key.direction, id]
-            users.discard(key)
-            if not users:
-                del self._by_policy[key.direction, id]
+            users[id].discard(key)
+            if not users[id]:
+                del users[id]
+
+    def _edit(self, key: _RollKey, policies: Iterable[PolicyId]) -> set[str]:
+        """Change what policies say in the indexes of a roll; the names of these."""
+        roll, outlines = self._rolls[key], self._ways[key.direction].outlines
+        entries: dict[str, list[tuple[str, tuple[Ticket, ...]]]] = {}
+        for id in policies:
+            if id in roll.positions:
+                name, position = roll.positions[id]
+                changed = entries.setdefault(name, list(roll.indexes[name].entries))
+                changed[position] = outlines[id].entry or changed[position]
+        for name, changed in entries.items():
+            index = replace(roll.indexes[name], entries=tuple(changed))
+            roll.indexes[name] = self.indexes[name] = index
+        return set(entries)
 
     def _lay_out(self, key: _RollKey, roll: _Roll) -> Iterator[Step]:
         """The steps of a roll; its indexes are noted there."""
+        roll.positions = {}
+        outlines = self._ways[key.direction].outlines
         for row in self._rows(key):
-            plain = [id for id in row if self._is_plain(key.direction, id)]
+            plain = [id for id in row if id in outlines and self._is_plain(outlines[id])]
             if len(plain) < LEAST:
                 plain = []
             else:
                 index = self._index(key, roll, plain)
                 roll.indexes[index.name] = index
+                roll.positions |= {id: (index.name, at) for at, id in enumerate(plain)}
                 yield Step(index.name)
-            looked_up = set(plain)
             for id in row:
-                if id not in looked_up:
+                if id not in roll.positions:
                     yield Step(names.policy_chain(key.direction, id), not id.is_staged)
 
     def _rows(self, key: _RollKey) -> Iterator[list[PolicyId]]:
         """Neighbours that do the same, or nothing."""
+        outlines = self._ways[key.direction].outlines
         row: list[PolicyId] = []
         action: Action | None = None
         for id in key.policies:
-            outline = self._outlines.get((key.direction, id))
+            outline = outlines.get(id)
             fits = outline and (None in (action, outline.action) or action is outline.action)
             if row and not fits:
                 yield row
@@ -205,22 +247,16 @@ class Runs:
         if row:
             yield row
 
-    def _is_plain(self, direction: Direction, id: PolicyId) -> bool:
-        outline = self._outlines.get((direction, id))
-        if outline is None or outline.tickets is None:
-            return False
-        return not any(ticket.set_id in self._large for ticket in outline.tickets)
+    def _is_plain(self, outline: _Outline) -> bool:
+        return outline.entry is not None and self._large.isdisjoint(outline.sets)
 
     def _index(self, key: _RollKey, roll: _Roll, policies: Iterable[PolicyId]) -> Index:
-        entries = []
-        action = Action.ALLOW
-        for id in policies:
-            outline = self._outlines[key.direction, id]
-            entries.append((names.policy_chain(key.direction, id), outline.tickets or ()))
-            action = outline.action or action
+        outlines = [self._ways[key.direction].outlines[id] for id in policies]
+        entries = tuple(outline.entry for outline in outlines if outline.entry is not None)
+        action = next((o.action for o in outlines if o.action is not None), Action.ALLOW)
         place = f"{key.tier}/{len(roll.indexes)}/{min(roll.users)}"
         name = names.index_chain(key.direction, place)
-        return Index(name, _PEERS[key.direction], UNIFORM[action], tuple(entries))
+        return Index(name, _PEERS[key.direction], UNIFORM[action], entries)
 
 
 def _long_lists(binding: EndpointBinding) -> Iterator[_RollKey]:
@@ -231,24 +267,23 @@ def _long_lists(binding: EndpointBinding) -> Iterator[_RollKey]:
                 yield _RollKey(direction, tier.name, policies)
 
 
-def _sets(outline: _Outline | None) -> set[str]:
-    tickets = outline.tickets if outline else None
-    return {ticket.set_id for ticket in tickets or () if ticket.set_id}
-
-
 def _outline(policy: CompiledPolicy, direction: Direction) -> _Outline | None:
     """None: its rules do different things, or some log, or it is staged, or not for this way."""
     rules = policy.ingress if direction is Direction.INGRESS else policy.egress
     if rules is None or policy.id.is_staged:
         return None
     actions = {rule.action for rule in rules}
+    name = names.policy_chain(direction, policy.id)
     if not actions:
-        return _Outline(None, ())
+        return _Outline(None, (name, ()))
     if len(actions) > 1 or Action.LOG in actions:
         return None
     tickets = [_ticket(rule, direction) for rule in rules]
     plain = tuple(ticket for ticket in tickets if ticket is not None)
-    return _Outline(actions.pop(), plain if len(plain) == len(tickets) else None)
+    if len(plain) < len(tickets):
+        return _Outline(actions.pop(), None)
+    sets = frozenset(ticket.set_id for ticket in plain if ticket.set_id)
+    return _Outline(actions.pop(), (name, plain), sets)
 
 
 def _ticket(rule: Rule, direction: Direction) -> Ticket | None:

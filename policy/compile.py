@@ -86,6 +86,15 @@ class Compilation:
     order: float
     parts: frozenset[Part]
 
+    def stands_like(self, other: Compilation) -> bool:
+        """Whether the other, of the same policy, binds the same endpoints in the same way."""
+        return (
+            (self.selector, self.tier, self.order, self.parts)
+            == (other.selector, other.tier, other.order, other.parts)
+            and (self.rules.policy.ingress is None) is (other.rules.policy.ingress is None)
+            and (self.rules.policy.egress is None) is (other.rules.policy.egress is None)
+        )
+
 
 def compile_policy(id: PolicyId, policy: NetworkPolicy | GlobalNetworkPolicy) -> Compilation:
     """Compile a policy. Never raises: what is wrong becomes ``problems``."""

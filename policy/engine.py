@@ -254,7 +254,8 @@ class Engine:
         self._note_problems(id, new.rules if new else None, new.tier if new else None)
         self._dirty_policies.add(id)
         if old and new and old.selector == new.selector:
-            self._dirty_bindings.update(self._local.matches(new.selector))
+            if not old.stands_like(new):
+                self._dirty_bindings.update(self._local.matches(new.selector))
             return
         if old:
             self._dirty_bindings.update(self._local.matches(old.selector))
