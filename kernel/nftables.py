@@ -234,9 +234,15 @@ class Nftables:
         self._socket = NetlinkSocket(NETLINK_NETFILTER, netns_fd=netns_fd, send_buffer=_SEND_BUFFER)
         self._named = attribute_text(_TABLE_NAME, name)
         self._head = _preamble(version)
+        self.commits = 0  # transactions that were carried out
 
     def __str__(self) -> str:
         return f"{'ip' if self.version == V4 else 'ip6'} {self.name}"
+
+    @property
+    def port(self) -> int:
+        """The number by which ``kernel.nft_monitor`` knows this one's changes."""
+        return self._socket.port
 
     def __enter__(self) -> Nftables:
         return self
@@ -264,6 +270,7 @@ class Nftables:
         end = Message(_BATCH_END, 0, _BATCH_HEADER)
         failures = self._socket.atomic([begin, *transaction.messages, end])
         if not failures:
+            self.commits += 1
             return
         code = failures[0].errno
         if code == _ERESTART:
