@@ -88,6 +88,7 @@ def render(intent: Intent, wanted: Mapping[Net, Announcements], run_dir: Path) -
         told = {peer: routes for peer, routes in wanted.items() if peer.version == version}
         own = divide(told, intent.speaking)
         parts.append(_statics(version, own.base))
+        parts.append(_ways(intent.neighbors.values(), version))
         parts.append(_sessions(intent, version, own))
     return "".join(parts)
 
@@ -152,6 +153,18 @@ def _statics(version: int, base: Mapping[Net, Announcement]) -> str:
         attributes = " ".join([f"{_ANNOUNCED} = 1;", *_attributes(announcement)])
         lines.append(f"route {net} blackhole {{ {attributes} }};")
     return block(f"protocol static own_v{version}", lines)
+
+
+def _ways(neighbors: Iterable[Neighbor], version: int) -> str:
+    """To peers that only a gateway of their own leads to; the kernel has these routes as well."""
+    lines = [
+        f"route {neighbor.address} via {format_address(*neighbor.reachable_by[:2])};"
+        for neighbor in neighbors
+        if neighbor.reachable_by and neighbor.address.version == version
+    ]
+    if not lines:
+        return ""
+    return block(f"protocol static ways_v{version}", [f"ipv{version} {{ table igp{version}; }};", *lines])
 
 
 def _attributes(announcement: Announcement) -> Iterable[str]:
@@ -254,6 +267,8 @@ def _session(intent: Intent, neighbor: Neighbor, accepted: str, told: str) -> st
         # loops are looked for in the filter, which also knows the node's other AS number
         "allow local as; med metric on;",
     ]
+    if neighbor.password:
+        lines.append(f'password "{neighbor.password.decode("ascii")}";')
     if neighbor.ttl_security:
         lines.append("ttl security on;")
     if neighbor.passive:

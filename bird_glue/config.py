@@ -24,7 +24,11 @@ _MAX_TTL = 255
 
 @dataclass(frozen=True, slots=True)
 class Neighbor:
-    """One session, ready to be run. ``ttl_security``: hops between us and the peer (RFC 5082)."""
+    """One session, ready to be run.
+
+    ``ttl_security``: hops between us and the peer (RFC 5082). ``reachable_by``: the gateway
+    that alone leads to the peer.
+    """
 
     address: Net
     local: Net
@@ -37,6 +41,7 @@ class Neighbor:
     restart_seconds: int = DEFAULT_RESTART_SECONDS
     ttl_security: int | None = None
     password: bytes = field(default=b"", repr=False)
+    reachable_by: Net | None = None
 
     @property
     def external(self) -> bool:

@@ -38,6 +38,7 @@ from bird_glue.settings import Cluster, Local, ObjectProblem, local_settings
 from bird_glue.status import BgpStatus, PeerStatus
 from bird_glue.tracker import ESTABLISHED, Tracker
 from datastore.follower import Update
+from kernel.routes import Hop
 
 _log = logging.getLogger(__name__)
 
@@ -305,11 +306,14 @@ class Core:
         )
         self._choose_engine(cluster, local, now)
         self._routes.set_peers({} if self._engine.programs else intent.sessions)
+        if self._topology.set_ways(self._sessions.ways):
+            self._rib.set_topology(self._topology)
         self._rib.set_guard(intent.guard)
         self._fib.configure(
             pools=self._pools,
             metrics=local.priorities,
             blocks=self._blocks,
+            ways=self._ways(),
             selected=self._rib.selected,
         )
         self._engine.configure(intent)
@@ -317,6 +321,20 @@ class Core:
         self._tracker.set_neighbors(neighbors, time.time())
         self._advertise_due = True
         return True
+
+    def _ways(self) -> dict[Net, tuple[Hop, ...]]:
+        """Where peers are that only a gateway of their own leads to; see ``reachableBy``."""
+        found = {}
+        for peer, gateway in self._sessions.ways.items():
+            resolution = self._topology.resolve(gateway)
+            if resolution is not None and resolution.direct:
+                found[peer] = resolution.hops
+            else:
+                text = format_address(*gateway[:2])
+                problem = Problem("spec.reachableBy", text, "an address on a connected subnet")
+                owner = self._sessions.peers[peer].owner
+                self._problems.append(ObjectProblem(*owner, problem))
+        return found
 
     def _choose_engine(self, cluster: Cluster, local: Local, now: float) -> None:
         """Have the one that is wanted run, and know who writes learned routes."""

@@ -136,15 +136,18 @@ class Fib:
         pools: Pools,
         metrics: Mapping[int, int],
         blocks: Iterable[Net],
+        ways: Mapping[Net, tuple[Hop, ...]],
         selected: Mapping[Net, Selection],
     ) -> None:
-        """Settings changed: everything is worked out anew. ``blocks``: those of this node."""
+        """Settings changed: everything is worked out anew. ``blocks``: those of this node;
+        ``ways``: to peers that are reached by a gateway of their own.
+        """
         self._pools = pools
         self._metrics = metrics
         self._mark(self._static.values())
         self._static = {
             block: blackhole(block, metrics[block.version]) for block in blocks if not block.is_host
-        }
+        } | {net: learned_route(net, hops, metrics[net.version]) for net, hops in ways.items()}
         self._mark(self._static.values())
         self._mark(self._wanted.values())
         self._wanted.clear()

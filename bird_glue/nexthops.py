@@ -84,6 +84,7 @@ class Topology:
         self.hosts = frozenset(hosts)
         self.names = names or {}
         self.pods: dict[Net, int] = {}
+        self._ways: dict[Net, Net] = {}
         self._table: PrefixTable[Route] = PrefixTable()
         facts = []
         # of equal prefixes the lowest metric counts, and comes last
@@ -101,6 +102,13 @@ class Topology:
     def same(self, other: Topology) -> bool:
         """Whether both mean the same."""
         return self.hosts == other.hosts and self._facts == other._facts
+
+    def set_ways(self, ways: Mapping[Net, Net]) -> bool:
+        """Addresses that only a gateway leads to, and which; returns whether it is news."""
+        if ways == self._ways:
+            return False
+        self._ways = dict(ways)
+        return True
 
     def interface(self, hops: Sequence[Hop]) -> str | None:
         """The name of the interface that the first hop leaves by."""
@@ -125,6 +133,9 @@ class Topology:
         """
         if host in self.hosts or is_link_local(host):
             return None
+        if host in self._ways and self._ways[host] not in self._ways:
+            found_by = self.resolve(self._ways[host])
+            return None if found_by is None else Resolution(found_by.hops, False, host)
         found = self._table.match(host)
         if found is None or found[1].kind != "unicast":
             return None

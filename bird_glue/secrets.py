@@ -10,6 +10,7 @@ import binascii
 import logging
 import os
 import random
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from datastore.interface import JSON, Datastore, Key, NotFoundError, StoreError
 
 DEFAULT_NAMESPACE = "kube-system"
 MAX_PASSWORD = 80  # bytes (TCP_MD5SIG_MAXKEYLEN)
+_PRINTABLE = re.compile(rb"[ !#-~]*")  # what both engines, and routers, take
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _SECONDS = 2.0
 _SECONDS_KUBERNETES = 20.0  # many nodes ask one API server
@@ -60,8 +62,9 @@ def password_of(key: SecretKey, known: Mapping[str, SecretRead]) -> bytes:
         raise PasswordError(f"Secret {key.name} with the key {key.key!r}")
     # an editor's newline at the end is nobody's password
     password = read.values[key.key].removesuffix(b"\n").removesuffix(b"\r")
-    if not 1 <= len(password) <= MAX_PASSWORD:
-        raise PasswordError(f"Secret {key.name} with 1 to {MAX_PASSWORD} bytes at {key.key!r}")
+    if not 1 <= len(password) <= MAX_PASSWORD or not _PRINTABLE.fullmatch(password):
+        expected = f"1 to {MAX_PASSWORD} printable ASCII characters, none of them a double quote"
+        raise PasswordError(f"Secret {key.name} with {expected}, at {key.key!r}")
     return password
 
 

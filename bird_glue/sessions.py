@@ -30,11 +30,15 @@ _ANY = {V4: "0.0.0.0", V6: "::"}
 
 @dataclass(slots=True)
 class Sessions:
-    """What to run, keyed by the peer's address, and why the rest is not run."""
+    """What to run, keyed by the peer's address, and why the rest is not run.
+
+    ``ways``: the gateways that alone lead to peers.
+    """
 
     neighbors: dict[Net, Neighbor] = field(default_factory=dict)
     peers: dict[Net, Peer] = field(default_factory=dict)
     filters: dict[Net, tuple[Filter, ...]] = field(default_factory=dict)
+    ways: dict[Net, Net] = field(default_factory=dict)
     problems: list[ObjectProblem] = field(default_factory=list)
 
     def refuse(self, peer: Peer, where: str, value: object, expected: str) -> None:
@@ -59,7 +63,7 @@ def plan_sessions(
         if peer.address in sessions.peers:
             _note_second(sessions, peer)
         elif (password := _find_password(sessions, peer, secrets or {})) is not None:
-            source = peer.source or source_of(peer.address)
+            source = peer.source or source_of(peer.reachable_by or peer.address)
             if source is None:
                 text = format_address(*peer.address[:2])
                 sessions.refuse(peer, "spec.peerIP", text, "an address there is a route to")
@@ -68,6 +72,8 @@ def plan_sessions(
             else:
                 sessions.peers[peer.address] = peer
                 sessions.filters[peer.address] = _filters(sessions, peer, filters or {})
+                if peer.reachable_by is not None:
+                    sessions.ways[peer.address] = peer.reachable_by
                 sessions.neighbors[peer.address] = _neighbor(peer, local, source, password)
     return sessions
 
@@ -104,6 +110,7 @@ def _neighbor(peer: Peer, local: Local, source: Net, password: bytes) -> Neighbo
         restart_seconds=restart,
         ttl_security=peer.ttl_security,
         password=password,
+        reachable_by=peer.reachable_by,
     )
 
 

@@ -37,7 +37,7 @@ class Kernel:
         fib = Fib(self.netlink)
         fib.read()
         fib.set_topology(Topology([Route(SUBNET, (Hop(self.ifindex),), protocol=2)]))
-        fib.configure(pools=POOLS, metrics=METRICS, blocks=blocks, selected={})
+        fib.configure(pools=POOLS, metrics=METRICS, blocks=blocks, ways={}, selected={})
         return fib
 
     def via(self, *gateways: Net) -> Selection:
@@ -80,7 +80,7 @@ def test_learned_routes_and_blackholes_come_and_go(kernel: Kernel) -> None:
     fib.apply(0)
     assert VIA_A in kernel.routes()
     fib.learned({NET: None})
-    fib.configure(pools=POOLS, metrics=METRICS, blocks=(), selected={})
+    fib.configure(pools=POOLS, metrics=METRICS, blocks=(), ways={}, selected={})
     fib.apply(0)
     assert kernel.routes() == []
 
