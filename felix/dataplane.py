@@ -30,6 +30,9 @@ class Enforcer(Protocol):
     def read(self) -> None:
         """See what is in the kernel, to adopt what is right and mend the rest."""
 
+    def untouched(self) -> bool:
+        """Whether it is certain that nobody else has changed anything since ``read``."""
+
     def fill_sets(self, now: float) -> int:
         """Step 1. Returns the number of changes, as the others do."""
 
@@ -93,6 +96,15 @@ class Dataplane:
         """See what is in the kernel, to adopt what is right and mend the rest."""
         self._enforcer.read()
         self._network.read()
+
+    def read_network(self) -> None:
+        """Of routes, interfaces and their settings."""
+        self._network.read()
+
+    def read_policy(self) -> None:
+        """Of what enforces policy, unless it is certain that nobody touched it."""
+        if not self._enforcer.untouched():
+            self._enforcer.read()
 
     def link_changed(self, event: LinkEvent) -> None:
         """The kernel told of an interface."""

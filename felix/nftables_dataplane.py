@@ -88,6 +88,17 @@ class _Family:
     def close(self) -> None:
         self._nftables.close()
 
+    @property
+    def port(self) -> int:
+        return self._nftables.port
+
+    @property
+    def commits(self) -> int:
+        return self._nftables.commits
+
+    def generation(self) -> int:
+        return self._nftables.generation()
+
     def configure(self, settings: Settings) -> None:
         """Marks may have changed: everything is rendered again."""
         self._renderer = self._make_renderer(settings)
@@ -366,6 +377,12 @@ class NftablesDataplane:
 
     def __init__(self, settings: Settings, members: Members) -> None:
         self._families = {version: _Family(version, settings, members) for version in (V4, V6)}
+        self._quiet: int | None = None  # what ``_others`` was when everything was read
+
+    @property
+    def ports(self) -> frozenset[int]:
+        """By which numbers the kernel tells of this one's changes (``kernel.nft_monitor``)."""
+        return frozenset(family.port for family in self._families.values())
 
     def close(self) -> None:
         """Close the sockets. What is in the kernel stays."""
@@ -389,8 +406,20 @@ class NftablesDataplane:
 
     def read(self) -> None:
         """See what is in the kernel. Raises OSError."""
+        self._quiet = None
+        others = self._others()
         for family in self._families.values():
             family.read()
+        self._quiet = others
+
+    def untouched(self) -> bool:
+        """Whether nobody else has changed any table of nftables since ``read``."""
+        return self._quiet is not None and self._others() == self._quiet
+
+    def _others(self) -> int:
+        """A number that grows by one with every transaction of somebody else's."""
+        families = self._families.values()
+        return next(iter(families)).generation() - sum(family.commits for family in families)
 
     def fill_sets(self, now: float) -> int:
         """Fill large new sets, which nothing refers to yet."""
