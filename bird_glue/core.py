@@ -52,6 +52,7 @@ _LOCKED = ObjectProblem(
         " manxctl datastore migrate unlock",
     ),
 )
+GOODBYE_SECONDS = 5.0  # for a peer that goes to hear that our routes are withdrawn
 SECRETS_SECONDS = 10.0  # how long sessions wait for passwords at the start
 SERVICES_SECONDS = 10.0  # how long announcements wait for services at the start
 HOLD_SECONDS = 120.0  # how long routes of an earlier run are kept for peers that don't come
@@ -99,6 +100,8 @@ class Core:
         self._configure_due = False
         self._advertise_due = False
         self._hold_until: float | None = None
+        # by peer: where it is, and until when that is kept, once it isn't wanted any more
+        self._old_ways: dict[Net, tuple[tuple[Hop, ...], float | None]] = {}
         self._services_in_sync = False
         self._services_until: float | None = None
         self._secrets: dict[str, SecretRead] = {}
@@ -196,7 +199,7 @@ class Core:
         """Bring the speaker and the kernel to what should be."""
         if not self._in_sync or (self._resources.locked and self._local is None):
             return
-        if self._configure_due:
+        if self._configure_due or any(time <= now for time in self._goodbyes()):
             self._configure_due = not self._configure(now)
         if self._local is None:
             return
@@ -220,6 +223,7 @@ class Core:
         due = [self._engine.next_due(now), self._routes.next_deadline(), self._fib.next_retry()]
         if self._fib.holding:
             due += [self._hold_until, self._routes.next_settled(now)]
+        due += self._goodbyes()
         if self._advertise_due:
             due.append(self._services_until)
         return min((time for time in due if time is not None), default=None)
@@ -313,7 +317,7 @@ class Core:
             pools=self._pools,
             metrics=local.priorities,
             blocks=self._blocks,
-            ways=self._ways(),
+            ways=self._ways(now),
             selected=self._rib.selected,
         )
         self._engine.configure(intent)
@@ -322,8 +326,11 @@ class Core:
         self._advertise_due = True
         return True
 
-    def _ways(self) -> dict[Net, tuple[Hop, ...]]:
-        """Where peers are that only a gateway of their own leads to; see ``reachableBy``."""
+    def _ways(self, now: float) -> dict[Net, tuple[Hop, ...]]:
+        """Where peers are that only a gateway of their own leads to; see ``reachableBy``.
+
+        A peer that goes must still hear that our routes are withdrawn.
+        """
         found = {}
         for peer, gateway in self._sessions.ways.items():
             resolution = self._topology.resolve(gateway)
@@ -334,7 +341,19 @@ class Core:
                 problem = Problem("spec.reachableBy", text, "an address on a connected subnet")
                 owner = self._sessions.peers[peer].owner
                 self._problems.append(ObjectProblem(*owner, problem))
+        for peer, (hops, until) in tuple(self._old_ways.items()):
+            if peer in found or (until is not None and until <= now):
+                del self._old_ways[peer]
+            else:
+                found[peer] = hops
+                self._old_ways[peer] = (hops, until or now + GOODBYE_SECONDS)
+        for peer in self._sessions.ways.keys() & found.keys():
+            self._old_ways[peer] = (found[peer], None)
         return found
+
+    def _goodbyes(self) -> list[float]:
+        """When ways to peers that are not wanted any more may go."""
+        return [until for _, until in self._old_ways.values() if until is not None]
 
     def _choose_engine(self, cluster: Cluster, local: Local, now: float) -> None:
         """Have the one that is wanted run, and know who writes learned routes."""

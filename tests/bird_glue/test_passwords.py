@@ -1,0 +1,108 @@
+"""Two routers, each session with a password of its own out of a Secret, and rotation."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.bird_glue.world import BIRD_COMMON, BIRD_SESSION, Bird, Node, World, world
+from tests.support.netns import connect, eventually
+
+BLOCK = "10.1.0.0/26"
+TORS = {"tor1": ("172.31.1.1", "172.31.1.11"), "tor2": ("172.31.2.1", "172.31.2.11")}
+
+
+def configuration(name: str, password: str) -> str:
+    local, peer = TORS[name]
+    session = BIRD_SESSION.format(
+        name="n1", local=local, asn=65001, peer=peer, peer_asn=64512, export="all"
+    ).replace("graceful", f'password "{password}"; graceful', 1)
+    return BIRD_COMMON.format(router_id=local) + session
+
+
+@dataclass
+class Racks:
+    node: Node
+    tors: dict[str, Bird]
+    world: World
+
+    def secret(self, **values: str) -> None:
+        data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
+        metadata = {"name": "bgp", "namespace": "kube-system"}
+        value = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data}
+        self.world.store.put_raw("Secret", "bgp", value, namespace="kube-system")
+
+    def problems(self) -> str:
+        status = self.node.status()
+        return "\n".join(status.problems) if status else ""
+
+
+@pytest.fixture
+def racks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Racks]:
+    with world(tmp_path_factory.mktemp("passwords")) as made:
+        node, store = made.node("n1"), made.store
+        tors = {}
+        store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
+        store.node("n1", "172.31.1.11/24")
+        store.block("n1", BLOCK)
+        for name, (address, own) in TORS.items():
+            tors[name] = tor = made.bird(name)
+            connect(node.namespace, name, tor.namespace, "n1", [f"{own}/24", f"{address}/24"])
+            reference = {"secretKeyRef": {"name": "bgp", "key": name}}
+            store.put(
+                "BGPPeer",
+                name,
+                peerIP=address,
+                asNumber=65001,
+                password=reference,
+                sourceAddress="None",
+            )
+            tor.start(configuration(name, f"first-{name}"))
+        yield Racks(node, tors, made)
+
+
+def test_rotated_one_at_a_time(racks: Racks) -> None:
+    node, (address, _) = racks.node, TORS["tor1"]
+    node.start()
+    eventually(lambda: "BGPPeer tor1: spec.password: 'bgp/tor1': Secret bgp" in racks.problems())
+    assert "which does not exist" in racks.problems()
+    assert node.peer(address) is None  # no session rather than one without
+
+    racks.secret(tor1="first-tor1", tor2="first-tor2\n")
+    eventually(lambda: node.established(*(address for address, _ in TORS.values())))
+    eventually(lambda: all(tor.blocks() == {BLOCK} for tor in racks.tors.values()))
+
+    since = racks.tors["tor2"].since("n1")
+    racks.tors["tor1"].configure(configuration("tor1", "it's \\ {new};"))
+    racks.secret(tor1="it's \\ {new};", tor2="first-tor2")
+    before = racks.tors["tor1"].since("n1")
+    eventually(lambda: not node.established(address) or racks.tors["tor1"].since("n1") != before)
+    eventually(lambda: node.established(address) and racks.tors["tor1"].blocks() == {BLOCK}, 20)
+    assert racks.tors["tor2"].since("n1") == since
+
+    # an agent that starts knows the password before it touches the sessions
+    since1 = racks.tors["tor1"].since("n1")
+    node.agent.end()
+    node.start()
+    eventually(lambda: node.established(*(address for address, _ in TORS.values())))
+    assert racks.tors["tor1"].since("n1") == since1
+    assert racks.tors["tor2"].since("n1") == since
+
+    text = node.logs() + str(node.status())
+    assert "first-tor2" not in text
+    assert base64.b64encode(b"first-tor2").decode() not in (
+        (node.run_dir / "exabgp.log").read_text() + (node.directory / "agent.log").read_text()
+    )
+    assert (node.run_dir / "exabgp.conf").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_wrong_password_makes_no_session(racks: Racks) -> None:
+    racks.secret(tor1="wrong", tor2="first-tor2")
+    racks.node.start()
+    eventually(lambda: racks.node.established(TORS["tor2"][0]))
+    peer = racks.node.peer(TORS["tor1"][0])
+    assert peer
+    assert peer.state != "Established"
