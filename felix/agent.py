@@ -26,11 +26,13 @@ from felix.calculate import Calculator
 from felix.conntrack import Connections, ends_forbidden
 from felix.dataplane import Dataplane, Enforcer
 from felix.door import Door
+from felix.drift import Drift
 from felix.network import host_addresses
 from felix.registration import NODE_IP, Registrar, RegistrationProblem, node_address
 from felix.snapshot import KINDS, Snapshot
 from felix.status import StatusRequest, StatusServer
 from kernel.links import AddressEvent, LinkEvent, LinkEventsLost, LinkMonitor
+from kernel.nft_monitor import TableChanged
 from policy.model import EndpointId
 from reconcile.backoff import Backoff
 
@@ -55,6 +57,7 @@ Item = (
     | LinkEvent
     | LinkEventsLost
     | AddressEvent
+    | TableChanged
     | RegistrationProblem
     | StatusRequest
     | Subscription
@@ -85,9 +88,8 @@ class Agent:
         self._stopping = False
         self._asked: list[StatusRequest] = []
         self._announcer = Announcer()
-        self._must_read = True
+        self._drift = Drift(self._queue.put)
         self._addresses_changed = True
-        self._next_read: float | None = None
         self._backoff: Backoff[str] = Backoff()
         self._failure: str | None = None
         self._started = _now()
@@ -135,7 +137,7 @@ class Agent:
         """Seconds until something is due by itself; None: nothing is."""
         if not self._in_sync or self._snapshot.locked:
             return None
-        times = [self._next_read, self._backoff.next_due()]
+        times = [self._drift.next_due(), self._backoff.next_due()]
         if self._dataplane is not None and not len(self._backoff):
             times.append(self._dataplane.next_retry())
             if self._connections is not None:
@@ -152,9 +154,12 @@ class Agent:
             case LinkEvent():
                 self._link_changed(item)
             case LinkEventsLost():
-                self._must_read = self._addresses_changed = True
+                self._drift.doubt()
+                self._addresses_changed = True
             case AddressEvent():
                 self._addresses_changed = True
+            case TableChanged():
+                self._drift.suspect()
             case RegistrationProblem(text):
                 self._registration_problem = text
             case StatusRequest():
@@ -165,13 +170,13 @@ class Agent:
                 self._stopping = True
 
     def _link_changed(self, event: LinkEvent) -> None:
-        if self._dataplane is None or self._must_read:
+        if self._dataplane is None or self._drift.in_doubt:
             return
         try:
             self._dataplane.link_changed(event)
         except OSError as error:
             _log.warning("interface %s: %s; reading everything again", event.name, error)
-            self._must_read = True
+            self._drift.doubt()
 
     def _work(self, now: float) -> None:
         if len(self._backoff) and not self._backoff.due(now):
@@ -201,13 +206,13 @@ class Agent:
         before = self._calculator.registration
         delta = self._calculator.calculate(self._snapshot)
         settings = self._calculator.settings
-        if self._dataplane is None:
+        if self._dataplane is None or self._connections is None:
             self._backend = backends.choose(settings, self._backend)
             self._dataplane = Dataplane(self._make_enforcer(self._backend))
             self._connections = Connections(self._calculator, ends_forbidden=self._ends_forbidden)
-        assert self._connections is not None
+        else:
+            self._connections.note(delta)
         self._dataplane.want(delta)
-        self._connections.note(delta)
         if delta.settings is not None:
             self._follow_backend(backends.choose(settings, self._backend))
         self._announcer.want(delta.endpoints)
@@ -217,10 +222,11 @@ class Agent:
 
     def _make_enforcer(self, backend: backends.Backend) -> Enforcer:
         _log.info("policy is enforced by %s", backend.value)
-        self._must_read = True
         self._remains = None
         calculator = self._calculator
-        return backends.make(backend, calculator.settings, calculator.ruleset.members)
+        enforcer = backends.make(backend, calculator.settings, calculator.ruleset.members)
+        self._drift.follow(enforcer)
+        return enforcer
 
     def _follow_backend(self, backend: backends.Backend) -> None:
         """Have another enforcer do all the work, if it is to be another."""
@@ -245,15 +251,17 @@ class Agent:
 
     def _apply(self, now: float) -> None:
         assert self._dataplane is not None and self._connections is not None
-        if self._must_read or (self._next_read is not None and now >= self._next_read):
-            self._dataplane.read()
-            self._must_read = False
-            if self._remains or self._backend is backends.Backend.NFTABLES:
-                self._remains = None  # to be tried again, and others may have come
-            refresh = self._calculator.settings.refresh
-            self._next_read = now + refresh if refresh else None
+        assert self._backend is not None
+        look = self._drift.look(self._dataplane, now)
+        if look.planned and (self._remains or self._backend is backends.Backend.NFTABLES):
+            self._remains = None  # to be tried again, and others may have come
+        self._drift.plan(self._calculator.settings, self._backend, now)
         begin = time.perf_counter()
         changes = self._dataplane.apply(now)
+        if changes and any(look):
+            self._connections.doubt()
+        if changes and look.suspicious:
+            _log.warning("somebody else changed what enforces policy; did %d changes", changes)
         self._connections.forget()
         if self._remains is None:
             self._settle_others()
@@ -276,6 +284,7 @@ class Agent:
         return self._calculator.holds(id, interface) and self._dataplane.enforces(interface)
 
     def _let_go(self) -> None:
+        self._drift.close()
         for held in (self._connections, self._dataplane):
             if held is not None:
                 held.close()
@@ -283,7 +292,6 @@ class Agent:
 
     def _abandon(self) -> None:
         self._let_go()
-        self._next_read = None
         self._calculator = Calculator(self._environment.node)
         self._addresses_changed = True
         self._snapshot.touch()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -92,10 +92,10 @@ class NatOutgoing:
 class Settings:
     """What felix does differently on request.
 
-    ``iptables`` and ``nftables`` are for the enforcer of that name. ``refresh`` is how often, in
-    seconds, all that felix owns is compared with the kernel; 0 is never. ``vxlan_mtu`` 0 is the
-    uplink's less 50, ``vxlan_enabled`` None is as the pools need it. ``allow_sources``: endpoints
-    may send with the prefixes they list, besides their addresses.
+    ``iptables`` and ``nftables`` are for the enforcer of that name. ``refresh_…`` is how often, in
+    seconds, what felix owns of each kind is compared with the kernel; 0 is never. ``vxlan_mtu`` 0
+    is the uplink's less 50, ``vxlan_enabled`` None is as the pools need it. ``allow_sources``:
+    endpoints may send with the prefixes they list, besides their addresses.
     """
 
     interface_prefixes: tuple[str, ...]
@@ -111,7 +111,9 @@ class Settings:
     vxlan_port: int
     vxlan_vni: int
     vxlan_mtu: int
-    refresh: float
+    refresh_nftables: float
+    refresh_iptables: float
+    refresh_network: float
     drop_invalid: bool
     allow_vxlan: bool
     allow_ipip: bool
@@ -151,6 +153,7 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
             mangle_returns=pick(f"{enforcer}_mangle_allow_action") == "Return",
         )
 
+    sets = pick("ipsets_refresh_interval")
     return Settings(
         interface_prefixes=_prefixes(str(pick("interface_prefix"))),
         iptables=manner("iptables", "iptablesMarkMask"),
@@ -165,7 +168,9 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
         vxlan_port=_within("vxlanPort", number("vxlan_port"), 1, 65535),
         vxlan_vni=_within("vxlanVNI", number("vxlan_vni"), 1, (1 << 24) - 1),
         vxlan_mtu=_within("vxlanMTU", number("vxlan_mtu"), 0, 65535),
-        refresh=min(_intervals(pick(field) for field in _REFRESH), default=0.0),
+        refresh_nftables=_shortest(pick("nftables_refresh_interval"), sets),
+        refresh_iptables=_shortest(pick("iptables_refresh_interval"), sets),
+        refresh_network=_shortest(pick("route_refresh_interval")),
         drop_invalid=not pick("disable_conntrack_invalid_check"),
         allow_vxlan=bool(pick("allow_vxlan_packets_from_workloads")),
         allow_ipip=bool(pick("allow_ipip_packets_from_workloads")),
@@ -178,19 +183,13 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
     )
 
 
-_REFRESH = (
-    "iptables_refresh_interval",
-    "ipsets_refresh_interval",
-    "nftables_refresh_interval",
-    "route_refresh_interval",
-)
-
-
-def _intervals(values: Iterator[object]) -> Iterator[float]:
-    for value in values:
-        assert isinstance(value, timedelta)
-        if value > timedelta():
-            yield value.total_seconds()
+def _shortest(*intervals: object) -> float:
+    """In seconds, of those that are not 0."""
+    seconds = []
+    for interval in intervals:
+        assert isinstance(interval, timedelta)
+        seconds.append(interval.total_seconds())
+    return min((each for each in seconds if each > 0), default=0.0)
 
 
 def _prefixes(text: str) -> tuple[str, ...]:

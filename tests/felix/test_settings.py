@@ -28,7 +28,7 @@ def test_defaults_are_calicos() -> None:
     assert own.endpoint_to_host is EndpointToHost.DROP
     assert (own.vxlan_port, own.vxlan_vni, own.vxlan_enabled) == (4789, 4096, None)
     assert own.iptables_backend == "auto" and not own.append_hooks
-    assert own.refresh == 90
+    assert (own.refresh_nftables, own.refresh_iptables, own.refresh_network) == (90, 90, 90)
 
 
 def test_the_node_overrides_the_cluster() -> None:
@@ -39,7 +39,7 @@ def test_the_node_overrides_the_cluster() -> None:
         ]
     )
     assert own.log_prefix == "node" and own.interface_prefixes == ("cali", "tap")
-    assert own.refresh == 5
+    assert (own.refresh_nftables, own.refresh_iptables, own.refresh_network) == (180, 5, 0)
     assert own.is_workload("tap1") and own.is_workload("cali1") and not own.is_workload("eth0")
 
 
