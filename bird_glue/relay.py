@@ -153,17 +153,19 @@ def _update(peer: Peer, message: Json, line: bytes) -> None:
 
 
 def _routes(address: str, peer: Peer) -> Iterator[bytes]:
-    """The peer's routes as UPDATE events: those with equal attributes together."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    """The peer's routes as UPDATE events: those with equal attributes and next hops together.
+
+    Both next hops of an IPv6 route stay in one event: of two, the second would replace the first.
+    """
+    groups: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for (family, net), (attributes, next_hops) in peer.routes.items():
-        for next_hop in next_hops:
-            groups.setdefault((family, attributes, next_hop), []).append(net)
-    for (family, attributes, next_hop), nets in groups.items():
+        groups.setdefault((family, attributes, tuple(next_hops)), []).append(net)
+    for (family, attributes, ways), nets in groups.items():
         for start in range(0, len(nets), _NLRI_PER_LINE):
             entries = [{"nlri": net} for net in nets[start : start + _NLRI_PER_LINE]]
             update = {
                 "attribute": json.loads(attributes),
-                "announce": {family: {next_hop: entries}},
+                "announce": {family: dict.fromkeys(ways, entries)},
             }
             neighbor = {
                 "address": {"peer": address},
