@@ -18,6 +18,7 @@ from datastore.interface import (
     Entry,
     Key,
     NotFoundError,
+    RevisionGoneError,
     StoreError,
     Watch,
 )
@@ -51,6 +52,9 @@ class Follower:
     a growing pause (0.1 to 10 s); meanwhile the consumer's last state stands. Kinds whose watch
     can go on where it was are not listed again. After that only what differs is sent, with
     ``None`` for what disappeared.
+
+    Instead of starting the thread one may ask for news, where the store is one that tells at once
+    of all that was written before (``PromptDatastore``): see ``catch_up``.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Follower:
         self._watch: Watch | None = None
         self._watch_lock = threading.Lock()
         self._problem: str | None = "not started"
+        self._turn = threading.Lock()  # of the thread that catches up
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
 
     @property
@@ -90,6 +95,38 @@ class Follower:
                 self._watch.close()
         if self._thread.ident is not None:
             self._thread.join()
+
+    def catch_up(self) -> None:
+        """Send what has changed until now, in this thread; the first time everything.
+
+        Raises StoreError; the next call then makes good for it. For several threads, but not
+        together with ``start``.
+        """
+        with self._turn:
+            try:
+                try:
+                    self._ask()
+                except RevisionGoneError:
+                    self._end_watch()
+                    self._ask()
+            except StoreError as error:
+                self._end_watch()
+                self._problem = str(error)
+                raise
+
+    def _ask(self) -> None:
+        watch = self._watch
+        if watch is None:
+            watch = self._open(self._list(self._kinds))
+            self._recovered()
+        while events := watch.next(0):
+            for event in events:
+                self._send(event.key, event.entry)
+
+    def _end_watch(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE

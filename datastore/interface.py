@@ -166,6 +166,13 @@ class Datastore(Protocol):
 
 
 @runtime_checkable
+class PromptDatastore(Protocol):
+    """A ``Datastore`` whose watches tell, at ``next(0)``, of every write that was done before."""
+
+    prompt: bool
+
+
+@runtime_checkable
 class SelectingDatastore(Protocol):
     """A ``Datastore`` that lists by a field at less cost than by the beginning of names."""
 

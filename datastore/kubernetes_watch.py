@@ -34,6 +34,7 @@ _LONGEST_PAUSE = 1.0
 _STREAM_SECONDS = (300, 600)  # how long a stream is asked for; spread out over the nodes
 _SILENCE_SECONDS = 150.0  # bookmarks come about every minute
 _READ_BYTES = 1 << 16
+_GONE_PAUSE = 0.5
 _ABSENT_PAUSE = 10.0  # between two looks for an optional kind that is not installed
 
 # The revision of a list of an optional kind that is not installed.
@@ -223,7 +224,11 @@ class _Stream(threading.Thread):
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _fail(self, problem: StoreError) -> None:
-        self.gone = isinstance(problem, RevisionGoneError)
+        if isinstance(problem, RevisionGoneError):
+            self.gone = True
+            # A server that was restarted has forgotten all kinds: let the other streams hear it
+            # too, so that these kinds are listed together and not one after each other's failure.
+            self._buffer.pause(_GONE_PAUSE)
         self._buffer.fail(problem)
 
     @property

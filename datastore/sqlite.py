@@ -7,11 +7,12 @@ watches: at most ``HISTORY`` of them, none older than ``HISTORY_SECONDS``.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import orjson
@@ -33,7 +34,13 @@ HISTORY = 10_000
 HISTORY_SECONDS = 3600
 _LAST = "\U0010ffff"
 _COMPACT_EVERY = 250  # revisions
-_CHECKPOINT_EVERY = 250  # revisions, about 2 MB of log
+_CHECKPOINT_EVERY = 100  # revisions, about 2 MB of log
+
+_KEY = "kind = ? AND namespace = ? AND name = ?"
+_SELECT = f"SELECT revision, value FROM objects WHERE {_KEY}"
+_INSERT = "INSERT INTO objects (kind, namespace, name, revision, value) VALUES (?, ?, ?, ?, ?)"
+_UPDATE = f"UPDATE objects SET revision = ?, value = ? WHERE {_KEY}"
+_DELETE = f"DELETE FROM objects WHERE {_KEY}"
 
 Row = tuple[int, bytes]  # revision and value
 
@@ -46,6 +53,8 @@ class SqliteDatastore:
     ``history``: how many changes are kept for watches.
     Every operation may raise UnavailableError, which names the file and a remedy.
     """
+
+    prompt = True  # a watch reads what is committed
 
     def __init__(
         self, path: Path | str, *, synchronous: str = "normal", history: int = HISTORY
@@ -62,9 +71,8 @@ class SqliteDatastore:
 
     def get(self, key: Key) -> Entry:
         """The object. Raises NotFoundError."""
-        with self._file.reading() as connection:
-            row = _row(connection, key)
-        return _entry(key, _existing(key, row))
+        rows = self._file.rows(_SELECT, (key.kind, key.namespace, key.name))
+        return _entry(key, _existing(key, rows[0] if rows else None))
 
     def list(self, kind: str, namespace: str | None = None, prefix: str = "") -> Listing:
         """The objects of a kind, sorted by key, in one namespace or (None) in all.
@@ -91,27 +99,37 @@ class SqliteDatastore:
 
     def create(self, key: Key, value: JSON) -> Entry:
         """Store a new object. Raises AlreadyExistsError."""
-
-        def must_be_new(row: Row | None) -> None:
-            if row is not None:
-                raise AlreadyExistsError(f"{key}: exists already", key)
-
-        return self._put(key, value, must_be_new)
+        data = orjson.dumps(value)
+        with self._change(key, data) as (connection, revision):
+            try:
+                connection.execute(_INSERT, (key.kind, key.namespace, key.name, revision, data))
+            except sqlite3.IntegrityError:
+                raise AlreadyExistsError(f"{key}: exists already", key) from None
+        return Entry(key, orjson.loads(data), str(revision))
 
     def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
         """Replace an object, only at ``revision`` when one is given.
 
         Raises NotFoundError, ConflictError.
         """
-        return self._put(key, value, lambda row: _unchanged(key, row, revision))
+        data = orjson.dumps(value)
+        with self._change(key, data) as (connection, new):
+            statement, values = _UPDATE, [new, data, key.kind, key.namespace, key.name]
+            if revision is not None:
+                statement, values = f"{_UPDATE} AND revision = ?", [*values, revision]
+            if not connection.execute(statement, values).rowcount:
+                _unchanged(key, _row(connection, key), revision)
+        return Entry(key, orjson.loads(data), str(new))
 
     def delete(self, key: Key, revision: str | None = None) -> Entry:
         """Delete an object, only at ``revision`` when one is given; returns what it was.
 
         Raises NotFoundError, ConflictError.
         """
-        row, _ = self._write(key, None, lambda row: _unchanged(key, row, revision))
-        return _entry(key, _existing(key, row))
+        with self._change(key, None) as (connection, _):
+            row = _unchanged(key, _row(connection, key), revision)
+            connection.execute(_DELETE, (key.kind, key.namespace, key.name))
+        return _entry(key, row)
 
     def watch(self, kinds: Iterable[str], revision: str | Mapping[str, str]) -> SqliteWatch:
         """Every change of these kinds after ``revision``, which a ``list`` or event gave."""
@@ -128,43 +146,23 @@ class SqliteDatastore:
             watch.close()
         self._file.close()
 
-    def _put(self, key: Key, value: JSON, check: Callable[[Row | None], None]) -> Entry:
-        data = orjson.dumps(value)
-        _, revision = self._write(key, data, check)
-        return Entry(key, orjson.loads(data), str(revision))
+    @contextlib.contextmanager
+    def _change(self, key: Key, data: bytes | None) -> Iterator[tuple[sqlite3.Connection, int]]:
+        """A transaction that sets an object (``data``) or deletes it (None), and its revision.
 
-    def _write(
-        self, key: Key, data: bytes | None, check: Callable[[Row | None], None]
-    ) -> tuple[Row | None, int]:
-        """Replace (``data``) or delete (None) an object when ``check`` lets its row pass.
-
-        Returns the row as it was, and the revision of the change.
+        The block does it; an exception means that nothing has changed.
         """
         with self._file.writing() as connection:
-            row = _row(connection, key)
-            check(row)
             revision = connection.execute(
                 "INSERT INTO changes (time, kind, namespace, name, value) VALUES (?, ?, ?, ?, ?)",
                 (int(time.time()), key.kind, key.namespace, key.name, data),
             ).lastrowid
             assert revision is not None
-            if data is None:
-                connection.execute(
-                    "DELETE FROM objects WHERE kind = ? AND namespace = ? AND name = ?",
-                    (key.kind, key.namespace, key.name),
-                )
-            else:
-                connection.execute(
-                    "INSERT INTO objects (kind, namespace, name, revision, value)"
-                    " VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, namespace, name)"
-                    " DO UPDATE SET revision = excluded.revision, value = excluded.value",
-                    (key.kind, key.namespace, key.name, revision, data),
-                )
+            yield connection, revision
             if revision % _COMPACT_EVERY == 0:
                 self._compact(connection, revision)
         if revision % _CHECKPOINT_EVERY == 0:
             self._file.checkpoint()
-        return row, revision
 
     def _compact(self, connection: sqlite3.Connection, revision: int) -> None:
         """Forget the oldest changes: always from the front, so that no gap can arise."""
@@ -179,10 +177,7 @@ class SqliteDatastore:
 
 
 def _row(connection: sqlite3.Connection, key: Key) -> Row | None:
-    row: Row | None = connection.execute(
-        "SELECT revision, value FROM objects WHERE kind = ? AND namespace = ? AND name = ?",
-        (key.kind, key.namespace, key.name),
-    ).fetchone()
+    row: Row | None = connection.execute(_SELECT, (key.kind, key.namespace, key.name)).fetchone()
     return row
 
 
@@ -192,12 +187,13 @@ def _existing(key: Key, row: Row | None) -> Row:
     return row
 
 
-def _unchanged(key: Key, row: Row | None, revision: str | None) -> None:
-    found, _ = _existing(key, row)
+def _unchanged(key: Key, row: Row | None, revision: str | None) -> Row:
+    found, value = _existing(key, row)
     if revision is not None and revision != str(found):
         raise ConflictError(
             f"{key}: is at revision {found}, not {revision}; read it again and retry", key
         )
+    return found, value
 
 
 def _entry(key: Key, row: Row) -> Entry:

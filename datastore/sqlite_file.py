@@ -19,15 +19,16 @@ namespaces they run: locks, shared memory and inotify all go by inode.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from datastore.interface import UnavailableError
@@ -53,9 +54,11 @@ _SCHEMA = (
 
 _LOCK_SECONDS = 30.0  # how long to wait for the write lock
 _READERS = 8  # connections; to open one takes longer than to wait for one
+_LONG_WAL_BYTES = 6 << 20  # writers wait until a log this long is in the file
 _WAL_BYTES = 64 << 20  # a log this long is cut, which makes writers wait for a moment
 
 _random = Random()  # of its own: the global one belongs to programs
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -71,6 +74,7 @@ class SqliteFile:
         self._readers: list[sqlite3.Connection] = []
         self._readers_lock = threading.Lock()
         self._reading = threading.BoundedSemaphore(_READERS)
+        self._checkpoint: threading.Thread | None = None
         self._closed = False
 
     @contextlib.contextmanager
@@ -90,6 +94,25 @@ class SqliteFile:
                 raise
             finally:
                 self._give_back(connection, healthy)
+
+    def rows(self, statement: str, values: Sequence[object] = ()) -> list[Any]:
+        """What a statement that takes no time finds. Raises UnavailableError.
+
+        With the connection that writes, where that is free: it still knows the pages that it has
+        written, which others must read anew after every commit.
+        """
+        if self._writer_lock.acquire(blocking=False):
+            try:
+                if self._writer is not None:
+                    self.check()
+                    return self._writer.execute(statement, values).fetchall()
+            except sqlite3.Error as error:
+                self._drop_writer()
+                raise UnavailableError(self._explain(error)) from error
+            finally:
+                self._writer_lock.release()
+        with self.reading() as connection:
+            return connection.execute(statement, values).fetchall()
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
@@ -133,18 +156,36 @@ class SqliteFile:
             os.utime(self.path)
 
     def checkpoint(self) -> None:
-        """Move committed pages from the log into the file.
+        """Move committed pages from the log into the file. May raise UnavailableError.
 
-        Done here and not by SQLite inside COMMIT, so that nobody waits for the disk between a
-        commit and the news of it.
+        SQLite would do it inside COMMIT, where everybody waits for the disk. A thread of its own
+        does it beside those who write; but what they write meanwhile it leaves over, and so the
+        log may grow. When it is long they wait after all.
         """
         wal = self.path.with_name(self.path.name + "-wal")
-        with self._explained(), self._writer_lock:
-            if self._writer is not None:
-                self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-                with contextlib.suppress(FileNotFoundError):
-                    if wal.stat().st_size > _WAL_BYTES:
-                        self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        with self._explained(), contextlib.suppress(FileNotFoundError):
+            if wal.stat().st_size > _LONG_WAL_BYTES:
+                with self._writer_lock:
+                    if self._writer is not None:
+                        self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                        if wal.stat().st_size > _WAL_BYTES:
+                            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                return
+        with self._readers_lock:
+            busy = self._checkpoint is not None and self._checkpoint.is_alive()
+            if not busy and not self._closed:
+                self._checkpoint = threading.Thread(
+                    target=self._run_checkpoint, name="sqlite-checkpoint", daemon=True
+                )
+                self._checkpoint.start()
+
+    def _run_checkpoint(self) -> None:
+        try:
+            with self.reading() as connection:
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except UnavailableError as error:
+            if not self._closed:
+                _log.warning("checkpoint, to be done later: %s", error)
 
     def check(self) -> None:
         """Raise UnavailableError unless the file is there and is the one first opened."""
@@ -168,6 +209,10 @@ class SqliteFile:
     def close(self) -> None:
         """Close all connections, those in use as soon as they are given back."""
         self._closed = True
+        with self._readers_lock:
+            checkpoint = self._checkpoint
+        if checkpoint is not None:
+            checkpoint.join()
         with self._writer_lock:
             self._drop_writer()
         with self._readers_lock:

@@ -21,6 +21,8 @@ _BATCH = 1000  # most events handed out at once
 _RECHECK_SECONDS = 1.0  # for a writer killed between its commit and the news of it
 _RECHECK_WITHOUT_INOTIFY = 0.1
 
+Row = tuple[int, str, str, str, bytes | None]  # revision, kind, namespace, name, value
+
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +38,12 @@ class SqliteWatch:
         else:
             self._after = {kind: _number(revision[kind]) for kind in kinds}
         self._position = min(self._after.values(), default=0)
+        self._select = (
+            "SELECT revision, kind, namespace, name, value FROM changes WHERE revision >= ?1"
+            f" AND (revision = ?1 OR kind IN ({','.join('?' * len(self._after))})"
+            " OR revision = (SELECT max(revision) FROM changes))"
+            f" ORDER BY revision LIMIT {_BATCH}"
+        )
         self._turn = threading.Lock()  # held while ``next`` runs
         self._closed = False
         self._error: StoreError | None = None
@@ -56,7 +64,8 @@ class SqliteWatch:
                 raise self._error
             try:
                 while not self._closed:
-                    self._news.forget()
+                    if timeout != 0:  # else nobody waits for news
+                        self._news.forget()
                     events = self._read()
                     if events:
                         return events
@@ -86,33 +95,33 @@ class SqliteWatch:
 
     def _read(self) -> list[Event]:
         while True:
-            rows = self._rows()
+            rows, more = self._rows()
             events = [
                 _event(Key(kind, name, namespace), value, str(revision))
                 for revision, kind, namespace, name, value in rows
                 if revision > self._after[kind]
             ]
-            if events or len(rows) < _BATCH:
+            if events or not more:
                 return events
 
-    def _rows(self) -> list[tuple[int, str, str, str, bytes | None]]:
-        """The next changes of our kinds, which the position then is behind."""
-        with self._file.snapshot() as connection:
-            first, last = connection.execute(
-                "SELECT (SELECT min(revision) FROM changes), (SELECT max(revision) FROM changes)"
-            ).fetchone()
-            self._check_history(first or 1, last or 0)
-            marks = ",".join("?" * len(self._after))
-            rows = connection.execute(
-                "SELECT revision, kind, namespace, name, value FROM changes"
-                f" WHERE revision > ? AND kind IN ({marks}) ORDER BY revision LIMIT {_BATCH}",
-                (self._position, *self._after),
-            ).fetchall()
-        self._position = rows[-1][0] if len(rows) == _BATCH else last or 0
-        return rows
+    def _rows(self) -> tuple[list[Row], bool]:
+        """The next changes of our kinds, which the position then is behind; whether more follow."""
+        # In one statement, so at one moment: what was seen last, which shows that nothing is
+        # missing since; the news; and what was written last, to go on from there.
+        rows = self._file.rows(self._select, (self._position, *self._after))
+        if not rows or rows[0][0] != self._position:
+            self._check_history(bool(rows))
+        seen = self._position
+        if rows:
+            self._position = rows[-1][0]
+        news = [row for row in rows if row[0] > seen and row[1] in self._after]
+        return news, len(rows) == _BATCH
 
-    def _check_history(self, first: int, last: int) -> None:
-        if first - 1 <= self._position <= last:
+    def _check_history(self, news: bool) -> None:
+        """There must be all changes after the position. ``news``: whether there are any."""
+        [(first, last)] = self._file.rows("SELECT min(revision), max(revision) FROM changes")
+        # The last change is never forgotten, the first may be: since a moment ago, too.
+        if (first or 1) - 1 <= self._position and (news or not self._position):
             return
         raise RevisionGoneError(
             f"datastore {self._file.path}: has the changes {first} to {last}, not all after"
