@@ -1,0 +1,243 @@
+"""What a stranger changes is put right, at once or within the interval that the settings say.
+
+Running connections that policy allows lose nothing by it, and nothing that it forbids passes
+afterwards, not even what could begin meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kernel.netns import inside
+from kernel.nftables import Nftables
+from tests.felix.enforcers import ENFORCERS, Enforcer
+from tests.felix.world import Flow, Listener, Pod, cluster, felix_configuration, is_dropped, policy
+from tests.support.netns import eventually, run
+
+CHAIN = "cali-tw-"
+# Of iptables nobody tells, so it is looked at every second. Of nftables the kernel tells: never.
+INTERVALS = {
+    "iptables": {"iptablesRefreshInterval": "1s", "ipsetsRefreshInterval": "1s"},
+    "nftables": {"nftablesRefreshInterval": "0s", "ipsetsRefreshInterval": "0s"},
+}
+
+
+class World:
+    def __init__(self, stack: contextlib.ExitStack, enforcer: Enforcer) -> None:
+        self.enforcer = enforcer
+        name = "node1"
+        found = cluster(name, addresses=("172.31.1.11/24",), iptables=enforcer.iptables)
+        (self.node,) = stack.enter_context(found)
+        intervals = INTERVALS["iptables" if enforcer.iptables else "nftables"]
+        more = {"nftablesMode": "Disabled"} if enforcer.iptables else {}
+        spec = {**intervals, **more, "routeRefreshInterval": "1s"}
+        self.node.put(felix_configuration(f"node.{name}", **spec))
+        self.web = self.node.pod("web", "10.0.0.1", labels={"app": "web"})
+        self.client = self.node.pod("client", "10.0.0.2", labels={"app": "client"})
+        self.guest = self.node.pod("guest", "10.0.0.3")
+        rule = {"action": "Allow", "source": {"selector": "app == 'client'"}}
+        self.node.put(policy("p", selector="app == 'web'", types=["Ingress"], ingress=[rule]))
+        self.node.start()
+        self.node.settle()
+
+    def kernel(self) -> list[str]:
+        """All that is ours."""
+        own = self.enforcer.kernel(self.node)
+        routes = run(self.node.netns, "ip", "route", "show", "proto", "80").stdout.splitlines()
+        return own + sorted(routes)
+
+    def is_mended(self, before: list[str]) -> bool:
+        """Whether all is again as it was before."""
+        try:
+            return self.kernel() == before
+        except AssertionError:  # there is no table at all
+            return False
+
+    def shell(self, *commands: str) -> None:
+        """As a stranger does."""
+        for command in commands:
+            run(self.node.netns, *command.split())
+
+    def set_name(self) -> str:
+        """The set of the clients."""
+        (name,) = (name for name in self.enforcer.sets(self.node) if "40s" in name or "s-" in name)
+        return name
+
+
+@pytest.fixture(scope="module", params=ENFORCERS)
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    with contextlib.ExitStack() as stack:
+        yield World(stack, ENFORCERS[request.param])
+
+
+def flush_a_chain(world: World) -> None:
+    name = CHAIN + world.web.interface
+    if world.enforcer.iptables:
+        world.shell(f"iptables -F {name}")
+    else:
+        world.shell(f"nft flush chain ip calico filter-{name}")
+
+
+def add_a_rule(world: World) -> None:
+    name = CHAIN + world.web.interface
+    if world.enforcer.iptables:
+        world.shell(f"iptables -I {name} -j ACCEPT")
+    else:
+        world.shell(f"nft insert rule ip calico filter-{name} accept")
+
+
+def delete_and_add_a_member(world: World) -> None:
+    world.enforcer.change_set(world.node, world.set_name(), remove="10.0.0.2", add="10.0.0.3")
+
+
+def take_an_interface_from_the_dispatch(world: World) -> None:
+    if world.enforcer.iptables:
+        world.shell("iptables -D cali-to-wl-dispatch 1")
+    else:
+        element = f'{{ "{world.web.interface}" }}'
+        run(
+            world.node.netns,
+            *("nft", "delete", "element", "ip", "calico", "filter-cali-to-wl-dispatch"),
+            element,
+        )
+
+
+def delete_everything_of_ours(world: World) -> None:
+    if world.enforcer.iptables:
+        world.shell(*(f"iptables -t {table} -F" for table in ("raw", "filter")))
+        world.shell(*(f"iptables -t {table} -X" for table in ("raw", "filter")))
+        world.shell("ipset destroy")
+    else:
+        world.shell("nft delete table ip calico")
+
+
+def flush_the_ruleset(world: World) -> None:
+    world.shell("nft flush ruleset")
+
+
+STRANGERS = (
+    flush_a_chain,
+    add_a_rule,
+    delete_and_add_a_member,
+    take_an_interface_from_the_dispatch,
+    delete_everything_of_ours,
+    flush_the_ruleset,
+)
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_what_a_stranger_changes_is_put_right(
+    world: World, stranger: Callable[[World], None]
+) -> None:
+    before = world.kernel()
+    lossless = stranger not in (delete_and_add_a_member, take_an_interface_from_the_dispatch)
+    address = world.web.address
+    with Flow(world.client.netns, world.web.netns, address, 5001) as good:
+        eventually(lambda: good.sent > 100)
+        stranger(world)
+        eventually(lambda: world.is_mended(before), 20)
+        sent = good.sent
+        eventually(lambda: good.sent > sent + 100)
+        arrived = good.finish()
+        after = set(range(sent + 1, good.sent))
+        assert arrived >= (set(range(good.sent)) if lossless else after)
+    with Listener(world.web.netns, 80):
+        assert is_dropped(world.guest.netns, address, 80)
+    assert world.node.errors() == {}
+
+
+def test_what_began_meanwhile_ends(world: World) -> None:
+    """A connection that policy forbids, made while nothing stood in its way.
+
+    Somebody else has the kernel track connections, as kube-proxy does; else it knew of none.
+    """
+    rules = (
+        "table ip others {\nchain c {\ntype filter hook forward priority 10\nct state new\n}\n}\n"
+    )
+    run(world.node.netns, "nft", "-f", "-", stdin=rules)
+    before = world.kernel()
+    agent = world.node.agent
+    assert agent is not None
+    with Listener(world.web.netns, 80) as listener:
+        agent.send_signal(signal.SIGSTOP)
+        try:
+            delete_everything_of_ours(world)
+            guest = _connect(world.guest, world.web.address)
+            client = _connect(world.client, world.web.address)
+            ends = [listener.tcp.accept()[0] for _ in range(2)]
+        finally:
+            agent.send_signal(signal.SIGCONT)
+        with guest, client, ends[0], ends[1]:
+            eventually(lambda: world.is_mended(before), 20)
+            eventually(lambda: world.node.log.read_text().count("flows that policy forbids") > 0)
+            for end in (guest, client, *ends):
+                end.sendall(b"still there?")
+            of_client, of_guest = ends[::-1] if _is_of(ends[0], guest) else ends
+            assert client.recv(100) == of_client.recv(100) == b"still there?"
+            time.sleep(0.3)
+            for end in (guest, of_guest):
+                end.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    end.recv(100)
+    world.shell("nft delete table ip others")
+
+
+def _connect(pod: Pod, address: str) -> socket.socket:
+    with inside(pod.netns.fd):
+        made = socket.socket()
+    made.settimeout(5)
+    made.connect((address, 80))
+    return made
+
+
+def _is_of(server: socket.socket, client: socket.socket) -> bool:
+    return bool(server.getpeername() == client.getsockname())
+
+
+def test_routes_and_settings_are_put_right(world: World) -> None:
+    before = world.kernel()
+    path = f"net.ipv4.conf.{world.web.interface}.rp_filter"
+    world.shell(f"ip route del {world.web.address}", f"sysctl -qw {path}=0")
+    world.shell("sysctl -qw net.ipv4.ip_forward=0")
+    eventually(lambda: world.is_mended(before), 20)
+
+    def values() -> list[str]:
+        return run(world.node.netns, "sysctl", "-n", path, "net.ipv4.ip_forward").stdout.split()
+
+    eventually(lambda: values() == ["1", "1"], 20)
+
+
+def test_others_tables_are_no_reason_to_look(world: World) -> None:
+    log = world.node.log.read_text()
+    with Nftables(4, "kube-proxy", netns_fd=world.node.netns.fd) as other:
+        for number in range(200):
+            transaction = other.transaction()
+            transaction.create_table()
+            transaction.create_chain(f"calico-{number}")
+            other.commit(transaction)
+        world.node.settle()
+        transaction = other.transaction()
+        transaction.delete_table()
+        other.commit(transaction)
+    assert "somebody else" not in world.node.log.read_text()[len(log) :]
+
+
+def test_who_never_leaves_it_alone_does_not_keep_it_from_its_work(world: World) -> None:
+    before = world.kernel()
+    for _ in range(30):
+        add_a_rule(world)
+    deny = [{"action": "Deny"}]
+    extra = policy("extra", selector="app == 'web'", types=["Ingress"], ingress=deny, order=1)
+    key = world.node.put(extra)
+    world.node.settle()
+    with Listener(world.web.netns, 80):
+        eventually(lambda: is_dropped(world.client.netns, world.web.address, 80))
+    world.node.delete(key)
+    world.node.settle()
+    eventually(lambda: world.is_mended(before), 20)
