@@ -183,17 +183,18 @@ class Services:
         return before != after
 
     def _set_slice(self, key: Key, found: Resource | None) -> bool:
-        changed = False
+        affected: set[ServiceKey] = set()
         if key in self._slices:
             where, _ = self._slices.pop(key)
             self._of_service[where].discard(key)
-            changed = self._sum_up(where)
+            affected.add(where)
         if isinstance(found, EndpointSlice) and found.service:
             where = (key.namespace, found.service)
             self._slices[key] = (where, endpoints_of(found, self._node))
             self._of_service.setdefault(where, set()).add(key)
-            changed |= self._sum_up(where)
-        return changed
+            affected.add(where)
+        changed = {self._sum_up(where) for where in affected}
+        return True in changed
 
     def _sum_up(self, where: ServiceKey) -> bool:
         """Whether the endpoints of a service are elsewhere now."""

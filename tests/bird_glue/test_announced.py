@@ -121,12 +121,12 @@ def test_filters_decide_and_touch_no_session(rack: Rack) -> None:
         {"addCommunity": {"value": "64512:7:8"}},
         {"prependASPath": {"prefix": [64512, 64512]}},
     ]
-    by_prefix = {"cidr": BLOCK1, "matchOperator": "In", "prefixLength": {"max": 26}}
-    export = [
+    by_prefix: dict[str, Any] = {"cidr": BLOCK1, "matchOperator": "In", "prefixLength": {"max": 26}}
+    accepted = [
         {"action": "Accept", **by_prefix, "operations": changes},
         {"action": "Accept", "source": "RemotePeers", "cidr": BLOCK2, "matchOperator": "Equal"},
     ]
-    store.put("BGPFilter", "f", exportV4=export)
+    store.put("BGPFilter", "f", exportV4=accepted)
     eventually(lambda: rack.learned(rack.n1) == {"10.60.0.0/16", "10.61.0.0/16", "10.62.0.0/16"})
     # what was learned from the mesh is told to the router, because the filter says so
     eventually(lambda: rack.told_by("n1") == {BLOCK1, BLOCK2, f"{BORROWED}/32"})
@@ -156,10 +156,12 @@ def test_communities_of_prefix_advertisements(rack: Rack) -> None:
         communities=[{"name": "pods", "value": "64512:100"}],
         prefixAdvertisements=[{"cidr": "10.1.0.0/16", "communities": ["pods", "1:2:3"]}],
     )
-    for words in ("BGP.community: (64512,100)", "BGP.large_community: (1, 2, 3)"):
-        eventually(
-            lambda words=words: words in rack.tor.birdc("show", "route", "for", BLOCK1, "all")
+    wanted = ("BGP.community: (64512,100)", "BGP.large_community: (1, 2, 3)")
+    eventually(
+        lambda: all(
+            words in rack.tor.birdc("show", "route", "for", BLOCK1, "all") for words in wanted
         )
+    )
     store.delete("BGPConfiguration", "default")
     eventually(lambda: "community" not in rack.tor.birdc("show", "route", "for", BLOCK1, "all"))
 

@@ -94,3 +94,31 @@ def test_of_equal_prefixes_the_lowest_metric_counts() -> None:
         found = Topology(order).resolve(net("1.1.1.1"))
         assert found
         assert found.hops == low.hops
+
+
+def test_a_peer_that_only_a_gateway_leads_to() -> None:
+    peer, gateway = net("10.9.0.7"), net("10.0.0.1")
+    topology = Topology(ROUTES, [net("10.0.0.100")])
+    assert topology.resolve(peer) is None
+    assert topology.set_ways({peer: gateway})
+    assert not topology.set_ways({peer: gateway})
+    found = topology.resolve(peer)
+    assert found
+    assert (found.hops, found.direct, found.via) == ((Hop(2, gateway.address),), False, peer)
+    # gateways that lead to each other lead nowhere
+    other = net("10.9.0.8")
+    topology.set_ways({peer: other, other: peer})
+    assert topology.resolve(peer) is None
+    assert topology.set_ways({})
+
+
+def test_names_and_pods() -> None:
+    routes = [*ROUTES, Route(net("10.7.0.7"), (Hop(9),), protocol=PROTO_FELIX)]
+    topology = Topology(routes, names={2: "eth0", 9: "cali1"})
+    assert topology.pods == {net("10.7.0.7"): 9}
+    assert topology.interface((Hop(2),)) == "eth0"
+    assert topology.interface((Hop(3),)) is None
+    assert topology.interface(()) is None
+    assert {str(found[0]) for found in topology.routes()} == {
+        *("10.0.0.0/24", "0.0.0.0/0", "10.9.0.0/16"),
+    }

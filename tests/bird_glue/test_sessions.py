@@ -17,6 +17,7 @@ from bird_glue.configfile import ConfigurationFile
 from bird_glue.engine import Intent
 from bird_glue.filters import Filter, Rule
 from bird_glue.peers import Peer, PeerType
+from bird_glue.secrets import SecretKey, SecretRead
 from bird_glue.sessions import Sessions, listen, plan_sessions
 from bird_glue.settings import ClusterNode, Local
 from bird_glue.speaker import Speaker
@@ -80,17 +81,35 @@ def test_one_session_with_an_address_and_a_bgppeer_before_the_mesh() -> None:
     assert problems(found) == [("BGPPeer", "tor2", "spec.peerIP")]
 
 
-def test_what_is_not_offered_makes_no_session_rather_than_another_one() -> None:
-    for change, field in (
-        ({"password": True}, "spec.password"),
-        ({"reachable_by": TOR}, "spec.reachableBy"),
-    ):
-        found = plan(replace(BASE, **change), MESH)
-        assert list(found.neighbors) == [NODE]
-        assert problems(found) == [("BGPPeer", "tor", field)]
-    found = plan(replace(MESH, password=True), BASE)
+def test_without_its_password_there_is_no_session() -> None:
+    key = SecretKey("bgp", "tor")
+    secrets = {"bgp": SecretRead("bgp", {"tor": b"hidden"})}
+    locked, mesh = replace(BASE, password=key), replace(MESH, password=key)
+    found = plan_sessions([locked], LOCAL, HOSTS, lambda address: None, {}, secrets)
+    assert found.neighbors[TOR].password == b"hidden"
+    found = plan(locked, MESH)
+    assert list(found.neighbors) == [NODE]
+    assert problems(found) == [("BGPPeer", "tor", "spec.password")]
+    found = plan(mesh, replace(mesh, address=parse_net("10.0.0.7")), BASE)
     assert list(found.neighbors) == [TOR]
     assert problems(found) == [("BGPConfiguration", "default", "spec.nodeMeshPassword")]
+    nameless = plan(replace(BASE, password=SecretKey("", "")))
+    assert "secretKeyRef" in str(nameless.problems[0])
+
+
+def test_reachable_by() -> None:
+    gateway = parse_net("10.0.0.254")
+    asked: list[Net] = []
+
+    def source_of(address: Net) -> Net:
+        asked.append(address)
+        return OWN
+
+    peer = replace(BASE, reachable_by=gateway, source=None)
+    found = plan_sessions([peer], LOCAL, HOSTS, source_of)
+    assert found.ways == {TOR: gateway}
+    assert found.neighbors[TOR].reachable_by == gateway
+    assert asked == [gateway]  # to the peer itself there may be no route yet
 
 
 def test_the_source_address_must_be_here() -> None:
