@@ -88,9 +88,6 @@ def settle_others(backend: Backend, settings: Settings) -> list[str]:
         Backend.IPTABLES_NFT: lambda: _settle_iptables("nft", settings, beside=beside),
         Backend.IPTABLES_LEGACY: lambda: _settle_iptables("legacy", settings, beside=beside),
     }
-    # The sets of the iptables variants are the same ones.
-    if backend is not Backend.NFTABLES:
-        del removals[backend]
     problems = []
     for other, remove in removals.items():
         if other is backend:
@@ -122,11 +119,26 @@ def _remove_nftables() -> list[str]:
     for version in (4, 6):
         with Nftables(version, TABLE) as table:
             if table.exists():
+                _unhook(table)
                 transaction = table.transaction()
                 transaction.delete_table()
                 table.commit(transaction)
                 _log.info("removed table %s", table)
     return []
+
+
+def _unhook(table: Nftables) -> None:
+    """Let no more packets in.
+
+    One that is among the rules when a transaction is committed ends its way through the old ones,
+    but looks into the sets as they are then: without members what is allowed would be dropped.
+    """
+    transaction = table.transaction()
+    for name, chain in table.read().chains.items():
+        if chain.base is not None:
+            transaction.flush_chain(name)
+            transaction.delete_chain(name)
+    table.commit(transaction)
 
 
 def _settle_iptables(variant: str, settings: Settings, *, beside: bool) -> list[str]:
@@ -138,7 +150,8 @@ def _settle_iptables(variant: str, settings: Settings, *, beside: bool) -> list[
         iptables.read()
         if iptables.apply_chains(0.0):
             _log.info("changed what is ours in iptables-%s beside the enforcer", variant)
-        for attempt in range(_ATTEMPTS):
+        # The sets of the iptables variants are the same ones, and the enforcer's own.
+        for attempt in range(_ATTEMPTS if beside else 0):
             iptables.trim_sets(float(attempt))
             if iptables.next_retry() is None:
                 break
