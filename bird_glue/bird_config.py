@@ -164,7 +164,9 @@ def _ways(neighbors: Iterable[Neighbor], version: int) -> str:
     ]
     if not lines:
         return ""
-    return block(f"protocol static ways_v{version}", [f"ipv{version} {{ table igp{version}; }};", *lines])
+    return block(
+        f"protocol static ways_v{version}", [f"ipv{version} {{ table igp{version}; }};", *lines]
+    )
 
 
 def _attributes(announcement: Announcement) -> Iterable[str]:
@@ -191,7 +193,8 @@ def _sessions(intent: Intent, version: int, own: Own) -> str:
     for address, neighbor in intent.neighbors.items():
         if address.version == version:
             accepted = import_body(intent.sessions[address], version)
-            told = _export_body(intent, address, own.different.get(address, {}))
+            to, reflects = intent.speaking[address], intent.guard.cluster_id is not None
+            told = export_body(to, version, own.different.get(address, {}), reflects=reflects)
             names = _filter(filters, "accepted", accepted), _filter(filters, "told", told)
             protocols.append(_session(intent, neighbor, *names))
     return "".join([*filters.values(), *protocols])
@@ -205,12 +208,18 @@ def _filter(filters: dict[str, str], kind: str, lines: list[str]) -> str:
     return name
 
 
-def _export_body(
-    intent: Intent, address: Net, different: Mapping[Net, Announcement | None]
+def export_body(
+    to: Speaking,
+    version: int,
+    different: Mapping[Net, Announcement | None],
+    *,
+    reflects: bool,
 ) -> list[str]:
-    """The filter for what a peer is told; see ``advertise.learned_announcement``."""
-    to = intent.speaking[address]
-    version = address.version
+    """The filter for what a peer is told; see ``advertise.learned_announcement``.
+
+    ``different``: what it is told of own routes, where most are told something else.
+    ``reflects``: this node is a route reflector.
+    """
     lines = [
         "if source = RTS_STATIC then {",
         *_differences(different),
@@ -219,7 +228,7 @@ def _export_body(
         "if source != RTS_BGP then reject;",
         *rules(to.filters, Direction.EXPORT, version, external=to.external),
     ]
-    if intent.guard.cluster_id is None:
+    if not reflects:
         return [*lines, "reject;"]
     if to.external:
         lines.append(f"if defined({EXTERNAL}) then reject;")
