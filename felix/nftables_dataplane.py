@@ -125,9 +125,13 @@ class _Family:
         if chain is None:
             self._forget(full)
             return
+        _, before = self._neutral.get(full, (table, None))
         self._neutral[full] = table, chain
         if isinstance(chain, Index):
-            self._indexes.want(full, chain)
+            reshaped = self._indexes.want(full, chain)
+            if not reshaped and isinstance(before, Index) and before.action == chain.action:
+                self._news = True
+                return  # the same lookups, in sets that hold something else
         self._render(full)
         if isinstance(chain, Dispatch):
             self._maps[full] = dispatch_map(table, chain)

@@ -51,8 +51,8 @@ class Indexes:
         """The keys of an index, by its chain in the kernel."""
         return self._keys[name]
 
-    def want(self, name: str, index: Index) -> None:
-        """An index came or changed."""
+    def want(self, name: str, index: Index) -> bool:
+        """An index came or changed; whether its shapes did."""
         if name not in self._keys:
             self._keys[name] = Keys(self._version, name, self._members)
         keys = self._keys[name]
@@ -62,7 +62,7 @@ class Indexes:
             self._leave(set_id, name)
         for set_id in keys.sets - before:
             self._users.setdefault(set_id, set()).add(name)
-        self._tell(name)
+        return self._tell(name)
 
     def forget(self, name: str) -> None:
         """An index went."""

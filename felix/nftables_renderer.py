@@ -280,5 +280,8 @@ def _recognisable(name: str, rules: Sequence[tuple[bytes, str]]) -> Iterator[Nft
 
 def _printable(text: str) -> str:
     """What a comment may hold: nft(8) writes it in quotes and knows no escapes."""
-    plain = "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "_" for c in text)
-    return plain[:MAX_COMMENT]
+    if not text.isascii() or not text.isprintable() or '"' in text or "\\" in text:
+        text = "".join(
+            c if c.isascii() and c.isprintable() and c not in '"\\' else "_" for c in text
+        )
+    return text[:MAX_COMMENT]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 import sys
 from enum import IntEnum
+from functools import lru_cache
 
 from kernel.netlink import attribute, attribute_text, nested
 
@@ -33,6 +34,9 @@ _LOOKUP_INVERTED = 1
 _GIVEN_PORTS = 1 << 1  # NF_NAT_RANGE_PROTO_SPECIFIED
 _RANDOM_PORTS = 1 << 4  # NF_NAT_RANGE_PROTO_RANDOM_FULLY
 _PORT_UNREACHABLE = {4: 3, 6: 4}  # codes of ICMP type 3 and ICMPv6 type 1
+
+# The same few expressions make up most rules.
+_remembered = lru_cache(maxsize=1024)
 
 _BE32 = struct.Struct(">I")
 _BE64 = struct.Struct(">Q")
@@ -138,6 +142,7 @@ def _expression(name: str, *data: bytes) -> bytes:
     )
 
 
+@_remembered
 def load_meta(key: Meta, register: int = REGISTER) -> bytes:
     """``meta mark`` and the like."""
     return _expression("meta", number(1, register), number(2, key))
@@ -148,6 +153,7 @@ def store_mark(register: int = REGISTER) -> bytes:
     return _expression("meta", number(2, Meta.MARK), number(3, register))
 
 
+@_remembered
 def load_payload(base: Base, offset: int, length: int, register: int = REGISTER) -> bytes:
     """Bytes of a packet's network or transport header."""
     return _expression(
@@ -170,6 +176,7 @@ def load_fib(result: FibResult, flags: int, register: int = REGISTER) -> bytes:
     return _expression("fib", number(1, register), number(2, result), number(3, flags))
 
 
+@_remembered
 def compare(data: bytes, how: Compare = Compare.EQUAL, register: int = REGISTER) -> bytes:
     """Go on if the register's first bytes are (or are not) ``data``."""
     return _expression("cmp", number(1, register), number(2, how), nested(3, value(data)))
@@ -186,6 +193,7 @@ def within(first: bytes, last: bytes, *, inverted: bool = False, register: int =
     )
 
 
+@_remembered
 def mask(bits: bytes, toggle: bytes | None = None, register: int = REGISTER) -> bytes:
     """Register = (register & ``bits``) ^ ``toggle``."""
     return _expression(
@@ -198,6 +206,7 @@ def mask(bits: bytes, toggle: bytes | None = None, register: int = REGISTER) -> 
     )
 
 
+@_remembered
 def lookup(set_name: str, *, inverted: bool = False, register: int = REGISTER) -> bytes:
     """Go on if the set holds (``inverted``: does not hold) what the register holds."""
     flags = (number(5, _LOOKUP_INVERTED),) if inverted else ()
@@ -216,6 +225,7 @@ def set_register(data: bytes, register: int = REGISTER) -> bytes:
     return _expression("immediate", number(1, register), nested(2, value(data)))
 
 
+@_remembered
 def verdict(code: Verdict, chain: str = "") -> bytes:
     """``accept``, ``drop``, ``return``, ``jump CHAIN``, ``goto CHAIN``."""
     return _expression(
