@@ -12,7 +12,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from api.net import Net, format_address
@@ -52,6 +52,11 @@ class ConfigurationFile:
     def neighbors(self) -> Mapping[Net, Neighbor]:
         """The sessions that are wanted."""
         return self._wanted
+
+    @property
+    def accepted(self) -> Collection[Net]:
+        """The peers among them that ExaBGP accepts."""
+        return self._wanted.keys() - self.rejected.keys()
 
     @property
     def settled(self) -> bool:

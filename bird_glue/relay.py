@@ -77,15 +77,21 @@ class Memory:
                 self._event(line)
 
     def _commanded(self, words: list[str]) -> None:
-        # neighbor PEER announce|withdraw attributes … nlri PREFIX …
-        if len(words) < 4 or words[0] != "neighbor" or "nlri" not in words:
+        # neighbor PEER , neighbor PEER … announce|withdraw attributes … nlri PREFIX …
+        peers: list[str] = []
+        while words[:1] in (["neighbor"], [","]):
+            if words[0] == "neighbor" and len(words) > 1:
+                peers.append(words[1])
+            words = words[2 if words[0] == "neighbor" else 1 :]
+        if not words or "nlri" not in words:
             return
         nets = words[words.index("nlri") + 1 :]
-        known = self.announced.setdefault(words[1], set())
-        if words[2] == "announce":
-            known.update(nets)
-        elif words[2] == "withdraw":
-            known.difference_update(nets)
+        for peer in self.peers if peers == ["*"] else peers:
+            known = self.announced.setdefault(peer, set())
+            if words[0] == "announce":
+                known.update(nets)
+            elif words[0] == "withdraw":
+                known.difference_update(nets)
 
     def _event(self, line: bytes) -> None:
         document = json.loads(line)

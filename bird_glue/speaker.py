@@ -163,7 +163,8 @@ class Speaker:
         if not (self._live and self._dialogue):
             return found
         try:
-            self._announcer.step(self._dialogue, now)
+            everyone = self._file.accepted if self._file.settled else ()
+            self._announcer.step(self._dialogue, now, everyone)
             self._file.step(self._dialogue, now)
             if self._file.settled or self._leaving:
                 self._drain_until = None

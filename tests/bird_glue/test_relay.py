@@ -17,10 +17,13 @@ import pytest
 
 from api.net import Net, parse_net
 from bird_glue import relay
+from bird_glue.announcement import Announcement
+from bird_glue.announcer import Announcer
 from bird_glue.channel import Channel, FromRelay
 from bird_glue.dialogue import ANSWER_SECONDS, Dialogue, Result
 from bird_glue.messages import (
     Answer,
+    Attributes,
     Down,
     EndOfRib,
     Event,
@@ -231,6 +234,54 @@ def test_commands_and_what_was_announced(running: Running) -> None:
         assert hello.announced == {parse_net(PEER): {parse_net("10.8.0.0/26")}}
         client.send("version\n")
         assert running.hear() == "version"  # and nothing of the half line
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_peers_that_are_told_the_same_are_told_at_once(running: Running, missing: int) -> None:
+    """By name where ExaBGP has a peer that is not up: what waits for one hinders it."""
+    texts = [f"10.0.0.{n}" for n in range(1, 26)]
+    peers = [parse_net(text) for text in texts]
+    net = parse_net("10.8.0.0/26")
+    heard: queue.SimpleQueue[FromRelay] = queue.SimpleQueue()
+    channel = Channel(running.path, heard.put)
+    channel.start()
+    try:
+        assert isinstance(heard.get(timeout=10).events[0], Hello)
+        dialogue = Dialogue(channel, 0, 0)
+        announcer = Announcer()
+        running.say(*(state("up", text) for text in texts))
+        for peer in peers:
+            announcer.note(Up(peer, 0))
+        wanted = {net: Announcement(None, Attributes(origin=0))}
+        announcer.want(dict.fromkeys(peers, wanted), {}, mark_end=True)
+        announcer.step(dialogue, 0, peers + [parse_net("10.0.1.0")] * missing)
+        tails = ["announce attributes next-hop self origin igp nlri 10.8.0.0/26"] * (1 + missing)
+        tails += ["announce eor ipv4 unicast"] * (1 + missing)
+        named: list[str] = []
+        for tail in tails:
+            dialogue.pump(0)
+            line = running.hear()
+            named.append(line.removesuffix(f" {tail}"))
+            running.say("done")
+            while not any(isinstance(made, Answer) for made in heard.get(timeout=10).events):
+                pass
+            dialogue.heard(Answer(True), 0)
+        announcer.step(dialogue, 1, peers)
+        dialogue.pump(1)
+        assert not dialogue.stuck(1000)  # nothing more was asked
+    finally:
+        channel.close()
+    if missing:
+        parts = [
+            " , ".join(f"neighbor {text}" for text in part) for part in (texts[:20], texts[20:])
+        ]
+        assert named == parts * 2
+    else:
+        assert named == ["neighbor *"] * 2
+    with Client(running.path) as client:
+        hello = client.snapshot()[0]
+        assert isinstance(hello, Hello)
+        assert hello.announced == {peer: {net} for peer in peers}
 
 
 def test_a_new_client_replaces_the_old(running: Running) -> None:
