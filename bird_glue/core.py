@@ -390,6 +390,7 @@ class Core:
 
     def _advertise(self, local: Local) -> None:
         wanted: dict[Net, dict[Net, Announcement]] = {}
+        alike: dict[tuple[int, Speaking], dict[Net, Announcement]] = {}
         own = own_routes(
             self._blocks,
             self._resources.announced_services(self._node),
@@ -404,7 +405,10 @@ class Core:
                 speaking.filters or local.node.cluster_id is not None
             ):
                 told = self._told_on(address, speaking, local)
-            wanted[address] = told | own_announcements(own, address.version, speaking)
+            how = address.version, speaking
+            if how not in alike:
+                alike[how] = own_announcements(own, *how)
+            wanted[address] = told | alike[how] if told else alike[how]
         # a reflector that forgot everything must hear its peers before it says "that is all"
         complete = local.node.cluster_id is None or not self._fib.holding
         self._engine.advertise(wanted, mark_end=complete)
