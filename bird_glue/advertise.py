@@ -9,6 +9,8 @@ the IP pools and of services' ranges:
 - what a client said, to all iBGP peers; what others said over iBGP, to clients (RFC 4456);
 - what it learned over iBGP, to eBGP peers, and the other way round; never eBGP to eBGP.
 
+What workloads of this node say (``localWorkloadSelector``) is told on likewise, by every node.
+
 That is where no BGPFilter of the peer decides. A filter may take away any of it, and add what
 else BGP permits: learned routes, and the kernel's. What it accepts is told as it leaves the
 filter, without the communities of prefixAdvertisements, as Calico does it.
@@ -48,6 +50,7 @@ class Speaking:
     """How this node speaks to one peer. ``cluster_id``: it is a client, reflected to so.
 
     ``filters``: its BGPFilters. ``communities``: to add to prefixes inside of each.
+    ``workload``: it is a workload of this node; what it says is told as if it were ours.
     """
 
     asn: int
@@ -58,6 +61,7 @@ class Speaking:
     next_hop_keep: bool = False
     filters: tuple[Filter, ...] = ()
     communities: Communities = ()
+    workload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +150,14 @@ def learned_announcement(
         return None
     if _NO_EXPORT in attributes.communities and to.external:
         return None
-    by_itself = told and cluster_id is not None and not (learned.external and to.external)
+    by_itself = told and learned.workload
+    if cluster_id is not None:
+        by_itself |= told and not (learned.external and to.external)
     facts = RouteFacts(net, attributes, to.external, True, interface)
     leaving = _leaving(facts, to, told=by_itself)
     if leaving is None:
         return None
-    own_hop = to.next_hop_self or (to.external and not to.next_hop_keep)
+    own_hop = to.next_hop_self or (to.external and not to.next_hop_keep) or learned.workload
     if to.external:
         leaving = replace(leaving, local_preference=None, med=None, originator=None, clusters=())
     elif leaving.local_preference is None:

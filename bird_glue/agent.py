@@ -12,7 +12,7 @@ import logging
 import os
 import queue
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -22,11 +22,11 @@ from bird_glue.core import Core
 from bird_glue.detector import Detector, FromDetector, Timing
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
-from bird_glue.resources import KINDS
+from bird_glue.resources import GROUPS, KINDS
 from bird_glue.secrets import SecretRead, SecretReader, own_namespace
-from bird_glue.services import SERVICE_KINDS
 from bird_glue.status import Request, StatusServer, status_answer
 from bird_glue.watch import KernelChanged, KernelReader, KernelWatch, source_of
+from bird_glue.workloads import PeeringAddresses
 from datastore.follower import Follower, InSync, Update
 from datastore.interface import Datastore
 from kernel.netlink import NetlinkSocket
@@ -47,8 +47,11 @@ class Stop:
     """Put on the queue: end, and leave everything as it is."""
 
 
-class ServicesInSync:
-    """Put on the queue: all Services and EndpointSlices are known."""
+@dataclass(frozen=True, slots=True)
+class GroupInSync:
+    """Put on the queue: all objects of a group are known."""
+
+    group: str
 
 
 Item = (
@@ -58,7 +61,7 @@ Item = (
     | FromDetector
     | KernelChanged
     | Request
-    | ServicesInSync
+    | GroupInSync
     | SecretRead
     | Stop
 )
@@ -104,7 +107,8 @@ class Agent:
         self._watch = KernelWatch(self._queue.put)
         self._store = store
         self._follower = Follower(store, KINDS, self._queue.put)
-        self._service_follower: Follower | None = None
+        self._group_followers: dict[str, Follower] = {}
+        self._peering = PeeringAddresses(self._netlink)
         self._secrets = SecretReader(store, own_namespace(), self._queue.put)
         self._status = StatusServer(run_dir, self._queue.put)
         self._stopping = False
@@ -130,8 +134,8 @@ class Agent:
             self._refuse_requests()
             self._status.stop()
             self._follower.stop()
-            if self._service_follower:
-                self._service_follower.stop()
+            for follower in self._group_followers.values():
+                follower.stop()
             self._secrets.stop()
             self._watch.stop()
             self._engines.close()
@@ -150,7 +154,8 @@ class Agent:
         self._watch.blocks = self._core.blocks
         self._watch.bird_metrics = self._fib.bird_metrics
         self._secrets.want(self._core.wanted_secrets)
-        self._follow_services()
+        self._follow_groups()
+        self._set_peering_addresses(look=False)
         self._go_on_leaving(now)
         self._detector.step(now)
         dues = (self._core.next_due(now), self._detector.next_due(now), self._read_due)
@@ -158,14 +163,21 @@ class Agent:
         for item in self._take(max(0.0, due - time.monotonic())):
             self._handle(item, time.monotonic())
 
-    def _follow_services(self) -> None:
+    def _follow_groups(self) -> None:
         """Follow what there may be much of only where it is needed; from then on it is kept."""
-        if self._service_follower is None and self._core.wants_services:
-            self._service_follower = Follower(self._store, SERVICE_KINDS, self._take_service)
-            self._service_follower.start()
+        for group in self._core.needs - self._group_followers.keys():
 
-    def _take_service(self, item: Update | InSync) -> None:
-        self._queue.put(ServicesInSync() if isinstance(item, InSync) else item)
+            def sink(item: Update | InSync, group: str = group) -> None:
+                self._queue.put(GroupInSync(group) if isinstance(item, InSync) else item)
+
+            self._group_followers[group] = Follower(self._store, GROUPS[group], sink)
+            self._group_followers[group].start()
+
+    def _set_peering_addresses(self, *, look: bool) -> None:
+        try:
+            self._peering.apply(self._core.peering_addresses, look=look)
+        except OSError as error:
+            _log.warning("can't set the addresses that workloads call: %s", error)
 
     def _take(self, seconds: float) -> list[Item]:
         """All that is on the queue; waits for the first."""
@@ -193,8 +205,8 @@ class Agent:
                 self._core.in_sync()
             case SecretRead():
                 self._core.secret(item)
-            case ServicesInSync():
-                self._core.services_in_sync()
+            case GroupInSync(group=group):
+                self._core.group_in_sync(group)
             case KernelChanged():
                 self._read_due = min(self._read_due, now + _READ_PAUSE)
             case Request(command="status"):
@@ -221,6 +233,7 @@ class Agent:
             _log.warning("can't read the kernel's routes, trying again: %s", error)
             self._read_due = now + 1.0
             return
+        self._set_peering_addresses(look=True)
         self._read_due = now + _RESYNC_SECONDS
 
     def _leave(self, request: Request, now: float) -> None:

@@ -27,7 +27,7 @@ from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated
 from bird_glue.nexthops import Topology
-from bird_glue.peers import Peer, desired_peers
+from bird_glue.peers import Peer, PeerType, desired_peers
 from bird_glue.pools import Pools
 from bird_glue.resources import Resources
 from bird_glue.rib import Rib
@@ -53,7 +53,7 @@ _LOCKED = ObjectProblem(
     ),
 )
 GOODBYE_SECONDS = 5.0  # for a peer that goes to hear that our routes are withdrawn
-SECRETS_SECONDS = 10.0  # how long sessions wait for passwords at the start
+SESSIONS_SECONDS = 10.0  # how long sessions wait for Secrets and workloads at the start
 SERVICES_SECONDS = 10.0  # how long announcements wait for services at the start
 HOLD_SECONDS = 120.0  # how long routes of an earlier run are kept for peers that don't come
 
@@ -102,11 +102,12 @@ class Core:
         self._hold_until: float | None = None
         # by peer: where it is, and until when that is kept, once it isn't wanted any more
         self._old_ways: dict[Net, tuple[tuple[Hop, ...], float | None]] = {}
-        self._services_in_sync = False
+        self._groups: set[str] = set()  # of GROUPS, those that are known
         self._services_until: float | None = None
         self._secrets: dict[str, SecretRead] = {}
-        self._secrets_until: float | None = None
+        self._sessions_until: float | None = None
         self.wanted_secrets: frozenset[str] = frozenset()  # those that sessions need
+        self._workload_peers: list[Peer] = []
 
     @property
     def _engine(self) -> Engine:
@@ -118,19 +119,28 @@ class Core:
         return self._blocks
 
     @property
-    def wants_services(self) -> bool:
-        """Whether Services and EndpointSlices decide about what is announced."""
-        return self._local is not None and bool(self._resources.ranges)
+    def needs(self) -> frozenset[str]:
+        """The groups of ``resources.GROUPS`` that are to be followed."""
+        return self._resources.needs if self._in_sync else frozenset()
+
+    @property
+    def peering_addresses(self) -> dict[str, frozenset[Net]]:
+        """By interface: what workloads of this node call."""
+        found: dict[str, frozenset[Net]] = {}
+        for peer in self._workload_peers:
+            if peer.source is not None:
+                found[peer.interface] = found.get(peer.interface, frozenset()) | {peer.source}
+        return found
 
     def secret(self, read: SecretRead) -> None:
         """A Secret was read, or could not be."""
         self._secrets[read.name] = read
         self._configure_due = True
 
-    def services_in_sync(self) -> None:
-        """All Services and EndpointSlices are known."""
-        self._services_in_sync = True
-        self._advertise_due = True
+    def group_in_sync(self, group: str) -> None:
+        """All objects of a group are known."""
+        self._groups.add(group)
+        self._configure_due = True
 
     def update(self, update: Update) -> None:
         """A resource changed."""
@@ -150,6 +160,8 @@ class Core:
         if topology.pods != self._topology.pods:
             self._topology.pods = topology.pods
             self._advertise_due = True
+            if self._workload_peers:  # their routes lead to pods
+                self._rib.set_topology(self._topology)
         if not topology.same(self._topology):
             self._topology = topology
             self._rib.set_topology(topology)
@@ -219,7 +231,7 @@ class Core:
     def next_due(self, now: float) -> float | None:
         """When to call ``reconcile`` though nothing happens."""
         if self._local is None:
-            return self._secrets_until
+            return self._sessions_until
         due = [self._engine.next_due(now), self._routes.next_deadline(), self._fib.next_retry()]
         if self._fib.holding:
             due += [self._hold_until, self._routes.next_settled(now)]
@@ -232,7 +244,7 @@ class Core:
         """Whether to announce: not before services are known, lest those of an earlier run be
         withdrawn for a moment; but other routes can't wait for them for long.
         """
-        if self._services_in_sync or not self.wants_services:
+        if "services" in self._groups or "services" not in self.needs:
             return True
         if self._services_until is None:
             self._services_until = now + SERVICES_SECONDS
@@ -246,17 +258,19 @@ class Core:
             self._fib.release()
             self._advertise_due = True
 
-    def _reads_secrets(self, peers: list[Peer], now: float) -> bool:
-        """Whether to wait for Secrets: at the start, lest sessions that run are ended because
-        their passwords are not known yet; but the other sessions can't wait for them for long.
+    def _waits(self, peers: list[Peer], now: float) -> bool:
+        """Whether to wait for Secrets and workloads: at the start, lest sessions that run are
+        ended because they are not known yet; but the other sessions can't wait for long.
         """
         names = (peer.password.name for peer in peers if peer.password)
         self.wanted_secrets = frozenset(name for name in names if name)
-        if self._local is not None or self.wanted_secrets <= self._secrets.keys():
+        known = "workloads" in self._groups or "workloads" not in self.needs
+        known &= self.wanted_secrets <= self._secrets.keys()
+        if self._local is not None or known:
             return False
-        if self._secrets_until is None:
-            self._secrets_until = now + SECRETS_SECONDS
-        return now < self._secrets_until
+        if self._sessions_until is None:
+            self._sessions_until = now + SESSIONS_SECONDS
+        return now < self._sessions_until
 
     def _configure(self, now: float) -> bool:
         """Resources or addresses changed: work out the sessions and all that is said.
@@ -273,9 +287,11 @@ class Core:
             return True  # what is in force stays
         if self._hold_until is None:
             self._hold_until = now + HOLD_SECONDS
-        peers, problems = desired_peers(cluster, local)
-        if self._reads_secrets(peers, now):
+        workloads = [known for _, known in sorted(self._resources.workloads.known.items())]
+        peers, problems = desired_peers(cluster, local, workloads)
+        if self._waits(peers, now):
             return False
+        self._workload_peers = [peer for peer in peers if peer.type is PeerType.WORKLOAD]
         hosts = self._topology.hosts
         filters = self._resources.filters()
         self._sessions = plan_sessions(peers, local, hosts, self._source_of, filters, self._secrets)
@@ -402,7 +418,7 @@ class Core:
             speaking = self._speaking(address, local)
             told = {}
             if not self._engine.programs and (
-                speaking.filters or local.node.cluster_id is not None
+                speaking.filters or local.node.cluster_id is not None or self._workload_peers
             ):
                 told = self._told_on(address, speaking, local)
             how = address.version, speaking
@@ -424,11 +440,16 @@ class Core:
             next_hop_keep=peer.next_hop_keep,
             filters=self._sessions.filters[address],
             communities=local.communities,
+            workload=peer.type is PeerType.WORKLOAD,
         )
 
     def _tells_on(self, local: Local) -> bool:
         """Whether what is told depends on what was learned."""
-        return local.node.cluster_id is not None or any(self._sessions.filters.values())
+        return (
+            local.node.cluster_id is not None
+            or bool(self._workload_peers)
+            or any(self._sessions.filters.values())
+        )
 
     def _told_on(self, address: Net, speaking: Speaking, local: Local) -> dict[Net, Announcement]:
         """What a peer is told of what was learned: by a reflector, or where a filter says so."""

@@ -136,6 +136,8 @@ class Topology:
         if host in self._ways and self._ways[host] not in self._ways:
             found_by = self.resolve(self._ways[host])
             return None if found_by is None else Resolution(found_by.hops, False, host)
+        if host in self.pods:
+            return Resolution((Hop(self.pods[host], host.address),), True, host)
         found = self._table.match(host)
         if found is None or found[1].kind != "unicast":
             return None

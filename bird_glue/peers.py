@@ -12,8 +12,8 @@ A pure function of the resources, with Calico's meaning (its confd is the refere
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import Enum
 
@@ -23,6 +23,7 @@ from api.net import V4, V6, Net, format_address, parse_net
 from api.registry import selectors
 from bird_glue.secrets import SecretKey
 from bird_glue.settings import Cluster, ClusterNode, Local, ObjectProblem, cluster_node
+from bird_glue.workloads import Workload
 from policy.selector import SelectorError
 from policy.selector import parse as parse_selector
 
@@ -35,6 +36,7 @@ class PeerType(Enum):
     MESH = "node-to-node mesh"
     GLOBAL = "global"
     NODE = "node specific"
+    WORKLOAD = "local workload"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Peer:
     speak from (None: the kernel's choice). ``local_as`` overrides the node's.
     ``is_node``: the peer is a node of this cluster. ``cluster_id``: routes are reflected to
     this client under that id. ``owner`` is the object that asked for it (kind, name).
+    ``interface``: of a workload of this node, which leads to it.
     """
 
     address: Net
@@ -66,15 +69,22 @@ class Peer:
     reachable_by: Net | None = None
     filters: tuple[str, ...] = ()
     password: SecretKey | None = None
+    interface: str = ""
 
 
-def desired_peers(cluster: Cluster, local: Local) -> tuple[list[Peer], list[ObjectProblem]]:
-    """All peers of the node, sorted by address and port, and what is wrong with BGPPeers."""
-    return _Peers(cluster, local).compute()
+def desired_peers(
+    cluster: Cluster, local: Local, workloads: Iterable[Workload] = ()
+) -> tuple[list[Peer], list[ObjectProblem]]:
+    """All peers of the node, sorted by address and port, and what is wrong with BGPPeers.
+
+    ``workloads``: those of this node.
+    """
+    return _Peers(cluster, local, tuple(workloads)).compute()
 
 
 class _Peers:
-    def __init__(self, cluster: Cluster, local: Local) -> None:
+    def __init__(self, cluster: Cluster, local: Local, workloads: tuple[Workload, ...]) -> None:
+        self._workloads = workloads
         self._cluster = cluster
         self._local = local
         self._nodes = [cluster_node(node, cluster) for _, node in sorted(cluster.nodes.items())]
@@ -155,9 +165,8 @@ class _Peers:
 
     def _forward(self, peer: BGPPeer) -> Iterator[Peer]:
         spec = peer.spec
-        if text := spec.local_workload_selector:
-            expected = "absent: peering with workloads is not offered yet"
-            self._problem(peer, "localWorkloadSelector", text, expected)
+        if spec.local_workload_selector:
+            yield from self._with_workloads(peer)
         elif spec.peer_selector:
             for node in self._matching(spec.peer_selector):
                 yield from self._with_node(peer, _type(peer), node, _VERSIONS)
@@ -165,6 +174,26 @@ class _Peers:
             yield from self._with_address(peer, spec.peer_ip)
         else:
             self._problem(peer, "peerIP", None, "required where peerSelector is absent")
+
+    def _with_workloads(self, peer: BGPPeer) -> Iterator[Peer]:
+        """Sessions with workloads of this node, which call."""
+        selector = parse_selector(peer.spec.local_workload_selector)
+        for workload in self._workloads:
+            for version, host in workload.hosts.items():
+                if selector.matches(workload.labels) and version in self._local.node.hosts:
+                    session = self._session(
+                        peer,
+                        PeerType.WORKLOAD,
+                        host,
+                        peer.spec.as_number,
+                        port=None,
+                        is_node=False,
+                        passive=True,
+                        local_as=peer.spec.local_as_number,
+                        allowed_own_as=peer.spec.num_allowed_local_as_numbers or 0,
+                    )
+                    source = self._local.peering.get(version)
+                    yield replace(session, source=source, interface=workload.interface)
 
     def _with_address(self, peer: BGPPeer, peer_ip: str) -> Iterator[Peer]:
         """The session that a BGPPeer with ``peerIP`` names, be it a node or a router."""

@@ -26,6 +26,7 @@ from bird_glue.services import (
     service_ranges,
 )
 from bird_glue.settings import Cluster, ObjectProblem
+from bird_glue.workloads import WORKLOAD_KINDS, Workloads
 from datastore.follower import Update
 from datastore.interface import JSON, Key
 
@@ -36,6 +37,8 @@ KINDS = (
     *("ClusterInformation", "Node", "BGPConfiguration", "BGPPeer", "BGPFilter"),
     *("IPPool", "BlockAffinity"),
 )
+# What there may be much of and few clusters need for BGP: followed only then.
+GROUPS = {"services": SERVICE_KINDS, "workloads": WORKLOAD_KINDS}
 _CLUSTER = Key("ClusterInformation", "default")
 _CONFIGURATION = Key("BGPConfiguration", "default")
 _CONFIRMED = ("confirmed", "")  # "" is an old spelling
@@ -57,13 +60,22 @@ class Resources:
         self._waiting: dict[Key, Update] = {}
         self.locked = False
         self.services = Services(node)
+        self.workloads = Workloads(node)
         self.ranges = ServiceRanges()
 
     @property
     def problems(self) -> list[ObjectProblem]:
         """What is wrong with objects that are not valid."""
         found = [problem for found in self._problems.values() for problem in found]
-        return found + self.services.problems
+        return found + self.services.problems + self.workloads.problems
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The groups of GROUPS that decide about something here."""
+        needed = {"services"} if self.ranges else set()
+        if any(peer.spec.local_workload_selector for peer in self._of(BGPPeer).values()):
+            needed.add("workloads")
+        return frozenset(needed)
 
     @property
     def usable(self) -> bool:
@@ -96,6 +108,8 @@ class Resources:
         key, value = update.key, update.value
         if key.kind in SERVICE_KINDS:
             return self.services.update(key, value)
+        if key.kind in WORKLOAD_KINDS:
+            return self.workloads.update(key, value)
         if key.kind == "BlockAffinity" and value is not None and not self._is_own(value):
             value = None
         if value is None:

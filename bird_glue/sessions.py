@@ -23,7 +23,7 @@ from bird_glue.secrets import PasswordError, SecretRead, password_of
 from bird_glue.settings import Local, ObjectProblem
 
 # which of several sessions with one address is made
-_PRECEDENCE = {PeerType.GLOBAL: 0, PeerType.NODE: 1, PeerType.MESH: 2}
+_PRECEDENCE = {PeerType.GLOBAL: 0, PeerType.NODE: 1, PeerType.WORKLOAD: 2, PeerType.MESH: 3}
 _KEEPALIVES = 3  # in a hold time (RFC 4271 10)
 _ANY = {V4: "0.0.0.0", V6: "::"}
 
@@ -67,6 +67,10 @@ def plan_sessions(
             if source is None:
                 text = format_address(*peer.address[:2])
                 sessions.refuse(peer, "spec.peerIP", text, "an address there is a route to")
+            elif source not in hosts and peer.type is PeerType.WORKLOAD:
+                text = format_address(*source[:2])
+                expected = f"an address of {peer.interface}, where it is yet to be put"
+                sessions.refuse(peer, "spec.localWorkloadSelector", text, expected)
             elif source not in hosts:
                 _note_source(sessions, local, source)
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from api.bgp import DEFAULT_AS_NUMBER, BGPConfiguration, BGPConfigurationSpec, BGPPeer
 from api.errors import Problem
@@ -75,6 +75,7 @@ class Local:
     program_unencapsulated: bool  # whether learned routes of such pools are ours to program
     communities: tuple[tuple[Net, tuple[str, ...]], ...] = ()  # for prefixes inside of one
     ignored_interfaces: tuple[str, ...] = ()  # whose subnets BGP doesn't know; with wildcards
+    peering: Mapping[int, Net] = field(default_factory=dict)  # address workloads call, by version
 
     @property
     def asn(self) -> int:
@@ -131,6 +132,11 @@ def local_settings(cluster: Cluster, name: str, router_id: str = "") -> Local | 
         in (None, "Enabled", "EnabledNoEncapOnly"),
         communities=prefix_communities(cluster, name),
         ignored_interfaces=tuple(spec.ignored_interfaces),
+        peering={
+            host.version: host
+            for text in (spec.local_workload_peering_ipv4, spec.local_workload_peering_ipv6)
+            for host in ([parse_net(text)] if text else [])
+        },
     )
 
 

@@ -18,6 +18,7 @@ from api.registry import KINDS, parse_as
 from bird_glue.peers import Peer, PeerType, desired_peers
 from bird_glue.pools import pool_policy
 from bird_glue.settings import Cluster, local_settings
+from bird_glue.workloads import Workload
 
 VECTORS = Path(__file__).resolve().parents[3] / "shared" / "vectors" / "bgp_golden.json.gz"
 
@@ -210,7 +211,7 @@ def test_reverse_peering_can_be_turned_off() -> None:
     [
         ({"peerIP": "192.0.2.1"}, "spec.asNumber"),
         ({"asNumber": 65001}, "spec.peerIP"),
-        ({"localWorkloadSelector": "all()", "asNumber": 65001}, "spec.localWorkloadSelector"),
+        ({"localWorkloadSelector": "all(", "asNumber": 65001}, "spec.localWorkloadSelector"),
         ({"peerSelector": "role = 'tor'"}, "spec.peerSelector"),
         ({"nodeSelector": "has(", "peerIP": "192.0.2.1", "asNumber": 1}, "spec.nodeSelector"),
     ],
@@ -225,6 +226,34 @@ def test_what_is_wrong_with_a_peer_is_named_and_the_others_stay(
     peers, problems = desired_peers(cluster, local)
     assert [p.address for p in peers] == [host("192.0.2.9")]
     assert [(p.kind, p.name, p.problem.field) for p in problems] == [("BGPPeer", "bad", field)]
+
+
+def test_workloads_of_this_node_that_a_peer_selects() -> None:
+    configuration = BGPConfiguration.model_validate(
+        {"metadata": {"name": "default"}, "spec": {"localWorkloadPeeringIPV4": "169.254.0.179"}}
+    )
+    wanted = peer(
+        "vms", localWorkloadSelector="app == 'vm'", asNumber=65001, filters=["f"], node="a"
+    )
+    workloads = [
+        Workload({"app": "vm"}, {4: host("10.1.0.5"), 6: host("fd00::5")}, "cali1"),
+        Workload({"app": "web"}, {4: host("10.1.0.6")}, "cali2"),
+    ]
+    cluster = make_cluster(
+        node("a", "10.0.0.1/24"), node("b", "10.0.0.2/24"), wanted, configuration
+    )
+    for name, expected in (("a", 1), ("b", 0)):
+        local = local_settings(cluster, name)
+        assert local
+        peers, problems = desired_peers(cluster, local, workloads)
+        found = [peer for peer in peers if peer.type is PeerType.WORKLOAD]
+        assert (problems, len(found)) == ([], expected)  # no IPv6 on this node
+    local = local_settings(cluster, "a")
+    assert local
+    (made,) = [p for p in desired_peers(cluster, local, workloads)[0] if p.owner[1] == "vms"]
+    assert (made.address, made.source) == (host("10.1.0.5"), host("169.254.0.179"))
+    assert (made.remote_as, made.passive, made.interface) == (65001, True, "cali1")
+    assert made.filters == ("f",)
 
 
 def test_peers_do_not_depend_on_the_order_of_objects() -> None:
