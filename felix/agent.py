@@ -319,6 +319,10 @@ class Agent:
             "policies": len(self._calculator.engine.policies),
             "sets": len(self._calculator.ruleset.sets),
             "chains": len(self._calculator.ruleset.chains),
+            "flows": {
+                "ended": self._connections.ended if self._connections else 0,
+                "reviewing": self._connections is None or self._connections.reviewing,
+            },
             "errors": [{"object": what, "message": message} for what, message in self._errors()],
         }
 

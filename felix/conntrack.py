@@ -203,9 +203,12 @@ class Connections:
 
     def next_due(self) -> float | None:
         """When ``review`` has something to do, in monotonic seconds."""
-        if self._review is not None or self._concerned:
-            return self._resume
-        return self._resume if self._gone else None
+        return self._resume if self.reviewing else None
+
+    @property
+    def reviewing(self) -> bool:
+        """Whether flows are still to be looked at, or connections of addresses gone to be ended."""
+        return self._review is not None or bool(self._concerned or self._gone)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(object, what the kernel said)."""

@@ -23,9 +23,16 @@ from datastore.interface import JSON, Key
 from felix.conntrack import Connections, ends_forbidden
 from kernel.conntrack import Conntrack
 from kernel.netns import Namespace, inside
-from tests.felix.fabric import MAKERS
 from tests.felix.gateway import FAR, NEAR, NODE, POD, Gateway
-from tests.felix.world import V3, felix_configuration, global_policy
+from tests.felix.world import (
+    V3,
+    Node,
+    Pod,
+    cluster,
+    felix_configuration,
+    global_policy,
+    policy,
+)
 from tests.support.netns import eventually, run
 
 INGRESS, EGRESS = ["Ingress"], ["Egress"]
@@ -59,6 +66,7 @@ class Watched(Gateway):
             brain.dataplane.want(delta)
             brain.apply()
             self.connections.forget()
+        assert list(brain.dataplane.problems()) == []
         self.settle()
 
     def remove(self, *objects: JSON) -> None:
@@ -99,6 +107,7 @@ class Peer:
         self, client: Namespace, server: Namespace, address: str, *, kind: int, pushes: bool = False
     ) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.kind = kind
         port = next(_ports)
         with inside(server.fd):
             listener = socket.socket(family, kind)
@@ -117,8 +126,7 @@ class Peer:
         else:
             self.server = listener
             self.client.connect(target)
-            self.client.send(b"hello")
-            assert select.select([self.server], [], [], 5)[0], "the first packet was lost"
+            eventually(self._is_heard)  # an interface just plugged loses some
             _, back = self.server.recvfrom(10)
             self.server.connect(back)
             self.server.send(b"hello")
@@ -126,17 +134,22 @@ class Peer:
         self._pushes = pushes
         for end in (self.client, self.server):
             end.setblocking(False)
-        self.received = 0
+        self.sent = self.received = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         eventually(lambda: self.received > 5)
+
+    def _is_heard(self) -> bool:
+        self.client.send(b"hello")
+        return bool(select.select([self.server], [], [], 0.1)[0])
 
     def _run(self) -> None:
         sender, other = (self.server, self.client) if self._pushes else (self.client, self.server)
         while not self._ended.wait(0.005):
             with contextlib.suppress(OSError):
                 sender.send(b"x")
+                self.sent += 1
             with contextlib.suppress(OSError):
                 if other.recv(10_000):
                     if self._pushes:
@@ -146,6 +159,25 @@ class Peer:
             if not self._pushes:
                 with contextlib.suppress(OSError):
                     self.received += bool(sender.recv(10_000))
+
+    def lost(self) -> int:
+        """How many packets of UDP found no answer. Ends the exchange."""
+        assert not self._pushes
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(AssertionError):
+            eventually(self._is_answered, 3)
+        return max(0, self.sent - self.received)
+
+    def _is_answered(self) -> bool:
+        with contextlib.suppress(OSError):
+            while True:
+                self.server.recv(100)
+                self.server.send(b"y")
+        with contextlib.suppress(OSError):
+            while True:
+                self.received += bool(self.client.recv(100))
+        return self.received >= self.sent
 
     def close(self) -> None:
         self._ended.set()
@@ -158,7 +190,7 @@ _ports = iter(range(20000, 30000))
 KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=["nftables", "iptables"])
 def made(request: pytest.FixtureRequest) -> Iterator[Watched]:
     with ExitStack() as stack:
         yield Watched(request.param, stack)
@@ -236,9 +268,11 @@ def test_what_a_new_policy_forbids_ends_and_what_it_allows_goes_on(
     ended = connect(world.near, world.pod.netns, POD)
     going_on = connect(world.far, world.pod.netns, POD)
     pushing = connect(world.far, world.pod.netns, POD, pushes=True)
-    world.enforce(deny("no-near", INGRESS, *nets(NEAR)))
+    for order in range(5):
+        world.enforce(deny("no-near", INGRESS, *nets(NEAR), order=order))
     assert all_silent(ended)
     assert all_live(going_on + pushing)
+    assert [peer.lost() for peer in going_on if peer.kind == socket.SOCK_DGRAM] == [0, 0]
 
 
 def test_a_server_that_goes_on_sending_ends_too(world: Watched, connect: Connect) -> None:
@@ -495,6 +529,79 @@ def test_what_nobody_has_any_more_is_found_at_the_start(world: Watched) -> None:
     assert world.flows("10.0.1.50") == 1, "no block of ours"
     for net in ("10.0.0.0/26", "10.0.1.0/26"):
         run(world.node.netns, "ip", "route", "del", net)
+
+
+@pytest.fixture(scope="module")
+def agents() -> Iterator[tuple[Node, Pod, Pod]]:
+    """A node with the real agent, a web pod and a client."""
+    with cluster("node1", addresses=("172.31.1.11/24",)) as (node,):
+        web = node.pod("web", "10.0.0.1", labels={"app": "web"})
+        client = node.pod("client", "10.0.0.2", labels={"app": "client"})
+        node.start()
+        node.settle()
+        yield node, web, client
+
+
+def settle(node: Node) -> None:
+    """Until what was written is enforced, and connections are ended."""
+    node.settle()
+    eventually(lambda: not node.status()["flows"]["reviewing"])
+
+
+def only(app: str) -> JSON:
+    """Web is reached by these."""
+    rule = {"action": "Allow", "source": {"selector": f"app == '{app}'"}}
+    return policy("p", selector="app == 'web'", types=INGRESS, ingress=[rule])
+
+
+def test_the_agent_ends_what_a_changed_label_forbids(
+    agents: tuple[Node, Pod, Pod], connect: Connect
+) -> None:
+    node, web, client = agents
+    node.put(only("client"))
+    settle(node)
+    peers = connect(client.netns, web.netns, {4: web.address})
+    node.put(client.endpoint(labels={"app": "other"}))
+    settle(node)
+    assert all_silent(peers)
+    node.put(client.endpoint(labels={"app": "client"}))
+    settle(node)
+    assert all_live(peers)
+
+
+def test_an_agent_that_starts_ends_what_was_forbidden_meanwhile(
+    agents: tuple[Node, Pod, Pod], connect: Connect
+) -> None:
+    node, web, client = agents
+    node.put(only("client"))
+    settle(node)
+    peers = connect(client.netns, web.netns, {4: web.address})
+    node.kill()
+    node.put(only("other"))
+    assert all_live(peers)
+    node.start()
+    settle(node)
+    assert node.status()["flows"]["ended"] >= 2
+    assert all_silent(peers)
+
+
+def test_connections_may_be_left_to_end_by_themselves(
+    agents: tuple[Node, Pod, Pod], connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, web, client = agents
+    node.kill()
+    node.put(only("client"))
+    node.start(MANX_FORBIDDEN_FLOWS="keep")
+    settle(node)
+    peers = connect(client.netns, web.netns, {4: web.address})
+    node.put(only("other"))
+    settle(node)
+    assert all_live(peers)
+    node.kill()
+    node.start(wait=False, MANX_FORBIDDEN_FLOWS="yes")
+    assert node.agent is not None and node.agent.wait(20) == 1
+    assert "MANX_FORBIDDEN_FLOWS: 'yes': expected end or keep" in node.log.read_text()
+    node.agent = None
 
 
 def test_what_is_chosen_must_be_a_choice() -> None:

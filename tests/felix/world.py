@@ -221,8 +221,8 @@ class Node:
         with NetlinkSocket(netns_fd=self.netns.fd) as netlink:
             assert netlink.batch([link_up(1)]) == []
 
-    def start(self, *, wait: bool = True) -> None:
-        """Start the agent, and wait until it enforces."""
+    def start(self, *, wait: bool = True, **more: str) -> None:
+        """Start the agent, and wait until it enforces. ``more`` are environment variables."""
         environment = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),
@@ -230,6 +230,7 @@ class Node:
             "MANX_DATASTORE": self.url,
             "MANX_RUN_DIR": str(self.run_dir),
             "MANX_LOG_LEVEL": "INFO",
+            **more,
         }
         if self.address is not None:
             environment["MANX_NODE_IP"] = self.address
