@@ -93,6 +93,17 @@ def render(intent: Intent, wanted: Mapping[Net, Announcements], run_dir: Path) -
     return "".join(parts)
 
 
+def unspeakable(neighbor: Neighbor) -> str:
+    """What of a session can't be written for BIRD, whose strings have no escapes; or empty."""
+    try:
+        text = neighbor.password.decode()
+    except UnicodeDecodeError:
+        return "its password is not UTF-8 text"
+    if '"' in text or not text.isprintable():
+        return "its password has a quotation mark or a control character in it"
+    return ""
+
+
 def divide(wanted: Mapping[Net, Announcements], speaking: Mapping[Net, Speaking]) -> Own:
     """What most peers are told, iBGP before eBGP, and what the others are told instead."""
     groups: list[tuple[Announcements, list[Net]]] = []
@@ -129,7 +140,8 @@ def _as_told(announcement: Announcement, external: bool) -> Announcement:
 
 def _kernel(version: int, metric: int) -> str:
     """``ip route show proto bird metric METRIC``; and what others have put into the kernel."""
-    ours = f"krt_source != {PROTO_FELIX} && krt_source != {PROTO_BGP}"
+    # of ours, ways to peers (reachableBy) are for BIRD to know; blackholes are not
+    others = f"krt_source != {PROTO_FELIX} && (krt_source != {PROTO_BGP} || dest = RTD_UNICAST)"
     return (
         f"filter kernel_v{version} {{\n"
         f"  if source = RTS_BGP then {{ if programs_v{version}() then accept; }}\n"
@@ -138,7 +150,7 @@ def _kernel(version: int, metric: int) -> str:
         f"protocol kernel kernel{version} {{\n"
         f"  learn; persist; graceful restart on; scan time 10; metric {metric};\n"
         f"  merge paths on limit {_WAYS};\n"
-        f"  ipv{version} {{ import where {ours}; export filter kernel_v{version}; }};\n"
+        f"  ipv{version} {{ import where {others}; export filter kernel_v{version}; }};\n"
         "}\n"
         f"protocol pipe igp_v{version} {{\n"
         f"  table master{version}; peer table igp{version};\n"
@@ -195,7 +207,10 @@ def _sessions(intent: Intent, version: int, own: Own) -> str:
             accepted = import_body(intent.sessions[address], version)
             to, reflects = intent.speaking[address], intent.guard.cluster_id is not None
             told = export_body(to, version, own.different.get(address, {}), reflects=reflects)
-            names = _filter(filters, "accepted", accepted), _filter(filters, "told", told)
+            names = (
+                _filter(filters, f"accepted_v{version}", accepted),
+                _filter(filters, f"told_v{version}", told),
+            )
             protocols.append(_session(intent, neighbor, *names))
     return "".join([*filters.values(), *protocols])
 
@@ -272,7 +287,7 @@ def _session(intent: Intent, neighbor: Neighbor, accepted: str, told: str) -> st
         f"multihop {neighbor.ttl_security or ''};",
         f"hold time {neighbor.hold_seconds};",
         f"graceful restart on; graceful restart time {neighbor.restart_seconds};",
-        "connect delay time 1; connect retry time 3; error wait time 1, 5;",
+        "connect delay time 1; connect retry time 2; error wait time 1, 4;",
         # loops are looked for in the filter, which also knows the node's other AS number
         "allow local as; med metric on;",
     ]
@@ -280,6 +295,8 @@ def _session(intent: Intent, neighbor: Neighbor, accepted: str, told: str) -> st
         lines.append(f'password "{neighbor.password.decode("ascii")}";')
     if neighbor.ttl_security:
         lines.append("ttl security on;")
+    if neighbor.password:
+        lines.append(f'password "{neighbor.password.decode()}";')
     if neighbor.passive:
         lines.append("passive;")
     if not {"0.0.0.0", "::"} & set(listen.addresses):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from api.net import Net
 from bird_glue.announcement import Announcements
-from bird_glue.bird_config import protocol_name, render
+from bird_glue.bird_config import protocol_name, render, unspeakable
 from bird_glue.bird_status import ProtocolStatus, error_in_words, parse_protocols
 from bird_glue.birdc import Birdc, BirdError
 from bird_glue.channel import FromRelay
@@ -102,7 +102,6 @@ class BirdEngine:
         """What sessions there should be, and their rules."""
         if intent != self._intent:
             self._intent = intent
-            self._rejected = {}
             self._stale = True
 
     def advertise(self, wanted: Mapping[Net, Announcements], *, mark_end: bool) -> None:
@@ -238,18 +237,18 @@ class BirdEngine:
 
     def _write(self, intent: Intent) -> None:
         """Put the file in place, less sessions that BIRD would refuse. Raises OSError."""
+        found = {address: unspeakable(neighbor) for address, neighbor in intent.neighbors.items()}
+        self._rejected = {address: why for address, why in found.items() if why}
+        intent = _without(intent, self._rejected.keys())
         text = render(intent, self._wanted, self._run_dir)
         if self._path.exists() and self._path.read_text() == text:
             return
         if error := self._error_in(text):
-            _log.error("BIRD refuses its configuration: %s", error)
             for address in intent.neighbors:
-                if why := self._error_in(render(_only(intent, {address}), {}, self._run_dir)):
+                alone = _without(intent, intent.neighbors.keys() - {address})
+                if why := self._error_in(render(alone, {}, self._run_dir)):
                     self._rejected[address] = why
-            if not self._rejected:
-                raise OSError(error)
-            accepted = intent.neighbors.keys() - self._rejected.keys()
-            text = render(_only(intent, accepted), self._wanted, self._run_dir)
+            text = render(_without(intent, self._rejected.keys()), self._wanted, self._run_dir)
             if error := self._error_in(text):
                 raise OSError(error)
         new = self._path.with_suffix(".new")
@@ -332,9 +331,9 @@ class BirdEngine:
         return int(words[0]) if words and words[0].isdigit() else 0
 
 
-def _only(intent: Intent, addresses: Set[Net]) -> Intent:
-    """The same with these sessions alone."""
-    neighbors = {a: neighbor for a, neighbor in intent.neighbors.items() if a in addresses}
+def _without(intent: Intent, addresses: Set[Net]) -> Intent:
+    """The same without these sessions."""
+    neighbors = {a: neighbor for a, neighbor in intent.neighbors.items() if a not in addresses}
     return replace(intent, neighbors=neighbors)
 
 

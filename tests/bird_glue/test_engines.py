@@ -6,6 +6,8 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -131,9 +133,7 @@ def test_blocks_and_routes_come_and_go(rack: Rack) -> None:
     store.block("n1", "10.1.9.0/26")
     tor.configure(tor_configuration("10.50.0.0/16", "10.2.7.0/26", "10.1.0.4/30"))
     eventually(lambda: tor.blocks() == {BLOCK, "10.1.9.0/26"})
-    expected = [
-        f"{net} via {TOR} dev eth0 metric 1024" for net in ("10.50.0.0/16", "192.0.2.0/24")
-    ]
+    expected = [f"{net} via {TOR} dev eth0 metric 1024" for net in ("10.50.0.0/16", "192.0.2.0/24")]
     eventually(lambda: rack.learned() == expected)  # neither felix's nor inside of our block
     assert "blackhole 10.1.9.0/26 metric 1024" in node.routes("proto 179")
     store.drop_block("n1", "10.1.9.0/26")
@@ -246,3 +246,91 @@ def test_an_agent_that_dies_while_engines_change(rack: Rack) -> None:
         rack.engine = first
         rack.settle()
     assert (inward.lost, outward.lost) == (0, 0)
+
+
+@pytest.mark.parametrize("others", [("bird", "bird"), ("exabgp", "bird")], ids="-".join)
+def test_mesh_of_engines(tmp_path: Path, others: tuple[str, str]) -> None:
+    """Both families; one restarts and loses nothing, one goes for good."""
+    engines = ("bird", *others)
+    with world(tmp_path) as made:
+        nodes = [made.node(f"n{n}") for n in range(3)]
+        hosts = [f"172.31.1.{n}" for n in (9, 10, 11)]
+        made.switch("rack", *((n, f"{h}/24") for n, h in zip(nodes, hosts, strict=True)))
+        pods = [made.pod(node, f"p{n}", f"10.1.{n}.5") for n, node in enumerate(nodes)]
+        made.store.put("IPPool", "plain", cidr="10.1.0.0/16")
+        for n, (node, host) in enumerate(zip(nodes, hosts, strict=True)):
+            six = f"2001:db8::{n + 1}/64"
+            node.run("ip", "address", "add", six, "dev", "eth0", "nodad")
+            made.store.node(node.name, f"{host}/24", ipv6Address=six)
+            made.store.block(node.name, f"10.1.{n}.0/26")
+            made.store.block(node.name, f"2001:db8:1{n}::/122")
+        for node, engine in zip(nodes, engines, strict=True):
+            node.start(MANX_BGP_ENGINE=engine)
+        for n, node in enumerate(nodes):
+            protocol = {"exabgp": "179", "bird": "bird"}[engines[n]]
+            for m in {0, 1, 2} - {n}:
+                four = [f"10.1.{m}.0/26 via {hosts[m]} dev eth0 metric 1024"]
+                six = f"2001:db8:1{m}::/122 via 2001:db8::{m + 1} dev eth0 metric 1024 pref medium"
+                eventually(partial(learned, node, f"10.1.{m}.0/26", protocol, four), 20)
+                eventually(partial(learned, node, f"2001:db8:1{m}::/122", protocol, [six]), 20)
+        assert all(pods[a].reaches(f"10.1.{b}.5") for a in range(3) for b in range(3))
+        assert {p.type for n in nodes for h in hosts if (p := n.peer(h))} == {"node-to-node mesh"}
+
+        with Ping(pods[1], "10.1.0.5") as ping:
+            found = BirdProcess.find(nodes[0].run_dir)
+            assert found
+            found.signal(signal.SIGKILL)
+            found.close()
+            eventually(lambda: not nodes[1].established(hosts[0]), 20)
+            eventually(lambda: nodes[1].established(hosts[0]) and nodes[0].established(hosts[1]))
+            eventually(lambda: bool((s := nodes[0].status()) and not s.holding), 20)
+        assert ping.lost == 0
+
+        made.store.delete("Node", "n2")
+        made.store.drop_block("n2", "10.1.2.0/26")
+        eventually(lambda: all(not n.routes("exact 10.1.2.0/26 type unicast") for n in nodes[:2]))
+        assert pods[0].reaches("10.1.1.5")
+
+
+def learned(node: Node, net: str, protocol: str, expected: list[str]) -> bool:
+    family = "-6" if ":" in net else "-4"
+    return node.routes(f"exact {net} proto {protocol}", family) == expected
+
+
+def test_reflector_on_bird(tmp_path: Path) -> None:
+    """No mesh: nodes hear of each other from one that runs BIRD, with unchanged next hops."""
+    with world(tmp_path) as made:
+        nodes = [made.node(name) for name in ("rr", "n1", "n2")]
+        hosts = [f"172.31.1.{n}" for n in (10, 11, 12)]
+        made.switch("rack", *((n, f"{h}/24") for n, h in zip(nodes, hosts, strict=True)))
+        rr, one, two = nodes
+        pod = made.pod(one, "p1", "10.1.1.5")
+        made.pod(two, "p2", "10.1.2.5")
+        store = made.store
+        store.put("IPPool", "plain", cidr="10.1.0.0/16")
+        store.put("BGPPeer", "rr", nodeSelector="all()", peerSelector="has(rr)")
+        store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
+        cluster = {"routeReflectorClusterID": "1.0.0.1", "labels": {"rr": "1"}}
+        for n, (node, host) in enumerate(zip(nodes, hosts, strict=True)):
+            store.node(node.name, f"{host}/24", **(cluster if node is rr else {}))
+            store.block(node.name, f"10.1.{n}.0/26")
+            node.start(MANX_BGP_ENGINE="exabgp" if node is one else "bird")
+        direct = ["10.1.2.0/26 via 172.31.1.12 dev eth0 metric 1024"]
+        back = ["10.1.1.0/26 via 172.31.1.11 dev eth0 metric 1024"]
+        eventually(partial(learned, one, "10.1.2.0/26", "179", direct), 20)
+        eventually(partial(learned, two, "10.1.1.0/26", "bird", back), 20)
+        assert pod.reaches("10.1.2.5")
+        with Ping(pod, "10.1.2.5") as ping:
+            found = BirdProcess.find(rr.run_dir)
+            assert found
+            rr.agent.end()
+            found.signal(signal.SIGKILL)
+            found.close()
+            rr.start(MANX_BGP_ENGINE="bird")
+            eventually(lambda: not one.established(hosts[0]), 20)
+            eventually(lambda: one.established(hosts[0]) and two.established(hosts[0]), 20)
+            eventually(lambda: bool((status := rr.status()) and not status.holding), 20)
+        assert ping.lost == 0
+        assert rr.peer(hosts[1])
+        store.drop_block("n2", "10.1.2.0/26")
+        eventually(partial(learned, one, "10.1.2.0/26", "179", []))
