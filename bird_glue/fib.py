@@ -139,19 +139,21 @@ class Fib:
         ways: Mapping[Net, tuple[Hop, ...]],
         selected: Mapping[Net, Selection],
     ) -> None:
-        """Settings changed: everything is worked out anew. ``blocks``: those of this node;
-        ``ways``: to peers that are reached by a gateway of their own.
+        """Settings changed. ``blocks``: those of this node; ``ways``: to peers that are reached
+        by a gateway of their own. What is learned is worked out anew where it has to be.
         """
-        self._pools = pools
-        self._metrics = metrics
         self._mark(self._static.values())
         self._static = {
             block: blackhole(block, metrics[block.version]) for block in blocks if not block.is_host
         } | {net: learned_route(net, hops, metrics[net.version]) for net, hops in ways.items()}
         self._mark(self._static.values())
-        self._mark(self._wanted.values())
-        self._wanted.clear()
-        self.learned(selected)
+        if (pools, metrics) != (self._pools, self._metrics):
+            self._pools = pools
+            self._metrics = metrics
+            self._mark(self._wanted.values())
+            self._wanted.clear()
+        missing = selected.keys() - self._wanted.keys()
+        self.learned({net: selected[net] for net in missing})
 
     def set_topology(self, topology: Topology) -> None:
         """How gateways are reached."""

@@ -10,7 +10,7 @@ router, say).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from api.net import Net
 from bird_glue.adj_rib_in import AdjRibIn
@@ -57,10 +57,14 @@ class Rib:
         return {net: why[peer] for net, why in self._refused.items() if peer in why}
 
     def set_guard(self, guard: Guard) -> None:
-        """What may never be accepted. Every path is looked at again."""
-        if guard != self._guard:
-            self._guard = guard
+        """What may never be accepted. Every path that this may be about is looked at again."""
+        old, self._guard = self._guard, guard
+        if replace(old, blocks=guard.blocks) != guard:
             self._dirty.update(self._in.routes)
+        elif changed := set(old.blocks) ^ set(guard.blocks):
+            self._dirty.update(
+                net for net in self._in.routes if any(block.contains(net) for block in changed)
+            )
 
     def set_topology(self, topology: Topology) -> None:
         """How next hops are reached. Every path is looked at again."""
