@@ -55,6 +55,15 @@ class Rack:
     def peer(self, **spec: Any) -> None:
         self.world.store.put("BGPPeer", "tor", peerIP=TOR, asNumber=65001, **spec)
 
+    def shows(self, *texts: str) -> None:
+        """What the router has of the first node's block, sooner or later."""
+
+        def shown() -> bool:
+            output = self.tor.birdc("show", "route", "for", BLOCK1, "all")
+            return all(text in output for text in texts)
+
+        eventually(shown)
+
     def settle(self) -> None:
         eventually(lambda: self.n1.established(TOR, N2) and self.n2.established(TOR, N1))
         eventually(lambda: self.told_by("n1") == {BLOCK1, f"{BORROWED}/32"})
@@ -130,10 +139,11 @@ def test_filters_decide_and_touch_no_session(rack: Rack) -> None:
     eventually(lambda: rack.learned(rack.n1) == {"10.60.0.0/16", "10.61.0.0/16", "10.62.0.0/16"})
     # what was learned from the mesh is told to the router, because the filter says so
     eventually(lambda: rack.told_by("n1") == {BLOCK1, BLOCK2, f"{BORROWED}/32"})
-    shown = rack.tor.birdc("show", "route", "for", BLOCK1, "all")
-    assert "BGP.as_path: 64512 64512 64512" in shown
-    assert "BGP.community: (64512,7)" in shown
-    assert "BGP.large_community: (64512, 7, 8)" in shown
+    rack.shows(
+        "BGP.as_path: 64512 64512 64512",
+        "BGP.community: (64512,7)",
+        "BGP.large_community: (64512, 7, 8)",
+    )
 
     store.delete("BGPFilter", "f")  # what it should let pass is not known any more
     eventually(lambda: rack.told_by("n1") == set() and not rack.learned(rack.n1))
@@ -156,12 +166,7 @@ def test_communities_of_prefix_advertisements(rack: Rack) -> None:
         communities=[{"name": "pods", "value": "64512:100"}],
         prefixAdvertisements=[{"cidr": "10.1.0.0/16", "communities": ["pods", "1:2:3"]}],
     )
-    wanted = ("BGP.community: (64512,100)", "BGP.large_community: (1, 2, 3)")
-    eventually(
-        lambda: all(
-            words in rack.tor.birdc("show", "route", "for", BLOCK1, "all") for words in wanted
-        )
-    )
+    rack.shows("BGP.community: (64512,100)", "BGP.large_community: (1, 2, 3)")
     store.delete("BGPConfiguration", "default")
     eventually(lambda: "community" not in rack.tor.birdc("show", "route", "for", BLOCK1, "all"))
 
