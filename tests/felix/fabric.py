@@ -14,6 +14,7 @@ from typing import Any
 from api.net import parse_net
 from api.registry import key_parts
 from datastore.interface import Key
+from felix.backends import Backend, make, settle_others
 from felix.calculate import Calculator
 from felix.dataplane import Dataplane, Enforcer, Members
 from felix.iptables_dataplane import IptablesDataplane
@@ -24,7 +25,7 @@ from kernel.neighbours import Neighbour, neighbour_replace
 from kernel.netlink import NetlinkSocket
 from kernel.netns import inside
 from tests.felix.world import Node, Pod, cluster
-from tests.support.netns import connect, run
+from tests.support.netns import connect, eventually, run
 from tests.support.probes import Probe, Prober, Station
 
 MAKERS: dict[str, Callable[[Settings, Members], Enforcer]] = {
@@ -63,6 +64,29 @@ class Brain:
         with inside(self.node.netns.fd):
             self.dataplane.want(self.calculator.calculate(self.snapshot))
             self.apply()
+        assert list(self.dataplane.problems()) == []
+
+    def switch(self, backend: Backend) -> None:
+        """Another enforcer takes over, and what the others left goes."""
+        settings = self.calculator.settings
+        with inside(self.node.netns.fd):
+            enforcer = make(backend, settings, self.calculator.ruleset.members)
+            enforcer.want(self.calculator.ruleset.everything())
+            self.dataplane.switch(enforcer)
+            self.dataplane.read()
+            self.apply()
+            assert list(self.dataplane.problems()) == []
+            assert settle_others(backend, settings) == []
+
+    def settle(self) -> None:
+        """Until nothing has to be tried again."""
+
+        def settled() -> bool:
+            with inside(self.node.netns.fd):
+                self.apply()
+            return self.dataplane.next_retry() is None
+
+        eventually(settled)
         assert list(self.dataplane.problems()) == []
 
     def apply(self) -> None:

@@ -16,8 +16,9 @@ from datastore.interface import JSON, Key
 from tests.felix.crossroads import Crossroads
 from tests.felix.fabric import MAKERS
 from tests.policy import objects
+from tests.support.probes import Prober
 
-Enforcers = dict[str, Crossroads]
+Enforcers = dict[str, tuple[Crossroads, Prober]]
 bounded = settings(
     max_examples=60,
     deadline=None,
@@ -28,18 +29,19 @@ bounded = settings(
 @pytest.fixture(scope="module")
 def enforcers() -> Iterator[Enforcers]:
     with ExitStack() as stack:
-        yield {backend: Crossroads(backend, stack) for backend in MAKERS}
+        places = {backend: Crossroads(backend, stack) for backend in MAKERS}
+        yield {backend: (place, place.prober(stack)) for backend, place in places.items()}
 
 
 def check(enforcers: Enforcers, world: dict[Key, JSON]) -> None:
     """Every probed packet of a world, on every enforcer."""
-    for place in enforcers.values():
+    for place, _ in enforcers.values():
         place.become(world)
     # They were told the same, so that any of them knows what the oracle says.
-    expected = next(iter(enforcers.values())).expected()
+    expected = next(iter(enforcers.values()))[0].oracle.expected()
     allowed = {probe for probe, passes in expected.items() if passes}
-    for backend, place in enforcers.items():
-        assert place.arrived(expected) == allowed, backend
+    for backend, (_, prober) in enforcers.items():
+        assert prober.round(expected, allowed) == allowed, backend
 
 
 @bounded

@@ -57,6 +57,7 @@ class State:
         """What happens to a flow: at hosts it passes, at its source, at its destination."""
         source, destination = flow.src_endpoint, flow.dst_endpoint
         verdicts: list[str | None] = []
+        order: tuple[str, ...]
         if is_host(source) and destination is not None:
             return True
         if is_host(source):

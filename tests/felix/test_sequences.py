@@ -1,0 +1,164 @@
+"""Changes, one after the other, under packets: nothing is lost, nothing slips through.
+
+What is allowed before and after a change arrives all the while, what is forbidden before and after
+never does; also while another enforcer takes over. At the end the kernel holds what it would hold
+after a fresh start.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from datastore.interface import JSON, Key
+from felix.backends import Backend
+from tests.felix.crossroads import Crossroads
+from tests.felix.enforcers import ENFORCERS
+from tests.felix.fabric import Brain
+from tests.felix.oracle import ENDS, PROBES, TRANSLATED, Change
+from tests.felix.world import Node, cluster
+from tests.policy import objects
+from tests.support.netns import run
+from tests.support.probes import UDP
+from tests.support.streams import Course, Streams
+
+# Some objects become others, or another enforcer takes over.
+Step = dict[Key, JSON | None] | Backend
+FLOWS = tuple(probe for probe in PROBES if probe.protocol == UDP and probe.port in (80, TRANSLATED))
+MARGIN = 3  # rounds whose packets may still be on their way
+NAMES = {
+    Backend.NFTABLES: "nftables",
+    Backend.IPTABLES_NFT: "iptables",
+    Backend.IPTABLES_LEGACY: "iptables-legacy",
+}
+
+
+class Traffic:
+    """Crossroads, and packets on all courses."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.place = Crossroads("nftables", stack)
+        self.backend = Backend.NFTABLES
+        self.world = {key: objects.POOLS[key][0] for key in objects.GIVEN}
+        self.place.become(self.world)
+        ends = self.place.ends
+        courses = []
+        for source, target, _, port, version in FLOWS:
+            to = (0, 80) if port == TRANSLATED else (target, port)
+            received_at = ENDS[to[0]][version], to[1]
+            way = ends[source], ENDS[source][version], ENDS[target][version], port
+            courses.append(Course(*way, ends[to[0]], received_at))
+        self.streams = Streams(courses, stack)
+
+    def take(self, step: Step) -> None:
+        """Do it, under packets."""
+        before, dropped = self.place.oracle.copy(), self.streams.machine_dropped()
+        first = self.streams.start()
+        begin = self.streams.rounds - MARGIN
+        if isinstance(step, Backend):
+            self.place.brain.switch(step)
+        else:
+            for key, obj in step.items():
+                if obj is None:
+                    self.world.pop(key, None)
+                else:
+                    self.world[key] = obj
+            self.place.become(self.world)
+        end = self.streams.rounds + MARGIN
+        self.streams.wait_until(end + MARGIN)
+        last = self.streams.stop()
+        atomic = self.backend is Backend.NFTABLES or isinstance(step, Backend)
+        change = Change(before, self.place.oracle.copy(), atomic=atomic)
+        for number, probe in enumerate(FLOWS):
+            verdicts = {
+                range(first, begin): change.before.passes(probe),
+                range(begin, end): change.steady(probe),
+                range(end, last): change.after.passes(probe),
+            }
+            self._check(number, verdicts, dropped)
+        if isinstance(step, Backend):
+            self.backend = step
+
+    def _check(self, number: int, verdicts: dict[range, bool | None], dropped: int) -> None:
+        allowed = {r for rounds, verdict in verdicts.items() if verdict for r in rounds}
+        forbidden = {r for rounds, verdict in verdicts.items() if verdict is False for r in rounds}
+        arrived = self.streams.arrived(number, allowed)
+        said = FLOWS[number], verdicts
+        # What a full queue of this machine dropped can't be told from what policy did.
+        lost = allowed - arrived if dropped == self.streams.machine_dropped() else set()
+        assert not lost, (*said, "lost", sorted(lost))
+        assert not forbidden & arrived, (*said, "slipped through", sorted(forbidden & arrived))
+
+    def kernel(self) -> list[str]:
+        """All that felix made there, once what it has to try again is done."""
+        self.place.brain.settle()
+        return made(self.place.node, self.backend)
+
+    def fresh(self) -> list[str]:
+        """What it would make on a node that has nothing yet."""
+        with ExitStack() as stack:
+            (node,) = stack.enter_context(cluster("node1"))
+            brain = Brain(node, NAMES[self.backend], stack)
+            brain.read()
+            for key, obj in self.place.told.items():
+                brain.snapshot.update(key, obj)
+            brain.enforce()
+            return made(node, self.backend)
+
+
+def made(node: Node, backend: Backend) -> list[str]:
+    """What an enforcer made, in an order of its own; tables and chains of others left out."""
+    if backend is Backend.NFTABLES:
+        return ENFORCERS["nftables"].kernel(node)
+    lines = run(node.netns, "ipset", "save").stdout.splitlines()
+    # A set's seed is drawn when it is made, and its size follows what it ever held.
+    found = [line.split(" initval")[0].split(" hashsize")[0] for line in lines]
+    variant = backend.value.removeprefix("iptables-")
+    for command in (f"iptables-{variant}-save", f"ip6tables-{variant}-save"):
+        table = ""
+        positions: Counter[str] = Counter()
+        for line in run(node.netns, command).stdout.splitlines():
+            if line.startswith("*"):
+                table = line
+            elif line.startswith(("-A", ":cali")):
+                chain = " ".join(line.split()[:2] if line[0] == "-" else line.split()[:1])
+                positions[table + chain] += 1
+                found.append(f"{command} {table} {chain} {positions[table + chain]:4} {line}")
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def traffic() -> Iterator[Traffic]:
+    with ExitStack() as stack:
+        yield Traffic(stack)
+
+
+steps = st.one_of(
+    st.lists(objects.changes(), min_size=1, max_size=3).map(dict),
+    st.lists(objects.changes(), min_size=1, max_size=1).map(dict),
+    st.sampled_from(tuple(Backend)),
+)
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    st.sampled_from(tuple(Backend)),
+    objects.worlds(),
+    st.lists(steps, min_size=1, max_size=6),
+)
+def test_no_packet_sees_a_change_that_is_not_about_it(
+    traffic: Traffic, backend: Backend, world: dict[Key, JSON], changes: list[Step]
+) -> None:
+    start: Step = {**dict.fromkeys(traffic.world.keys() - world.keys()), **world}
+    for step in (backend, start, *changes):
+        traffic.take(step)
+    assert traffic.kernel() == traffic.fresh()
