@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from api.net import V4, V6, Net
@@ -241,16 +241,21 @@ class Connections:
         return True
 
     def _steps(self, concerned: _Concerned) -> Iterator[None]:
+        judge = self._judge
         versions = self._calculator.ruleset.versions
         for version in (V4, V6) if self._calculator.guards else versions:
             for flows in self._concerned_flows(concerned, version):
-                self._end(version, flows)
-                yield
-            self._ended[version].review(self._judge.forbids_tuple)
+                doomed = []
+                for flow in flows:
+                    if judge.forbids(flow) or (self._sweep and judge.is_stray(flow)):
+                        doomed.append(flow)
+                    yield
+                self._end(version, doomed)
+            self._ended[version].review(judge.forbids_tuple)
             yield
         self._sweep = False
 
-    def _concerned_flows(self, concerned: _Concerned, version: int) -> Iterator[Iterable[Flow]]:
+    def _concerned_flows(self, concerned: _Concerned, version: int) -> Iterator[list[Flow]]:
         if concerned.everybody:
             yield from self._reader.steps(version)
         elif concerned.networks or len(concerned.hosts) > _FEW:
@@ -259,12 +264,7 @@ class Connections:
             own = (net for net in concerned.hosts if net.version == version)
             yield from map(self._reader.flows_of, own)
 
-    def _end(self, version: int, flows: Iterable[Flow]) -> None:
-        """End those of the flows that policy forbids."""
-        judge = self._judge
-        doomed = [
-            flow for flow in flows if judge.forbids(flow) or (self._sweep and judge.is_stray(flow))
-        ]
+    def _end(self, version: int, doomed: Sequence[Flow]) -> None:
         if not doomed:
             return
         try:
@@ -277,7 +277,7 @@ class Connections:
 
     def _flows_of(self, addresses: set[Net]) -> list[Flow]:
         if len(addresses) <= _FEW:
-            return [flow for net in addresses for flow in self._writer.flows_of(net)]
+            return [flow for net in addresses for flow in self._writer.flows_of(net, meant=True)]
         ends = {net.packed() for net in addresses}
         versions = {net.version for net in addresses}
         return [flow for version in versions for flow in self._writer.flows(version, ends)]

@@ -125,7 +125,9 @@ def test_flows_are_what_conntrack_lists(tracked: Namespace, conntrack: Conntrack
         )
         assert conntrack.find(translated.original) == replace(translated, status=int(status))
         assert conntrack.flows_of(parse_net("127.0.0.9")) == [translated]
-        assert conntrack.flows_of(parse_net("192.0.2.1")) == [translated]
+        assert conntrack.flows_of(parse_net("192.0.2.1")) == []
+        for end in ("192.0.2.1", "127.0.0.5", "127.0.0.9"):
+            assert conntrack.flows_of(parse_net(end), meant=True) == [translated]
     (ping,) = [flow for flow in found[V4] if flow.original.protocol == 1]
     assert (ping.original.icmp_type, ping.original.icmp_code) == (8, 0)
     assert conntrack.find(ping.original) is not None
