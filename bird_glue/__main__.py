@@ -5,7 +5,10 @@ over; only ``leave`` withdraws them. Settings are environment variables: MANX_NO
 MANX_DATASTORE, MANX_RUN_DIR, MANX_LOG_LEVEL, and MANX_ROUTER_ID (an IPv4 address, or ``hash``;
 by default the node's IPv4 address), MANX_BFD (``on``, ``off``, or milliseconds between packets
 and how many may be missing, by default ``500x5``), MANX_BGP_ENGINE (``auto``, ``exabgp`` or
-``bird``, unless the annotation ``projectcalico.org/BGPEngine`` of a BGPConfiguration says which).
+``bird``, unless the annotation ``projectcalico.org/BGPEngine`` of a BGPConfiguration says which),
+MANX_USE_POD_CIDR (``true``: pods' addresses are host-local's, out of the ``podCIDRs`` that Kubernetes
+gave the node, which are announced as blocks are), MANX_NAMESPACE (where the Secrets of BGP
+passwords are; by default the pod's own namespace, else kube-system).
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ def _run(environment: Environment) -> None:
         router_id=os.environ.get("MANX_ROUTER_ID", ""),
         bfd=Timing.parse(os.environ.get("MANX_BFD", "")),
         engine=os.environ.get("MANX_BGP_ENGINE", "") or AUTO,
+        pod_cidrs=os.environ.get("MANX_USE_POD_CIDR", "").lower() == "true",
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())

@@ -79,11 +79,13 @@ class Agent:
         router_id: str = "",
         bfd: Timing | None = None,
         engine: str = AUTO,
+        pod_cidrs: bool = False,
     ) -> None:
         """``router_id``: an IPv4 address, ``hash``, or empty (see ``local_settings``).
 
         ``bfd``: how fast dead peers are found; None: when their hold time is over. ``engine``:
-        ``exabgp``, ``bird`` or ``auto``, unless a resource says which.
+        ``exabgp``, ``bird`` or ``auto``, unless a resource says which. ``pod_cidrs``: the
+        ranges that Kubernetes gave the node are its blocks, too.
         Raises AlreadyRunningError, OSError.
         """
         run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -103,10 +105,12 @@ class Agent:
             self._detector,
             silent=self._kernel.silent,
             source_of=source_of,
+            pod_cidrs=pod_cidrs,
         )
         self._watch = KernelWatch(self._queue.put)
         self._store = store
-        self._follower = Follower(store, KINDS, self._queue.put)
+        kinds = (*KINDS, "KubernetesNode") if pod_cidrs else KINDS
+        self._follower = Follower(store, kinds, self._queue.put)
         self._group_followers: dict[str, Follower] = {}
         self._peering = PeeringAddresses(self._netlink)
         self._secrets = SecretReader(store, own_namespace(), self._queue.put)

@@ -77,6 +77,7 @@ class Core:
         *,
         silent: Callable[[Net], bool],
         source_of: Callable[[Net], Net | None],
+        pod_cidrs: bool = False,
     ) -> None:
         self._node = node
         self._router_id = router_id
@@ -86,7 +87,7 @@ class Core:
         self._detector = detector
         self._silent = silent
         self._source_of = source_of
-        self._resources = Resources(node)
+        self._resources = Resources(node, pod_cidrs=pod_cidrs)
         self._routes = AdjRibIn()
         self._rib = Rib(self._routes)
         self._tracker = Tracker(self._diagnose)

@@ -12,8 +12,9 @@ from api.clusterinformation import is_locked
 from api.errors import InvalidObjectError
 from api.ipam import BlockAffinity
 from api.ippool import IPPool
+from api.kubernetes import KubernetesNode
 from api.metadata import Resource
-from api.net import Net
+from api.net import Net, parse_net
 from api.node import Node
 from api.registry import parse_as
 from bird_glue.filters import Filter, compile_filter
@@ -53,8 +54,10 @@ class Resources:
     ``ranges``: of service addresses to announce.
     """
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, *, pod_cidrs: bool = False) -> None:
+        """``pod_cidrs``: the ranges that Kubernetes gave the node are blocks, too."""
         self._node = node
+        self._pod_cidrs = pod_cidrs
         self._objects: dict[Key, Resource] = {}
         self._problems: dict[Key, list[ObjectProblem]] = {}
         self._waiting: dict[Key, Update] = {}
@@ -112,6 +115,8 @@ class Resources:
             return self.workloads.update(key, value)
         if key.kind == "BlockAffinity" and value is not None and not self._is_own(value):
             value = None
+        if key.kind == "KubernetesNode" and key.name != self._node:
+            return False
         if value is None:
             self._problems.pop(key, None)
             if key == _CONFIGURATION:
@@ -157,15 +162,18 @@ class Resources:
 
     def blocks(self) -> tuple[Net, ...]:
         """The confirmed blocks of this node, sorted."""
-        return tuple(
-            sorted(
-                affinity.spec.net
-                for affinity in self._of(BlockAffinity).values()
-                if affinity.spec.state in _CONFIRMED
-                and affinity.spec.type != "virtual"
-                and not affinity.spec.deleted
-            )
-        )
+        blocks = {
+            affinity.spec.net
+            for affinity in self._of(BlockAffinity).values()
+            if affinity.spec.state in _CONFIRMED
+            and affinity.spec.type != "virtual"
+            and not affinity.spec.deleted
+        }
+        if self._pod_cidrs:
+            for node in self._of(KubernetesNode).values():
+                given = node.spec.pod_cidrs or [node.spec.pod_cidr or ""]
+                blocks.update(parse_net(text, strict=False) for text in given if text)
+        return tuple(sorted(blocks))
 
     def announced_services(self, node: str) -> frozenset[Net]:
         """What a node announces for services."""
