@@ -6,9 +6,9 @@ MANX_DATASTORE, MANX_RUN_DIR, MANX_LOG_LEVEL, and MANX_ROUTER_ID (an IPv4 addres
 by default the node's IPv4 address), MANX_BFD (``on``, ``off``, or milliseconds between packets
 and how many may be missing, by default ``500x5``), MANX_BGP_ENGINE (``auto``, ``exabgp`` or
 ``bird``, unless the annotation ``projectcalico.org/BGPEngine`` of a BGPConfiguration says which),
-MANX_USE_POD_CIDR (``true``: pods' addresses are host-local's, out of the ``podCIDRs`` that Kubernetes
-gave the node, which are announced as blocks are), MANX_NAMESPACE (where the Secrets of BGP
-passwords are; by default the pod's own namespace, else kube-system).
+MANX_USE_POD_CIDR (``true``: pods' addresses are host-local's, out of the ``podCIDRs`` that
+Kubernetes gave the node, which are announced as blocks are), MANX_NAMESPACE (where the Secrets of
+BGP passwords are; by default the pod's own namespace, else kube-system).
 """
 
 from __future__ import annotations

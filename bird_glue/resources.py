@@ -9,7 +9,7 @@ from typing import TypeVar
 from api.bgp import BGPConfiguration, BGPPeer
 from api.bgpfilter import BGPFilter
 from api.clusterinformation import is_locked
-from api.errors import InvalidObjectError
+from api.errors import InvalidObjectError, Problem
 from api.ipam import BlockAffinity
 from api.ippool import IPPool
 from api.kubernetes import KubernetesNode
@@ -45,6 +45,16 @@ _CONFIGURATION = Key("BGPConfiguration", "default")
 _CONFIRMED = ("confirmed", "")  # "" is an old spelling
 
 R = TypeVar("R", bound=Resource)
+
+
+def _given_to(node: KubernetesNode) -> list[Net]:
+    """The ranges that Kubernetes gave a node. Raises InvalidObjectError."""
+    given = node.spec.pod_cidrs or [node.spec.pod_cidr or ""]
+    try:
+        return [parse_net(text, strict=False) for text in given if text]
+    except ValueError as error:
+        problem = Problem("spec.podCIDRs", given, "CIDRs such as 10.0.0.0/24")
+        raise InvalidObjectError("Node", node.name, [problem]) from error
 
 
 class Resources:
@@ -124,6 +134,8 @@ class Resources:
             return self._objects.pop(key, None) is not None
         try:
             parsed = parse_as(key.kind, value)
+            if isinstance(parsed, KubernetesNode):
+                _given_to(parsed)
         except InvalidObjectError as error:
             problems = [ObjectProblem(key.kind, key.name, problem) for problem in error.problems]
             self._problems[key] = problems
@@ -171,8 +183,7 @@ class Resources:
         }
         if self._pod_cidrs:
             for node in self._of(KubernetesNode).values():
-                given = node.spec.pod_cidrs or [node.spec.pod_cidr or ""]
-                blocks.update(parse_net(text, strict=False) for text in given if text)
+                blocks.update(_given_to(node))
         return tuple(sorted(blocks))
 
     def announced_services(self, node: str) -> frozenset[Net]:
