@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from api.net import parse_net
+from bird_glue.filters import Rule
 from bird_glue.resources import Resources
 from datastore.follower import Update
 from datastore.interface import Key
@@ -106,3 +107,53 @@ def test_pools() -> None:
     assert [pools.programs(net) for net in inside] == [True, True, False, True]
     left_to_felix = resources.pools(program_unencapsulated=False)
     assert [left_to_felix.programs(net) for net in inside] == [False, False, False, True]
+
+
+def test_ranges_that_kubernetes_gave_the_node() -> None:
+    """With host-local they take the place of blocks."""
+
+    def kubernetes_node(name: str, *cidrs: str) -> Update:
+        spec = {"podCIDRs": list(cidrs)}
+        return Update(Key("KubernetesNode", name), {"metadata": {"name": name}, "spec": spec})
+
+    resources = Resources("n1", pod_cidrs=True)
+    assert not resources.update(kubernetes_node("n2", "10.9.2.0/24"))
+    assert resources.update(kubernetes_node("n1", "10.9.1.0/24", "fd00:1::/64"))
+    expected = (parse_net("10.9.1.0/24"), parse_net("fd00:1::/64"))
+    assert resources.blocks() == expected
+    resources.update(kubernetes_node("n1", "10.9.1.0/33"))
+    assert resources.blocks() == expected
+    assert str(resources.problems[0]).startswith(
+        "KubernetesNode n1: spec.podCIDRs: ['10.9.1.0/33']"
+    )
+    plain = Resources("n1")
+    plain.update(kubernetes_node("n1", "10.9.1.0/24"))
+    assert plain.blocks() == ()
+
+
+def test_filters_and_what_else_is_to_be_followed() -> None:
+    resources = Resources("n1")
+    put(resources, "BGPFilter", "f", {"importV4": [{"action": "Reject"}]})
+    put(resources, "BGPFilter", "f", {"importV4": [{"action": "Perhaps"}]})
+    assert resources.filters()["f"].import_v4 == (Rule(accept=False),)  # what it was stands
+    assert str(resources.problems[0]).startswith("BGPFilter f: spec.importV4[0].action: 'Perhaps'")
+    assert resources.needs == frozenset()
+    ranges = {"serviceClusterIPs": [{"cidr": "10.96.0.0/16"}]}
+    put(resources, "BGPConfiguration", "default", ranges)
+    assert resources.needs == {"services"}
+    pools = resources.pools(program_unencapsulated=True)
+    assert not pools.programs(parse_net("10.96.0.5"))
+    put(resources, "BGPConfiguration", "default", {})
+    put(resources, "BGPPeer", "p", {"localWorkloadSelector": "all()", "asNumber": 1})
+    assert resources.needs == {"workloads"}
+
+
+def test_nodes_that_services_are_not_to_be_announced_by() -> None:
+    resources = Resources("n1")
+    ranges = {"serviceExternalIPs": [{"cidr": "203.0.113.0/24"}]}
+    put(resources, "BGPConfiguration", "default", ranges)
+    assert resources.announced_services("n1") == {parse_net("203.0.113.0/24")}
+    labels = {"node.kubernetes.io/exclude-from-external-load-balancers": "true"}
+    value = {"kind": "Node", "metadata": {"name": "n1", "labels": labels}, "spec": {}}
+    resources.update(Update(Key("Node", "n1"), value))
+    assert resources.announced_services("n1") == frozenset()
