@@ -22,6 +22,7 @@ from bird_glue.core import Core
 from bird_glue.detector import Detector, FromDetector, Timing
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
+from bird_glue.keepsake import Keepsake
 from bird_glue.resources import GROUPS, KINDS
 from bird_glue.secrets import SecretRead, SecretReader, own_namespace
 from bird_glue.status import Request, StatusServer, status_answer
@@ -103,6 +104,7 @@ class Agent:
             engine,
             self._fib,
             self._detector,
+            Keepsake(run_dir / "bgp.objects"),
             silent=self._kernel.silent,
             source_of=source_of,
             pod_cidrs=pod_cidrs,

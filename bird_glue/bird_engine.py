@@ -162,6 +162,7 @@ class BirdEngine:
     def report(self) -> Mapping[Net, Report]:
         """The sessions as BIRD sees them."""
         found = self._look()
+        recovering = self.recovering
         reports: dict[Net, Report] = {}
         for address, neighbor in (self._intent.neighbors if self._intent else {}).items():
             name = protocol_name(address)
@@ -175,7 +176,8 @@ class BirdEngine:
                 info="" if up else error_in_words(seen.error, neighbor),
                 received=seen.imported + seen.filtered,
                 used=seen.preferred,
-                installed=self._installed(name, address.version) if up else 0,
+                # until it has recovered nothing of it goes to the kernel
+                installed=self._installed(name, address.version) if up and not recovering else 0,
                 refused={_REFUSED: seen.filtered} if seen.filtered else {},
             )
         return reports
@@ -301,13 +303,13 @@ class BirdEngine:
         return "; ".join(lines[-_LAST_WORDS:])
 
     def _ask(self, command: str) -> list[str]:
-        """An answer's lines; empty if there is none: then ``step`` sees to it."""
+        """An answer's lines; empty if there is none, which then is the problem."""
         if self._birdc is None:
             return []
         try:
             return [line.text for line in self._birdc.ask(command)]
         except BirdError as error:
-            _log.warning("%s", error)
+            self._failed(f"BIRD: {error}")
             return []
 
     def _look(self) -> dict[str, ProtocolStatus]:
@@ -321,7 +323,7 @@ class BirdEngine:
                     found = parse_protocols(self._birdc.ask('show protocols all "peer_*"'))
                     self._seen = {protocol.name: protocol for protocol in found}
                 except BirdError as error:
-                    _log.warning("%s", error)
+                    self._failed(f"BIRD: {error}")
         return self._seen
 
     def _installed(self, name: str, version: int) -> int:

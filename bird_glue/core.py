@@ -25,6 +25,7 @@ from bird_glue.detector import Detector, Failure, Watch, describe, failure
 from bird_glue.engine import Engine, EngineEvent, Intent, Report, Restarted
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
+from bird_glue.keepsake import Keepsake
 from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated
 from bird_glue.nexthops import Topology
 from bird_glue.peers import Peer, PeerType, desired_peers
@@ -74,6 +75,7 @@ class Core:
         engine: str,
         fib: Fib,
         detector: Detector,
+        keepsake: Keepsake,
         *,
         silent: Callable[[Net], bool],
         source_of: Callable[[Net], Net | None],
@@ -85,6 +87,8 @@ class Core:
         self._default_engine = engine
         self._fib = fib
         self._detector = detector
+        self._keepsake = keepsake
+        self._restored = False
         self._silent = silent
         self._source_of = source_of
         self._resources = Resources(node, pod_cidrs=pod_cidrs)
@@ -145,7 +149,12 @@ class Core:
 
     def update(self, update: Update) -> None:
         """A resource changed."""
+        was_locked = self._resources.locked
         if self._resources.update(update):
+            if self._resources.locked and not was_locked and self._local is not None:
+                self._keepsake.save(self._resources.in_force())
+            elif was_locked and not self._resources.locked:
+                self._keepsake.forget()
             if update.key.kind in SERVICE_KINDS:
                 self._advertise_due = True
             else:
@@ -155,6 +164,8 @@ class Core:
         """All resources are known."""
         self._in_sync = True
         self._configure_due = True
+        if not self._resources.locked:
+            self._keepsake.forget()
 
     def set_topology(self, topology: Topology) -> None:
         """The kernel's routes or addresses are these."""
@@ -210,8 +221,14 @@ class Core:
 
     def reconcile(self, now: float) -> None:
         """Bring the speaker and the kernel to what should be."""
-        if not self._in_sync or (self._resources.locked and self._local is None):
+        if not self._in_sync:
             return
+        if self._resources.locked and self._local is None:
+            if not self._restored:
+                self._restored = True
+                self._resources.restore(self._keepsake.load())
+            if not self._resources.restored:
+                return
         if self._configure_due or any(time <= now for time in self._goodbyes()):
             self._configure_due = not self._configure(now)
         if self._local is None:

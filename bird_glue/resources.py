@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from api.bgp import BGPConfiguration, BGPPeer
@@ -16,7 +16,7 @@ from api.kubernetes import KubernetesNode
 from api.metadata import Resource
 from api.net import Net, parse_net
 from api.node import Node
-from api.registry import parse_as
+from api.registry import dump, key_parts, parse_as
 from bird_glue.filters import Filter, compile_filter
 from bird_glue.pools import Pools, pool_policy
 from bird_glue.services import (
@@ -40,6 +40,7 @@ KINDS = (
 )
 # What there may be much of and few clusters need for BGP: followed only then.
 GROUPS = {"services": SERVICE_KINDS, "workloads": WORKLOAD_KINDS}
+_FOLLOWED_IN_GROUPS = frozenset(kind for kinds in GROUPS.values() for kind in kinds)
 _CLUSTER = Key("ClusterInformation", "default")
 _CONFIGURATION = Key("BGPConfiguration", "default")
 _CONFIRMED = ("confirmed", "")  # "" is an old spelling
@@ -71,6 +72,7 @@ class Resources:
         self._objects: dict[Key, Resource] = {}
         self._problems: dict[Key, list[ObjectProblem]] = {}
         self._waiting: dict[Key, Update] = {}
+        self._restored: set[Key] = set()
         self.locked = False
         self.services = Services(node)
         self.workloads = Workloads(node)
@@ -99,7 +101,7 @@ class Resources:
         """Take in a change; returns whether it matters now."""
         if update.key.kind == _CLUSTER.kind:
             return update.key == _CLUSTER and self._set_locked(is_locked(update.value))
-        if self.locked:
+        if self.locked and not (self._restored and update.key.kind in _FOLLOWED_IN_GROUPS):
             self._waiting[update.key] = update
             return False
         return self._take(update)
@@ -112,10 +114,39 @@ class Resources:
             _log.warning("the datastore is locked: what is in force stays")
             return True
         _log.info("the datastore is unlocked: %d changes waited for that", len(self._waiting))
+        for key in self._restored - self._waiting.keys():
+            self._take(Update(key, None))  # gone before this agent started
+        self._restored.clear()
         for update in self._waiting.values():
             self._take(update)
         self._waiting.clear()
         return True
+
+    def in_force(self) -> list[JSON]:
+        """The objects, to ``restore`` them elsewhere; without groups."""
+        return [dump(found) for found in self._objects.values()]
+
+    @property
+    def restored(self) -> bool:
+        """Whether the objects are those that were in force when the datastore was locked."""
+        return bool(self._restored)
+
+    def restore(self, objects: Iterable[JSON]) -> None:
+        """Take in what was in force when the datastore was locked.
+
+        Groups weren't kept: of those what is stored now counts.
+        """
+        for found in objects:
+            try:
+                kind, namespace, name = key_parts(found)
+            except InvalidObjectError as error:
+                _log.error("%s", error)
+                continue
+            key = Key(kind, name, namespace)
+            self._restored.add(key)
+            self._take(Update(key, found))
+        for key in [key for key in self._waiting if key.kind in _FOLLOWED_IN_GROUPS]:
+            self._take(self._waiting.pop(key))
 
     def _take(self, update: Update) -> bool:
         key, value = update.key, update.value
