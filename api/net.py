@@ -90,5 +90,5 @@ def host_net(version: int, address: int) -> Net:
 def format_address(version: int, address: int) -> str:
     """Text of an address without its length."""
     if version == V4:
-        return str(ipaddress.IPv4Address(address))
+        return f"{address >> 24}.{address >> 16 & 255}.{address >> 8 & 255}.{address & 255}"
     return str(ipaddress.IPv6Address(address))

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from api.clusterinformation import is_locked
 from api.kubernetes import Pod
 from api.names import workload_endpoint_name
 from api.net import V4, V6, Net, format_address
@@ -62,9 +63,12 @@ class Cluster:
         self._prefix = ""
 
     def require_unlocked(self) -> None:
-        """Raise CniError while the datastore is locked, as it is when it is moved."""
-        spec = part(self.memory.value(_CLUSTER_INFORMATION), "spec")
-        if spec.get("datastoreReady") is False:
+        """Raise CniError while the datastore is locked, as it is when it is moved.
+
+        The beginning of what changes anything, so memory is refreshed first.
+        """
+        self.memory.refresh()
+        if is_locked(self.memory.value(_CLUSTER_INFORMATION)):
             raise CniError(
                 TRY_AGAIN_LATER,
                 "the datastore is locked (ClusterInformation default: spec.datastoreReady:"

@@ -14,7 +14,8 @@ from cni.enforcement import Enforcement
 from cni.node import Node
 from cni.plugin import Plugin
 from cni.repair import repair
-from cni.server import Server, socket_path
+from cni.server import WORKERS, Server, socket_path
+from cni.turns import Turns
 from datastore.connect import connect
 from datastore.environment import Environment
 from datastore.interface import StoreError
@@ -24,8 +25,10 @@ from reconcile.backoff import Backoff
 # after this time, seconds; Python's default of 5 ms is five times a whole ADD.
 _SWITCH_INTERVAL = 0.0005
 
-# A file on this machine is read in less time than it takes to hear of each write to it.
+# On a file of this machine a request is hardly anything but work: one that waits for the kernel
+# lets a second compute. Other stores are waited for most of the time, by as many as there are.
 _LOCAL = "sqlite:"
+_TURNS = int(__import__("os").environ.get("XT", "2"))
 
 _END = (signal.SIGTERM, signal.SIGINT)
 
@@ -40,9 +43,12 @@ def run(environment: Environment) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _END)
     stop = threading.Event()
     store = connect(environment.datastore)
-    node = Node(store, environment.node, follow=not environment.datastore.startswith(_LOCAL))
+    local = environment.datastore.startswith(_LOCAL)
+    turns = Turns(_TURNS if local else WORKERS)
+    node = Node(store, environment.node, follow=not local, before_waiting=turns.give_up)
     enforcement = Enforcement(environment.run_dir)
-    server = Server(socket_path(environment), Plugin(node, enforcement).handle)
+    plugin = Plugin(node, enforcement, turns.give_up)
+    server = Server(socket_path(environment), plugin.handle, turns)
     node.start()
     enforcement.start()
     repairs = threading.Thread(target=_repair, args=(node, stop), name="cni-repair", daemon=True)
@@ -54,6 +60,7 @@ def run(environment: Environment) -> None:
     signal.sigwait(_END)
     stop.set()
     server.stop()
+    plugin.close()
     repairs.join()
     enforcement.stop()
     node.stop()

@@ -1,4 +1,4 @@
-"""Which endpoints felix enforces, as it tells while it works, and waiting until it does.
+"""Which endpoints felix enforces, as it tells while it works, and hearing of one when it does.
 
 Felix announces on ``felix-endpoints.sock`` in the run directory (``felix/announcer.py`` has the
 bytes). What it enforced stays enforced when it ends, so what it told stays true until it comes
@@ -8,11 +8,14 @@ back and tells all anew.
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
@@ -21,71 +24,116 @@ from datastore.interface import Key
 
 SOCKET = "felix-endpoints.sock"
 _RETRY = 0.1  # seconds between attempts to reach felix while it is away
-# So many may wait for a felix that has said nothing for so many seconds: each occupies a worker
-# of the server, and some must be left for deletions.
-MOST_WAITING = 48
-_SILENCE = 1.0
+# So many may wait at a time: each has a client's connection, and descriptors are not without end.
+MOST_WAITING = 512
+
+Then = Callable[[bool], object]
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True, order=True)
+class _Wait:
+    """Who wants to hear; ``then`` is None when he has. Ordered by ``deadline``, monotonic."""
+
+    deadline: float
+    number: int
+    name: str = field(compare=False)
+    container: str = field(compare=False)
+    then: Then | None = field(compare=False)
+
+
 class Enforcement:
-    """Listens to the felix of this node. Any number of threads may wait."""
+    """Listens to the felix of this node."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / SOCKET
         self._lock = threading.Lock()
         self._enforced: dict[str, str] = {}
-        self._waiting: dict[tuple[str, str], list[threading.Event]] = {}
-        self.waiters = 0  # threads that wait now
-        self._heard = 0.0  # when felix said something last, monotonic seconds
+        self._waiting: dict[tuple[str, str], list[_Wait]] = {}
+        self._deadlines: list[_Wait] = []  # a heap; some have heard already
+        self._sooner = threading.Condition(self._lock)  # the first deadline is another
+        self._numbers = itertools.count()
         self._away_since: float | None = time.monotonic()
         self._stopping = threading.Event()
         self._connection: socket.socket | None = None
-        self._thread = threading.Thread(target=self._run, name="cni-enforcement", daemon=True)
+        self._threads = [
+            threading.Thread(target=target, name="cni-enforcement", daemon=True)
+            for target in (self._run, self._watch_time)
+        ]
 
     def start(self) -> None:
         """Start listening."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """Stop listening. Who waits goes on waiting, to the end of its time."""
+        """Stop listening. Who still waits never hears."""
         self._stopping.set()
         with self._lock, contextlib.suppress(OSError):
+            self._sooner.notify_all()
             if self._connection is not None:
                 self._connection.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def away(self) -> float:
         """For how many seconds felix has not been there; 0 while it is."""
         since = self._away_since
         return 0.0 if since is None else time.monotonic() - since
 
-    def wait(self, endpoint: Key, container: str, seconds: float) -> bool:
-        """Wait until felix enforces the endpoint's policy for this container; whether it does.
+    @property
+    def waiting(self) -> int:
+        """For how many containers somebody waits to hear."""
+        return len(self._waiting)
 
-        ``seconds`` at most; not at all when felix has been away for longer than that, or when
-        many wait for one that says nothing.
+    def when_enforced(self, endpoint: Key, container: str, seconds: float, then: Then) -> None:
+        """Call ``then(True)`` when felix enforces the endpoint's policy for this container.
+
+        After ``seconds``, ``then(False)``; at once if felix has been away for longer than that,
+        or too many wait. ``then`` is called once, in this thread or in one that must not be held
+        up.
         """
         name = f"{endpoint.namespace}/{endpoint.name}"
-        event = threading.Event()
         with self._lock:
-            if self._enforced.get(name) == container:
-                return True
-            silent = time.monotonic() - self._heard > _SILENCE
-            if self.away() > seconds or (silent and self.waiters >= MOST_WAITING):
-                return False
-            self._waiting.setdefault((name, container), []).append(event)
-            self.waiters += 1
-        enforced = event.wait(seconds)
-        with self._lock:
-            self.waiters -= 1
-            waiting = self._waiting.get((name, container), [])
-            if event in waiting:
-                waiting.remove(event)
-                if not waiting:
-                    del self._waiting[name, container]
-        return enforced
+            enforced = self._enforced.get(name) == container
+            hopeless = self.away() > seconds or self.waiting >= MOST_WAITING
+            if not enforced and not hopeless:
+                deadline = time.monotonic() + seconds
+                wait = _Wait(deadline, next(self._numbers), name, container, then)
+                self._waiting.setdefault((name, container), []).append(wait)
+                heapq.heappush(self._deadlines, wait)
+                if self._deadlines[0] is wait:
+                    self._sooner.notify()
+                return
+        then(enforced)
+
+    def _watch_time(self) -> None:
+        while not self._stopping.is_set():
+            with self._lock:
+                overdue = self._take_overdue()
+                if not overdue:
+                    first = self._deadlines[0].deadline if self._deadlines else None
+                    if not self._stopping.is_set():
+                        self._sooner.wait(first and max(0.0, first - time.monotonic()))
+            for then in overdue:
+                _tell(then, False)
+
+    def _take_overdue(self) -> list[Then]:
+        """Under the lock."""
+        now = time.monotonic()
+        overdue = []
+        while self._deadlines and (
+            self._deadlines[0].then is None or self._deadlines[0].deadline <= now
+        ):
+            wait = heapq.heappop(self._deadlines)
+            if wait.then is not None:
+                key = wait.name, wait.container
+                self._waiting[key].remove(wait)
+                if not self._waiting[key]:
+                    del self._waiting[key]
+                overdue.append(wait.then)
+        return overdue
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -107,8 +155,9 @@ class Enforcement:
             with self._lock:
                 self._connection = connection
             try:
-                if not self._stopping.is_set():
-                    yield connection
+                if self._stopping.is_set():
+                    raise ConnectionAbortedError("stopping")
+                yield connection
             finally:
                 with self._lock:
                     self._connection = None
@@ -116,13 +165,15 @@ class Enforcement:
     def _listen(self, connection: socket.socket) -> None:
         with connection.makefile("rb") as lines:
             for line in lines:
-                self._take(line)
+                for then in self._take(line):
+                    _tell(then, True)
 
-    def _take(self, line: bytes) -> None:
+    def _take(self, line: bytes) -> list[Then]:
+        """Note what felix says; returns who must hear of it."""
         told = orjson.loads(line)
         everything, endpoints = told["all"], dict(told["endpoints"])
+        hearers: list[Then] = []
         with self._lock:
-            self._heard = time.monotonic()
             if everything:
                 self._enforced.clear()
             for name, container in endpoints.items():
@@ -130,8 +181,19 @@ class Enforcement:
                     self._enforced.pop(name, None)
                     continue
                 self._enforced[name] = container
-                for event in self._waiting.pop((name, container), ()):
-                    event.set()
+                for wait in self._waiting.pop((name, container), ()):
+                    if wait.then is not None:
+                        hearers.append(wait.then)
+                        wait.then = None
             if self._away_since is not None:
                 _log.info("felix is there: it enforces %d endpoints", len(self._enforced))
                 self._away_since = None
+        return hearers
+
+
+def _tell(then: Then, enforced: bool) -> None:
+    """An error of one must not keep the others from hearing."""
+    try:
+        then(enforced)
+    except Exception:
+        _log.exception("after waiting for felix")

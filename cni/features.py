@@ -83,6 +83,8 @@ def read(
 
     ``families`` is what the configuration says. Raises CniError.
     """
+    if not own and not namespace:
+        return Features(families)
     problems: list[Problem] = []
     reader = _Reader(own, namespace, problems)
     controls, faults = qos.controls(own)

@@ -2,7 +2,8 @@
 
 They are settings, pools and namespaces: seldom changed, by people. What is remembered may be a
 moment old, as what is read is by the time it is used. An object that is not remembered may be
-new, so it is for the datastore to say that there is none.
+new, so it is for the datastore to say that there is none; unless the store is one that tells of
+all that was written when it is asked, as whoever is about to change something does (``refresh``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import threading
 
 from datastore.follower import Follower, InSync, Update
-from datastore.interface import JSON, Datastore, Key, NotFoundError
+from datastore.interface import JSON, Datastore, Key, NotFoundError, PromptDatastore
 
 _KINDS = ("ClusterInformation", "FelixConfiguration", "IPPool", "Namespace")
 
@@ -18,35 +19,42 @@ _KINDS = ("ClusterInformation", "FelixConfiguration", "IPPool", "Namespace")
 class Memory:
     """Objects of a store. ``follow``: remember them between ``start`` and ``stop``.
 
-    Without, and while the store can't be followed, each is read when it is asked for. Safe to
-    use from several threads. ``value`` and ``values`` may raise StoreError; what they return
-    is not to be changed.
+    Without, those of a PromptDatastore are remembered since the last ``refresh``. Else, and while
+    the store can't be followed, each is read when it is asked for. Safe to use from several
+    threads. ``refresh``, ``value`` and ``values`` may raise StoreError; what they return is not
+    to be changed.
     """
 
     def __init__(self, store: Datastore, *, follow: bool = False) -> None:
         self._store = store
-        self._follower = Follower(store, _KINDS, self._notice) if follow else None
+        self._follow = follow
+        self._ask = not follow and isinstance(store, PromptDatastore)
+        self._follower = Follower(store, _KINDS, self._notice)
         self._lock = threading.Lock()
         self._values: dict[str, dict[Key, JSON]] = {kind: {} for kind in _KINDS}
         self._complete = False
 
     def start(self) -> None:
         """Begin to follow the store."""
-        if self._follower is not None:
+        if self._follow:
             self._follower.start()
 
     def stop(self) -> None:
         """Follow it no longer."""
-        if self._follower is not None:
-            self._follower.stop()
+        self._follower.stop()
+
+    def refresh(self) -> None:
+        """Have what is remembered be as it is now, where that can be asked."""
+        if self._ask:
+            self._follower.catch_up()
 
     def value(self, key: Key) -> JSON:
         """An object, empty when there is none."""
         if self._remembers and key.kind in self._values:
             with self._lock:
                 value = self._values[key.kind].get(key)
-            if value is not None:
-                return value
+            if value is not None or self._ask:
+                return value or {}
         try:
             return self._store.get(key).value
         except NotFoundError:
@@ -61,7 +69,7 @@ class Memory:
 
     @property
     def _remembers(self) -> bool:
-        return self._complete and self._follower is not None and self._follower.in_sync
+        return self._complete and self._follower.in_sync
 
     def _notice(self, update: Update | InSync) -> None:
         """In the follower's thread."""

@@ -11,7 +11,7 @@ What concerns one interface of the node happens one after the other, all else si
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -23,15 +23,15 @@ from cni.cluster import ATTACHMENT, Cluster, Namespace, owns, workload_endpoint
 from cni.delegate import Delegate, Lease
 from cni.errors import invalid_environment
 from cni.features import Families, Features
-from cni.locks import KeyedLocks
 from cni.reaper import Reaper
 from cni.wiring import Sockets, Wire
 from datastore.interface import Datastore
 from ipam.allocator import Allocator
 from ipam.errors import NoPoolError
+from ipam.locks import KeyedLocks
 from ipam.pools import Pools, Request
 from ipam.renewal import renew
-from kernel.links import Link
+from kernel.links import Ends, Link
 from kernel.netlink import NetlinkSocket
 
 Addresses = tuple[Net, ...]
@@ -70,17 +70,25 @@ class Node:
     """The attachments of one node. Its namespace is that of the thread that makes it.
 
     ``follow``: what every ADD looks at is remembered between ``start`` and ``stop``, which is
-    for stores that take longer to ask than to follow. All methods may raise StoreError and
-    OSError.
+    for stores that take longer to ask than to follow. ``before_waiting`` is called by a thread
+    that is about to wait for others, or for the kernel to delete an interface. All methods may
+    raise StoreError and OSError.
     """
 
-    def __init__(self, store: Datastore, name: str, *, follow: bool = False) -> None:
+    def __init__(
+        self,
+        store: Datastore,
+        name: str,
+        *,
+        follow: bool = False,
+        before_waiting: Callable[[], object] = lambda: None,
+    ) -> None:
         self.cluster = Cluster(store, name, follow=follow)
         self.sockets = Sockets()
         self._allocator = Allocator(store, name, follow=follow)
         self._pools = Pools(store)
-        self._locks = KeyedLocks()
-        self._reaper = Reaper()
+        self._locks = KeyedLocks(before_waiting)
+        self._reaper = Reaper(before_waiting)
 
     def start(self) -> None:
         """Start what works in the background."""
@@ -262,8 +270,8 @@ class Node:
         wire = self._wire(attachment, addresses, wanted)
         if lease:
             wire = replace(wire, routes=lease.routes)
-        link = self._create(host, netns_fd, wire)
-        wiring.configure(host, netns_fd, wire, link)
+        ends = self._create(host, netns_fd, wire)
+        wiring.configure(host, netns_fd, wire, ends)
         if wire.forwarding:
             wiring.allow_forwarding(netns_fd, wire)
         endpoint = workload_endpoint(
@@ -276,8 +284,8 @@ class Node:
         if lease or features.outside_ipam:
             endpoint["metadata"]["annotations"] = {ATTACHMENT: attachment.alias}
         self.cluster.record(attachment, endpoint)
-        if not wiring.finish(host, link.index):
-            wiring.wait_for_carrier(host, link.index)
+        if not wiring.finish(host, ends.index):
+            wiring.wait_for_carrier(host, ends.index)
         return Attached(wire, lease)
 
     def _assign(self, attachment: Attachment, held: Addresses, wanted: Wanted) -> Addresses:
@@ -285,7 +293,7 @@ class Node:
         if held:  # and nobody used, so they may be about to be collected
             held = tuple(renew(self.cluster.store, attachment.handle))
         addresses = list(held)
-        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f +0000 UTC")
+        now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f} +0000 UTC"
         attributes = attachment.attributes(self.cluster.node, now)
         features = wanted.features
         for address in features.addresses:
@@ -325,7 +333,7 @@ class Node:
             forwarding=wanted.forwarding,
         )
 
-    def _create(self, host: NetlinkSocket, netns_fd: int, wire: Wire) -> Link:
+    def _create(self, host: NetlinkSocket, netns_fd: int, wire: Wire) -> Ends:
         """The pair; an interface of a container before us gives way."""
         try:
             try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -29,10 +32,11 @@ from cni.errors import (
 from cni.features import IP_ADDRESSES, OUTSIDE_IPAM, Allowed
 from cni.features import read as read_features
 from cni.ipam_plugin import IpamPlugin
-from cni.node import Node, Wanted
+from cni.node import Attached, Node, Wanted
 from cni.protocol import Request
 from cni.repair import known_attachments
 from cni.result import previous_routes, result
+from cni.server import Reply
 from datastore.interface import StoreError
 from ipam.errors import IpamError
 from kernel.netns import is_network_namespace, own_namespace, same_namespace
@@ -43,38 +47,64 @@ _log = logging.getLogger(__name__)
 _NETNS_ERROR = "MANX_NETNS_ERROR"
 # Where it says by which name it was run.
 _PLUGIN = "MANX_PLUGIN"
+# Threads that take back ADDs that waited for felix in vain.
+_TAKING_BACK = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """A container that is wired: its ADD is answered when felix enforces its policy."""
+
+    attachment: Attachment
+    attached: Attached
+    wanted: Wanted
+    seconds: int
+    result: dict[str, Any]
 
 
 class Plugin:
-    """Answers requests about one node."""
+    """Answers requests about one node.
 
-    def __init__(self, node: Node, enforcement: Enforcement) -> None:
+    ``before_waiting`` is called by a thread that is about to wait for another plugin.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        enforcement: Enforcement,
+        before_waiting: Callable[[], object] = lambda: None,
+    ) -> None:
         self._node = node
         self._enforcement = enforcement
+        self._before_waiting = before_waiting
+        self._late = ThreadPoolExecutor(_TAKING_BACK, "cni-late")
         self._ipam = IpamPlugin(node.cluster)
         self._own_namespace = own_namespace()
 
-    def handle(self, request: Request) -> tuple[int, bytes]:
+    def close(self) -> None:
+        """Finish what goes on after an answer was late. Nothing may be asked any more."""
+        self._late.shutdown()
+
+    def handle(self, request: Request, reply: Reply) -> None:
         """Exit code and output for the runtime. Whatever goes wrong becomes an error object."""
         try:
             answer = self._answer(request)
         except Exception as error:
-            what = request.environment.get("CNI_COMMAND", "")
-            container = request.environment.get("CNI_CONTAINERID", "")
-            report = _explain(error)
-            _log.warning("%s %s: error %d: %s", what, container, report.code, report.msg)
-            version = find_version(request.configuration)
-            return 1, orjson.dumps(report.report(version), option=orjson.OPT_APPEND_NEWLINE)
-        if answer is None:
-            return 0, b""
-        return 0, orjson.dumps(answer, option=orjson.OPT_APPEND_NEWLINE)
+            reply(*_report(request, error))
+            return
+        if isinstance(answer, _Added):
+            self._answer_when_enforced(request, answer, reply)
+        else:
+            reply(0, b"" if answer is None else _json(answer))
 
-    def _answer(self, request: Request) -> dict[str, Any] | None:
+    def _answer(self, request: Request) -> dict[str, Any] | _Added | None:
         call = parse_call(request.environment, request.configuration)
         addresses_only = request.environment.get(_PLUGIN) == ipam_plugin.NAME
         if addresses_only and call.command != "STATUS":
             return self._answer_ipam(call)
         delegate = self._delegate(call, request)
+        if delegate is not None or call.attachment is None:
+            self._before_waiting()
         if call.attachment is None:
             if call.command == "STATUS":
                 self._status(call, delegate, addresses_only)
@@ -104,17 +134,39 @@ class Plugin:
 
     def _add(
         self, call: Call, attachment: Attachment, netns_fd: int, delegate: Delegate | None
-    ) -> dict[str, Any]:
+    ) -> _Added:
         wanted = self._wanted(call, attachment, delegate)
         attached = self._node.attach(attachment, netns_fd, wanted)
         seconds = call.configuration.policy_setup_timeout_seconds
-        if not self._is_enforced(attachment, seconds):
-            if attached.fresh:
-                self._node.take_back(attachment, attached, wanted)
-            raise self._unprotected(seconds)
-        wire, lease = attached.wire, attached.lease
-        _log.info("ADD %s: %s", attachment, ", ".join(map(str, wire.addresses)))
-        return result(call, wire, lease.dns if lease else {})
+        dns = attached.lease.dns if attached.lease else {}
+        answer = result(call, attached.wire, dns)
+        return _Added(attachment, attached, wanted, seconds, answer)
+
+    def _answer_when_enforced(self, request: Request, added: _Added, reply: Reply) -> None:
+        """Wait until felix enforces the pod's policy, in no thread; 0 seconds: don't wait."""
+        output = _json(added.result)
+
+        def answer(enforced: bool) -> None:
+            if enforced:
+                addresses = ", ".join(map(str, added.attached.wire.addresses))
+                _log.info("ADD %s: %s", added.attachment, addresses)
+                reply(0, output)
+            else:
+                self._late.submit(self._refuse, request, added, reply)
+
+        if not added.seconds:
+            answer(True)
+            return
+        attachment = added.attachment
+        endpoint = attachment.endpoint_key(self._node.cluster.node)
+        container = attachment.endpoint_container_id
+        self._enforcement.when_enforced(endpoint, container, added.seconds, answer)
+
+    def _refuse(self, request: Request, added: _Added, reply: Reply) -> None:
+        """The policy was not enforced in time."""
+        if added.attached.fresh:
+            self._node.take_back(added.attachment, added.attached, added.wanted)
+        reply(*_report(request, self._unprotected(added.seconds)))
 
     def _wanted(self, call: Call, attachment: Attachment, delegate: Delegate | None) -> Wanted:
         configuration = call.configuration
@@ -143,12 +195,6 @@ class Plugin:
             None if features.outside_ipam else delegate,
             configuration.container_settings.allow_ip_forwarding,
         )
-
-    def _is_enforced(self, attachment: Attachment, seconds: int) -> bool:
-        """Wait until felix enforces the pod's policy, ``seconds`` at most; 0: don't wait."""
-        endpoint = attachment.endpoint_key(self._node.cluster.node)
-        container = attachment.endpoint_container_id
-        return not seconds or self._enforcement.wait(endpoint, container, seconds)
 
     def _unprotected(self, seconds: int) -> CniError:
         away = self._enforcement.away()
@@ -256,6 +302,19 @@ def _require_valid_attachments(call: Call) -> None:
     """libcni writes an empty list as null; without the key nothing is known to be stale."""
     if "valid_attachments" not in call.configuration.model_fields_set:
         raise invalid_configuration([Problem(VALID_ATTACHMENTS, None, "required")])
+
+
+def _report(request: Request, error: Exception) -> tuple[int, bytes]:
+    """Exit code and error object; the log has it, too."""
+    what = request.environment.get("CNI_COMMAND", "")
+    container = request.environment.get("CNI_CONTAINERID", "")
+    report = _explain(error)
+    _log.warning("%s %s: error %d: %s", what, container, report.code, report.msg)
+    return 1, _json(report.report(find_version(request.configuration)))
+
+
+def _json(document: dict[str, Any]) -> bytes:
+    return orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _explain(error: Exception) -> CniError:

@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 MAGIC = b"MNX1"
@@ -16,7 +17,8 @@ REQUEST_SECONDS = 10.0  # the client has everything at hand before it connects
 _HEADER = struct.Struct(">4sII")
 _CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid; socket(7) SO_PEERCRED
 _CHUNK = 1 << 16
-_RIGHTS = 4  # descriptors to take at most; any but the first are closed
+# Room for four descriptors; any but the first are closed. (socket.recv_fds ignores its flags.)
+_CONTROL = socket.CMSG_SPACE(4 * 4)
 
 
 class ProtocolError(Exception):
@@ -45,11 +47,16 @@ def peer_uid(connection: socket.socket) -> int:
     return uid
 
 
-def receive(connection: socket.socket) -> Request:
-    """Read one request. Raises ProtocolError, OSError (also TimeoutError)."""
+def receive(
+    connection: socket.socket, before_waiting: Callable[[], object] = lambda: None
+) -> Request:
+    """Read one request. Raises ProtocolError, OSError (also TimeoutError).
+
+    ``before_waiting`` is called where not all of it has arrived yet.
+    """
     descriptors: list[int] = []
     try:
-        data = _read(connection, descriptors)
+        data = _read(connection, descriptors, before_waiting)
         _, size, _ = _HEADER.unpack_from(data)
         configuration = _HEADER.size + size
         environment = _environment(data[_HEADER.size : configuration])
@@ -60,15 +67,23 @@ def receive(connection: socket.socket) -> Request:
             os.close(descriptor)
 
 
-def _read(connection: socket.socket, descriptors: list[int]) -> bytes:
+def _read(
+    connection: socket.socket, descriptors: list[int], before_waiting: Callable[[], object]
+) -> bytes:
     """The bytes of one request; the descriptors that came along are added to the list."""
     data = b""
     size = _HEADER.size
+    flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
     deadline = time.monotonic() + REQUEST_SECONDS
     while len(data) < size:
-        connection.settimeout(max(0.001, deadline - time.monotonic()))
-        part, received, _, _ = socket.recv_fds(connection, _CHUNK, _RIGHTS, socket.MSG_CMSG_CLOEXEC)
-        descriptors.extend(received)
+        try:
+            part, ancillary, _, _ = connection.recvmsg(_CHUNK, _CONTROL, flags)
+        except BlockingIOError:
+            before_waiting()
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            flags = socket.MSG_CMSG_CLOEXEC
+            continue
+        descriptors.extend(_rights(ancillary))
         if not part:
             raise ProtocolError(f"ends {size - len(data)} bytes early")
         starts = len(data) < _HEADER.size
@@ -78,6 +93,15 @@ def _read(connection: socket.socket, descriptors: list[int]) -> bytes:
     if len(data) > size:
         raise ProtocolError(f"is {len(data) - size} bytes longer than it says")
     return data
+
+
+def _rights(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came along; see unix(7), SCM_RIGHTS."""
+    descriptors: list[int] = []
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors += struct.unpack(f"={len(data) // 4}i", data[: len(data) & ~3])
+    return descriptors
 
 
 def _announced(data: bytes) -> int:
@@ -95,9 +119,15 @@ def _announced(data: bytes) -> int:
 
 def answer(connection: socket.socket, exit_code: int, output: bytes) -> None:
     """Send the answer. A client that has gone in the meantime is no error."""
-    connection.settimeout(REQUEST_SECONDS)
+    data = _HEADER.pack(MAGIC, exit_code, len(output)) + output
     with contextlib.suppress(ConnectionError, TimeoutError):
-        connection.sendall(_HEADER.pack(MAGIC, exit_code, len(output)) + output)
+        try:
+            sent = connection.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):  # hardly ever: it fits into the socket's buffer
+            connection.settimeout(REQUEST_SECONDS)
+            connection.sendall(data[sent:])
 
 
 def _environment(data: bytes) -> dict[str, str]:

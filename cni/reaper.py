@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cni.wiring import DELETING
@@ -26,9 +26,13 @@ class _Removal:
 
 
 class Reaper:
-    """The thread that deletes interfaces of the node."""
+    """The thread that deletes interfaces of the node.
 
-    def __init__(self) -> None:
+    ``before_waiting`` is called by each that gives it something to do.
+    """
+
+    def __init__(self, before_waiting: Callable[[], object] = lambda: None) -> None:
+        self._before_waiting = before_waiting
         self._queue: queue.SimpleQueue[_Removal | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="cni-reaper", daemon=True)
 
@@ -48,6 +52,7 @@ class Reaper:
         """
         removal = _Removal(index)
         self._queue.put(removal)
+        self._before_waiting()
         removal.done.wait()
         if removal.error is not None:
             raise removal.error

@@ -3,7 +3,8 @@
 All workers wait in ``accept`` on one socket, so the kernel hands a request straight to the
 thread that serves it: an event loop that hands over to a pool of threads takes eight times as
 long for an empty request (measured: 28 against 230 microseconds). All are there from the start:
-to start one while others work takes as long as half an ADD.
+to start one while others work takes as long as half an ADD. Only those with a turn accept, so that
+what can't be worked on yet waits in the kernel.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cni.protocol import ProtocolError, Request, answer, peer_uid, receive
+from cni.turns import Turns
 from datastore.environment import Environment
 
-WORKERS = 64  # most of them wait: for the kernel to delete interfaces, for felix, for the store
+WORKERS = 64  # most of them wait: for the kernel to delete interfaces, or for the store
 _BACKLOG = 1024
 _PAUSE = 0.1  # seconds, after an error such as too many open files
 _STACK = 1 << 20  # bytes; the default of 8 MiB is address space for nothing
 
 _SOCKET = "cni.sock"
 
-# From a request to exit code and output for the client.
-Handler = Callable[[Request], tuple[int, bytes]]
+# The answer to a request: exit code and output for the client. To be called once, from any thread.
+Reply = Callable[[int, bytes], None]
+# Answers a request, at once or, having returned, later.
+Handler = Callable[[Request, Reply], object]
 
 _log = logging.getLogger(__name__)
 
@@ -42,13 +46,17 @@ def socket_path(environment: Environment) -> Path:
 class Server:
     """Serves ``handler`` on the Unix socket ``path``, to root alone.
 
+    ``turns``: who may work; a handler that waits for something should give its turn up.
     One server per path: a lock file beside it keeps a second one away. Raises
     RuntimeError where one is running, OSError where the path can't be used.
     """
 
-    def __init__(self, path: Path, handler: Handler) -> None:
+    def __init__(self, path: Path, handler: Handler, turns: Turns) -> None:
         self.path = path
         self._handler = handler
+        self._turns = turns
+        self._unanswered = 0
+        self._answered = threading.Condition()
         self._closing = False
         self._silent_until = 0.0
         self._workers = [
@@ -70,30 +78,34 @@ class Server:
             worker.start()
 
     def stop(self) -> None:
-        """Take no more requests, finish those in hand, free the path."""
+        """Take no more requests, see to it that those in hand are answered, free the path."""
         self._closing = True
         self.path.unlink(missing_ok=True)
         self._socket.shutdown(socket.SHUT_RDWR)  # wakes all who wait in accept
         for worker in self._workers:
             if worker.ident is not None:
                 worker.join()
+        with self._answered:
+            self._answered.wait_for(lambda: not self._unanswered)
         self._socket.close()
         os.close(self._lock_fd)
 
     def _work(self) -> None:
-        while not self._closing:
-            try:
-                connection = self._socket.accept()[0]
-            except OSError as error:
-                if not self._closing:
-                    self._complain(error)
-                    time.sleep(_PAUSE)
-                continue
-            with connection:
+        try:
+            while not self._closing:
+                self._turns.take()
                 try:
-                    self._serve(connection)
-                except Exception:
-                    _log.exception("request failed; its client is left without an answer")
+                    connection = self._socket.accept()[0]
+                except OSError as error:
+                    if not self._closing:
+                        self._complain(error)
+                        time.sleep(_PAUSE)
+                    continue
+                with self._answered:
+                    self._unanswered += 1
+                self._serve(_Conversation(connection, self._ended))
+        finally:
+            self._turns.give_up()
 
     def _complain(self, error: OSError) -> None:
         """Log once a second what meets all workers at once."""
@@ -102,21 +114,60 @@ class Server:
             self._silent_until = now + 1
             _log.error("accepting a request: %s", error)
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, conversation: _Conversation) -> None:
+        try:
+            if request := self._receive(conversation.connection):
+                try:
+                    self._handler(request, conversation.reply)
+                finally:
+                    request.close()
+            else:
+                conversation.end()
+        except Exception:
+            _log.exception("request failed; its client is left without an answer")
+            conversation.end()
+
+    def _receive(self, connection: socket.socket) -> Request | None:
         uid = peer_uid(connection)
         if uid != 0:
             _log.warning("refused a request of user %d: only root may ask", uid)
-            return
+            return None
         try:
-            request = receive(connection)
+            return receive(connection, self._turns.give_up)
         except (ProtocolError, OSError) as error:
             _log.warning("request dropped: %s", error)
-            return
+            return None
+
+    def _ended(self) -> None:
+        with self._answered:
+            self._unanswered -= 1
+            self._answered.notify_all()
+
+
+class _Conversation:
+    """A client's connection, until it has its answer. ``ended`` is called once, then."""
+
+    def __init__(self, connection: socket.socket, ended: Callable[[], None]) -> None:
+        self.connection = connection
+        self._ended = ended
+        self._lock = threading.Lock()
+        self._open = True
+
+    def reply(self, exit_code: int, output: bytes) -> None:
+        """Send the answer. A second one is a fault, and is not sent."""
         try:
-            exit_code, output = self._handler(request)
+            if self._open:
+                answer(self.connection, exit_code, output)
         finally:
-            request.close()
-        answer(connection, exit_code, output)
+            self.end()
+
+    def end(self) -> None:
+        """Let go of the client. May be called again."""
+        with self._lock:
+            was_open, self._open = self._open, False
+        if was_open:
+            self.connection.close()
+            self._ended()
 
 
 def _take_lock(path: Path) -> int:

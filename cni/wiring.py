@@ -25,17 +25,20 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from api.net import V4, V6, Net, parse_net
 from kernel import sysctl
 from kernel.addresses import Address, Addresses, AddressKey, address_add
 from kernel.links import (
+    Ends,
     Link,
     Links,
+    is_running,
     link_get,
     link_set,
     link_up,
-    parse_link,
+    parse_ends,
     set_inet_conf,
     veth,
 )
@@ -134,8 +137,8 @@ class Sockets:
             self._idle.pop().close()
 
 
-def create(host: NetlinkSocket, netns_fd: int, wire: Wire) -> Link:
-    """Make the pair, in group ``UNFINISHED``; returns the node's end.
+def create(host: NetlinkSocket, netns_fd: int, wire: Wire) -> Ends:
+    """Make the pair, in group ``UNFINISHED``.
 
     Raises HostInterfaceExistsError, ContainerInterfaceExistsError, OSError.
     """
@@ -149,7 +152,7 @@ def create(host: NetlinkSocket, netns_fd: int, wire: Wire) -> Link:
         group=UNFINISHED,
     )
     try:
-        return parse_link(host.request(pair))
+        return parse_ends(host.request(pair))
     except OSError as error:
         if error.errno != errno.EEXIST:
             raise OSError(error.errno, f"veth {wire.host_interface}: {error.strerror}") from error
@@ -159,11 +162,11 @@ def create(host: NetlinkSocket, netns_fd: int, wire: Wire) -> Link:
         raise ContainerInterfaceExistsError(wire.interface) from error
 
 
-def configure(host: NetlinkSocket, netns_fd: int, wire: Wire, link: Link) -> None:
+def configure(host: NetlinkSocket, netns_fd: int, wire: Wire, ends: Ends) -> None:
     """Everything else, at both ends of the pair. Raises OSError."""
-    _do(host, _node_steps(wire, link.index))
+    _do(host, _node_steps(wire, ends.index))
     with NetlinkSocket(netns_fd=netns_fd) as container:
-        _do(container, _container_steps(wire, link.peer_index))
+        _do(container, _container_steps(wire, ends.peer_index))
 
 
 def allow_forwarding(netns_fd: int, wire: Wire) -> None:
@@ -182,7 +185,7 @@ def finish(host: NetlinkSocket, index: int) -> bool:
     failures, replies = host.transact(messages)
     if failures:
         raise failures[0].error(f"interface #{index}")
-    return parse_link(replies[0].body).running
+    return is_running(replies[0].body)
 
 
 def wait_for_carrier(host: NetlinkSocket, index: int) -> None:
@@ -265,30 +268,43 @@ def _node_steps(wire: Wire, index: int) -> list[Step]:
 
 
 def _container_steps(wire: Wire, index: int) -> list[Step]:
-    forwarding = set_inet_conf(index, {"forwarding": int(wire.forwarding)})
-    steps: list[Step] = [
-        # IPv4's is what the node has, IPv6's is 0 in a namespace that is new
-        (f"sysctl net.ipv4.conf.{wire.interface}.forwarding", forwarding),
-        (f"interface {wire.interface}", link_up(index)),
-    ]
+    steps = [*_readiness_steps(index, wire.interface, wire.forwarding)]
     for net in wire.addresses:
         address = Address(index, net, net.length)
         steps.append((address, address_add(address)))
     for version in wire.versions:
-        gateway = GATEWAYS[version]
-        neighbour = Neighbour(index, gateway, HOST_MAC, _PROTO_BOOT)
-        routes = _container_routes(wire, version, index)
-        steps += [(route, route_add(route)) for route in routes]
-        steps.append((neighbour, neighbour_replace(neighbour)))
+        steps += _exit_steps(index, version, wire.destinations(version))
     return steps
 
 
-def _container_routes(wire: Wire, version: int, index: int) -> list[Route]:
+# In its namespace nearly every container's interface has the same index, and all have the same
+# way out.
+@lru_cache(maxsize=64)
+def _readiness_steps(index: int, name: str, forwarding: bool) -> tuple[Step, ...]:
+    conf = set_inet_conf(index, {"forwarding": int(forwarding)})
+    return (
+        # IPv4's is what the node has, IPv6's is 0 in a namespace that is new
+        (f"sysctl net.ipv4.conf.{name}.forwarding", conf),
+        (f"interface {name}", link_up(index)),
+    )
+
+
+@lru_cache(maxsize=64)
+def _exit_steps(index: int, version: int, destinations: tuple[Net, ...]) -> tuple[Step, ...]:
+    neighbour = Neighbour(index, GATEWAYS[version], HOST_MAC, _PROTO_BOOT)
+    routes = _container_routes(destinations, version, index)
+    return (
+        *((route, route_add(route)) for route in routes),
+        (neighbour, neighbour_replace(neighbour)),
+    )
+
+
+def _container_routes(destinations: Sequence[Net], version: int, index: int) -> list[Route]:
     gateway = GATEWAYS[version]
     through = (Hop(index, gateway.address),)
     return [
         Route(gateway, (Hop(index),), protocol=_PROTO_BOOT),
-        *(Route(net, through, protocol=_PROTO_BOOT) for net in wire.destinations(version)),
+        *(Route(net, through, protocol=_PROTO_BOOT) for net in destinations),
     ]
 
 
@@ -325,7 +341,7 @@ def _address_faults(container: NetlinkSocket, link: Link, net: Net) -> Iterator[
 def _exits(container: NetlinkSocket, link: Link, wire: Wire, version: int) -> Iterator[str]:
     """The way out: a chained plugin may have added routes, so only ours are looked for."""
     found = Routes(container).read(version=version)
-    for wanted in _container_routes(wire, version, link.index):
+    for wanted in _container_routes(wire.destinations(version), version, link.index):
         route = found.get(wanted.key)
         if route is None or route.hops != wanted.hops:
             yield f"container: no route {wanted.net} on {link.name}"

@@ -57,7 +57,8 @@ class Allocator:
     """IPAM of one node. Safe to use from several threads; any number may work on one store.
 
     ``follow``: between ``start`` and ``stop``, the store is followed instead of being asked for
-    pools and claims each time. A request is never refused for what was only remembered.
+    pools and claims each time. A PromptDatastore is then asked only for what has changed,
+    without it, too. A request is never refused for what was only remembered.
 
     Every method may raise StoreError (the store did not answer) and InvalidObjectError (what
     it holds makes no sense); a ``release`` of the handle then puts right what was half done.
@@ -140,6 +141,7 @@ class Allocator:
             namespace_labels=namespace_labels,
         )
         with self._locks.hold(handle):
+            self._view.refresh()
             if self._view.remembers:
                 try:
                     wanted = self._wanted(handle, attributes, use, self._view)
@@ -166,6 +168,7 @@ class Allocator:
         Raises AddressInUseError, AddressUnusableError, ContentionError.
         """
         with self._locks.hold(handle):
+            self._view.refresh()
             pool = self._pool_of(address, use)
             wanted = Wanted(handle, attributes, self._owner(use), self._now)
             try:
@@ -176,6 +179,7 @@ class Allocator:
     def release(self, handle: str) -> list[Net]:
         """Give back all addresses of a handle; returns them. Harmless when it has none."""
         with self._locks.hold(handle):
+            self._view.refresh()
             released = self._holdings.give_back(handle)
         self._note_released(released)
         return released
@@ -194,6 +198,7 @@ class Allocator:
         is another's, or was given anew since, nothing is released: raises ReleaseError, when the
         other blocks are done.
         """
+        self._view.refresh()
         by_block: dict[Net, list[Net]] = {}
         for address in dict.fromkeys(addresses):
             if stored := claims.block_holding(self._records, address):
@@ -221,6 +226,7 @@ class Allocator:
         Assigns and releases do it by the way; a block that belongs to nobody, and in which
         nothing but such addresses was left, goes.
         """
+        self._view.refresh()
         self._holdings.give_back_some(net, ())
 
     def addresses(self, handle: str) -> list[Net]:

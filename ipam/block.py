@@ -153,10 +153,9 @@ class Block:
 
         As in Calico, one whose cooldown is not over, or was not looked at, counts as allocated.
         """
-        holders = [_handle(attribute) or "" for attribute in self.attributes]
+        used = {index for index in self.allocations if index is not None}
         return all(
-            index is None or holders[index].lower() == WINDOWS_RESERVED
-            for index in self.allocations
+            (_handle(self.attributes[index]) or "").lower() == WINDOWS_RESERVED for index in used
         )
 
     @property
@@ -323,9 +322,11 @@ class Block:
             attribute["handle_id"] = handle
         if secondary:
             attribute["secondary"] = dict(secondary)
-        if attribute not in self.attributes:
+        try:
+            index = self.attributes.index(attribute)
+        except ValueError:
+            index = len(self.attributes)
             self.attributes.append(attribute)
-        index = self.attributes.index(attribute)
         for ordinal in ordinals:
             self.unallocated.remove(ordinal)
             self.allocations[ordinal] = index

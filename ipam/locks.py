@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 
@@ -15,9 +15,13 @@ class _Lock:
 
 
 class KeyedLocks:
-    """Locks by name. What happens under different names happens side by side."""
+    """Locks by name. What happens under different names happens side by side.
 
-    def __init__(self) -> None:
+    ``before_waiting`` is called by a thread that finds a lock held by another.
+    """
+
+    def __init__(self, before_waiting: Callable[[], object] = lambda: None) -> None:
+        self._before_waiting = before_waiting
         self._guard = threading.Lock()
         self._locks: dict[str, _Lock] = {}
 
@@ -28,8 +32,13 @@ class KeyedLocks:
             entry = self._locks.setdefault(name, _Lock())
             entry.users += 1
         try:
-            with entry.lock:
+            if not entry.lock.acquire(blocking=False):
+                self._before_waiting()
+                entry.lock.acquire()
+            try:
                 yield
+            finally:
+                entry.lock.release()
         finally:
             with self._guard:
                 entry.users -= 1

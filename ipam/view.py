@@ -1,6 +1,7 @@
 """What an allocator looks up before it writes: pools, reservations, configuration, claims.
 
-Followed, that is remembered until the store tells of a change, so an assign reads nothing.
+Followed, that is remembered until the store tells of a change, so an assign reads nothing. A
+store that tells at once of all that was written is asked for that instead, once an operation.
 Not followed, or while the store can't be followed, everything is read when it is wanted.
 """
 
@@ -18,7 +19,7 @@ from api.ipreservation import IPReservation
 from api.net import Net, parse_net
 from api.registry import parse_as
 from datastore.follower import Follower, InSync, Update
-from datastore.interface import Datastore, part
+from datastore.interface import Datastore, PromptDatastore, part
 from ipam.pools import Pool, Pools
 from ipam.records import Affinity, Records, net_of
 
@@ -36,7 +37,10 @@ class View:
         self._store = store
         self._records = records
         self._pools = Pools(store)
-        self._follower = Follower(store, _KINDS, self._notice) if follow else None
+        self._follow = follow
+        self._prompt = isinstance(store, PromptDatastore)
+        self._asks = False
+        self._follower = Follower(store, _KINDS, self._notice)
         self._lock = threading.Lock()  # held for moments only
         self._reading = threading.Lock()
         self._remembered: dict[str, object] = {}
@@ -47,18 +51,24 @@ class View:
 
     def start(self) -> None:
         """Begin to follow the store."""
-        if self._follower is not None:
+        if self._follow:
             self._follower.start()
+        self._asks = not self._follow and self._prompt
 
     def stop(self) -> None:
         """Follow it no longer."""
-        if self._follower is not None:
-            self._follower.stop()
+        self._asks = False
+        self._follower.stop()
+
+    def refresh(self) -> None:
+        """Have what is remembered be as it is now, where that can be asked."""
+        if self._asks:
+            self._follower.catch_up()
 
     @property
     def remembers(self) -> bool:
         """Whether what we say may be a moment old."""
-        return self._follower is not None and self._follower.in_sync
+        return self._follower.in_sync
 
     def forget(self) -> None:
         """Look everything up anew."""

@@ -254,7 +254,7 @@ class BlockWriter:
         return False
 
     def _swap(self, stored: Stored[Block]) -> None:
-        if stored.thing.empty and stored.thing.affinity is None:
+        if stored.thing.affinity is None and stored.thing.empty:
             self._records.delete_block(stored)
             self._stored = None
         else:

@@ -62,6 +62,7 @@ _RTMGRP_LINK = 1
 _RTMGRP_ADDRESSES = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 
 _IFINFO = struct.Struct("=BxHiII")  # family, device type, index, flags, change mask
+_NUMBER = struct.Struct("=HHI")  # an attribute that holds one: length, type, value
 
 # linux/ip.h IPV4_DEVCONF_…: the names under /proc/sys/net/ipv4/conf/DEVICE/
 _INET_CONF = {
@@ -139,7 +140,7 @@ def parse_link(body: bytes) -> Link:
         mac=found.get(_IFLA_ADDRESS, b"").hex(":"),
         mtu=_number(found, _IFLA_MTU),
         up=bool(flags & _IFF_UP),
-        running=bool(flags & _IFF_UP and flags & _IFF_LOWER_UP),
+        running=is_running(body),
         group=_number(found, _IFLA_GROUP),
         peer_index=_number(found, _IFLA_LINK),
         master_index=_number(found, _IFLA_MASTER),
@@ -147,6 +148,31 @@ def parse_link(body: bytes) -> Link:
         data=info.get(_IFLA_INFO_DATA, b""),
         alias=text(found.get(_IFLA_IFALIAS, b"")),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """A veth pair's two indexes, the peer's in the namespace that has it; see ``Link``."""
+
+    index: int
+    peer_index: int
+
+
+def parse_ends(body: bytes) -> Ends:
+    """What an RTM_NEWLINK message says of a pair: a part of ``parse_link``, in less time."""
+    index = _IFINFO.unpack_from(body)[2]
+    offset, last = _IFINFO.size, len(body) - _NUMBER.size
+    length, kind, value = 4, 0, 0
+    while offset <= last and length >= 4 and kind != _IFLA_LINK:
+        length, kind, value = _NUMBER.unpack_from(body, offset)
+        offset += (length + 3) & ~3
+    return Ends(index, value if kind == _IFLA_LINK else 0)
+
+
+def is_running(body: bytes) -> bool:
+    """Whether the interface that an RTM_NEWLINK message is about is up and has carrier."""
+    flags = _IFINFO.unpack_from(body)[3]
+    return bool(flags & _IFF_UP and flags & _IFF_LOWER_UP)
 
 
 def link_get(link: int | str) -> Message:

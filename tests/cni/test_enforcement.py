@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pytest
 
 from cni.enforcement import MOST_WAITING, SOCKET, Enforcement
 from cni.errors import NOT_AVAILABLE, TRY_AGAIN_LATER
+from cni.server import WORKERS
 from datastore.interface import Key
 from felix.status import query
 from kernel.netns import inside
@@ -180,6 +184,27 @@ def test_felix_hangs(rig: Rig, felix: Felix) -> None:
     rig.delete(pod)
 
 
+def test_more_wait_for_a_hanging_felix_than_there_are_workers(rig: Rig, felix: Felix) -> None:
+    """Who waits occupies none, so all others are served."""
+    standing = rig.container()
+    rig.add(standing)
+    felix.signal(signal.SIGSTOP)
+    try:
+        pods = [rig.container() for _ in range(WORKERS + 6)]
+        waiting = [rig.begin("ADD", pod, configuration(**WAIT)) for pod in pods]
+        eventually(lambda: len(rig.endpoints()) == len(pods) + 1, 30)
+        rig.add(other := rig.container())
+        for pod in (standing, other):
+            rig.delete(pod)
+        assert all(process.poll() is None for process in waiting)
+    finally:
+        felix.signal(signal.SIGCONT)
+    for process in waiting:
+        rig.end(process).ok()
+    for process in [rig.begin("DEL", pod) for pod in pods]:
+        rig.end(process).ok()
+
+
 def test_felix_is_away(rig: Rig, felix: Felix) -> None:
     standing, late, waiting = (rig.container() for _ in range(3))
     result = rig.add(standing, **WAIT)
@@ -232,47 +257,86 @@ def say(connection: socket.socket, everything: bool, **endpoints: str | None) ->
     connection.sendall(json.dumps(told).encode() + b"\n")
 
 
+def hears(enforcement: Enforcement, endpoint: Key, container: str, seconds: float) -> bool:
+    """What one who waits is told."""
+    told: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    enforcement.when_enforced(endpoint, container, seconds, told.put)
+    return told.get(timeout=seconds + 20)
+
+
 def test_only_the_very_container_counts(heard: tuple[Enforcement, socket.socket]) -> None:
     enforcement, door = heard
     connection, _ = door.accept()
     with connection:
         say(connection, True, web="old")
-        assert enforcement.wait(ENDPOINT, "old", 20)
-        assert not enforcement.wait(ENDPOINT, "new", 0.05)
+        assert hears(enforcement, ENDPOINT, "old", 20)
+        assert not hears(enforcement, ENDPOINT, "new", 0.05)
         threading.Timer(0.1, say, (connection, False), {"web": "new"}).start()
-        assert enforcement.wait(ENDPOINT, "new", 20)
-        assert not enforcement.wait(ENDPOINT, "old", 0.01)
+        assert hears(enforcement, ENDPOINT, "new", 20)
+        assert not hears(enforcement, ENDPOINT, "old", 0.01)
         say(connection, False, web=None)
         say(connection, False, other="x")
-        assert enforcement.wait(Key("WorkloadEndpoint", "other", "red"), "x", 20)
-        assert not enforcement.wait(ENDPOINT, "new", 0.01)
+        assert hears(enforcement, Key("WorkloadEndpoint", "other", "red"), "x", 20)
+        assert not hears(enforcement, ENDPOINT, "new", 0.01)
         assert enforcement.away() == 0
 
 
-def test_some_workers_are_left_when_felix_is_silent(
-    heard: tuple[Enforcement, socket.socket], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_wait_and_each_hears_once(heard: tuple[Enforcement, socket.socket]) -> None:
     enforcement, door = heard
-    monkeypatch.setattr("cni.enforcement._SILENCE", 0.0)
     connection, _ = door.accept()
     with connection:
         say(connection, True, first="c")
-        assert enforcement.wait(Key("WorkloadEndpoint", "first", "red"), "c", 20)
-        results: list[bool] = []
+        assert hears(enforcement, Key("WorkloadEndpoint", "first", "red"), "c", 20)
+        told: queue.SimpleQueue[tuple[int, bool]] = queue.SimpleQueue()
 
-        def wait() -> None:
-            results.append(enforcement.wait(ENDPOINT, "c1", 60))
+        def fails(enforced: bool) -> None:
+            told.put((-1, enforced))
+            raise RuntimeError("a fault of one that hears")
 
-        threads = [threading.Thread(target=wait) for _ in range(MOST_WAITING)]
-        for thread in threads:
-            thread.start()
-        eventually(lambda: enforcement.waiters == MOST_WAITING)
-        assert not enforcement.wait(ENDPOINT, "c2", 3600)  # refused, at once
-        assert results == []
-        say(connection, False, web="c1")
-        for thread in threads:
-            thread.join(20)
-        assert results == [True] * MOST_WAITING
+        enforcement.when_enforced(ENDPOINT, "-1", 60, fails)
+        for number in range(MOST_WAITING - 1):
+            then = partial(lambda number, enforced: told.put((number, enforced)), number)
+            enforcement.when_enforced(ENDPOINT, str(number), 60, then)
+        before = time.monotonic()
+        assert not hears(enforcement, ENDPOINT, "one too many", 60)
+        assert time.monotonic() - before < 30  # refused, at once
+        assert told.empty()
+        for number in range(-1, MOST_WAITING - 1):
+            say(connection, False, web=str(number))
+        heard_of = [told.get(timeout=20) for _ in range(MOST_WAITING)]
+        assert sorted(heard_of) == [(number, True) for number in range(-1, MOST_WAITING - 1)]
+        assert enforcement.waiting == 0
+        assert hears(enforcement, ENDPOINT, str(MOST_WAITING - 2), 0)
+
+
+def test_each_is_told_when_its_own_time_is_over(
+    heard: tuple[Enforcement, socket.socket],
+) -> None:
+    enforcement, door = heard
+    connection, _ = door.accept()
+    with connection:
+        say(connection, True)
+        eventually(lambda: enforcement.away() == 0)
+        told: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+        def after(name: str, seconds: float) -> None:
+            enforcement.when_enforced(
+                ENDPOINT, name, seconds, lambda enforced: told.put(f"{name} {enforced}")
+            )
+
+        after("long", 60)
+        after("third", 0.3)
+        after("first", 0.05)
+        after("second", 0.15)
+        assert [told.get(timeout=20) for _ in range(3)] == [
+            "first False",
+            "second False",
+            "third False",
+        ]
+        say(connection, False, web="third")
+        say(connection, False, web="long")
+        assert told.get(timeout=20) == "long True"
+        assert enforcement.waiting == 0
 
 
 @pytest.mark.parametrize("words", [b"", b"nonsense\n", b"[]\n", b'{"all": true}\n', b"\xff\xff"])
@@ -282,12 +346,12 @@ def test_a_felix_that_breaks_off(heard: tuple[Enforcement, socket.socket], words
     connection, _ = door.accept()
     with connection:
         say(connection, True, web="c1")
-        assert enforcement.wait(ENDPOINT, "c1", 20)
+        assert hears(enforcement, ENDPOINT, "c1", 20)
         connection.sendall(words)
     eventually(lambda: enforcement.away() > 0)
-    assert enforcement.wait(ENDPOINT, "c1", 0)
+    assert hears(enforcement, ENDPOINT, "c1", 0)
     again, _ = door.accept()
     with again:
         say(again, True, other="c2")
-        assert enforcement.wait(Key("WorkloadEndpoint", "other", "red"), "c2", 20)
-        assert not enforcement.wait(ENDPOINT, "c1", 0.01)
+        assert hears(enforcement, Key("WorkloadEndpoint", "other", "red"), "c2", 20)
+        assert not hears(enforcement, ENDPOINT, "c1", 0.01)

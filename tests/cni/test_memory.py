@@ -42,7 +42,7 @@ def test_follows_what_changes(store: Datastore, memory: Memory) -> None:
     assert memory.value(RED) == namespace(team="a")
     store.update(RED, namespace(team="b"), entry.revision)
     eventually(lambda: memory.value(RED) == namespace(team="b"))
-    assert memory.values("Namespace") == [namespace(team="b")]
+    eventually(lambda: memory.values("Namespace") == [namespace(team="b")])
     store.delete(RED)
     eventually(lambda: memory.value(RED) == {})
     assert memory.values("Namespace") == []
@@ -77,11 +77,46 @@ def test_is_not_trusted_while_the_store_is_away(
     assert memory.value(RED) == namespace()
 
 
-def test_without_following_everything_is_read(store: Datastore) -> None:
+def test_without_following_the_store_is_asked(tmp_path: Path, store: Datastore) -> None:
+    memory = Memory(store)
+    memory.start()
+    other = SqliteDatastore(tmp_path / "store.db")
+    other.create(RED, namespace(team="a"))
+    assert memory.value(RED) == namespace(team="a")
+    for team in ("b", "c"):
+        other.update(RED, namespace(team=team))
+        memory.refresh()
+        assert memory.value(RED) == namespace(team=team)
+        assert memory.values("Namespace") == [namespace(team=team)]
+    other.delete(RED)
+    assert memory.value(RED) == namespace(team="c")  # as it was at the beginning of a request
+    memory.refresh()
+    assert memory.value(RED) == {}
+    assert memory.values("Namespace") == []
+    other.close()
+    memory.stop()
+
+
+def test_asks_again_for_all_after_what_was_missed(tmp_path: Path) -> None:
+    store = SqliteDatastore(tmp_path / "store.db", history=10)
     memory = Memory(store)
     memory.start()
     store.create(RED, namespace(team="a"))
-    store.update(RED, namespace(team="b"))
+    memory.refresh()
+    for number in range(600):
+        store.update(RED, namespace(number=str(number)))
+    store.delete(RED)
+    memory.refresh()
+    assert memory.value(RED) == {}
+    path = tmp_path / "store.db"
+    away = path.rename(tmp_path / "away.db")
+    with pytest.raises(UnavailableError):
+        memory.refresh()
+    with pytest.raises(UnavailableError):
+        memory.value(RED)
+    away.rename(path)
+    store.create(RED, namespace(team="b"))
+    memory.refresh()
     assert memory.value(RED) == namespace(team="b")
-    assert memory.values("Namespace") == [namespace(team="b")]
     memory.stop()
+    store.close()
