@@ -18,12 +18,12 @@ filter, without the communities of prefixAdvertisements, as Calico does it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from api.net import Net
-from bird_glue.announcement import Announcement
+from bird_glue.announcement import Announcement, Announcements
 from bird_glue.decision import Path, is_martian
 from bird_glue.filters import (
     HIGHEST_PREFERENCE,
@@ -77,6 +77,48 @@ class OwnRoute:
     interface: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LearnedRoute:
+    """A prefix that peers told, by its best path, whose peer has ``router_id``.
+
+    ``told``: whether it is one that a reflector tells on where no filter decides.
+    ``interface``: that its traffic leaves by, None if that isn't known.
+    """
+
+    net: Net
+    path: Path
+    router_id: int
+    told: bool
+    interface: str | None = None
+
+
+def announcements(
+    own: tuple[OwnRoute, ...],
+    learned: Iterable[LearnedRoute],
+    speaking: Mapping[Net, Speaking],
+    cluster_id: int | None,
+) -> dict[Net, Announcements]:
+    """What each peer is told, by its address. ``cluster_id``: ours, if this node reflects.
+
+    ``learned``: what there is to tell on; nothing where nobody is told any of it.
+    """
+    learned = tuple(learned)
+    wanted: dict[Net, Announcements] = {}
+    alike: dict[tuple[int, Speaking], dict[Net, Announcement]] = {}
+    for address, to in speaking.items():
+        how = address.version, to
+        if how not in alike:
+            alike[how] = own_announcements(own, *how)
+        told = {}
+        for route in learned:
+            if route.net.version == address.version and route.path.peer != address:
+                found = learned_announcement(route, speaking[route.path.peer], to, cluster_id)
+                if found is not None:
+                    told[route.net] = found
+        wanted[address] = told | alike[how] if told else alike[how]
+    return wanted
+
+
 def own_routes(
     blocks: Iterable[Net],
     services: Iterable[Net],
@@ -125,23 +167,14 @@ def own_announcements(
 
 
 def learned_announcement(
-    net: Net,
-    path: Path,
-    learned: Speaking,
-    to: Speaking,
-    *,
-    cluster_id: int | None,
-    router_id: int,
-    told: bool,
-    interface: str | None = None,
+    route: LearnedRoute, learned: Speaking, to: Speaking, cluster_id: int | None
 ) -> Announcement | None:
     """A learned route as it is told on; None if that peer is not to know it.
 
-    ``learned``: how we speak with the peer it came from, whose id is ``router_id``.
-    ``cluster_id``: ours, if this node is a reflector. ``told``: whether the prefix is one that
-    a reflector tells on by itself.
+    ``learned``: how we speak with the peer it came from. ``cluster_id``: ours, if this node is
+    a reflector.
     """
-    attributes = path.attributes
+    attributes = route.path.attributes
     between_clients = learned.cluster_id is not None or to.cluster_id is not None
     internal = not learned.external and not to.external
     if internal and (cluster_id is None or not between_clients):
@@ -150,10 +183,10 @@ def learned_announcement(
         return None
     if _NO_EXPORT in attributes.communities and to.external:
         return None
-    by_itself = told and learned.workload
+    by_itself = route.told and learned.workload
     if cluster_id is not None:
-        by_itself |= told and not (learned.external and to.external)
-    facts = RouteFacts(net, attributes, to.external, True, interface)
+        by_itself |= route.told and not (learned.external and to.external)
+    facts = RouteFacts(route.net, attributes, to.external, True, route.interface)
     leaving = _leaving(facts, to, told=by_itself)
     if leaving is None:
         return None
@@ -163,9 +196,9 @@ def learned_announcement(
     elif leaving.local_preference is None:
         leaving = replace(leaving, local_preference=preference_of(leaving))
     if internal and cluster_id is not None:
-        originator = router_id if leaving.originator is None else leaving.originator
+        originator = route.router_id if leaving.originator is None else leaving.originator
         leaving = replace(leaving, originator=originator, clusters=(cluster_id, *leaving.clusters))
-    return Announcement(None if own_hop else path.next_hop, leaving)
+    return Announcement(None if own_hop else route.path.next_hop, leaving)
 
 
 def _leaving(facts: RouteFacts, to: Speaking, *, told: bool) -> Attributes | None:

@@ -17,8 +17,7 @@ from dataclasses import replace
 from api.errors import Problem
 from api.net import V4, Net, format_address, host_net
 from bird_glue.adj_rib_in import AdjRibIn
-from bird_glue.advertise import Speaking, learned_announcement, own_announcements, own_routes
-from bird_glue.announcement import Announcement
+from bird_glue.advertise import LearnedRoute, Speaking, announcements, own_routes
 from bird_glue.choice import choose
 from bird_glue.decision import Guard, Session
 from bird_glue.detector import Detector, Failure, Watch, describe, failure
@@ -423,8 +422,6 @@ class Core:
         return found
 
     def _advertise(self, local: Local) -> None:
-        wanted: dict[Net, dict[Net, Announcement]] = {}
-        alike: dict[tuple[int, Speaking], dict[Net, Announcement]] = {}
         own = own_routes(
             self._blocks,
             self._resources.announced_services(self._node),
@@ -432,19 +429,12 @@ class Core:
             self._topology,
             local.ignored_interfaces,
         )
-        for address in self._sessions.neighbors:
-            speaking = self._speaking(address, local)
-            told = {}
-            if not self._engine.programs and (
-                speaking.filters or local.node.cluster_id is not None or self._workload_peers
-            ):
-                told = self._told_on(address, speaking, local)
-            how = address.version, speaking
-            if how not in alike:
-                alike[how] = own_announcements(own, *how)
-            wanted[address] = told | alike[how] if told else alike[how]
+        learned = [] if self._engine.programs or not self._tells_on(local) else self._learned()
+        cluster_id = local.node.cluster_id
+        speaking = {address: self._speaking(address, local) for address in self._sessions.neighbors}
         # a reflector that forgot everything must hear its peers before it says "that is all"
-        complete = local.node.cluster_id is None or not self._fib.holding
+        complete = cluster_id is None or not self._fib.holding
+        wanted = announcements(own, learned, speaking, cluster_id)
         self._engine.advertise(wanted, mark_end=complete)
 
     def _speaking(self, address: Net, local: Local) -> Speaking:
@@ -469,27 +459,17 @@ class Core:
             or any(self._sessions.filters.values())
         )
 
-    def _told_on(self, address: Net, speaking: Speaking, local: Local) -> dict[Net, Announcement]:
-        """What a peer is told of what was learned: by a reflector, or where a filter says so."""
-        told: dict[Net, Announcement] = {}
-        learned = {peer: self._speaking(peer, local) for peer in self._sessions.neighbors}
-        for net, selection in self._rib.selected.items():
-            path = selection.best
-            if net.version != address.version or path.peer == address:
-                continue
-            announcement = learned_announcement(
+    def _learned(self) -> list[LearnedRoute]:
+        return [
+            LearnedRoute(
                 net,
-                path,
-                learned[path.peer],
-                speaking,
-                cluster_id=local.node.cluster_id,
-                router_id=self._routes.peers[path.peer].router_id,
-                told=self._pools.exports_learned(net),
-                interface=self._topology.interface(selection.hops),
+                selection.best,
+                self._routes.peers[selection.best.peer].router_id,
+                self._pools.exports_learned(net),
+                self._topology.interface(selection.hops),
             )
-            if announcement is not None:
-                told[net] = announcement
-        return told
+            for net, selection in self._rib.selected.items()
+        ]
 
     def _diagnose(self, peer: Net) -> str:
         """Why a connection to a peer can't be made, if the kernel knows."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from api.net import V4, Net, parse_net
 from bird_glue.advertise import (
+    LearnedRoute,
     Speaking,
     learned_announcement,
     own_announcements,
@@ -54,9 +55,8 @@ def words(announcement: Announcement, to: Speaking) -> str:
 
 
 def reflected(learned: Speaking, to: Speaking, path: Path = PATH) -> str | None:
-    found = learned_announcement(
-        BLOCK, path, learned, to, cluster_id=9, router_id=0x0A000001, told=True
-    )
+    route = LearnedRoute(BLOCK, path, 0x0A000001, told=True)
+    found = learned_announcement(route, learned, to, 9)
     return None if found is None else words(found, to)
 
 
@@ -105,10 +105,8 @@ def test_well_known_communities_are_honoured() -> None:
 
 def test_only_a_reflector_tells_on_inside_of_pools() -> None:
     def told(*, cluster_id: int | None, told: bool) -> bool:
-        found = learned_announcement(
-            BLOCK, PATH, CLIENT, ROUTER, cluster_id=cluster_id, router_id=1, told=told
-        )
-        return found is not None
+        route = LearnedRoute(BLOCK, PATH, 1, told=told)
+        return learned_announcement(route, CLIENT, ROUTER, cluster_id) is not None
 
     assert told(cluster_id=9, told=True)
     assert not told(cluster_id=9, told=False)
@@ -167,11 +165,8 @@ def test_a_filter_lets_learned_routes_through_where_bgp_permits() -> None:
     accept = Rule(accept=True, prefix=PrefixMatch(BLOCK, 26, 32), remote=True)
 
     def told(learned: Speaking, to: Speaking, cluster_id: int | None = None) -> bool:
-        to = with_rules(to, accept)
-        found = learned_announcement(
-            BLOCK, PATH, learned, to, cluster_id=cluster_id, router_id=1, told=False
-        )
-        return found is not None
+        route = LearnedRoute(BLOCK, PATH, 1, told=False)
+        return learned_announcement(route, learned, with_rules(to, accept), cluster_id) is not None
 
     assert told(ROUTER, ROUTER)
     assert told(NODE, ROUTER)
