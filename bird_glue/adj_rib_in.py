@@ -153,12 +153,16 @@ class AdjRibIn:
         if not (peer := self.peers.get(address)):
             return
         self._forget(address, event.withdrawn)
+        shared: dict[Net, Path] = {}  # of one UPDATE, by next hop
         for net, next_hop in event.announced:
+            path = shared.get(next_hop)
+            if path is None:
+                path = shared[next_hop] = Path(address, next_hop, event.attributes)
             paths = self.routes.setdefault(net, {})
             self.next_hops[next_hop] += 1
             if net in peer.nets:
                 self._release(paths[address].next_hop)
-            paths[address] = Path(address, next_hop, event.attributes)
+            paths[address] = path
             peer.nets.add(net)
             peer.stale.discard(net)
             self.changed.add(net)

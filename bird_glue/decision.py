@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from api.net import Net, parse_net
+from api.net import BITS, Net, parse_net
 from bird_glue.filters import Filter, preference_of
 from bird_glue.messages import Attributes
 
@@ -31,6 +31,10 @@ MARTIANS = tuple(
         "::1/128", "fe80::/10", "ff00::/8",
     )
 )  # fmt: skip
+_MARTIAN_STARTS = tuple(  # version, leading bits, how many of them there are, and of others
+    (version, address >> BITS[version] - length, length, BITS[version] - length)
+    for version, address, length in MARTIANS
+)
 
 
 class Path(NamedTuple):
@@ -88,6 +92,11 @@ def tie_break(path: Path, router_id: int) -> tuple[int, int, Net]:
 
 def refusal(net: Net, path: Path, session: Session, guard: Guard) -> str:
     """Why a path is not used, in words; empty if it may be."""
+    return path_refusal(path, session, guard) or prefix_refusal(net, path.next_hop, guard)
+
+
+def path_refusal(path: Path, session: Session, guard: Guard) -> str:
+    """Why a path is not used whatever the prefix; empty if it may be."""
     attributes = path.attributes
     own = session.own_asns
     seen = sum(asn in own for segment in attributes.as_path for asn in segment.asns)
@@ -99,10 +108,11 @@ def refusal(net: Net, path: Path, session: Session, guard: Guard) -> str:
         return "our own cluster is in its cluster list"
     if path.next_hop in guard.hosts:
         return "its next hop is an address of this node"
-    return _forbidden(net, path.next_hop, guard)
+    return ""
 
 
-def _forbidden(net: Net, next_hop: Net, guard: Guard) -> str:
+def prefix_refusal(net: Net, next_hop: Net, guard: Guard) -> str:
+    """Why no path to a prefix by this next hop is used; empty if one may be."""
     for block in guard.blocks:
         # an address of it may be borrowed by another node; a pod here has a better route to its own
         if block.contains(net) and not (net.is_host and net != block):
@@ -120,4 +130,8 @@ def _forbidden(net: Net, next_hop: Net, guard: Guard) -> str:
 
 def is_martian(net: Net) -> bool:
     """Whether a prefix is never routed: loopback, link-local, multicast, reserved."""
-    return any(martian.contains(net) for martian in MARTIANS)
+    version, address, length = net
+    for known, start, shortest, shift in _MARTIAN_STARTS:
+        if version == known and length >= shortest and address >> shift == start:
+            return True
+    return False

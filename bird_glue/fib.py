@@ -196,8 +196,7 @@ class Fib:
         self._dirty = set()
         if not keys:
             return
-        wanted = {route.key: route for route in self._wanted.values() if route.key in keys}
-        wanted |= {route.key: route for route in self._static.values() if route.key in keys}
+        wanted = _among(self._wanted, keys) | _among(self._static, keys)
         if self._given:
             wanted |= self._for_bird(keys - wanted.keys())
         holding = self._leads_somewhere if self.holding else None
@@ -255,3 +254,9 @@ class Fib:
 
     def _mark(self, routes: Iterable[Route]) -> None:
         self._dirty.update(route.key for route in routes)
+
+
+def _among(routes: Mapping[Net, Route], keys: Iterable[RouteKey]) -> dict[RouteKey, Route]:
+    """The routes that have one of the keys."""
+    found = {key: routes[key.net] for key in keys if key.net in routes}
+    return {key: route for key, route in found.items() if route.key == key}

@@ -9,12 +9,21 @@ router, say).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from api.net import Net
 from bird_glue.adj_rib_in import AdjRibIn
-from bird_glue.decision import Guard, Path, Session, cost, refusal, tie_break
+from bird_glue.decision import (
+    Guard,
+    Path,
+    Session,
+    cost,
+    path_refusal,
+    prefix_refusal,
+    tie_break,
+)
 from bird_glue.filters import Direction, RouteFacts, evaluate
 from bird_glue.nexthops import PrefixTable, Resolution, Topology
 from kernel.routes import Hop
@@ -31,6 +40,36 @@ class Selection:
     best: Path
     paths: tuple[Path, ...]
     hops: tuple[Hop, ...]
+
+
+Decided = tuple[Selection | None, dict[Net, str] | None]
+
+
+class _Usable(NamedTuple):
+    """A path that may be used, its cost, and what is used where it is the only one."""
+
+    order: tuple[int, ...]
+    path: Path
+    alone: Selection
+
+
+class _View(NamedTuple):
+    """A path, whatever the prefix: why it is refused, if it is, and how it could be used."""
+
+    why: str
+    session: Session
+    resolution: Resolution | None
+    usable: _Usable | None
+
+
+class _Looked:
+    """What was found of paths, each of which many prefixes share. By identity, which holds
+    within a flush.
+    """
+
+    def __init__(self, resolved: Resolved) -> None:
+        self.resolved = resolved
+        self.at: dict[int, _View] = {}
 
 
 class Rib:
@@ -78,11 +117,20 @@ class Rib:
         self._dirty |= self._in.changed
         self._in.changed.clear()
         self._resolve_new_next_hops()
-        if self._update_support():
+        looked = _Looked(self._by_kernel)
+        found = {net: self._select(net, looked) for net in self._dirty}
+        if self._update_support(found):
             self._resolve_again()
+        if self._leans():
+            looked = _Looked(self._by_both)
+            found.clear()
         changes: dict[Net, Selection | None] = {}
         for net in self._dirty:
-            selection = self._select(net, self._by_both, note=True)
+            selection, refused = found[net] if net in found else self._select(net, looked)
+            if refused:
+                self._refused[net] = refused
+            else:
+                self._refused.pop(net, None)
             if selection != self._selected.get(net):
                 changes[net] = selection
                 if selection is None:
@@ -101,11 +149,10 @@ class Rib:
                 self._by_kernel[host] = self._topology.resolve(host)
                 self._by_both[host] = self._lean(host)
 
-    def _update_support(self) -> bool:
+    def _update_support(self, found: Mapping[Net, Decided]) -> bool:
         """Keep the BGP routes that the kernel alone resolves; whether any changed."""
         changed = False
-        for net in self._dirty:
-            selection = self._select(net, self._by_kernel)
+        for net, (selection, _) in found.items():
             hops = selection.hops if selection else None
             if hops != self._support.get(net):
                 changed = True
@@ -114,6 +161,10 @@ class Rib:
                 else:
                     self._support[net] = hops
         return changed
+
+    def _leans(self) -> bool:
+        """Whether any next hop is not where the kernel alone says."""
+        return any(self._by_both[host] is not plain for host, plain in self._by_kernel.items())
 
     def _resolve_again(self) -> None:
         """The next hops that lean on BGP routes, now that some of those changed."""
@@ -136,53 +187,70 @@ class Rib:
             return plain
         return Resolution(found[1], False, found[0])
 
-    def _select(self, net: Net, resolved: Resolved, *, note: bool = False) -> Selection | None:
-        """The decision about one prefix. ``note`` keeps why paths were refused."""
-        usable: list[tuple[tuple[int, ...], Path, tuple[Hop, ...]]] = []
+    def _select(self, net: Net, looked: _Looked) -> Decided:
+        """The decision about one prefix, and why paths were refused, by peer."""
+        paths = self._in.routes.get(net)
+        if paths is None:
+            return None, None
+        usable: list[_Usable] = []
         refused: dict[Net, str] = {}
-        for path in self._in.routes.get(net, {}).values():
-            session = self._in.peers[path.peer].session
-            if session is None:
+        for path in paths.values():
+            view = looked.at.get(id(path)) or self._look(path, looked)
+            if view is None:
                 continue
-            resolution = resolved[path.next_hop]
-            why = refusal(net, path, session, self._guard)
-            if not why and session.filters:
-                path, why = self._filtered(net, path, session, resolution)
-            if not why and resolution is None:
+            why = view.why or prefix_refusal(net, path.next_hop, self._guard)
+            usable_path = view.usable
+            if not why and view.session.filters:
+                usable_path, why = self._filtered(net, path, view)
+            if not why and usable_path is None:
                 why = NO_NEXT_HOP
-            if why or resolution is None:
+            if why or usable_path is None:
                 refused[path.peer] = why
-                continue
-            order = cost(path, external=session.external, direct=resolution.direct)
-            usable.append((order, path, resolution.hops))
-        if note:
-            self._note(net, refused)
+            else:
+                usable.append(usable_path)
         if not usable:
-            return None
-        least = min(order for order, _, _ in usable)
-        equal = sorted(
-            ((path, hops) for order, path, hops in usable if order == least),
-            key=lambda found: tie_break(found[0], self._in.peers[found[0].peer].router_id),
-        )
-        hops = sorted(
-            {hop for _, hops in equal for hop in hops},
-            key=lambda hop: (hop.ifindex, hop.gateway or 0),
-        )
-        return Selection(equal[0][0], tuple(path for path, _ in equal), tuple(hops))
+            return None, refused
+        if len(usable) == 1:
+            return usable[0].alone, refused
+        return self._best(usable), refused
 
-    def _filtered(
-        self, net: Net, path: Path, session: Session, resolution: Resolution | None
-    ) -> tuple[Path, str]:
+    def _best(self, usable: list[_Usable]) -> Selection:
+        least = min(one.order for one in usable)
+        equal = sorted(
+            (one for one in usable if one.order == least),
+            key=lambda one: tie_break(one.path, self._in.peers[one.path.peer].router_id),
+        )
+        hops = {hop for one in equal for hop in one.alone.hops}
+        return Selection(equal[0].path, tuple(one.path for one in equal), _sorted(hops))
+
+    def _look(self, path: Path, looked: _Looked) -> _View | None:
+        """What holds of a path whatever the prefix; None if its peer is not wanted."""
+        session = self._in.peers[path.peer].session
+        if session is None:
+            return None
+        resolution = looked.resolved[path.next_hop]
+        why = path_refusal(path, session, self._guard)
+        usable = None if resolution is None else _usable(path, session, resolution)
+        view = looked.at[id(path)] = _View(why, session, resolution, usable)
+        return view
+
+    def _filtered(self, net: Net, path: Path, view: _View) -> tuple[_Usable | None, str]:
         """The path as the peer's BGPFilters leave it, and why they refuse it, if they do."""
+        session, resolution = view.session, view.resolution
         interface = self._topology.interface(resolution.hops) if resolution else None
         facts = RouteFacts(net, path.attributes, session.external, True, interface)
         decision = evaluate(session.filters, Direction.IMPORT, facts)
         if decision.accept is False:
-            return path, f"rejected by {decision.why}"
-        return path._replace(attributes=decision.attributes), ""
+            return None, f"rejected by {decision.why}"
+        if resolution is None:
+            return None, ""
+        return _usable(path._replace(attributes=decision.attributes), session, resolution), ""
 
-    def _note(self, net: Net, refused: dict[Net, str]) -> None:
-        if refused:
-            self._refused[net] = refused
-        else:
-            self._refused.pop(net, None)
+
+def _usable(path: Path, session: Session, resolution: Resolution) -> _Usable:
+    order = cost(path, external=session.external, direct=resolution.direct)
+    return _Usable(order, path, Selection(path, (path,), _sorted(resolution.hops)))
+
+
+def _sorted(hops: Iterable[Hop]) -> tuple[Hop, ...]:
+    return tuple(sorted(set(hops), key=lambda hop: (hop.ifindex, hop.gateway or 0)))

@@ -8,6 +8,7 @@ only a route that has our protocol.
 from __future__ import annotations
 
 import errno
+import functools
 import struct
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -238,27 +239,35 @@ def _body(route: Route, hops: tuple[Hop, ...]) -> bytes:
     net = route.net
     table = route.table if route.table < 256 else 0
     flags = _RTNH_F_ONLINK if len(hops) == 1 and hops[0].onlink else 0
-    parts = [
-        _RTMSG.pack(
-            _FAMILY[net.version], net.length, 0, 0,
-            table, route.protocol, route.scope or 0, _KINDS[route.kind], flags,
-        )
-    ]  # fmt: skip
+    header = _RTMSG.pack(
+        _FAMILY[net.version], net.length, 0, 0,
+        table, route.protocol, route.scope or 0, _KINDS[route.kind], flags,
+    )  # fmt: skip
+    tail = _tail(net.version, 0 if table else route.table, route.metric, route.source, hops)
     if net.length:
-        parts.append(attribute(_RTA_DST, net.packed()))
-    if not table:
-        parts.append(attribute_u32(_RTA_TABLE, route.table))
+        return header + attribute(_RTA_DST, net.packed()) + tail
+    return header + tail
+
+
+@functools.lru_cache(maxsize=4096)
+def _tail(
+    version: int, table: int, metric: int, source: int | None, hops: tuple[Hop, ...]
+) -> bytes:
+    """The attributes that many routes share."""
+    parts = []
+    if table:
+        parts.append(attribute_u32(_RTA_TABLE, table))
     # Said even where it is the default: a delete without it takes a route of any metric.
-    metric = route.metric or (_V6_DEFAULT_METRIC if net.version == V6 else 0)
+    metric = metric or (_V6_DEFAULT_METRIC if version == V6 else 0)
     if metric:
         parts.append(attribute_u32(_RTA_PRIORITY, metric))
-    if route.source is not None:
-        parts.append(attribute(_RTA_PREFSRC, Net(net.version, route.source, 0).packed()))
+    if source is not None:
+        parts.append(attribute(_RTA_PREFSRC, Net(version, source, 0).packed()))
     if len(hops) == 1:
-        parts.append(_hop_attributes(net.version, hops[0]))
+        parts.append(_hop_attributes(version, hops[0]))
         parts.append(attribute_u32(_RTA_OIF, hops[0].ifindex))
     elif hops:
-        parts.append(attribute(_RTA_MULTIPATH, b"".join(_next_hop(net.version, h) for h in hops)))
+        parts.append(attribute(_RTA_MULTIPATH, b"".join(_next_hop(version, h) for h in hops)))
     return b"".join(parts)
 
 
