@@ -7,18 +7,22 @@ in others' chains, and the sets of ``felix.iptables_sets``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from api.net import V4, V6
 from felix import chains, names
-from felix.chains import AnyChain, Chain, ChainRule
+from felix.chains import AnyChain, Chain, ChainRule, Index
 from felix.dataplane import Members
-from felix.desired import Delta
+from felix.desired import Delta, SetKey
+from felix.index_keys import Indexes
+from felix.iptables_index import IptablesKeySets, Shape, can_hold, chain_of, keys_of, name_of
 from felix.iptables_renderer import RenderedChain, Renderer
 from felix.iptables_sets import IptablesSets
 from felix.settings import Settings
 from felix.tables import Table
 from kernel.iptables import IptablesError, IptablesTable, TableUpdate, exists, rule_hashes
-from policy.model import Direction
+from policy.engine import SetDelta
+from policy.model import Direction, Member
 from reconcile.plan import Plan
 
 Fragments = tuple[str, ...]
@@ -32,7 +36,13 @@ class _Table:
     """One table of one IP version. Keys of ``rules`` are chains, ours and those we hook into."""
 
     def __init__(
-        self, version: int, kind: chains.Table, backend: str, renderer: Renderer, sets: IptablesSets
+        self,
+        version: int,
+        kind: chains.Table,
+        backend: str,
+        renderer: Renderer,
+        sets: IptablesSets,
+        indexes: Indexes[Shape, str],
     ) -> None:
         self.rules: Table[str, Hashes] = Table(self._apply)
         self._version = version
@@ -40,6 +50,8 @@ class _Table:
         self._iptables = IptablesTable(version, kind.value, backend)
         self._renderer = renderer
         self._sets = sets
+        self._indexes = indexes
+        self._lookups: dict[str, str] = {}  # indexes that are looked up in sets, by chain
         self._append = False
         self._neutral: dict[str, AnyChain] = {}
         self._rendered: dict[str, dict[str, RenderedChain]] = {}  # by neutral chain
@@ -64,7 +76,9 @@ class _Table:
             del self._neutral[name]
         else:
             self._neutral[name] = chain
-            after = self._rendered[name] = self._renderer.render(chain)
+        self._look_up(name, chain)
+        if chain is not None:
+            after = self._rendered[name] = self._render(chain)
         for rendered in after.values():
             for constant in rendered.sets:
                 self._sets.want_constant(self._version, constant)
@@ -77,6 +91,28 @@ class _Table:
         for made, rendered in after.items():
             self._fragments[made] = rendered.fragments
             self.rules.want(made, rule_hashes(made, rendered.fragments))
+
+    def change_set(self, set_id: str, change: SetDelta) -> None:
+        """Members came to a set, or went: indexes may depend on it."""
+        for name in self._indexes.change_set(set_id, change):
+            chain = chain_of(name)
+            self.want_chain(chain, self._neutral[chain])
+
+    def _look_up(self, name: str, chain: AnyChain | None) -> None:
+        """Have the sets of an index, and no more those of the list that it was before."""
+        before = self._lookups.pop(name, None)
+        after = None
+        if isinstance(chain, Index) and can_hold(chain):
+            after = self._lookups[name] = name_of(chain)
+            self._indexes.want(after, chain)
+        if before is not None and before != after:
+            self._indexes.forget(before)
+
+    def _render(self, chain: AnyChain) -> dict[str, RenderedChain]:
+        if isinstance(chain, Index) and chain.name in self._lookups:
+            held = self._lookups[chain.name]
+            return self._renderer.index(chain, held, self._indexes.shapes(held))
+        return self._renderer.render(chain)
 
     def want_hook(self, place: str, rule: ChainRule | None) -> None:
         if rule is None:
@@ -168,7 +204,17 @@ class IptablesDataplane:
         self._sets = IptablesSets(members)
         self._tables = {
             (version, kind): _Table(
-                version, kind, variant, Renderer(version, settings.iptables, kind), self._sets
+                version,
+                kind,
+                variant,
+                Renderer(version, settings.iptables, kind),
+                self._sets,
+                Indexes(
+                    version,
+                    IptablesKeySets(version, self._sets),
+                    keys_of,
+                    partial(_members_of, members, version),
+                ),
             )
             for version in (V4, V6)
             for kind in chains.Table
@@ -186,6 +232,9 @@ class IptablesDataplane:
             self._configure(delta.settings)
         for set_key, change in delta.sets.items():
             self._sets.want(set_key, change)
+            if not change.created:
+                table = self._tables[set_key.version, chains.Table.FILTER]
+                table.change_set(set_key.id, change)
         for key, chain in delta.chains.items():
             self._tables[key.version, key.table].want_chain(key.name, chain)
         for hook_key, rule in delta.hooks.items():
@@ -248,3 +297,7 @@ class IptablesDataplane:
         for (version, kind), table in self._tables.items():
             renderer = Renderer(version, settings.iptables, kind)
             table.configure(renderer, append=settings.append_hooks)
+
+
+def _members_of(members: Members, version: int, set_id: str) -> frozenset[Member]:
+    return members(SetKey(version, set_id))

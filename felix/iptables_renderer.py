@@ -9,7 +9,7 @@ constant sets and longer lists of ports several rules.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from api.net import V4, Net, format_address
@@ -42,6 +42,7 @@ from felix.chains import (
     SourceNat,
     Table,
 )
+from felix.iptables_index import Shape, condition
 from felix.iptables_matches import ConstantSet, Matches, NeverError, joined
 from felix.settings import Manner
 from policy.model import PortRange
@@ -72,10 +73,17 @@ class Renderer:
             case Dispatch():
                 return self._dispatch(chain)
             case Index():
-                # An ipset holds no (address, protocol, port) without the address: one by one.
                 return {chain.name: self._chain(tuple(_walk(chain)))}
             case Chain():
                 return {chain.name: self._chain(chain.rules)}
+
+    def index(self, index: Index, name: str, shapes: Iterable[Shape]) -> dict[str, RenderedChain]:
+        """The rules that look up an index in sets: one for each shape of its keys."""
+        conditions = [
+            condition(self.version, name, shape, index.side) for shape in sorted(shapes, key=str)
+        ]
+        fragments = self._fragments(conditions, "Many policies at once", index.action)
+        return {index.name: RenderedChain(tuple(fragments))}
 
     def _chain(self, rules: Sequence[ChainRule]) -> RenderedChain:
         fragments: list[str] = []
@@ -86,16 +94,16 @@ class Renderer:
                 conditions = self._conditions(rule.condition, matches)
             except NeverError:
                 continue
-            fragments.extend(
-                _join(condition, rule.comment, target)
-                for condition in conditions
-                for target in self._targets(rule.action)
-            )
-            if isinstance(rule.action, MarkAndReturn):
-                marked = self._marked(rule.action.mark)
-                fragments.append(_join(marked, rule.comment, "-j RETURN"))
+            fragments.extend(self._fragments(conditions, rule.comment, rule.action))
             sets.update(matches.sets)
         return RenderedChain(tuple(fragments), tuple(sets.values()))
+
+    def _fragments(self, conditions: Iterable[str], comment: str, action: Action) -> Iterator[str]:
+        for words in conditions:
+            for target in self._targets(action):
+                yield _join(words, comment, target)
+        if isinstance(action, MarkAndReturn):
+            yield _join(self._marked(action.mark), comment, "-j RETURN")
 
     def _dispatch(self, dispatch: Dispatch) -> dict[str, RenderedChain]:
         flag = "-i" if dispatch.side is Side.IN else "-o"

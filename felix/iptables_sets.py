@@ -7,7 +7,7 @@ change went well a set holds what was wanted; when one failed, and at a resync, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 
 from felix import names
@@ -32,7 +32,7 @@ class _Wanted:
     """A set that should be there, and where to learn what it should hold."""
 
     ipset: IpSet
-    members: Callable[[], frozenset[Member]]
+    texts: Callable[[], frozenset[str]]
 
 
 class IptablesSets:
@@ -68,18 +68,31 @@ class IptablesSets:
         if change.deleted:
             self._unwant(name)
         elif change.created:
-            self._want(name, key.version, change.kind, lambda: self._members(key))
-        elif name not in self._compare:
-            added, removed = _texts(change.added), _texts(change.removed)
-            self._add[name] = (self._add.get(name, set()) - removed) | added
-            self._remove[name] = (self._remove.get(name, set()) - added) | removed
+            kind = _TYPES[change.kind]
+            self._want(name, key.version, kind, lambda: _texts(self._members(key)))
+        else:
+            self._change(name, _texts(change.added), _texts(change.removed))
+
+    def want_texts(
+        self, version: int, set_id: str, kind: str, texts: Callable[[], frozenset[str]]
+    ) -> None:
+        """A set of members as ipset writes them came, to hold what ``texts`` says."""
+        self._want(names.set_name(set_id, version), version, kind, texts)
+
+    def change_texts(self, version: int, set_id: str, came: Set[str], went: Set[str]) -> None:
+        """Members of such a set came and went."""
+        self._change(names.set_name(set_id, version), came, went)
+
+    def unwant_texts(self, version: int, set_id: str) -> None:
+        """Such a set went."""
+        self._unwant(names.set_name(set_id, version))
 
     def want_constant(self, version: int, constant: ConstantSet) -> None:
         """A chain refers to a list of networks. One of several that do."""
         name = names.set_name(constant.id, version)
         self._uses[name] = self._uses.get(name, 0) + 1
         if self._uses[name] == 1:
-            self._want(name, version, SetKind.NET, lambda: frozenset(constant.members))
+            self._want(name, version, _TYPES[SetKind.NET], lambda: _texts(constant.members))
 
     def unwant_constant(self, version: int, constant: ConstantSet) -> None:
         """A chain no longer refers to it."""
@@ -113,11 +126,16 @@ class IptablesSets:
         return self._backoff.next_due()
 
     def _want(
-        self, name: str, version: int, kind: SetKind, members: Callable[[], frozenset[Member]]
+        self, name: str, version: int, kind: str, texts: Callable[[], frozenset[str]]
     ) -> None:
-        self._wanted[name] = _Wanted(IpSet(name, _TYPES[kind], version, self.max_size), members)
+        self._wanted[name] = _Wanted(IpSet(name, kind, version, self.max_size), texts)
         self._compare.add(name)
         self._doomed.discard(name)
+
+    def _change(self, name: str, added: Set[str], removed: Set[str]) -> None:
+        if name not in self._compare:
+            self._add[name] = (self._add.get(name, set()) - removed) | added
+            self._remove[name] = (self._remove.get(name, set()) - added) | removed
 
     def _unwant(self, name: str) -> None:
         del self._wanted[name]
@@ -146,7 +164,7 @@ class IptablesSets:
 
     def _make(self, name: str) -> int:
         """Make the set; of one that is there, note what is missing and what is too much."""
-        ipset, wanted = self._wanted[name].ipset, _texts(self._wanted[name].members())
+        ipset, wanted = self._wanted[name].ipset, self._wanted[name].texts()
         present = self._present.get(name)
         if present and (present.kind, present.family) != (ipset.kind, ipset.family):
             self._destroy(name)

@@ -14,7 +14,8 @@ from felix import names
 from felix.chains import AnyChain, Chain, ChainRule, Dispatch, Drop, Hook, Index, Table
 from felix.dataplane import Members
 from felix.desired import Delta, SetKey
-from felix.nftables_index import Indexes
+from felix.index_keys import Indexes
+from felix.nftables_index import NftablesKeySets, keys_of
 from felix.nftables_renderer import (
     RenderedChain,
     Renderer,
@@ -68,7 +69,8 @@ class _Family:
         self._version = version
         self._members = members
         self._sets = NftablesSets(self._nftables)
-        self._indexes = Indexes(version, self._sets, self._members_of)
+        key_sets = NftablesKeySets(version, self._sets)
+        self._indexes = Indexes(version, key_sets, keys_of, self._members_of)
         self._renderer = self._make_renderer(settings)
         self._neutral: dict[str, tuple[Table, AnyChain]] = {}
         self._rendered: dict[str, RenderedChain] = {}
@@ -220,7 +222,7 @@ class _Family:
         table, chain = self._neutral[full]
         before = self._rendered.get(full)
         if isinstance(chain, Index):
-            after = self._renderer.index(table, chain, self._indexes[full])
+            after = self._renderer.index(table, chain, self._indexes.shapes(full))
         else:
             after = self._renderer.render(table, chain)
         for constant in after.constants:

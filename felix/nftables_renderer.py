@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from felix.chains import (
@@ -39,7 +39,7 @@ from felix.chains import (
     State,
     Table,
 )
-from felix.nftables_index import Keys
+from felix.nftables_index import Shape, condition
 from felix.nftables_matches import ConstantSet, HoldsNetworks, Matches, NeverError
 from felix.settings import Manner
 from kernel import nft_expressions as nft
@@ -112,12 +112,16 @@ class Renderer:
             table, name, nft.load_meta(key) + nft.lookup_verdict(name), chain.otherwise
         )
 
-    def index(self, table: Table, index: Index, keys: Keys) -> RenderedChain:
+    def index(self, table: Table, index: Index, shapes: Iterable[Shape]) -> RenderedChain:
         """The rules that look up an index: one for each shape of its keys."""
+        name = chain_name(table, index.name)
         action = nft.counter() + self._action(table, index.action)
         comment = "Many policies at once"
-        made = [(keys.condition(shape, index.side) + action, comment) for shape in keys.shapes]
-        return RenderedChain(tuple(_recognisable(chain_name(table, index.name), made)))
+        made = [
+            (condition(self.version, name, shape, index.side) + action, comment)
+            for shape in sorted(shapes)
+        ]
+        return RenderedChain(tuple(_recognisable(name, made)))
 
     def _chain(
         self, table: Table, name: str, first: bytes, rules: Sequence[ChainRule]

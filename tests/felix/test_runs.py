@@ -13,7 +13,8 @@ from api.net import Net, parse_net
 from datastore.interface import JSON, Key
 from felix import names, runs
 from felix.chains import Index, MarkAndReturn, Peer, Ticket
-from felix.nftables_index import Keys
+from felix.index_keys import Keys
+from felix.nftables_index import keys_of
 from felix.policy_rules import UNIFORM, Step
 from felix.runs import LEAST, MOST_MEMBERS, MOST_PORTS, Runs
 from kernel.netns import inside
@@ -234,7 +235,7 @@ def test_keys_are_those_of_a_fresh_start(
     changes: list[dict[str, tuple[Ticket, ...]] | tuple[str, frozenset[Net]]],
 ) -> None:
     holds: dict[str, frozenset[Member]] = dict.fromkeys(SETS, NONE)
-    keys = Keys(4, "x", holds.__getitem__)
+    keys = Keys(4, keys_of, holds.__getitem__)
     told: dict[object, set[bytes]] = {}
     index = Index("x", Peer.SOURCE, UNIFORM[Action.ALLOW], ())
     for change in changes:
@@ -250,7 +251,7 @@ def test_keys_are_those_of_a_fresh_start(
             assert not came & present and went <= present
             present |= came
             present -= went
-    fresh = Keys(4, "x", holds.__getitem__)
+    fresh = Keys(4, keys_of, holds.__getitem__)
     fresh.want(index)
     assert keys.shapes == fresh.shapes
     assert {s: keys.keys(s) for s in keys.shapes} == {s: fresh.keys(s) for s in fresh.shapes}
