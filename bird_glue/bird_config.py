@@ -63,6 +63,7 @@ def render(intent: Intent, wanted: Mapping[Net, Announcements], run_dir: Path) -
     """The configuration file. ``wanted``: own routes, per peer."""
     router_id = format_address(V4, intent.guard.router_id)
     log = run_dir / "bird.log"
+    direct = ", ".join([*(f'-"{name}"' for name in (*intent.ignored_interfaces, "cali*")), '"*"'])
     parts = [
         f'log "{log}" {_LOG_BYTES} "{log}.1" '
         "{ info, remote, warning, error, auth, fatal, bug };\n"
@@ -78,7 +79,7 @@ def render(intent: Intent, wanted: Mapping[Net, Announcements], run_dir: Path) -
         "  ipv4 { table igp4; };\n"
         "  ipv6 { table igp6; };\n"
         "  check link;\n"
-        '  interface -"cali*", "*";\n'
+        f"  interface {direct};\n"
         "}\n"
     ]
     for version in _VERSIONS:

@@ -340,10 +340,11 @@ class Core:
             pools=self._pools,
             blocks=self._blocks,
             metrics=local.priorities,
+            ignored_interfaces=local.ignored_interfaces,
         )
         self._choose_engine(cluster, local, now)
         self._routes.set_peers({} if self._engine.programs else intent.sessions)
-        if self._topology.set_ways(self._sessions.ways):
+        if self._topology.configure(self._sessions.ways, local.ignored_interfaces):
             self._rib.set_topology(self._topology)
         self._rib.set_guard(intent.guard)
         self._fib.configure(

@@ -30,7 +30,8 @@ class Intent:
 
     By the peer's address: ``neighbors``, the sessions; ``sessions``, how routes that come
     are looked at; ``speaking``, how those that go are told. ``blocks``: those of this node;
-    ``metrics``: of the kernel's routes, by IP version.
+    ``metrics``: of the kernel's routes, by IP version. ``ignored_interfaces``: whose subnets
+    no next hop is looked for on, with wildcards.
     """
 
     listen: Listen
@@ -41,6 +42,7 @@ class Intent:
     pools: Pools = field(default_factory=Pools)
     blocks: tuple[Net, ...] = ()
     metrics: Mapping[int, int] = field(default_factory=lambda: {V4: 0, V6: 0})
+    ignored_interfaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

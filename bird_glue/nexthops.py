@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Generic, TypeVar
 
 from api.net import BITS, V4, V6, Net
@@ -85,6 +86,7 @@ class Topology:
         self.names = names or {}
         self.pods: dict[Net, int] = {}
         self._ways: dict[Net, Net] = {}
+        self._ignored: frozenset[int] = frozenset()
         self._table: PrefixTable[Route] = PrefixTable()
         facts = []
         # of equal prefixes the lowest metric counts, and comes last
@@ -103,11 +105,16 @@ class Topology:
         """Whether both mean the same."""
         return self.hosts == other.hosts and self._facts == other._facts
 
-    def set_ways(self, ways: Mapping[Net, Net]) -> bool:
-        """Addresses that only a gateway leads to, and which; returns whether it is news."""
-        if ways == self._ways:
+    def configure(self, ways: Mapping[Net, Net], ignored: tuple[str, ...] = ()) -> bool:
+        """``ways``: addresses that only a gateway leads to, and which; ``ignored``: interfaces
+        whose subnets have no next hops on them, with wildcards. Returns whether it is news.
+        """
+        found = frozenset(
+            index for index, name in self.names.items() if any(fnmatchcase(name, p) for p in ignored)
+        )
+        if (ways, found) == (self._ways, self._ignored):
             return False
-        self._ways = dict(ways)
+        self._ways, self._ignored = dict(ways), found
         return True
 
     def interface(self, hops: Sequence[Hop]) -> str | None:
@@ -143,8 +150,9 @@ class Topology:
             return None
         via, route = found
         if _connected(route.hops):
-            hops = tuple(Hop(hop.ifindex, host.address) for hop in route.hops)
-            return Resolution(hops, True, via)
+            usable = (hop for hop in route.hops if hop.ifindex not in self._ignored)
+            hops = tuple(Hop(hop.ifindex, host.address) for hop in usable)
+            return Resolution(hops, True, via) if hops else None
         return Resolution(route.hops, False, via)
 
 

@@ -100,16 +100,26 @@ def test_a_peer_that_only_a_gateway_leads_to() -> None:
     peer, gateway = net("10.9.0.7"), net("10.0.0.1")
     topology = Topology(ROUTES, [net("10.0.0.100")])
     assert topology.resolve(peer) is None
-    assert topology.set_ways({peer: gateway})
-    assert not topology.set_ways({peer: gateway})
+    assert topology.configure({peer: gateway})
+    assert not topology.configure({peer: gateway})
     found = topology.resolve(peer)
     assert found
     assert (found.hops, found.direct, found.via) == ((Hop(2, gateway.address),), False, peer)
     # gateways that lead to each other lead nowhere
     other = net("10.9.0.8")
-    topology.set_ways({peer: other, other: peer})
+    topology.configure({peer: other, other: peer})
     assert topology.resolve(peer) is None
-    assert topology.set_ways({})
+    assert topology.configure({})
+
+
+def test_interfaces_that_are_ignored() -> None:
+    topology = Topology(ROUTES, names={2: "eth0"})
+    assert topology.configure({}, ("eth*", "docker0"))
+    assert topology.resolve(net("10.0.0.7")) is None
+    default = topology.resolve(net("192.0.2.1"))  # a route by a gateway is one all the same
+    assert default
+    assert topology.configure({}, ("docker0",))
+    assert topology.resolve(net("10.0.0.7"))
 
 
 def test_names_and_pods() -> None:
