@@ -14,7 +14,8 @@ comes. What the agent writes goes to ExaBGP unchanged, whole lines only. One cli
 time: a new one replaces the old. A client that doesn't read is dropped; what it missed it
 gets when it connects again.
 
-It is run as ``python -I -S relay.py SOCKET`` and needs nothing but the standard library.
+It is run as ``python -I -S relay.py SOCKET`` and needs nothing but a little of the standard
+library: it runs on every node, beside all else, so each module it doesn't import counts.
 """
 
 from __future__ import annotations
@@ -27,16 +28,21 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    Json = dict[str, Any]
 
 MAX_BACKLOG = 64 << 20  # bytes a client may leave unread
 _CHUNK = 1 << 16
 _PIPE = 1 << 20
 _NLRI_PER_LINE = 500
 
-Json = dict[str, Any]
+
+Route = tuple[str, tuple[str, ...]]  # attributes as JSON, next hops
 
 
 class Peer:
@@ -44,7 +50,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.lines: dict[str, bytes] = {}  # the last line of a type
-        self.routes: dict[tuple[str, str], tuple[str, list[str]]] = {}  # attributes, next hops
+        self.routes: dict[tuple[str, str], Route] = {}
         self.ends: dict[str, bytes] = {}  # end-of-RIB by family
 
     def forget_routes(self) -> None:
@@ -145,16 +151,20 @@ def _update(peer: Peer, message: Json, line: bytes) -> None:
         peer.ends[f"{message['eor']['afi']} {message['eor']['safi']}"] = line
         return
     update = message["update"]
-    attributes = json.dumps(update.get("attribute", {}))
+    attributes = sys.intern(json.dumps(update.get("attribute", {})))
     for family, entries in update.get("withdraw", {}).items():
         for entry in entries:
             peer.routes.pop((family, entry["nlri"]), None)
-    announced: dict[tuple[str, str], tuple[str, list[str]]] = {}
+    announced: dict[tuple[str, str], Route] = {}
     for family, by_next_hop in update.get("announce", {}).items():
         for next_hop, entries in by_next_hop.items():
+            route = attributes, (next_hop,)
             for entry in entries:
-                route = announced.setdefault((family, entry["nlri"]), (attributes, []))
-                route[1].append(next_hop)
+                key = family, entry["nlri"]
+                if key in announced:
+                    announced[key] = attributes, (*announced[key][1], next_hop)
+                else:
+                    announced[key] = route
     peer.routes.update(announced)
 
 
@@ -196,7 +206,8 @@ class Relay:
         self._to_client = bytearray()
         self._allowed = 0  # bytes the client may leave unread
         self._client: socket.socket | None = None
-        Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108 - see above
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         os.umask(0o177)
         self._listener.bind(path)
