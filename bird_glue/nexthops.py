@@ -110,7 +110,9 @@ class Topology:
         whose subnets have no next hops on them, with wildcards. Returns whether it is news.
         """
         found = frozenset(
-            index for index, name in self.names.items() if any(fnmatchcase(name, p) for p in ignored)
+            index
+            for index, name in self.names.items()
+            if any(fnmatchcase(name, p) for p in ignored)
         )
         if (ways, found) == (self._ways, self._ignored):
             return False
