@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from api.net import V4, V6, Net, format_address
+from api.net import BITS, V4, V6, Net, format_address
 from bird_glue.advertise import Speaking
 from bird_glue.announcement import Announcement, Announcements
 from bird_glue.bird_filters import (
     EXTERNAL,
+    WORKLOAD,
     block,
     changed,
     community,
@@ -40,6 +41,7 @@ _ANNOUNCED = "manx_announced"  # an attribute of our own: most peers are told th
 _LOG_BYTES = 1 << 20
 _WAYS = 64  # of one route
 _VERSIONS = (V4, V6)
+_NO_GATEWAY = {V4: "0.0.0.0", V6: "::"}
 _ORIGINS = ("ORIGIN_IGP", "ORIGIN_EGP", "ORIGIN_INCOMPLETE")
 
 
@@ -72,6 +74,7 @@ def render(intent: Intent, wanted: Mapping[Net, Announcements], run_dir: Path) -
         f"graceful restart wait {RECOVERY_SECONDS};\n"
         f"attribute int {_ANNOUNCED};\n"
         f"attribute int {EXTERNAL};\n"
+        f"attribute int {WORKLOAD};\n"
         "ipv4 table igp4;\n"
         "ipv6 table igp6;\n"
         "protocol device { scan time 10; }\n"
@@ -141,8 +144,11 @@ def _as_told(announcement: Announcement, external: bool) -> Announcement:
 
 def _kernel(version: int, metric: int) -> str:
     """``ip route show proto bird metric METRIC``; and what others have put into the kernel."""
-    # of ours, ways to peers (reachableBy) are for BIRD to know; blackholes are not
-    others = f"krt_source != {PROTO_FELIX} && (krt_source != {PROTO_BGP} || dest = RTD_UNICAST)"
+    # Of our own routes BIRD is to know those to pods here, which may be peers, and ways to
+    # peers (reachableBy); not felix's routes to other nodes, nor the blackholes of blocks.
+    pods = f"(net.len = {BITS[version]} && gw = {_NO_GATEWAY[version]})"
+    others = f"(krt_source != {PROTO_FELIX} || {pods})"
+    others += f" && (krt_source != {PROTO_BGP} || dest = RTD_UNICAST)"
     return (
         f"filter kernel_v{version} {{\n"
         f"  if source = RTS_BGP then {{ if programs_v{version}() then accept; }}\n"
@@ -205,9 +211,10 @@ def _sessions(intent: Intent, version: int, own: Own) -> str:
     protocols = []
     for address, neighbor in intent.neighbors.items():
         if address.version == version:
-            accepted = import_body(intent.sessions[address], version)
             to, reflects = intent.speaking[address], intent.guard.cluster_id is not None
-            told = export_body(to, version, own.different.get(address, {}), reflects=reflects)
+            session, different = intent.sessions[address], own.different.get(address, {})
+            accepted = import_body(session, version, workload=to.workload)
+            told = export_body(to, neighbor.local, different, reflects=reflects)
             names = (
                 _filter(filters, f"accepted_v{version}", accepted),
                 _filter(filters, f"told_v{version}", told),
@@ -226,28 +233,31 @@ def _filter(filters: dict[str, str], kind: str, lines: list[str]) -> str:
 
 def export_body(
     to: Speaking,
-    version: int,
+    local: Net,
     different: Mapping[Net, Announcement | None],
     *,
     reflects: bool,
 ) -> list[str]:
     """The filter for what a peer is told; see ``advertise.learned_announcement``.
 
-    ``different``: what it is told of own routes, where most are told something else.
-    ``reflects``: this node is a route reflector.
+    ``local``: where we speak from. ``different``: what it is told of own routes, where most
+    are told something else. ``reflects``: this node is a route reflector.
     """
+    version = local.version
     lines = [
         "if source = RTS_STATIC then {",
         *_differences(different),
         f"if defined({_ANNOUNCED}) then accept;",
         "reject; }",
         "if source != RTS_BGP then reject;",
+        f"if defined({WORKLOAD}) then bgp_next_hop = {format_address(*local[:2])};",
         *rules(to.filters, Direction.EXPORT, version, external=to.external),
     ]
+    others = f"! defined({WORKLOAD})"
     if not reflects:
-        return [*lines, "reject;"]
-    if to.external:
-        lines.append(f"if defined({EXTERNAL}) then reject;")
+        lines.append(f"if {others} then reject;")
+    elif to.external:
+        lines.append(f"if defined({EXTERNAL}) && {others} then reject;")
     lines.append(f"if ! tells_on_v{version}() then reject;")
     for net, values in to.communities:
         if net.version == version:

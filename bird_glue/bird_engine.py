@@ -11,6 +11,7 @@ import logging
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,9 @@ from pathlib import Path
 from api.net import Net
 from bird_glue.announcement import Announcements
 from bird_glue.bird_config import protocol_name, render, unspeakable
+from bird_glue.bird_routes import parse_routes, why_filtered
 from bird_glue.bird_status import ProtocolStatus, error_in_words, parse_protocols
-from bird_glue.birdc import Birdc, BirdError
+from bird_glue.birdc import Birdc, BirdError, Line
 from bird_glue.channel import FromRelay
 from bird_glue.engine import BIRD, EngineEvent, Intent, Report, Restarted
 from bird_glue.process import Bird
@@ -37,6 +39,7 @@ _CHECK_SECONDS = 30.0
 _FRESH_SECONDS = 0.2  # that an answer about sessions counts for
 _LAST_WORDS = 3  # lines
 _REFUSED = "refused by a rule of this node or a BGPFilter"
+_EXPLAINED = 1000  # prefixes of a peer that are refused, at most
 
 
 class BirdEngine:
@@ -59,6 +62,7 @@ class BirdEngine:
         self._backoff: Backoff[str] = Backoff(0.1, 10.0)
         self._rejected: dict[Net, str] = {}
         self._leaving = False
+        self._dead: set[Net] = set()  # ``fail`` was called, and they have not come back
         self._problem = ""
         self._seen: dict[str, ProtocolStatus] = {}
         self._seen_at = 0.0
@@ -157,6 +161,7 @@ class BirdEngine:
 
     def fail(self, peer: Net) -> None:
         """The peer is dead: end its session, and with it its routes; and try again."""
+        self._dead.add(peer)
         self._ask(f"restart {protocol_name(peer)}")
 
     def report(self) -> Mapping[Net, Report]:
@@ -170,15 +175,19 @@ class BirdEngine:
                 continue
             seen = found[name]
             up = seen.state == "Established"
+            if up:
+                self._dead.discard(address)
+            # why one is dead whoever called ``fail`` knows best
+            silent = up or address in self._dead
             reports[address] = Report(
                 state=seen.state,
                 since=seen.since,
-                info="" if up else error_in_words(seen.error, neighbor),
+                info="" if silent else error_in_words(seen.error, neighbor),
                 received=seen.imported + seen.filtered,
                 used=seen.preferred,
                 # until it has recovered nothing of it goes to the kernel
                 installed=self._installed(name, address.version) if up and not recovering else 0,
-                refused={_REFUSED: seen.filtered} if seen.filtered else {},
+                refused=self._refused(address, seen),
             )
         return reports
 
@@ -303,11 +312,15 @@ class BirdEngine:
         return "; ".join(lines[-_LAST_WORDS:])
 
     def _ask(self, command: str) -> list[str]:
+        """An answer's text, line by line; see ``_answer``."""
+        return [line.text for line in self._answer(command)]
+
+    def _answer(self, command: str) -> list[Line]:
         """An answer's lines; empty if there is none, which then is the problem."""
         if self._birdc is None:
             return []
         try:
-            return [line.text for line in self._birdc.ask(command)]
+            return self._birdc.ask(command)
         except BirdError as error:
             self._failed(f"BIRD: {error}")
             return []
@@ -317,14 +330,20 @@ class BirdEngine:
         now = time.monotonic()
         if now - self._seen_at > _FRESH_SECONDS:
             self._seen_at = now
-            self._seen = {}
-            if self._birdc is not None:
-                try:
-                    found = parse_protocols(self._birdc.ask('show protocols all "peer_*"'))
-                    self._seen = {protocol.name: protocol for protocol in found}
-                except BirdError as error:
-                    self._failed(f"BIRD: {error}")
+            found = parse_protocols(self._answer('show protocols all "peer_*"'))
+            self._seen = {protocol.name: protocol for protocol in found}
         return self._seen
+
+    def _refused(self, peer: Net, seen: ProtocolStatus) -> dict[str, int]:
+        """Why prefixes of a peer are not used, and how many. Of very many only their number."""
+        if not seen.filtered or self._intent is None or self._birdc is None:
+            return {}
+        if seen.filtered > _EXPLAINED:
+            return {_REFUSED: seen.filtered}
+        session, guard = self._intent.sessions[peer], self._intent.guard
+        routes = parse_routes(self._answer(f"show route filtered all protocol {seen.name}"))
+        found = (why_filtered(route, peer, session, guard) or _REFUSED for route in routes)
+        return dict(Counter(found))
 
     def _installed(self, name: str, version: int) -> int:
         """How many routes of a peer the kernel gets."""

@@ -23,7 +23,8 @@ from bird_glue.filters import (
 )
 from bird_glue.pools import Pools
 
-EXTERNAL = "manx_external"  # an attribute of our own: the route came by eBGP
+# attributes of our own: the route came by eBGP; from a workload of this node
+EXTERNAL, WORKLOAD = "manx_external", "manx_workload"
 
 
 def prefix_set(patterns: Iterable[str]) -> str:
@@ -72,8 +73,8 @@ def pool_functions(pools: Pools, version: int) -> str:
     )
 
 
-def import_body(session: Session, version: int) -> list[str]:
-    """The filter for what a peer tells."""
+def import_body(session: Session, version: int, *, workload: bool = False) -> list[str]:
+    """The filter for what a peer tells. ``workload``: it is one of this node."""
     own = ", ".join(map(str, sorted(session.own_asns)))
     lines = [
         f"if (filter(bgp_path, [ {own} ])).len > {session.allowed} then reject;",
@@ -81,6 +82,8 @@ def import_body(session: Session, version: int) -> list[str]:
     ]
     if session.external:
         lines.append(f"{EXTERNAL} = 1;")
+    if workload:
+        lines.append(f"{WORKLOAD} = 1;")
     lines += rules(session.filters, Direction.IMPORT, version, external=session.external)
     return [*lines, "accept;"]
 

@@ -7,7 +7,6 @@ BGP's, so for the test the filters take static ones for learned ones.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,16 +16,18 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from api.net import V4, V6, Net, format_address, parse_net
-from bird_glue.advertise import Speaking, learned_announcement
+from bird_glue.advertise import LearnedRoute, Speaking, learned_announcement
 from bird_glue.bird_config import export_body
 from bird_glue.bird_filters import (
     EXTERNAL,
+    WORKLOAD,
     block,
     community,
     forbidden,
     import_body,
     pool_functions,
 )
+from bird_glue.bird_routes import parse_routes
 from bird_glue.birdc import Birdc, BirdError
 from bird_glue.decision import Guard, Session, refusal
 from bird_glue.decision import Path as RoutePath
@@ -188,6 +189,7 @@ def configuration(
     family = f"ipv{version}"
     text = (
         f"router id 1.1.1.1;\nattribute int manx_announced;\nattribute int {EXTERNAL};\n"
+        f"attribute int {WORKLOAD};\n"
         f"{family} table drawn;\nprotocol device {{ }}\n"
     )
     text += forbidden(GUARD, version) + pool_functions(POOLS, version)
@@ -204,37 +206,10 @@ def configuration(
     return text
 
 
-NUMBERS = re.compile(r"\d+")
-
-
 def passed(birdc: Birdc, number: int) -> Told:
     """What is in a table, read from BIRD's text."""
-    found: dict[Net, dict[str, str]] = {}
-    values: dict[str, str] = {}
-    for line in birdc.ask(f"show route table passed{number} all"):
-        text = line.text.strip()
-        if text.startswith("BGP."):
-            name, _, value = text.removeprefix("BGP.").partition(":")
-            values[name] = value
-        elif match := re.match(r"([0-9a-f.:]+/\d+)\s", text):
-            values = found[parse_net(match[1])] = {}
-    return {net: read(values) for net, values in found.items()}
-
-
-def read(values: Mapping[str, str]) -> Attributes:
-    asns = tuple(map(int, values.get("as_path", "").split()))
-    plain, large = (
-        tuple(":".join(NUMBERS.findall(part)) for part in re.findall(r"\([^)]*\)", text))
-        for text in (values.get("community", ""), values.get("large_community", ""))
-    )
-    return Attributes(
-        origin=0,
-        as_path=(Segment("as-sequence", asns),) if asns else (),
-        med=int(values["med"]) if "med" in values else None,
-        local_preference=int(values["local_pref"]),
-        communities=plain,
-        large_communities=large,
-    )
+    shown = parse_routes(birdc.ask(f"show route table passed{number} all"))
+    return {route.net: route.attributes for route in shown}
 
 
 def sorted_communities(told: Told) -> dict[Net, tuple[object, ...]]:
@@ -290,7 +265,7 @@ def merged(attributes: Attributes) -> Attributes:
 
 
 QUICK = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # a failing one takes a second
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -359,16 +334,8 @@ def test_exports(stage: Namespace, tmp_path: Path, version: int, data: st.DataOb
             learned = Speaking(64512, external=external, priority=1024, cluster_id=9)
             if not (reflects or external or peer.external):
                 learned = Speaking(64512, external=True, priority=1024)
-            announcement = learned_announcement(
-                net,
-                path,
-                learned,
-                peer,
-                cluster_id=9 if reflects else None,
-                router_id=7,
-                told=POOLS.exports_learned(net),
-                interface=interface,
-            )
+            route = LearnedRoute(net, path, 7, POOLS.exports_learned(net), interface)
+            announcement = learned_announcement(route, learned, peer, 9 if reflects else None)
             if announcement is not None:
                 facts = RouteFacts(net, path.attributes, peer.external, True, interface)
                 changed = evaluate(peer.filters, Direction.EXPORT, facts).attributes
@@ -383,5 +350,6 @@ def test_exports(stage: Namespace, tmp_path: Path, version: int, data: st.DataOb
                     attributes.large_communities,
                 )
         expected.append(told)
-    bodies = [export_body(peer, version, {}, reflects=reflects) for peer in peers]
+    local = parse_net("172.31.1.11" if version == V4 else "fd00::11")
+    bodies = [export_body(peer, local, {}, reflects=reflects) for peer in peers]
     compare(stage, tmp_path, configuration(version, drawn, bodies), expected)

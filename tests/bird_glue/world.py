@@ -156,8 +156,9 @@ class Station:
         return [line for line in lines if line]
 
     def route_to(self, net: str) -> str:
-        """The routes of protocol 179 to exactly this prefix, as text; empty if none."""
-        return " | ".join(self.routes(f"exact {net} proto 179"))
+        """The routes of BGP to exactly this prefix, as text, whoever wrote them; or empty."""
+        found = [self.routes(f"exact {net} proto {protocol}") for protocol in ("179", "bird")]
+        return " | ".join(line for lines in found for line in lines)
 
     def reaches(self, target: str) -> bool:
         """Whether a single echo request is answered."""
@@ -232,7 +233,8 @@ class Node(Station):
                 found.close()
 
     def logs(self) -> str:
-        names = ("agent.log", "run/exabgp.log", "run/exabgp.out", "run/exabgp.conf", "run/bird.log", "run/bird.out")
+        run = ("exabgp.log", "exabgp.out", "exabgp.conf", "bird.log", "bird.out")
+        names = ("agent.log", *(f"run/{name}" for name in run))
         found = (self.directory / name for name in names)
         return "\n".join(f"--- {p}\n{p.read_text()[-4000:]}" for p in found if p.exists())
 
