@@ -326,6 +326,7 @@ def test_what_is_enforced_stays_while_the_datastore_is_locked(world: World) -> N
         "metadata": {"name": "default"},
         "spec": {"datastoreReady": False},
     }
+    node.settle()  # what came before the lock counts
     lock = node.put(info)
     shut = node.put(policy("shut", selector="app == 'web'", types=["Ingress"]))
     node.settle()
