@@ -144,6 +144,7 @@ class Cluster:
         to_host = receives and target.workload is None
         guard = self._guard(calculator, target.address if to_host else source.address)
         passes = not (from_host or to_host)
+        asked = not (from_host and receives)  # what a node sends to its own is its own affair
         flow = Flow(
             src=source.address,
             dst=target.address,
@@ -152,8 +153,8 @@ class Cluster:
             dst_port=question.port,
             icmp_type=question.icmp_type,
             icmp_code=question.icmp_code,
-            src_endpoint=(source.workload or guard) if sends else None,
-            dst_endpoint=(target.workload or guard) if receives else None,
+            src_endpoint=(source.workload or guard) if sends and asked else None,
+            dst_endpoint=(target.workload or guard) if receives and asked else None,
             entry=guard if passes else None,
             exit=guard if passes else None,
         )

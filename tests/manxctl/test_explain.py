@@ -184,6 +184,13 @@ def test_bad_questions(run: Run, arguments: tuple[str, ...], words: str) -> None
     assert words in result.stderr
 
 
+def test_what_a_node_sends_to_its_pods_is_not_asked_about(run: Run) -> None:
+    found = explain(run, "node-2", "db", "-p", "80")
+    assert found["action"] == "Allow"
+    assert [node["steps"] for node in found["nodes"]] == [[]]
+    assert explain(run, "node-1", "db", "-p", "80")["action"] == "Deny"
+
+
 def test_neither_end_is_ours(run: Run) -> None:
     result = run("explain", "203.0.113.1", "203.0.113.2")
     assert result.stdout.splitlines()[-1] == "Allowed"
