@@ -51,7 +51,8 @@ def test_the_kernel_does_what_the_oracle_says(enforcers: Enforcers, world: dict[
 
 
 @pytest.mark.slow
-@settings(bounded, max_examples=400)
+@pytest.mark.timeout(600)
+@settings(bounded, max_examples=300)
 @given(objects.worlds())
 def test_the_kernel_does_what_the_oracle_says_in_many_worlds(
     enforcers: Enforcers, world: dict[Key, JSON]

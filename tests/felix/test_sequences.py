@@ -80,15 +80,17 @@ class Traffic:
                 range(begin, end): change.steady(probe),
                 range(end, last): change.after.passes(probe),
             }
-            self._check(number, verdicts, dropped)
+            self._check(number, verdicts, dropped, f"{self.backend.value}, {step}")
         if isinstance(step, Backend):
             self.backend = step
 
-    def _check(self, number: int, verdicts: dict[range, bool | None], dropped: int) -> None:
+    def _check(
+        self, number: int, verdicts: dict[range, bool | None], dropped: int, where: str
+    ) -> None:
         allowed = {r for rounds, verdict in verdicts.items() if verdict for r in rounds}
         forbidden = {r for rounds, verdict in verdicts.items() if verdict is False for r in rounds}
         arrived = self.streams.arrived(number, allowed)
-        said = FLOWS[number], verdicts
+        said = where, FLOWS[number], verdicts
         # What a full queue of this machine dropped can't be told from what policy did.
         lost = allowed - arrived if dropped == self.streams.machine_dropped() else set()
         assert not lost, (*said, "lost", sorted(lost))
@@ -146,7 +148,7 @@ steps = st.one_of(
 
 
 @settings(
-    max_examples=15,
+    max_examples=12,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
