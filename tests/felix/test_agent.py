@@ -1,4 +1,4 @@
-"""The agent as a process: start, status, registration, drift, what it refuses."""
+"""The agent as a process: start, status, registration, what it refuses."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from felix.iptables_dataplane import IptablesDataplane
 from felix.registration import AddressError, node_address
 from felix.snapshot import Snapshot
 from kernel.netns import call_inside, inside
-from tests.felix.enforcers import ENFORCERS
 from tests.felix.world import (
     ROOT,
     V3,
     Listener,
     Node,
     cluster,
-    felix_configuration,
     is_dropped,
     policy,
     reaches,
@@ -214,35 +212,6 @@ def test_malformed_objects_are_reported_and_the_rest_goes_on(node: Node) -> None
     assert "expected 1 to 65535" in node.errors()["FelixConfiguration"]
     with Listener(web.netns, 80):
         assert reaches(client.netns, web.address, 80) == client.address
-
-
-@pytest.mark.parametrize("name", ENFORCERS)
-def test_drift_is_found_and_put_right(name: str) -> None:
-    enforcer = ENFORCERS[name]
-    with cluster("node1", iptables=enforcer.iptables) as (node,):
-        intervals = (
-            "iptablesRefreshInterval",
-            "ipsetsRefreshInterval",
-            "nftablesRefreshInterval",
-            "routeRefreshInterval",
-        )
-        node.put(felix_configuration("default", **dict.fromkeys(intervals, "1s")))
-        node.start()
-        web = node.pod("web", "10.0.0.1", labels={"app": "web"})
-        rule = {"action": "Allow", "source": {"selector": "app == 'web'"}}
-        node.put(policy("p", selector="all()", types=["Ingress"], ingress=[rule]))
-        node.settle()
-
-        def state() -> list[str]:
-            return [*enforcer.kernel(node), run(node.netns, "ip", "route").stdout]
-
-        before = state()
-        (drawn,) = (n for n in enforcer.sets(node) if n.removeprefix("cali40")[:2] in ("s:", "s-"))
-        enforcer.break_chains(node, web.interface)
-        enforcer.change_set(node, drawn, remove="10.0.0.1", add="192.0.2.1")
-        run(node.netns, "ip", "route", "del", "10.0.0.1")
-        assert state() != before
-        eventually(lambda: state() == before)
 
 
 def test_the_legacy_backend(node: Node) -> None:

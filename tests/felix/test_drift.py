@@ -92,6 +92,11 @@ def add_a_rule(world: World) -> None:
         world.shell(f"nft insert rule ip calico filter-{name} accept")
 
 
+def break_several(world: World) -> None:
+    """A hook, a chain, a rule of a stranger's and a set of a stranger's."""
+    world.enforcer.break_chains(world.node, world.web.interface)
+
+
 def delete_and_add_a_member(world: World) -> None:
     world.enforcer.change_set(world.node, world.set_name(), remove="10.0.0.2", add="10.0.0.3")
 
@@ -124,6 +129,7 @@ def flush_the_ruleset(world: World) -> None:
 STRANGERS = (
     flush_a_chain,
     add_a_rule,
+    break_several,
     delete_and_add_a_member,
     take_an_interface_from_the_dispatch,
     delete_everything_of_ours,
