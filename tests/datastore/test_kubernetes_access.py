@@ -211,11 +211,9 @@ def test_a_plugin_tells_who_we_are(
 def test_the_rights_in_the_manual_are_enough(server: KubeApiserver, tmp_path: Path) -> None:
     """For a service account with these and no others: what the programs read and write."""
     text = (Path(__file__).parents[2] / "docs" / "datastore.md").read_text()
-    (role,) = (
-        role
-        for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-        if (role := yaml.safe_load(block))["kind"] == "ClusterRole"
-    )
+    documents = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    roles = {document["kind"]: document for document in documents}
+    role, secrets = roles["ClusterRole"], roles["Role"]
     rbac = "/apis/rbac.authorization.k8s.io/v1"
     make(server, f"{rbac}/clusterroles", role)
     account = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts"
@@ -224,6 +222,14 @@ def test_the_rights_in_the_manual_are_enough(server: KubeApiserver, tmp_path: Pa
     reference = {"kind": "ClusterRole", "name": "manx", "apiGroup": "rbac.authorization.k8s.io"}
     binding = {"metadata": {"name": "manx"}, "subjects": [subject], "roleRef": reference}
     make(server, f"{rbac}/clusterrolebindings", binding)
+    secrets["metadata"]["namespace"] = NAMESPACE
+    make(server, f"{rbac}/namespaces/{NAMESPACE}/roles", secrets)
+    reference |= {"kind": "Role", "name": secrets["metadata"]["name"]}
+    make(server, f"{rbac}/namespaces/{NAMESPACE}/rolebindings", binding | {"roleRef": reference})
+    (name,) = secrets["rules"][0]["resourceNames"]
+    for made in (name, "other"):
+        secret = {"metadata": {"name": made}, "data": {"tor": "aGlkZGVu"}}
+        make(server, f"/api/v1/namespaces/{NAMESPACE}/secrets", secret)
     code, answer = server.request("POST", f"{account}/manx/token", {"spec": {}})
     assert code == 201, answer
     config = kubeconfig(server, tmp_path / "account", {"token": answer["status"]["token"]})
@@ -253,6 +259,11 @@ def test_the_rights_in_the_manual_are_enough(server: KubeApiserver, tmp_path: Pa
         store.update(lease, made.value, made.revision)
         with pytest.raises(UnavailableError, match="ClusterRole"):
             store.delete(Key("Pod", "rights", NAMESPACE))
+        assert store.get(Key("Secret", name, NAMESPACE)).value["data"] == {"tor": "aGlkZGVu"}
+        with pytest.raises(UnavailableError):
+            store.get(Key("Secret", "other", NAMESPACE))
+        with pytest.raises(UnavailableError):
+            store.list("Secret")
         for kind in ("IPAMBlock", "BlockAffinity", "IPAMHandle"):
             delete_if_there(store, *(entry.key for entry in store.list(kind).entries))
     delete_pod(server, "rights")
