@@ -41,7 +41,6 @@ _ANNOUNCED = "manx_announced"  # an attribute of our own: most peers are told th
 _LOG_BYTES = 1 << 20
 _WAYS = 64  # of one route
 _VERSIONS = (V4, V6)
-_NO_GATEWAY = {V4: "0.0.0.0", V6: "::"}
 _ORIGINS = ("ORIGIN_IGP", "ORIGIN_EGP", "ORIGIN_INCOMPLETE")
 
 
@@ -146,7 +145,7 @@ def _kernel(version: int, metric: int) -> str:
     """``ip route show proto bird metric METRIC``; and what others have put into the kernel."""
     # Of our own routes BIRD is to know those to pods here, which may be peers, and ways to
     # peers (reachableBy); not felix's routes to other nodes, nor the blackholes of blocks.
-    pods = f"(net.len = {BITS[version]} && gw = {_NO_GATEWAY[version]})"
+    pods = f"(net.len = {BITS[version]} && gw = ::)"  # no gateway, in either version
     others = f"(krt_source != {PROTO_FELIX} || {pods})"
     others += f" && (krt_source != {PROTO_BGP} || dest = RTD_UNICAST)"
     return (

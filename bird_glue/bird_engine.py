@@ -62,7 +62,7 @@ class BirdEngine:
         self._backoff: Backoff[str] = Backoff(0.1, 10.0)
         self._rejected: dict[Net, str] = {}
         self._leaving = False
-        self._dead: set[Net] = set()  # ``fail`` was called, and they have not come back
+        self._dead: dict[Net, str] = {}  # those that have not come back, and why
         self._problem = ""
         self._seen: dict[str, ProtocolStatus] = {}
         self._seen_at = 0.0
@@ -159,10 +159,11 @@ class BirdEngine:
         found = self._look().get(protocol_name(peer))
         return found.exported if found else 0
 
-    def fail(self, peer: Net) -> None:
+    def fail(self, peer: Net, why: str) -> None:
         """The peer is dead: end its session, and with it its routes; and try again."""
-        self._dead.add(peer)
+        self._dead[peer] = why
         self._ask(f"restart {protocol_name(peer)}")
+        self._seen_at = 0.0
 
     def report(self) -> Mapping[Net, Report]:
         """The sessions as BIRD sees them."""
@@ -176,13 +177,12 @@ class BirdEngine:
             seen = found[name]
             up = seen.state == "Established"
             if up:
-                self._dead.discard(address)
-            # why one is dead whoever called ``fail`` knows best
-            silent = up or address in self._dead
+                self._dead.pop(address, None)
+            error = self._dead.get(address) or error_in_words(seen.error, neighbor)
             reports[address] = Report(
                 state=seen.state,
                 since=seen.since,
-                info="" if silent else error_in_words(seen.error, neighbor),
+                info="" if up else error,
                 received=seen.imported + seen.filtered,
                 used=seen.preferred,
                 # until it has recovered nothing of it goes to the kernel

@@ -216,7 +216,7 @@ class Core:
         )
         if ends:
             self._tracker.failed(found.peer, found.info)
-            self._engine.fail(found.peer)
+            self._engine.fail(found.peer, found.info)
 
     def reconcile(self, now: float) -> None:
         """Bring the speaker and the kernel to what should be."""

@@ -117,7 +117,7 @@ class Engine(Protocol):
     def sent(self, peer: Net) -> int:
         """How many prefixes a peer was sent and has not had withdrawn."""
 
-    def fail(self, peer: Net) -> None:
+    def fail(self, peer: Net, why: str) -> None:
         """The peer is dead (BFD): end its session, keep nothing of what it told."""
 
     @property

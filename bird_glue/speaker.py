@@ -116,7 +116,7 @@ class Speaker:
         """Empty: events tell."""
         return {}
 
-    def fail(self, peer: Net) -> None:
+    def fail(self, peer: Net, why: str) -> None:
         """Hang up on a peer that is dead: ``Cease / BFD Down`` (RFC 9384), to nobody probably."""
         if self._dialogue:
             self._dialogue.ask(f"neighbor {format_address(*peer[:2])} teardown {_BFD_DOWN}")
