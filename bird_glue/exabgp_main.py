@@ -3,7 +3,9 @@
 The process writes its own id to the locked file before anything else, so that whoever finds
 the lock taken also finds by whom, wherever the program that started it was killed.
 
-After a peer's outage ExaBGP would wait up to 60 s before it calls again; here a few at most.
+Two of its ways are mended here, which it has no settings for. After a peer's outage it would
+wait up to 60 s before it calls again. And it checks the TTL of packets (RFC 5082) only on
+connections that it made.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from typing import Any
 
 LONGEST_PAUSE = 4  # seconds between two calls
 
@@ -28,9 +31,26 @@ def call_again_soon() -> None:
     Delay.increase = bounded
 
 
+def check_callers() -> None:
+    """Have the kernel drop packets of a peer that called, too, when they come from afar."""
+    from exabgp.reactor import listener
+
+    set_sending_ttl = listener.set_accepted_ttl
+
+    def bounded(connection: Any, neighbor: Any) -> None:
+        set_sending_ttl(connection, neighbor)
+        if neighbor["incoming-ttl"] and connection.io is not None:
+            listener.set_minimum_ttl(
+                connection.io, connection.afi, connection.peer, neighbor["incoming-ttl"]
+            )
+
+    listener.set_accepted_ttl = bounded
+
+
 if __name__ == "__main__":
     _, descriptor, configuration = sys.argv
     os.write(int(descriptor), f"{os.getpid()}\n".encode())
     call_again_soon()
+    check_callers()
     sys.argv = ["exabgp", "server", configuration]
     runpy.run_module("exabgp", run_name="__main__", alter_sys=True)

@@ -122,3 +122,33 @@ def test_ipv6(rack: Rack) -> None:
     eventually(lambda: node.routes("proto 179 exact fd70::/32", "-6") == [])
     store.delete("BGPPeer", "six")
     eventually(lambda: BLOCK6 not in tor.blocks())
+
+
+def test_ttl_security_holds_for_peers_that_call(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A router behind another one, which calls with TTL 255 as one on the link would."""
+    with world(tmp_path_factory.mktemp("far")) as made:
+        node, between, caller = made.node("n1"), made.host("between"), made.bird("caller")
+        connect(node.namespace, "eth0", between.namespace, "a", [f"{NODE}/24", f"{TOR}/24"])
+        connect(caller.namespace, "eth0", between.namespace, "b", ["192.0.2.9/24", "192.0.2.1/24"])
+        node.run("ip", "route", "add", "default", "via", TOR)
+        caller.run("ip", "route", "add", "default", "via", "192.0.2.1")
+        made.store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
+        made.store.node("n1", f"{NODE}/24")
+        made.store.put("BGPPeer", "p", peerIP="192.0.2.9", asNumber=65001, ttlSecurity=2)
+        caller.start(f"""
+            log stderr all;
+            router id 192.0.2.9;
+            protocol device {{ scan time 1; }}
+            protocol bgp n1 {{
+              local 192.0.2.9 as 65001; neighbor {NODE} as 64512; multihop 2; ttl security on;
+              connect delay time 0; connect retry time 1; error wait time 1, 1;
+              ipv4 {{ import all; export none; }};
+            }}
+        """)
+        node.start()
+        eventually(lambda: node.established("192.0.2.9"))
+        # one hop less is allowed than there are: from here on whatever it sends is too far away
+        made.store.put("BGPPeer", "p", peerIP="192.0.2.9", asNumber=65001, ttlSecurity=1)
+        eventually(lambda: not node.established("192.0.2.9"))
+        with pytest.raises(AssertionError):  # both call, each every second or so
+            eventually(lambda: node.established("192.0.2.9"), 4)
