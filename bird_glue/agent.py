@@ -25,7 +25,7 @@ from bird_glue.fib import Fib
 from bird_glue.keepsake import Keepsake
 from bird_glue.resources import GROUPS, KINDS
 from bird_glue.secrets import SecretRead, SecretReader, own_namespace
-from bird_glue.status import Request, StatusServer, status_answer
+from bird_glue.status import BgpStatus, Request, StatusServer, status_answer
 from bird_glue.watch import KernelChanged, KernelReader, KernelWatch, source_of
 from bird_glue.workloads import PeeringAddresses
 from datastore.follower import Follower, InSync, Update
@@ -216,12 +216,21 @@ class Agent:
             case KernelChanged():
                 self._read_due = min(self._read_due, now + _READ_PAUSE)
             case Request(command="status"):
-                followed = self._follower.problem or "followed"
-                item.answer(status_answer(replace(self._core.status(), datastore=followed)))
+                item.answer(status_answer(self._status_now()))
             case Request(command="leave"):
                 self._leave(item, now)
             case Stop():
                 self._stopping = True
+
+    def _status_now(self) -> BgpStatus:
+        status = self._core.status()
+        problems = [
+            f"{group} are not followed, what was known of them stands: {follower.problem}"
+            for group, follower in sorted(self._group_followers.items())
+            if follower.problem
+        ]
+        followed = self._follower.problem or "followed"
+        return replace(status, datastore=followed, problems=status.problems + problems)
 
     def _refuse_requests(self) -> None:
         """Nobody should wait for an answer that won't come."""
