@@ -71,8 +71,10 @@ class Rack:
         eventually(lambda: len(self.learned(self.n1)) == 3)
 
 
-@pytest.fixture(scope="module")
-def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
+@pytest.fixture(scope="module", params=["exabgp", "bird"])
+def rack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Rack]:
     with world(tmp_path_factory.mktemp("announced")) as made:
         n1, n2, tor = made.node("n1"), made.node("n2"), made.bird("tor")
         made.switch("switch", (n1, f"{N1}/24"), (n2, f"{N2}/24"), (tor, f"{TOR}/24"))
@@ -84,6 +86,7 @@ def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
             store.block(name, block)
         pod, borrowed = made.pod(n2, "pod", POD), made.pod(n1, "borrowed", BORROWED)
         tor.start(bird_configuration())
+        n1.engine = n2.engine = request.param
         n1.start()
         n2.start()
         yield Rack(n1, n2, tor, pod, borrowed, made)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.bird_glue.world import Node, World, world
 from tests.support.netns import eventually
 
@@ -15,13 +17,14 @@ RESTORE = ("qdisc", "del", "dev", "eth0", "root")
 CUT = ("qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "8bit", "burst", "1", "limit", "1")
 
 
-def mesh(made: World, count: int) -> list[Node]:
+def mesh(made: World, count: int, engine: str = "") -> list[Node]:
     nodes = [made.node(f"n{n}") for n in range(1, count + 1)]
     made.switch("rack", *((node, f"{host}/24") for node, host in zip(nodes, HOSTS, strict=False)))
     for n, node in enumerate(nodes):
         made.store.node(node.name, f"{HOSTS[n]}/24")
         made.store.block(node.name, f"10.1.{n}.0/26")
     for node in nodes:
+        node.engine = engine
         node.start()
     return nodes
 
@@ -31,10 +34,11 @@ def watched(node: Node, *addresses: str) -> bool:
     return all(p is not None and p.state == "Established" and p.bfd[:2] == "up" for p in found)
 
 
-def test_routes_of_a_node_that_dies_are_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["exabgp", "bird"])
+def test_routes_of_a_node_that_dies_are_gone(tmp_path: Path, engine: str) -> None:
     """It vanishes without a word: nothing is reset, no cable is seen to be unplugged."""
     with world(tmp_path) as made:
-        one, two, three = mesh(made, 3)
+        one, two, three = mesh(made, 3, engine)
         eventually(lambda: watched(one, *HOSTS[1:]) and watched(two, HOSTS[0], HOSTS[2]), 20)
         eventually(lambda: one.route_to("10.1.2.0/26") != "")
         three.run("tc", *CUT)

@@ -62,8 +62,10 @@ class Scene:
     world: World
 
 
-@pytest.fixture
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+@pytest.fixture(params=["exabgp", "bird"])
+def scene(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scene]:
     with world(tmp_path_factory.mktemp("workloads")) as made:
         n1, n2, vm = made.node("n1"), made.node("n2"), made.bird("vm")
         connect(n1.namespace, "eth0", n2.namespace, "eth0", [f"{N1}/24", f"{N2}/24"])
@@ -86,6 +88,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         key, value = endpoint()
         store.put_raw(key.kind, key.name, value, namespace=key.namespace)
         vm.start(BIRD)
+        n1.engine = request.param
         n1.start()
         n2.start()
         yield Scene(n1, n2, vm, made)

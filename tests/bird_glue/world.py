@@ -176,6 +176,7 @@ class Node(Station):
 
     store: Store
     agent: Process
+    engine: str = ""  # where nothing says so, it is the agent that chooses
 
     def start(self, **env: str) -> None:
         self.agent = Process(
@@ -188,6 +189,7 @@ class Node(Station):
                 "MANX_NODENAME": self.name,
                 "MANX_DATASTORE": self.store.url,
                 "MANX_RUN_DIR": str(self.run_dir),
+                "MANX_BGP_ENGINE": self.engine,
                 **env,
             },
         )
