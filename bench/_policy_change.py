@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import socket
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 from api.registry import key_parts
+from bench._measure import quantiles
 from bench._policy_world import PORT, SERVER, Place, World, elsewhere, place, policy, policy_key
 from datastore.interface import JSON, Key
 from felix.calculate import Calculator
@@ -29,6 +32,7 @@ _CHANGES = 300
 _PAUSE = 0.02  # seconds between changes
 _MISSES = 3  # packets in a row that must not arrive, for a change to count as seen
 _PATIENCE = 10.0
+_CALM = 0.001
 
 _SIZES = (100, 1000, 5000)
 _PODS = 50
@@ -36,23 +40,44 @@ _COSTED = 60  # changes
 
 
 def visible() -> dict[str, float]:
-    """Milliseconds from before the write until a packet is treated as the policy says."""
+    """Milliseconds from before the write until a packet is treated as the policy says.
+
+    ``queued`` is how long the agent and this thread were ready and had no CPU: nothing on an idle
+    machine. ``unqueued`` are the changes where that was less than a millisecond.
+    """
     world = World(_POLICIES, _SELECTING)
     with place(world) as where, _ends(where) as (near, far):
-        delays, writes = [], []
+        assert where.node.agent is not None
+        processes = where.node.agent.pid, os.getpid()
+        delays, queued, writes = [], [], []
         for number in range(_CHANGES):
             time.sleep(_PAUSE)
             allow = bool(number % 2)
             changed = policy(world, _SELECTING - 1, allow=allow)
+            waited = _queued(processes)
             begun = time.perf_counter()
             where.node.store.update(policy_key(_SELECTING - 1), changed)
             writes.append(time.perf_counter() - begun)
             delays.append(_seen(near, far, allow) - begun)
+            queued.append(_queued(processes) - waited)
+    calm = [delay for delay, wait in zip(delays, queued, strict=True) if wait < _CALM]
     return {
-        "change_visible_p50_ms": 1000 * statistics.median(delays),
-        "change_visible_p99_ms": 1000 * statistics.quantiles(delays, n=100)[98],
+        **quantiles("change_visible", delays),
+        "change_queued_p99_ms": 1000 * statistics.quantiles(queued, n=100)[98],
+        **(quantiles("change_visible_unqueued", calm) if len(calm) > 1 else {}),
+        "change_unqueued_share": len(calm) / len(delays),
         "change_written_p50_ms": 1000 * statistics.median(writes),
     }
+
+
+def _queued(processes: Iterable[int]) -> float:
+    """Seconds that the threads of processes were ready and had no CPU (schedstat of proc(5))."""
+    stats = [
+        path.read_text().split()
+        for process in processes
+        for path in Path(f"/proc/{process}/task").glob("*/schedstat")
+    ]
+    return sum(int(waited) for _, waited, _ in stats) / 1e9
 
 
 def cost() -> dict[str, float]:
