@@ -293,7 +293,7 @@ class Node:
         if held:  # and nobody used, so they may be about to be collected
             held = tuple(renew(self.cluster.store, attachment.handle))
         addresses = list(held)
-        now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f} +0000 UTC"
+        now = datetime.now(UTC).replace(tzinfo=None).isoformat(" ", "microseconds") + " +0000 UTC"
         attributes = attachment.attributes(self.cluster.node, now)
         features = wanted.features
         for address in features.addresses:

@@ -37,9 +37,7 @@ from kernel.links import (
     is_running,
     link_get,
     link_set,
-    link_up,
     parse_ends,
-    set_inet_conf,
     veth,
 )
 from kernel.neighbours import Neighbour, Neighbours, neighbour_replace
@@ -255,10 +253,8 @@ def faults(host: NetlinkSocket, netns_fd: int, wire: Wire) -> list[str]:
 
 def _node_steps(wire: Wire, index: int) -> list[Step]:
     name = wire.host_interface
-    steps: list[Step] = [
-        (f"sysctl net.ipv4.conf.{name}", set_inet_conf(index, _HOST_CONF)),
-        (f"interface {name}", link_set(index, alias=wire.alias)),
-    ]
+    settings = link_set(index, alias=wire.alias, inet_conf=_HOST_CONF)
+    steps: list[Step] = [(f"interface {name}", settings)]
     for net in wire.addresses:
         # Another wire to the same address, of a container that is gone, gives way.
         route = Route(net, (Hop(index),), protocol=PROTO_FELIX, scope=SCOPE_LINK)
@@ -268,7 +264,7 @@ def _node_steps(wire: Wire, index: int) -> list[Step]:
 
 
 def _container_steps(wire: Wire, index: int) -> list[Step]:
-    steps = [*_readiness_steps(index, wire.interface, wire.forwarding)]
+    steps = [_up_step(index, wire.interface, wire.forwarding)]
     for net in wire.addresses:
         address = Address(index, net, net.length)
         steps.append((address, address_add(address)))
@@ -280,13 +276,10 @@ def _container_steps(wire: Wire, index: int) -> list[Step]:
 # In its namespace nearly every container's interface has the same index, and all have the same
 # way out.
 @lru_cache(maxsize=64)
-def _readiness_steps(index: int, name: str, forwarding: bool) -> tuple[Step, ...]:
-    conf = set_inet_conf(index, {"forwarding": int(forwarding)})
-    return (
-        # IPv4's is what the node has, IPv6's is 0 in a namespace that is new
-        (f"sysctl net.ipv4.conf.{name}.forwarding", conf),
-        (f"interface {name}", link_up(index)),
-    )
+def _up_step(index: int, name: str, forwarding: bool) -> Step:
+    # IPv4's is what the node has, IPv6's is 0 in a namespace that is new
+    conf = {"forwarding": int(forwarding)}
+    return f"interface {name}", link_set(index, up=True, inet_conf=conf)
 
 
 @lru_cache(maxsize=64)

@@ -7,13 +7,13 @@ watches: at most ``HISTORY`` of them, none older than ``HISTORY_SECONDS``.
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 
@@ -43,6 +43,7 @@ _UPDATE = f"UPDATE objects SET revision = ?, value = ? WHERE {_KEY}"
 _DELETE = f"DELETE FROM objects WHERE {_KEY}"
 
 Row = tuple[int, bytes]  # revision and value
+T = TypeVar("T")
 
 
 class SqliteDatastore:
@@ -100,12 +101,15 @@ class SqliteDatastore:
     def create(self, key: Key, value: JSON) -> Entry:
         """Store a new object. Raises AlreadyExistsError."""
         data = orjson.dumps(value)
-        with self._change(key, data) as (connection, revision):
+
+        def insert(connection: sqlite3.Connection, revision: int) -> int:
             try:
                 connection.execute(_INSERT, (key.kind, key.namespace, key.name, revision, data))
             except sqlite3.IntegrityError:
                 raise AlreadyExistsError(f"{key}: exists already", key) from None
-        return Entry(key, orjson.loads(data), str(revision))
+            return revision
+
+        return Entry(key, orjson.loads(data), str(self._change(key, data, insert)))
 
     def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
         """Replace an object, only at ``revision`` when one is given.
@@ -113,23 +117,30 @@ class SqliteDatastore:
         Raises NotFoundError, ConflictError.
         """
         data = orjson.dumps(value)
-        with self._change(key, data) as (connection, new):
-            statement, values = _UPDATE, [new, data, key.kind, key.namespace, key.name]
+        statement = _UPDATE if revision is None else f"{_UPDATE} AND revision = ?"
+
+        def replace(connection: sqlite3.Connection, new: int) -> int:
+            values = [new, data, key.kind, key.namespace, key.name]
             if revision is not None:
-                statement, values = f"{_UPDATE} AND revision = ?", [*values, revision]
+                values.append(revision)
             if not connection.execute(statement, values).rowcount:
                 _unchanged(key, _row(connection, key), revision)
-        return Entry(key, orjson.loads(data), str(new))
+            return new
+
+        return Entry(key, orjson.loads(data), str(self._change(key, data, replace)))
 
     def delete(self, key: Key, revision: str | None = None) -> Entry:
         """Delete an object, only at ``revision`` when one is given; returns what it was.
 
         Raises NotFoundError, ConflictError.
         """
-        with self._change(key, None) as (connection, _):
+
+        def remove(connection: sqlite3.Connection, _: int) -> Row:
             row = _unchanged(key, _row(connection, key), revision)
             connection.execute(_DELETE, (key.kind, key.namespace, key.name))
-        return _entry(key, row)
+            return row
+
+        return _entry(key, self._change(key, None, remove))
 
     def watch(self, kinds: Iterable[str], revision: str | Mapping[str, str]) -> SqliteWatch:
         """Every change of these kinds after ``revision``, which a ``list`` or event gave."""
@@ -146,23 +157,32 @@ class SqliteDatastore:
             watch.close()
         self._file.close()
 
-    @contextlib.contextmanager
-    def _change(self, key: Key, data: bytes | None) -> Iterator[tuple[sqlite3.Connection, int]]:
-        """A transaction that sets an object (``data``) or deletes it (None), and its revision.
+    def _change(
+        self, key: Key, data: bytes | None, do: Callable[[sqlite3.Connection, int], T]
+    ) -> T:
+        """In a transaction, ``do`` sets an object (``data``) or deletes it (None).
 
-        The block does it; an exception means that nothing has changed.
+        It is given the revision of the change; when it raises, nothing has changed.
         """
-        with self._file.writing() as connection:
+        due = False
+
+        def change(connection: sqlite3.Connection) -> T:
+            nonlocal due
             revision = connection.execute(
                 "INSERT INTO changes (time, kind, namespace, name, value) VALUES (?, ?, ?, ?, ?)",
                 (int(time.time()), key.kind, key.namespace, key.name, data),
             ).lastrowid
             assert revision is not None
-            yield connection, revision
+            result = do(connection, revision)
             if revision % _COMPACT_EVERY == 0:
                 self._compact(connection, revision)
-        if revision % _CHECKPOINT_EVERY == 0:
+            due = revision % _CHECKPOINT_EVERY == 0
+            return result
+
+        result = self._file.write(change)
+        if due:
             self._file.checkpoint()
+        return result
 
     def _compact(self, connection: sqlite3.Connection, revision: int) -> None:
         """Forget the oldest changes: always from the front, so that no gap can arise."""

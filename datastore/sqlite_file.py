@@ -124,36 +124,41 @@ class SqliteFile:
             finally:
                 connection.execute("ROLLBACK")
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that writes; committed at the end of the block, undone by an exception.
+    def write(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        """What ``change`` returns, done in a transaction; undone by an exception.
 
         Raises UnavailableError; then nothing was written.
         """
-        with self._explained():
-            if not self._writer_lock.acquire(timeout=_LOCK_SECONDS):
-                raise UnavailableError(self._locked())
-            try:
-                self.check()
-                if self._writer is None:
-                    self._writer = self._connect(0)  # fair waiting instead of SQLite's
-                connection = self._writer
-                try:
-                    _patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
-                    yield connection
-                    connection.execute("COMMIT")
-                except BaseException:
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error:
-                self._drop_writer()
-                raise
-            finally:
-                self._writer_lock.release()
+        if not self._writer_lock.acquire(timeout=_LOCK_SECONDS):
+            raise UnavailableError(self._locked())
+        try:
+            result = self._transact(change)
+        except sqlite3.Error as error:
+            self._drop_writer()
+            raise UnavailableError(self._explain(error)) from error
+        finally:
+            self._writer_lock.release()
         # Watchers look again every second anyway, should this fail or never be reached.
         with contextlib.suppress(OSError):
             os.utime(self.path)
+        return result
+
+    def _transact(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        self.check()
+        connection = self._writer
+        if connection is None:
+            with self._explained():
+                # fair waiting instead of SQLite's
+                connection = self._writer = self._connect(0)
+        try:
+            _patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
+            result = change(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return result
 
     def checkpoint(self) -> None:
         """Move committed pages from the log into the file. May raise UnavailableError.

@@ -32,7 +32,6 @@ from kernel.vxlan import Vxlan, changeable, encode_vxlan, parse_vxlan
 RTM_NEWLINK = 16
 RTM_DELLINK = 17
 RTM_GETLINK = 18
-RTM_SETLINK = 19
 
 _IFF_UP = 0x1
 _IFF_LOWER_UP = 0x10000
@@ -239,8 +238,13 @@ def link_set(
     group: int | None = None,
     netns_fd: int | None = None,
     alias: str | None = None,
+    inet_conf: Mapping[str, int] | None = None,
 ) -> Message:
-    """Change what is given (``ip link set``); ``master_index`` 0 takes it from its bridge."""
+    """Change what is given (``ip link set``); ``master_index`` 0 takes it from its bridge.
+
+    ``inet_conf``: ``net.ipv4.conf.DEVICE.*``, without a path through /proc; raises ValueError for
+    a name that is not one of them.
+    """
     body = _header(index, up=up)
     if name is not None:
         body += attribute_text(_IFLA_IFNAME, name)
@@ -257,6 +261,8 @@ def link_set(
     for kind, value in numbers:
         if value is not None:
             body += attribute_u32(kind, value)
+    if inet_conf is not None:
+        body += _inet_conf(inet_conf)
     return Message(RTM_NEWLINK, 0, body)
 
 
@@ -270,17 +276,12 @@ def set_group(index: int, group: int) -> Message:
     return link_set(index, group=group)
 
 
-def set_inet_conf(index: int, values: Mapping[str, int]) -> Message:
-    """Write ``net.ipv4.conf.DEVICE.*`` of an interface without a path through /proc.
-
-    Raises ValueError for a name that is not one of them.
-    """
+def _inet_conf(values: Mapping[str, int]) -> bytes:
     unknown = values.keys() - _INET_CONF.keys()
     if unknown:
         raise ValueError(f"net.ipv4.conf: no such setting: {', '.join(sorted(unknown))}")
     conf = (attribute_u32(_INET_CONF[name], value) for name, value in values.items())
-    inner = nested(_AF_INET, nested(_IFLA_INET_CONF, *conf))
-    return Message(RTM_SETLINK, 0, _header(index) + nested(_IFLA_AF_SPEC, inner))
+    return nested(_IFLA_AF_SPEC, nested(_AF_INET, nested(_IFLA_INET_CONF, *conf)))
 
 
 def delete_link(link: int | str) -> Message:

@@ -25,7 +25,6 @@ from kernel.links import (
     link_up,
     parse_link,
     set_group,
-    set_inet_conf,
     veth,
 )
 from kernel.netlink import NetlinkSocket
@@ -126,12 +125,12 @@ def test_one_missing_link_is_an_error(netlink: NetlinkSocket) -> None:
 def test_settings_are_written_without_proc(netlink: NetlinkSocket, namespace: Namespace) -> None:
     made = parse_link(netlink.request(veth("one", "two")))
     wanted = {"rp_filter": 1, "proxy_arp": 1, "forwarding": 1, "route_localnet": 1, "arp_ignore": 2}
-    assert netlink.batch([set_inet_conf(made.index, wanted)]) == []
+    assert netlink.batch([link_set(made.index, inet_conf=wanted)]) == []
     with inside(namespace.fd):
         conf = ("net", "ipv4", "conf", "one")
         assert {name: int(sysctl.read((*conf, name))) for name in wanted} == wanted
     with pytest.raises(ValueError, match="no such setting: rpfilter"):
-        set_inet_conf(made.index, {"rpfilter": 1})
+        link_set(made.index, inet_conf={"rpfilter": 1})
 
 
 def test_deletes_take_both_ends(netlink: NetlinkSocket) -> None:
