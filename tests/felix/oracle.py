@@ -108,6 +108,8 @@ class Oracle:
         return any(step.part in EARLY for step in trace)
 
     def _passes(self, probe: Probe, verdict: Verdict) -> bool:
+        if not self._is_there(probe.source) or not self._is_there(_arrival(probe)):
+            return False
         if probe.source == NODE and probe.target < NODE:
             return True  # what the host sends to its workloads is its own affair
         if probe.port == TRANSLATED and _untracked(verdict):
@@ -121,8 +123,7 @@ class Oracle:
     def flow(self, probe: Probe) -> Flow:
         """A probe as the node sees it."""
         source, target = probe.source, probe.target
-        translated = probe.port == TRANSLATED
-        arrives_at = 0 if translated else target
+        translated, arrives_at = probe.port == TRANSLATED, _arrival(probe)
         has_ports = probe.port > 0
         return Flow(
             _address(source, probe.version),
@@ -143,10 +144,15 @@ class Oracle:
     def _end(self, end: int, other: int) -> EndpointId | None:
         """The endpoint that an end is to packets from or to another."""
         if end < NODE:
-            namespace, pod = PODS[end]
-            name = workload_endpoint_name("node1", "k8s", pod, "eth0")
-            return EndpointId("WorkloadEndpoint", namespace, name)
+            return _workload(end)
         return self._guard(other) if end == NODE else None
+
+    def _is_there(self, end: int) -> bool:
+        """Whether the node knows of it: a pod without endpoint sends and gets nothing."""
+        if end >= NODE:
+            return True
+        id = _workload(end)
+        return Key(id.kind, id.name, id.namespace) in self.told
 
     def _guard(self, end: int) -> EndpointId | None:
         """The host endpoint of the interface towards an end."""
@@ -220,6 +226,17 @@ def _subsets(ids: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 def _address(end: int, version: int) -> Net:
     return parse_net(ENDS[end][version])
+
+
+def _arrival(probe: Probe) -> int:
+    """Where a packet goes in the end."""
+    return 0 if probe.port == TRANSLATED else probe.target
+
+
+def _workload(end: int) -> EndpointId:
+    namespace, pod = PODS[end]
+    name = workload_endpoint_name("node1", "k8s", pod, "eth0")
+    return EndpointId("WorkloadEndpoint", namespace, name)
 
 
 def _answer(flow: Flow) -> Flow:

@@ -383,8 +383,10 @@ MAKERS: dict[Key, Callable[[Chance], Spec]] = {
     },
     **{Key("EndpointSlice", name, "red"): some_slice for name in ("web-1", "db-1")},
 }
-# Those that there always are.
-GIVEN = frozenset(key for key in MAKERS if key.kind in ("WorkloadEndpoint", "Namespace"))
+# Those that there always are: namespaces, and the first pod.
+GIVEN = frozenset(
+    (Key("WorkloadEndpoint", "a", "red"), *(Key("Namespace", name) for name in NAMESPACES))
+)
 _LABELLED = {
     "HostEndpoint": ({"role": "host"}, {"role": "host", "app": "web"}, {}),
     "NetworkSet": LABELS,
@@ -427,6 +429,8 @@ def choices(key: Key) -> st.SearchStrategy[JSON | None]:
     """An object as it may be; None: there is none."""
     if key in GIVEN:
         return st.sampled_from(POOLS[key])
+    if key.kind == "WorkloadEndpoint":
+        return st.sampled_from((*POOLS[key], *_SELDOM[: len(POOLS[key]) // 6]))
     return st.sampled_from((*_SELDOM[: len(POOLS[key]) * 3 // 2], *POOLS[key]))
 
 

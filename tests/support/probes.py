@@ -174,7 +174,7 @@ class Prober:
             data = _echo_request(probe.protocol, serial)
         sender = self._stations[probe.source].senders[probe.protocol, probe.version]
         # What the sender's own system refuses has not arrived.
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(OSError):
             sender.sendto(data, (self._address(probe), port))
 
     def _address(self, probe: Probe) -> str:
