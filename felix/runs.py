@@ -32,9 +32,12 @@ from policy.model import (
 )
 
 LEAST = 12  # so many policies in a row are worth an index
-MOST_MEMBERS = 256  # of a set: each is an entry of every index that refers to the set
-MOST_PORTS = 16  # of a rule: the same
+# A rule has a key for each peer and port. Of a set's members, of a rule's nets, and of its ports,
+# with one peer and with more:
+MOST_MEMBERS = 256
 MOST_NETS = 256
+MOST_PORTS = 16
+MOST_PORTS_EACH = 4
 
 _PEERS = {Direction.INGRESS: Peer.SOURCE, Direction.EGRESS: Peer.DESTINATION}
 
@@ -140,9 +143,13 @@ class Runs:
     def bind(self, interface: str, binding: EndpointBinding | None) -> None:
         """The policies of an interface's endpoint as they are now; None: it has no chains."""
         after = tuple(_long_lists(binding)) if binding else ()
-        before = self._bound.pop(interface, ())
+        before = self._bound.get(interface, ())
+        if before == after:
+            return
         if after:
             self._bound[interface] = after
+        else:
+            del self._bound[interface]
         for key in before:
             self._rolls[key].users.discard(interface)
         for key in after:
@@ -303,7 +310,8 @@ def _ticket(rule: Rule, direction: Direction) -> Ticket | None:
         return None
     if match.dst_ports and match.protocol not in PORT_PROTOCOLS:
         return None
-    if sum(last - first + 1 for first, last in match.dst_ports) > MOST_PORTS:
+    most = MOST_PORTS_EACH if sets or len(nets) > 1 else MOST_PORTS
+    if sum(last - first + 1 for first, last in match.dst_ports) > most:
         return None
     ports = {port for first, last in match.dst_ports for port in range(first, last + 1)}
     return Ticket(match.protocol, tuple(sorted(ports)), sets[0] if sets else "", nets or None)

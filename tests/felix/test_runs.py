@@ -16,7 +16,7 @@ from felix.chains import Index, MarkAndReturn, Peer, Ticket
 from felix.index_keys import Keys
 from felix.nftables_index import keys_of
 from felix.policy_rules import UNIFORM, Step
-from felix.runs import LEAST, MOST_MEMBERS, MOST_PORTS, Runs
+from felix.runs import LEAST, MOST_MEMBERS, MOST_PORTS, MOST_PORTS_EACH, Runs
 from kernel.netns import inside
 from policy.engine import SetDelta
 from policy.model import (
@@ -129,6 +129,7 @@ def test_a_staged_policy_stays_where_it_stands() -> None:
     "match",
     [
         Match(protocol=6, dst_ports=(PortRange(1, MOST_PORTS + 1),)),
+        Match(protocol=6, dst_ports=(PortRange(1, MOST_PORTS_EACH + 1),), src_sets=("s:a",)),
         Match(protocol=6, src_sets=("s:a", "s:b")),
         Match(protocol=6, not_src_sets=("s:a",)),
         Match(protocol=6, dst_nets=(parse_net("10.0.0.0/8"),)),
