@@ -21,7 +21,7 @@ from bird_glue.announcement import Announcements
 from bird_glue.bird_config import protocol_name, render, unspeakable
 from bird_glue.bird_routes import parse_routes, why_filtered
 from bird_glue.bird_status import ProtocolStatus, error_in_words, parse_protocols
-from bird_glue.birdc import Birdc, BirdError, Line
+from bird_glue.birdc import Birdc, BirdError, Line, RefusedError
 from bird_glue.channel import FromRelay
 from bird_glue.engine import BIRD, EngineEvent, Intent, Report, Restarted
 from bird_glue.process import Bird
@@ -56,6 +56,7 @@ class BirdEngine:
         self._birdc: Birdc | None = None
         self._intent: Intent | None = None
         self._wanted: Mapping[Net, Announcements] = {}
+        self._advertised = False  # what is wanted is known: until then what runs stays
         self._stale = False  # it runs on something else than is wanted
         self._next = 0.0
         self._started = 0.0
@@ -110,6 +111,7 @@ class BirdEngine:
 
     def advertise(self, wanted: Mapping[Net, Announcements], *, mark_end: bool) -> None:
         """What each peer should be told of our own routes; BIRD marks the end by itself."""
+        self._advertised = True
         if wanted != self._wanted:
             self._wanted = wanted
             self._stale = True
@@ -121,7 +123,7 @@ class BirdEngine:
     def step(self, now: float) -> list[EngineEvent]:
         """Do what is due: see that it runs, and on what is wanted."""
         intent = self._intent
-        if intent is None or self._leaving:
+        if intent is None or not self._advertised or self._leaving:
             return []
         try:
             if self._process is None:
@@ -135,12 +137,12 @@ class BirdEngine:
             if self._stale and now >= self._next:
                 self._next = now + _PAUSE_SECONDS
                 self._load(intent, self._birdc)
-        except BirdError as error:
-            return self._end(str(error), now)
-        except OSError as error:
+        except (OSError, RefusedError) as error:
             self._failed(f"BIRD can't be configured: {error}")
             self._backoff.failed("start", now)
             self._next = now + 1.0
+        except BirdError as error:
+            return self._end(str(error), now)
         return []
 
     def next_due(self, now: float) -> float | None:
@@ -321,9 +323,13 @@ class BirdEngine:
             return []
         try:
             return self._birdc.ask(command)
+        except RefusedError as error:
+            self._failed(f"BIRD: {error}")
         except BirdError as error:
             self._failed(f"BIRD: {error}")
-            return []
+            self._birdc.close()
+            self._birdc = None  # ``step`` connects again, or finds out that it has ended
+        return []
 
     def _look(self) -> dict[str, ProtocolStatus]:
         """The sessions by the name of their protocol, as of just now."""

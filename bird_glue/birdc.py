@@ -18,7 +18,11 @@ _FAILED = 8000
 
 
 class BirdError(Exception):
-    """BIRD doesn't answer, or says no."""
+    """BIRD doesn't answer; after that the conversation is over."""
+
+
+class RefusedError(BirdError):
+    """BIRD says no."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ class Birdc:
         self._socket.close()
 
     def ask(self, command: str) -> list[Line]:
-        """Its answer. Raises BirdError, also where the answer is that it failed."""
+        """Its answer. Raises RefusedError where that is that it failed, and BirdError."""
         try:
             self._socket.sendall(command.encode() + b"\n")
             lines = self._answer()
@@ -67,7 +71,7 @@ class Birdc:
             raise BirdError(f"{self._path}: {command}: {error}") from error
         failed = [line.text for line in lines if line.code >= _FAILED]
         if failed:
-            raise BirdError(f"{command}: {'; '.join(failed)}")
+            raise RefusedError(f"{command}: {'; '.join(failed)}")
         return lines
 
     def _answer(self) -> list[Line]:
