@@ -81,13 +81,8 @@ class Cluster:
         Read once: as for felix, a change needs a restart. Raises CniError.
         """
         if not self._prefix:
-            for name in (f"node.{self.node}", "default"):
-                spec = part(self.memory.value(Key("FelixConfiguration", name)), "spec")
-                if text := spec.get("interfacePrefix"):
-                    prefix = text.split(",")[0]
-                    break
-            else:
-                name, prefix = "default", DEFAULT_PREFIX
+            name, text = self._felix_setting("interfacePrefix")
+            prefix = text.split(",")[0] or DEFAULT_PREFIX
             if not _PREFIX.fullmatch(prefix):
                 raise CniError(
                     INVALID_CONFIGURATION,
@@ -96,6 +91,28 @@ class Cluster:
                 )
             self._prefix = prefix
         return self._prefix
+
+    def mtu_pattern(self) -> re.Pattern[str] | None:
+        """FelixConfiguration ``mtuIfacePattern``; None where it is not set. Raises CniError."""
+        name, text = self._felix_setting("mtuIfacePattern")
+        if not text:
+            return None
+        try:
+            return re.compile(text)
+        except re.error as error:
+            raise CniError(
+                INVALID_CONFIGURATION,
+                f"FelixConfiguration {name}: spec.mtuIfacePattern: {text!r}: expected a regular"
+                f" expression ({error})",
+            ) from None
+
+    def _felix_setting(self, field: str) -> tuple[str, str]:
+        """A text in the FelixConfiguration, that of this node first, and in which it is."""
+        for name in (f"node.{self.node}", "default"):
+            spec = part(self.memory.value(Key("FelixConfiguration", name)), "spec")
+            if text := spec.get(field):
+                return name, str(text)
+        return "default", ""
 
     def node_labels(self) -> dict[str, str]:
         """The labels of this node; none if it is not registered."""

@@ -165,12 +165,10 @@ class IpamPlugin:
 
     def _held(self) -> Iterator[tuple[str, str]]:
         """The attachments of this node that hold addresses, and their handles."""
-        for entry in self._cluster.store.list("IPAMBlock").entries:
-            for owner in (entry.value.get("spec") or {}).get("attributes") or []:
-                attributes = owner.get("secondary") or {}
-                name, node = attributes.get(_ATTACHMENT), attributes.get("node")
-                if name and node == self._cluster.node:
-                    yield name, owner.get("handle_id") or ""
+        for holder in self._records.holders():
+            name = holder.attributes.get(_ATTACHMENT)
+            if name and holder.attributes.get("node") == self._cluster.node:
+                yield name, holder.handle
 
     def _block_of(self, address: Net, handle: str) -> Net:
         stored = self._records.handle(handle)

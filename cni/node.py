@@ -319,9 +319,7 @@ class Node:
         return tuple(sorted(self._allocator.addresses(attachment.handle)))
 
     def _wire(self, attachment: Attachment, addresses: Addresses, wanted: Wanted) -> Wire:
-        mtu = wanted.mtu
-        if not mtu:
-            mtu = wiring.uplink_mtu() - self.cluster.encapsulation_bytes()
+        mtu = wanted.mtu or self._largest_mtu()
         name = self.host_interface(attachment)
         return Wire(
             name,
@@ -332,6 +330,14 @@ class Node:
             mtu,
             forwarding=wanted.forwarding,
         )
+
+    def _largest_mtu(self) -> int:
+        """What the way out of the node carries, less what tunnels add."""
+        mtu = 0
+        if pattern := self.cluster.mtu_pattern():
+            with self.sockets.borrow() as host:
+                mtu = wiring.smallest_mtu(host, pattern)
+        return (mtu or wiring.uplink_mtu()) - self.cluster.encapsulation_bytes()
 
     def _create(self, host: NetlinkSocket, netns_fd: int, wire: Wire) -> Ends:
         """The pair; an interface of a container before us gives way."""

@@ -15,6 +15,7 @@ from cni import wiring
 from cni.attachment import Attachment, from_alias, from_allocation
 from cni.node import Node
 from ipam.orphans import delete_orphans
+from ipam.records import Records
 from kernel.links import Link, Links
 
 _log = logging.getLogger(__name__)
@@ -70,11 +71,8 @@ def _links(node: Node) -> list[Link]:
 
 def _holders(node: Node) -> Iterator[Attachment]:
     """Attachments of this node that hold addresses, in whatever block."""
-    for entry in node.cluster.store.list("IPAMBlock").entries:
-        spec = entry.value.get("spec") or {}
-        for owner in spec.get("attributes") or []:
-            attributes = owner.get("secondary") or {}
-            if attributes.get("node") == node.cluster.node:
-                attachment = from_allocation(owner.get("handle_id") or "", attributes)
-                if attachment is not None:
-                    yield attachment
+    for holder in Records(node.cluster.store).holders():
+        if holder.attributes.get("node") == node.cluster.node:
+            attachment = from_allocation(holder.handle, holder.attributes)
+            if attachment is not None:
+                yield attachment

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -224,6 +225,12 @@ def uplink_mtu() -> int:
         except OSError:
             return DEFAULT_MTU
     return min(mtu, _LARGEST_MTU)
+
+
+def smallest_mtu(host: NetlinkSocket, pattern: re.Pattern[str]) -> int:
+    """The smallest MTU of the node's interfaces in whose names the pattern is found; 0: none is."""
+    links = Links(host).read().values()
+    return min((link.mtu for link in links if pattern.search(link.name)), default=0)
 
 
 def faults(host: NetlinkSocket, netns_fd: int, wire: Wire) -> list[str]:

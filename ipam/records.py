@@ -25,6 +25,7 @@ from datastore.interface import (
     Listing,
     NotFoundError,
     SelectingDatastore,
+    part,
 )
 from ipam.block import Block
 
@@ -67,6 +68,14 @@ class Handle:
 
     id: str
     counts: Mapping[Net, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds addresses of a block: the handle, and what is recorded with them."""
+
+    handle: str
+    attributes: Mapping[str, str]
 
 
 def owner(node: str, type_: str = HOST) -> str:
@@ -113,6 +122,15 @@ class Records:
         for stored in self.blocks(_name_prefix(net)):
             if net.contains(stored.thing.net):
                 yield stored
+
+    def holders(self) -> Iterator[Holder]:
+        """All who hold addresses, once for each block; what makes no sense is left out."""
+        for entry in self._store.list("IPAMBlock").entries:
+            attributes = part(entry.value, "spec").get("attributes")
+            for attribute in attributes if isinstance(attributes, list) else []:
+                if isinstance(attribute, dict):
+                    handle = str(attribute.get("handle_id") or "")
+                    yield Holder(handle, part(attribute, "secondary"))
 
     def create_block(self, block: Block) -> Stored[Block]:
         """Store a new block. Raises AlreadyExistsError."""

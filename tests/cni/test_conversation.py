@@ -320,6 +320,31 @@ def test_mtu_is_that_of_the_uplink_less_the_tunnel(rig: Rig) -> None:
         rig.store.delete(Key("IPPool", "tunnel"))
 
 
+def test_mtu_is_the_smallest_of_the_interfaces_that_are_named(rig: Rig) -> None:
+    configured = Key("FelixConfiguration", f"node.{NODE}")
+    with fresh_namespace() as outside:
+        for name, mtu in (("up0", 9000), ("up1", 4000), ("eth7", 3000)):
+            connect(rig.namespace, name, outside, f"to-{name}", [])
+            run(rig.namespace, "ip", "link", "set", name, "mtu", str(mtu))
+        rig.create(configured.kind, configured.name, spec={"mtuIfacePattern": "^up[0-9]$"})
+        pod = rig.container()
+        try:
+            assert rig.add(pod)["interfaces"][1]["mtu"] == 4000
+            rig.delete(pod)
+            for pattern, mtu in (("7$", 3000), ("^nothing", 1500)):
+                spec = {"mtuIfacePattern": pattern}
+                rig.store.update(configured, rig.store.get(configured).value | {"spec": spec})
+                assert rig.add(pod)["interfaces"][1]["mtu"] == mtu
+                rig.delete(pod)
+            spec = {"mtuIfacePattern": "["}
+            rig.store.update(configured, rig.store.get(configured).value | {"spec": spec})
+            answer = rig.call("ADD", pod)
+            assert answer.code != 0
+            assert "spec.mtuIfacePattern: '['" in answer.json["msg"]
+        finally:
+            rig.store.delete(configured)
+
+
 def test_two_families(rig: Rig) -> None:
     rig.create("IPPool", "six", spec={"cidr": "fd00:65::/64"})
     sysctl(rig.namespace, {"net/ipv6/conf/all/forwarding": "1"})
