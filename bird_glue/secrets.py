@@ -133,7 +133,12 @@ class SecretReader:
             wanted = self._wanted
             self._known = {name: read for name, read in self._known.items() if name in wanted}
             for name in sorted(wanted):
-                read = self._read(name)
+                try:
+                    read = self._read(name)
+                except Exception:
+                    # a bug, in the store: keep the other Secrets going
+                    _log.exception("unexpected error while reading Secret %s", name)
+                    continue
                 if read is not None and read != self._known.get(name):
                     self._known[name] = read
                     self._sink(read)
