@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from api.net import V4, V6, Net
@@ -21,7 +21,7 @@ from felix.calculate import Calculator
 from felix.conntrack_ended import Ended
 from felix.conntrack_judge import Judge
 from felix.desired import Delta
-from kernel.conntrack import Conntrack, Flow
+from kernel.conntrack import Conntrack, Flow, Tuple
 from policy.model import (
     Binding,
     EndpointId,
@@ -55,16 +55,17 @@ def ends_forbidden(env: Mapping[str, str]) -> bool:
 class _Concerned:
     """Whose flows a change may concern. ``everybody``: all of them.
 
-    As a container: of addresses, packed.
+    ``policies``: theirs whom one of these is for. As a container: of addresses, packed.
     """
 
     everybody: bool = False
     hosts: set[Net] = field(default_factory=set)
     networks: set[Net] = field(default_factory=set)
+    policies: set[PolicyId] = field(default_factory=set)
     _packed: frozenset[bytes] = frozenset()
 
     def __bool__(self) -> bool:
-        return self.everybody or bool(self.hosts or self.networks)
+        return self.everybody or bool(self.hosts or self.networks or self.policies)
 
     def __contains__(self, packed: object) -> bool:
         if packed in self._packed:
@@ -87,6 +88,7 @@ class _Concerned:
         self.everybody |= other.everybody
         self.hosts |= other.hosts
         self.networks |= other.networks
+        self.policies |= other.policies
 
     def pack(self) -> None:
         """Get ready to be asked; nothing may be added from now on."""
@@ -106,11 +108,7 @@ class Connections:
         self._reader = Conntrack()
         self._writer = Conntrack()  # a second conversation, in the midst of reading
         self._ended = {version: Ended(version) for version in (V4, V6)}
-        self._judge = Judge(calculator, self._writer.find)
-        self._users: dict[PolicyId, set[EndpointId]] = {}
-        self._uses: dict[EndpointId, frozenset[PolicyId]] = {}
-        for id, binding in calculator.engine.endpoints.items():
-            self._use(id, binding)
+        self._judge = Judge(calculator, self._find)
         self._known = set(calculator.pods)
         self._gone: set[Net] = set()
         self._concerned = _Concerned(everybody=True)
@@ -118,6 +116,7 @@ class Connections:
         self._sweep = True
         self._review: Iterator[None] | None = None
         self._under_review = _Concerned()
+        self._doomed: list[Flow] = []
         self._spent = 0.0
         self._resume = 0.0
         self._problem: str | None = None
@@ -133,17 +132,11 @@ class Connections:
     def note(self, delta: Delta) -> None:
         """What the calculator's last calculation changed. Must be told of every later one."""
         changes = self._calculator.changes
-        self._judge.update(changes)
-        endpoints = set(changes.endpoints)
-        for policy in changes.policies:
-            endpoints |= self._users.get(policy, set())
-        for id, binding in changes.endpoints.items():
-            self._use(id, binding)
+        self._judge.note(changes)
         concerned = self._concerned
-        if delta.settings is not None or any(id.kind == "HostEndpoint" for id in endpoints):
-            concerned.everybody = True
-        for id in endpoints:
-            concerned.add(self._calculator.addresses(id))
+        concerned.everybody |= delta.settings is not None
+        concerned.policies.update(changes.policies)
+        self._add_endpoints(concerned, changes.endpoints)
         for change in changes.sets.values():
             if not (change.created or change.deleted):
                 concerned.add(change.added)
@@ -184,15 +177,18 @@ class Connections:
             return
         assert self._review is not None
         begin = time.perf_counter()
+        self._judge.catch_up()
         try:
             for _ in self._review:
                 if time.perf_counter() - begin > _SLICE:
                     break
             else:
                 self._review = None
+            self._end()  # now: what they are may be allowed the next time
         except OSError as error:
             self._concerned.merge(self._under_review)
             self._review = None
+            self._doomed.clear()
             self._failed(error)
             return
         self._spent += time.perf_counter() - begin
@@ -215,15 +211,14 @@ class Connections:
         if self._problem is not None:
             yield "connection tracking", self._problem
 
-    def _use(self, id: EndpointId, binding: Binding | None) -> None:
-        for policy in self._uses.pop(id, ()):
-            self._users[policy].discard(id)
-            if not self._users[policy]:
-                del self._users[policy]
-        if binding is not None:
-            used = self._uses[id] = _policies(binding)
-            for policy in used:
-                self._users.setdefault(policy, set()).add(id)
+    def _find(self, began: Tuple) -> Flow | None:
+        return self._writer.find(began)
+
+    def _add_endpoints(self, concerned: _Concerned, ids: Iterable[EndpointId]) -> None:
+        for id in ids:
+            if id.kind == "HostEndpoint":
+                concerned.everybody = True
+            concerned.hosts.update(self._calculator.addresses(id))
 
     def _begin(self, now: float, in_force: bool) -> bool:
         """Begin to look at the flows of those concerned, if there are any and it is time."""
@@ -235,6 +230,10 @@ class Connections:
             self._unsure.merge(concerned)
         if not self._ends_forbidden:
             return False
+        if concerned.policies:
+            bindings = self._calculator.engine.endpoints.items()
+            users = (id for id, each in bindings if not concerned.policies.isdisjoint(_used(each)))
+            self._add_endpoints(concerned, users)
         concerned.pack()
         self._judge.look_around()
         self._review = self._steps(concerned)
@@ -245,32 +244,36 @@ class Connections:
         versions = self._calculator.ruleset.versions
         for version in (V4, V6) if self._calculator.guards else versions:
             for flows in self._concerned_flows(concerned, version):
-                doomed = []
                 for flow in flows:
                     if judge.forbids(flow) or (self._sweep and judge.is_stray(flow)):
-                        doomed.append(flow)
+                        self._doomed.append(flow)
                     yield
-                self._end(version, doomed)
             self._ended[version].review(judge.forbids_tuple)
             yield
         self._sweep = False
 
     def _concerned_flows(self, concerned: _Concerned, version: int) -> Iterator[list[Flow]]:
         if concerned.everybody:
-            yield from self._reader.steps(version)
+            # Those of the host alone are of no concern where nothing guards it.
+            everywhere = self._sweep or self._calculator.guards
+            own = None if everywhere else {net.packed() for net in self._calculator.pods}
+            yield from self._reader.steps(version, own)
         elif concerned.networks or len(concerned.hosts) > _FEW:
             yield from self._reader.steps(version, concerned)
         else:
-            own = (net for net in concerned.hosts if net.version == version)
-            yield from map(self._reader.flows_of, own)
+            few = (net for net in concerned.hosts if net.version == version)
+            yield from map(self._reader.flows_of, few)
 
-    def _end(self, version: int, doomed: Sequence[Flow]) -> None:
+    def _end(self) -> None:
+        """End the flows that were found to be forbidden."""
+        doomed, self._doomed = self._doomed, []
         if not doomed:
             return
-        try:
-            self._ended[version].add(doomed)
-        except OSError as error:
-            _log.warning("%s; a server may go on with what policy ended", error)
+        for version, ended in self._ended.items():
+            try:
+                ended.add([flow for flow in doomed if flow.original.src.version == version])
+            except OSError as error:
+                _log.warning("%s; a server may go on with what policy ended", error)
         self._writer.delete(doomed)
         self.ended += len(doomed)
         _log.info("ended %d flows that policy forbids, such as %s", len(doomed), doomed[0])
@@ -286,12 +289,16 @@ class Connections:
         if self._problem != str(error):
             _log.warning("connection tracking: %s; will be tried again", error)
         self._problem = str(error)
+        for conversation in (self._reader, self._writer):
+            conversation.close()  # perhaps in the midst of an answer
+        self._reader, self._writer = Conntrack(), Conntrack()
         self._resume = time.monotonic() + _PATIENCE
 
 
-def _policies(binding: Binding) -> frozenset[PolicyId]:
-    """All that decide."""
-    parts = [binding.part(part) for part in Part] if isinstance(binding, HostBinding) else [binding]
-    return frozenset(
-        id for part in parts for tier in part.tiers for id in (*tier.ingress, *tier.egress)
-    ) | frozenset(id for part in parts for id in part.profiles)
+def _used(binding: Binding) -> Iterator[PolicyId]:
+    """The policies and profiles that decide."""
+    for part in map(binding.part, Part) if isinstance(binding, HostBinding) else (binding,):
+        yield from part.profiles
+        for tier in part.tiers:
+            yield from tier.ingress
+            yield from tier.egress

@@ -44,8 +44,8 @@ class _Protocol(NamedTuple):
     seconds: int
 
 
-_TCP = _Protocol(6, "tcp", 24 * 3600)
-_UDP = _Protocol(17, "udp", 120)
+_TCP = _Protocol(6, "tcp-connections", 24 * 3600)
+_UDP = _Protocol(17, "udp-conversations", 120)
 _PROTOCOLS = (_TCP, _UDP)
 
 
@@ -130,7 +130,7 @@ class Ended:
         self._exists = True
 
     def _rule(self, protocol: _Protocol) -> bytes:
-        """``ct state new tcp flags & (fin|syn|rst|ack) != syn … @tcp counter drop``."""
+        """``ct state new tcp flags & (fin|syn|rst|ack) != syn … @tcp-connections counter drop``."""
         source, size = _SOURCE[self._version], _SIZE[self._version]
         first = nft.NARROW_REGISTER
         second = first + size // 4 + 1

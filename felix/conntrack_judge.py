@@ -21,6 +21,8 @@ from policy.engine import Changes
 from policy.evaluator import Evaluator
 from policy.model import Action, EndpointId
 
+_UDP = 17
+
 # The flow that began so; None: it is gone.
 Find = Callable[[Tuple], Flow | None]
 
@@ -32,12 +34,20 @@ class Judge:
         self._calculator = calculator
         self._find = find
         self._evaluator: Evaluator | None = None  # before the first question
+        self._news: list[Changes] = []
         self._surroundings: _Surroundings | None = None
 
-    def update(self, changes: Changes) -> None:
+    def note(self, changes: Changes) -> None:
         """What the engine's last flush changed. Must be told of every one."""
         if self._evaluator is not None:
+            self._news.append(changes)
+
+    def catch_up(self) -> None:
+        """Judge by what was noted. To be called before anything is judged."""
+        for changes in self._news:
+            assert self._evaluator is not None
             self._evaluator.update(changes)
+        self._news.clear()
 
     def look_around(self) -> None:
         """Forget which addresses the host has, and what is behind its interfaces."""
@@ -72,6 +82,8 @@ class Judge:
         if from_host and (to_host or receiver is not None):
             return False  # not judged at all
         settings = self._calculator.settings
+        if (from_host or to_host) and (began.protocol, port) == (_UDP, settings.vxlan_port):
+            return False  # the nodes' tunnel
         if sender is not None and to_host and settings.endpoint_to_host is EndpointToHost.DROP:
             return True
         entry = exit = None

@@ -7,6 +7,7 @@ through it, translated and not. ``Peer`` is a connection that both ends go on se
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import threading
@@ -529,6 +530,44 @@ def test_what_nobody_has_any_more_is_found_at_the_start(world: Watched) -> None:
     assert world.flows("10.0.1.50") == 1, "no block of ours"
     for net in ("10.0.0.0/26", "10.0.1.0/26"):
         run(world.node.netns, "ip", "route", "del", net)
+
+
+def test_what_fails_is_told_and_tried_again(
+    world: Watched, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("felix.conntrack._PATIENCE", 0.0)
+    peers = connect(world.near, world.pod.netns, POD)
+    world.connections.doubt()
+    with inside(world.node.netns.fd):
+        os.close(world.connections._reader._socket._socket.detach())
+        world.connections.review(time.monotonic() + 1e6, in_force=True)
+    assert list(world.connections.problems()) == [
+        ("connection tracking", "[Errno 9] Bad file descriptor")
+    ]
+    world.enforce(deny("no-near", INGRESS, *nets(NEAR)))
+    assert all_silent(peers)
+
+
+def test_what_is_allowed_again_in_the_midst_of_a_review_goes_on(
+    world: Watched, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged is by policy as it is when a flow is ended."""
+    peers = connect(world.near, world.pod.netns, POD)
+    monkeypatch.setattr("felix.conntrack._SLICE", 0.0)  # one flow a time
+    forbidding = deny("no-near", INGRESS, *nets(NEAR))
+    world.settle = lambda: None  # type: ignore[method-assign]
+    try:
+        world.enforce(forbidding)
+        with inside(world.node.netns.fd):
+            world.connections.review(time.monotonic() + 1e6, in_force=True)
+        assert world.connections.reviewing
+        ended = world.connections.ended
+        world.remove(forbidding)
+    finally:
+        del world.settle
+    world.settle()
+    assert world.connections.ended == ended
+    assert all_live(peers)
 
 
 @pytest.fixture(scope="module")

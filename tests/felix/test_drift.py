@@ -14,8 +14,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kernel.netns import inside
+from felix.chains import Chain, Table
+from felix.desired import ChainKey, Delta, SetKey
+from felix.nftables_dataplane import NftablesDataplane
+from felix.settings import settings
+from kernel.netns import Namespace, inside
 from kernel.nftables import Nftables
+from policy.model import Member
 from tests.felix.enforcers import ENFORCERS, Enforcer
 from tests.felix.world import Flow, Listener, Pod, cluster, felix_configuration, is_dropped, policy
 from tests.support.netns import eventually, run
@@ -247,3 +252,28 @@ def test_who_never_leaves_it_alone_does_not_keep_it_from_its_work(world: World) 
     world.node.delete(key)
     world.node.settle()
     eventually(lambda: world.is_mended(before), 20)
+
+
+def test_nobody_else_changed_anything(namespace: Namespace) -> None:
+    """So that there is no need to look."""
+
+    def members(_: SetKey) -> frozenset[Member]:
+        return frozenset()
+
+    with (
+        inside(namespace.fd),
+        contextlib.closing(NftablesDataplane(settings(), members)) as own,
+        Nftables(4, "other") as other,
+    ):
+        assert not own.untouched()
+        own.read()
+        assert own.untouched()
+        key = ChainKey(4, Table.FILTER, "cali-x")
+        own.want(Delta(chains={key: Chain("cali-x", ())}))
+        assert own.apply_chains(0.0) and own.untouched()
+        transaction = other.transaction()
+        transaction.create_table()
+        other.commit(transaction)
+        assert not own.untouched()
+        own.read()
+        assert own.untouched()
