@@ -21,10 +21,10 @@ from tests.felix.crossroads import Crossroads
 from tests.felix.enforcers import ENFORCERS
 from tests.felix.fabric import Brain
 from tests.felix.oracle import ENDS, PROBES, TRANSLATED, Change
-from tests.felix.world import Node, cluster
+from tests.felix.world import Node, cluster, global_policy
 from tests.policy import objects
 from tests.support.netns import run
-from tests.support.probes import UDP
+from tests.support.probes import UDP, Probe
 from tests.support.streams import Course, Streams
 
 # Some objects become others, or another enforcer takes over.
@@ -138,6 +138,35 @@ def made(node: Node, backend: Backend) -> list[str]:
 def traffic() -> Iterator[Traffic]:
     with ExitStack() as stack:
         yield Traffic(stack)
+
+
+@pytest.mark.parametrize("backend", Backend)
+def test_addresses_move_from_set_to_set(traffic: Traffic, backend: Backend) -> None:
+    """A pod becomes another's friend in another way, alone or together with the policy."""
+    given = {key: objects.POOLS[key][0] for key in objects.GIVEN}
+    pods = [Key("WorkloadEndpoint", name, namespace) for namespace, name in objects.PODS]
+    friend = Probe(2, 1, UDP, 80)  # blue/a to red/b
+
+    def become(label: str, *allowed: str) -> None:
+        labels: tuple[dict[str, str], ...] = ({}, {"role": "x"}, {"app": label})
+        world = given | {
+            key: {"spec": {"labels": own, "account": None, "ports": []}}
+            for key, own in zip(pods, labels, strict=True)
+        }
+        # The sets of all friends are in use anyway.
+        for name, selector, apps in (("a", "!has(role)", "xyz"), ("p", "has(role)", allowed)):
+            rules = [{"action": "Allow", "source": {"selector": f"app == '{a}'"}} for a in apps]
+            spec = {"selector": selector, "types": ["Ingress"], "ingress": rules}
+            world[Key("GlobalNetworkPolicy", name)] = global_policy(name, **spec)
+        traffic.take(dict.fromkeys(traffic.world.keys() - world.keys()) | world)
+        assert traffic.place.oracle.passes(friend)
+
+    traffic.take(backend)
+    become("x", *"xyz")
+    for app in "yzx" * 3:
+        become(app, *"xyz")
+    for app in "xyz" * 3:
+        become(app, app)
 
 
 steps = st.one_of(
