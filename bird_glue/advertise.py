@@ -1,7 +1,8 @@
 """What is told to which peer.
 
 Every node tells every peer its own routes: blocks, exactly, and nothing inside of them;
-addresses of its pods outside of them (borrowed from another node's block); addresses of
+addresses of its pods outside of them (borrowed from another node's block), or whose routes
+have a priority above the normal one (a machine that moves from node to node); addresses of
 services. It never tells one peer what it learned from another, so it is never transit between
 two routers. Only a route reflector (a Node with ``routeReflectorClusterID``) tells on, inside of
 the IP pools and of services' ranges:
@@ -37,6 +38,7 @@ from bird_glue.filters import (
 from bird_glue.messages import Attributes
 from bird_glue.nexthops import Topology
 from bird_glue.pools import Pools
+from bird_glue.settings import DEFAULT_PRIORITY
 
 _NO_EXPORT, _NO_ADVERTISE = "65535:65281", "65535:65282"  # RFC 1997
 # never told, not even their subnets: pods, and what kube-proxy puts service addresses on
@@ -69,12 +71,13 @@ class OwnRoute:
     """A route that this node has not learned by BGP.
 
     ``told``: whether peers are told where no filter decides. ``interface``: that its traffic
-    leaves by, None if it ends here.
+    leaves by, None if it ends here. ``priority``: None for the normal one.
     """
 
     net: Net
     told: bool
     interface: str | None = None
+    priority: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +127,24 @@ def own_routes(
     services: Iterable[Net],
     pools: Pools,
     topology: Topology,
+    priorities: Mapping[int, int],
     ignored_interfaces: tuple[str, ...] = (),
 ) -> tuple[OwnRoute, ...]:
-    """All routes of this node. Those to pods inside of ``blocks`` are never told."""
+    """All routes of this node. Those to pods inside of ``blocks`` are never told, unless they
+    are better than normal: have a metric below that of ``priorities``, by IP version, and below
+    what the kernel gives IPv6 routes without one.
+    """
     blocks = tuple(blocks)
     found: dict[Net, OwnRoute] = {}
     for block in blocks:
         found[block] = OwnRoute(block, pools.exports_own(block))
     for net in services:
         found.setdefault(net, OwnRoute(net, True))
-    for host, ifindex in topology.pods.items():
-        if not any(block.contains(host) for block in blocks):
-            interface = topology.names.get(ifindex)
+    for host, pod in topology.pods.items():
+        interface = topology.names.get(pod.ifindex)
+        if 0 < pod.metric < min(priorities[host.version], DEFAULT_PRIORITY):
+            found[host] = OwnRoute(host, pools.exports_own(host), interface, pod.metric)
+        elif not any(block.contains(host) for block in blocks):
             found.setdefault(host, OwnRoute(host, pools.exports_address(host), interface))
     never = (*ignored_interfaces, *_NEVER_DIRECT)
     for net, connected, hops in topology.routes():
@@ -150,12 +159,15 @@ def own_announcements(
     routes: Iterable[OwnRoute], version: int, speaking: Speaking
 ) -> dict[Net, Announcement]:
     """The routes of this node, of one IP version, for one peer."""
-    plain = Attributes(origin=0, local_preference=HIGHEST_PREFERENCE - speaking.priority)
+    normal = Attributes(origin=0, local_preference=HIGHEST_PREFERENCE - speaking.priority)
     told: dict[Net, Announcement] = {}
     shared: dict[Attributes, Announcement] = {}
     for route in routes:
         if route.net.version != version or not (route.told or speaking.filters):
             continue
+        plain = normal
+        if route.priority is not None:
+            plain = replace(normal, local_preference=HIGHEST_PREFERENCE - route.priority)
         facts = RouteFacts(route.net, plain, speaking.external, False, route.interface)
         attributes = _leaving(facts, speaking, told=route.told)
         if attributes is not None:

@@ -428,6 +428,7 @@ class Core:
             self._resources.announced_services(self._node),
             self._pools,
             self._topology,
+            local.priorities,
             local.ignored_interfaces,
         )
         learned = [] if self._engine.programs or not self._tells_on(local) else self._learned()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from api.net import BITS, V4, V6, Net
 from bird_glue.messages import is_link_local
@@ -67,12 +67,18 @@ class Resolution:
     via: Net
 
 
+class PodRoute(NamedTuple):
+    """felix's route to a pod of this node."""
+
+    ifindex: int
+    metric: int
+
+
 class Topology:
     """The kernel's routes and addresses, less the routes of Manx.
 
     ``running``: the interfaces that have a carrier; without it all count. ``names``: what
-    they are called. ``pods``: addresses of pods that felix has routed here, and their
-    interfaces.
+    they are called. ``pods``: addresses of pods that felix has routed here.
     """
 
     def __init__(
@@ -84,7 +90,7 @@ class Topology:
     ) -> None:
         self.hosts = frozenset(hosts)
         self.names = names or {}
-        self.pods: dict[Net, int] = {}
+        self.pods: dict[Net, PodRoute] = {}
         self._ways: dict[Net, Net] = {}
         self._ignored: frozenset[int] = frozenset()
         self._table: PrefixTable[Route] = PrefixTable()
@@ -93,7 +99,7 @@ class Topology:
         for route in sorted(routes, key=lambda route: -route.metric):
             if route.protocol in (PROTO_BGP, PROTO_FELIX):
                 if route.protocol == PROTO_FELIX and route.net.is_host and _connected(route.hops):
-                    self.pods[route.net] = route.hops[0].ifindex
+                    self.pods[route.net] = PodRoute(route.hops[0].ifindex, route.metric)
                 continue
             hops = tuple(hop for hop in route.hops if running is None or hop.ifindex in running)
             if hops or not route.hops:
@@ -146,7 +152,7 @@ class Topology:
             found_by = self.resolve(self._ways[host])
             return None if found_by is None else Resolution(found_by.hops, False, host)
         if host in self.pods:
-            return Resolution((Hop(self.pods[host], host.address),), True, host)
+            return Resolution((Hop(self.pods[host].ifindex, host.address),), True, host)
         found = self._table.match(host)
         if found is None or found[1].kind != "unicast":
             return None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from api.net import BITS, V4, V6, Net, format_address, host_net
 from bird_glue.nexthops import Topology
+from bird_glue.settings import DEFAULT_PRIORITY
 from kernel.addresses import RTM_DELADDR, RTM_NEWADDR, Addresses
 from kernel.links import RTM_DELLINK, RTM_NEWLINK, Links, parse_link
 from kernel.netlink import Message, NetlinkSocket, attributes
@@ -108,7 +109,7 @@ def _matters(message: Message, blocks: tuple[Net, ...], bird_metrics: frozenset[
         if protocol == PROTO_BIRD:
             metric = attributes(message.body, _RTMSG_SIZE).get(_RTA_PRIORITY, bytes(4))
             return int.from_bytes(metric, sys.byteorder) not in bird_metrics
-        return protocol != PROTO_FELIX or _is_borrowed(message.body, blocks)
+        return protocol != PROTO_FELIX or _is_told(message.body, blocks)
     if message.type in (RTM_NEWLINK, RTM_DELLINK):
         return message.body[0] != _AF_BRIDGE and not parse_link(message.body).name.startswith(
             _POD_PREFIX
@@ -116,12 +117,15 @@ def _matters(message: Message, blocks: tuple[Net, ...], bird_metrics: frozenset[
     return message.type in (RTM_NEWADDR, RTM_DELADDR)
 
 
-def _is_borrowed(route: bytes, blocks: tuple[Net, ...]) -> bool:
-    """Whether a route of felix is to an address outside of the node's blocks."""
+def _is_told(route: bytes, blocks: tuple[Net, ...]) -> bool:
+    """Whether a route of felix is to an address outside of the blocks, or has a metric."""
     version = V4 if route[0] == socket.AF_INET else V6
     destination = attributes(route, _RTMSG_SIZE).get(_RTA_DST, b"")
     if route[_LENGTH_OFFSET] != BITS[version] or not destination:
         return False
+    metric = attributes(route, _RTMSG_SIZE).get(_RTA_PRIORITY, bytes(4))
+    if int.from_bytes(metric, sys.byteorder) not in (0, DEFAULT_PRIORITY):
+        return True
     host = host_net(version, int.from_bytes(destination, "big"))
     return not any(block.contains(host) for block in blocks)
 

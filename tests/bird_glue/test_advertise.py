@@ -30,6 +30,7 @@ POOLS = Pools(
         PoolPolicy(parse_net("10.2.0.0/16"), exported=False, programmed=True),
     )
 )
+METRICS = {4: 1024, 6: 1024}
 ROUTER = Speaking(64512, external=True, priority=1024)
 NODE = Speaking(64512, external=False, priority=1024)
 CLIENT = Speaking(64512, external=False, priority=1024, cluster_id=9)
@@ -44,7 +45,7 @@ PATH = Path(parse_net("10.0.0.1"), parse_net("10.0.0.9"), LEARNED)
 
 
 def own(speaking: Speaking) -> dict[Net, str]:
-    routes = own_routes((BLOCK, HIDDEN, OUTSIDE), (), POOLS, Topology())
+    routes = own_routes((BLOCK, HIDDEN, OUTSIDE), (), POOLS, Topology(), METRICS)
     found = own_announcements(routes, V4, speaking)
     return {net: words(announcement, speaking) for net, announcement in found.items()}
 
@@ -65,7 +66,7 @@ def test_own_blocks_exactly_and_none_of_a_pool_that_is_not_exported() -> None:
     # 2^31 - 1 - 1024, as a Calico node announces a route of normal priority
     preferred = "next-hop self origin igp local-preference 2147482623"
     assert own(NODE) == dict.fromkeys((BLOCK, OUTSIDE), preferred)
-    assert own_announcements(own_routes((BLOCK,), (), POOLS, Topology()), 6, NODE) == {}
+    assert own_announcements(own_routes((BLOCK,), (), POOLS, Topology(), METRICS), 6, NODE) == {}
 
 
 def test_who_hears_of_a_learned_route() -> None:
@@ -133,7 +134,7 @@ TOPOLOGY = Topology(
 
 
 def all_told(speaking: Speaking, *, services: tuple[Net, ...] = ()) -> set[Net]:
-    routes = own_routes((BLOCK, HIDDEN), services, POOLS, TOPOLOGY, ("docker*",))
+    routes = own_routes((BLOCK, HIDDEN), services, POOLS, TOPOLOGY, METRICS, ("docker*",))
     return set(own_announcements(routes, V4, speaking))
 
 
@@ -142,6 +143,20 @@ def test_addresses_of_pods_outside_of_own_blocks() -> None:
     assert all_told(NODE) == all_told(ROUTER) == {BLOCK, HOST}
     service = parse_net("10.96.0.0/12")
     assert all_told(ROUTER, services=(service,)) == {BLOCK, HOST, service}
+
+
+def test_pods_whose_routes_are_better_than_normal() -> None:
+    """A machine that moves here from another node: its address goes before the block's."""
+    routes = [
+        Route(parse_net(text), (Hop(7),), protocol=PROTO_FELIX, metric=metric)
+        for text, metric in (("10.1.0.8", 512), ("10.1.0.9", 1024), ("10.2.0.8", 512))
+    ]
+    found = own_routes((BLOCK, HIDDEN), (), POOLS, Topology(routes), METRICS)
+    told = {
+        net: announcement.attributes.local_preference
+        for net, announcement in own_announcements(found, V4, NODE).items()
+    }
+    assert told == {BLOCK: 2147482623, parse_net("10.1.0.8"): 2147483647 - 512}
 
 
 def with_rules(speaking: Speaking, *rules: Rule) -> Speaking:

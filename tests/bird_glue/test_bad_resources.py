@@ -150,7 +150,7 @@ def test_whatever_is_stored(found: list[tuple[Key, Any]]) -> None:
     pools = resources.pools(local.program_unencapsulated)
     own = own_routes(
         resources.blocks(), resources.announced_services("n1"), pools, Topology(),
-        local.ignored_interfaces,
+        local.priorities, local.ignored_interfaces,
     )  # fmt: skip
     for address in sessions.neighbors:
         speaking = Speaking(

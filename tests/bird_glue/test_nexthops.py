@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.net import BITS, Net, host_net, parse_net
-from bird_glue.nexthops import PrefixTable, Topology
+from bird_glue.nexthops import PodRoute, PrefixTable, Topology
 from kernel.routes import PROTO_BGP, PROTO_FELIX, Hop, Route
 
 
@@ -125,7 +125,7 @@ def test_interfaces_that_are_ignored() -> None:
 def test_names_and_pods() -> None:
     routes = [*ROUTES, Route(net("10.7.0.7"), (Hop(9),), protocol=PROTO_FELIX)]
     topology = Topology(routes, names={2: "eth0", 9: "cali1"})
-    assert topology.pods == {net("10.7.0.7"): 9}
+    assert topology.pods == {net("10.7.0.7"): PodRoute(9, 0)}
     assert topology.interface((Hop(2),)) == "eth0"
     assert topology.interface((Hop(3),)) is None
     assert topology.interface(()) is None
