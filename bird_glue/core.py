@@ -169,7 +169,7 @@ class Core:
     def set_topology(self, topology: Topology) -> None:
         """The kernel's routes or addresses are these."""
         if topology.pods != self._topology.pods:
-            self._topology.pods = topology.pods
+            self._topology.pods, self._topology.names = topology.pods, topology.names
             self._advertise_due = True
             if self._workload_peers:  # their routes lead to pods
                 self._rib.set_topology(self._topology)
