@@ -124,6 +124,7 @@ class Connections:
 
     def close(self) -> None:
         """Close the sockets. What is in the kernel stays."""
+        self._judge.look_around()
         self._reader.close()
         self._writer.close()
         for ended in self._ended.values():

@@ -88,6 +88,14 @@ class Ended:
 
         They are asked about as their client began them.
         """
+        try:
+            self._review(is_forbidden)
+        except (NftablesError, FileNotFoundError):
+            # Some went by themselves meanwhile, or somebody else removed all of them.
+            self._exists = None
+            self._review(is_forbidden)
+
+    def _review(self, is_forbidden: Callable[[Tuple], bool]) -> None:
         if self._exists is None:
             self._exists = self._nftables.exists()
         if not self._exists:
@@ -95,11 +103,7 @@ class Ended:
         transaction = self._nftables.transaction()
         needed = False
         for protocol in _PROTOCOLS:
-            try:
-                keys = self._nftables.keys(protocol.name)
-            except FileNotFoundError:
-                self._exists = None
-                return
+            keys = self._nftables.keys(protocol.name)
             allowed = {key for key in keys if not is_forbidden(self._began(protocol, key))}
             transaction.delete_keys(protocol.name, allowed)
             needed = needed or allowed != keys

@@ -51,7 +51,9 @@ class Judge:
 
     def look_around(self) -> None:
         """Forget which addresses the host has, and what is behind its interfaces."""
-        self._surroundings = None
+        if self._surroundings is not None:
+            self._surroundings.close()
+            self._surroundings = None
 
     def is_stray(self, flow: Flow) -> bool:
         """Whether an end is in a block of this node's, but nobody has that address."""
@@ -132,11 +134,15 @@ class _Surroundings:
     """The host's own addresses, and by which interface it reaches others."""
 
     def __init__(self) -> None:
-        found = host_addresses()
-        self.own = frozenset(address for own in found.values() for address in own)
+        self.own = frozenset(net for own in host_addresses().values() for net in own)
+        self._netlink = NetlinkSocket()
         self._names: Mapping[int, str] | None = None
         self._behind: dict[Net, str] = {}
         self._taken: frozenset[Net] | None = None
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._netlink.close()
 
     def taken(self, calculator: Calculator) -> frozenset[Net]:
         """The addresses that somebody in the cluster has, and the host's own."""
@@ -146,12 +152,10 @@ class _Surroundings:
 
     def behind(self, address: Net) -> str:
         """The interface that packets to an address leave by; empty: none."""
+        if self._names is None:
+            self._names = {link.index: link.name for link in Links(self._netlink).read().values()}
         if address not in self._behind:
-            with NetlinkSocket() as netlink:
-                if self._names is None:
-                    links = Links(netlink).read().values()
-                    self._names = {link.index: link.name for link in links}
-                route = Routes(netlink).lookup(address)
+            route = Routes(self._netlink).lookup(address)
             hops = route.hops if route else ()
             self._behind[address] = self._names.get(hops[0].ifindex, "") if hops else ""
         return self._behind[address]
