@@ -259,15 +259,11 @@ def parse_call(environment: Mapping[str, str], configuration: bytes) -> Call:
 
 
 def _parse_again(data: bytes, command: str) -> NetworkConfiguration:
-    """``parse_configuration``, which for one ADD after the other has the same to read."""
-    if command == "ADD" and len(data) <= _OFTEN_SEEN_BYTES:
-        return _often_seen(data)
-    return parse_configuration(data, command)
-
-
-@lru_cache(maxsize=16)
-def _often_seen(data: bytes) -> NetworkConfiguration:
-    return parse_configuration(data, "ADD")
+    """``parse_configuration``, which for one ADD or DEL after the other has the same to read."""
+    often_seen = _OFTEN_SEEN.get(command)
+    if often_seen is None or len(data) > _OFTEN_SEEN_BYTES:
+        return parse_configuration(data, command)
+    return often_seen(data, command)
 
 
 def parse_configuration(data: bytes, command: str) -> NetworkConfiguration:
@@ -285,6 +281,10 @@ def parse_configuration(data: bytes, command: str) -> NetworkConfiguration:
         )
     _check_version(document.get("cniVersion", "0.1.0"), command)
     return _validate(NetworkConfiguration, document)
+
+
+# Apart, since DELs may come with what each ADD returned.
+_OFTEN_SEEN = {verb: lru_cache(maxsize=16)(parse_configuration) for verb in ("ADD", "DEL")}
 
 
 def _check_version(version: object, command: str) -> None:

@@ -29,7 +29,7 @@ _SWITCH_INTERVAL = 0.0005
 # compute while the others wait for the kernel's lock (measured: 3 are too few beside others who
 # change interfaces, 64 take twice as long). Other stores are what most wait for most of the time.
 _LOCAL = "sqlite:"
-_TURNS = 6
+_TURNS = 8
 
 _END = (signal.SIGTERM, signal.SIGINT)
 
