@@ -43,6 +43,13 @@ _NDA_DST = 1
 _NUD_FAILED = 0x20
 _FAMILY = {V4: socket.AF_INET, V6: socket.AF_INET6}
 
+_HEADER_SIZE, _TYPE_OFFSET = 16, 4  # of struct nlmsghdr
+# linux/filter.h, linux/bpf_common.h
+_BPF_LOAD_HALF, _BPF_LOAD_BYTE, _BPF_LOAD_WORD, _BPF_LOAD_WORD_AT_X = 0x28, 0x30, 0x20, 0x40
+_BPF_LOAD, _BPF_LOAD_X, _BPF_TO_X, _BPF_JUMP_IF_EQUAL = 0x00, 0x01, 0x07, 0x15
+_BPF_KEEP, _BPF_DROP = (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)
+_SKF_AD_NLATTR = 0xFFFFF000 + 12  # finds the attribute X of a message, from A on
+
 
 @dataclass(frozen=True, slots=True)
 class KernelChanged:
@@ -54,16 +61,31 @@ class KernelWatch:
 
     Interfaces of pods are left out, routes to pods inside of ``blocks``, and what BIRD writes
     with one of ``bird_metrics``. ``stop`` may come from any thread, once.
+
+    Of the routes that BGP itself writes, of which there may be thousands at once, the kernel
+    doesn't even wake the thread.
     """
 
     def __init__(self, sink: Callable[[KernelChanged], object]) -> None:
         self._sink = sink
         self.blocks: tuple[Net, ...] = ()
-        self.bird_metrics: frozenset[int] = frozenset()
+        self._bird_metrics: frozenset[int] = frozenset()
         self._socket = NetlinkSocket(groups=_GROUPS)
+        self._socket.set_filter(_written_by_bgp(self._bird_metrics))
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._told = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kernel-watch", daemon=True)
+
+    @property
+    def bird_metrics(self) -> frozenset[int]:
+        """The metrics of BIRD's routes that are our business; empty while it doesn't run."""
+        return self._bird_metrics
+
+    @bird_metrics.setter
+    def bird_metrics(self, metrics: frozenset[int]) -> None:
+        if metrics != self._bird_metrics:
+            self._bird_metrics = metrics
+            self._socket.set_filter(_written_by_bgp(metrics))
 
     def start(self) -> None:
         """Start telling."""
@@ -97,19 +119,49 @@ class KernelWatch:
             if error.errno != errno.ENOBUFS:
                 raise
             return True
-        blocks, metrics = self.blocks, self.bird_metrics
-        return any(_matters(message, blocks, metrics) for message in messages)
+        return any(_matters(message, self.blocks) for message in messages)
 
 
-def _matters(message: Message, blocks: tuple[Net, ...], bird_metrics: frozenset[int]) -> bool:
+def _written_by_bgp(bird_metrics: frozenset[int]) -> list[tuple[int, int, int, int]]:
+    """A BPF program that drops new routes of BGP, and all of BIRD with one of the metrics.
+
+    A route of BGP that goes is heard of: it may be someone who should not that deletes it.
+    """
+    drop = [(_BPF_JUMP_IF_EQUAL, 0, 1, _loaded(m, 4)) for m in sorted(bird_metrics)]
+    of_bird = [
+        (_BPF_LOAD, 0, 0, _HEADER_SIZE + _RTMSG_SIZE),
+        (_BPF_LOAD_X, 0, 0, _RTA_PRIORITY),
+        (_BPF_LOAD_WORD, 0, 0, _SKF_AD_NLATTR),  # where the attribute is
+        (_BPF_JUMP_IF_EQUAL, 0, 1, 0),
+        _BPF_KEEP,
+        (_BPF_TO_X, 0, 0, 0),
+        (_BPF_LOAD_WORD_AT_X, 0, 0, 4),
+        *(step for test in drop for step in (test, _BPF_DROP)),
+        _BPF_KEEP,
+    ]
+    new = [
+        (_BPF_JUMP_IF_EQUAL, 0, 3, _loaded(RTM_NEWROUTE, 2)),
+        (_BPF_LOAD_BYTE, 0, 0, _HEADER_SIZE + _PROTOCOL_OFFSET),
+        (_BPF_JUMP_IF_EQUAL, 0, 4, PROTO_BGP),
+        _BPF_DROP,
+    ]
+    gone = [
+        (_BPF_JUMP_IF_EQUAL, 1, 0, _loaded(RTM_DELROUTE, 2)),
+        _BPF_KEEP,
+        (_BPF_LOAD_BYTE, 0, 0, _HEADER_SIZE + _PROTOCOL_OFFSET),
+    ]
+    bird = [(_BPF_JUMP_IF_EQUAL, 1, 0, PROTO_BIRD), _BPF_KEEP]
+    return [(_BPF_LOAD_HALF, 0, 0, _TYPE_OFFSET), *new, *gone, *bird, *of_bird]
+
+
+def _loaded(number: int, size: int) -> int:
+    """What a number in host order is where BPF loads it, in network order."""
+    return int.from_bytes(number.to_bytes(size, sys.byteorder), "big")
+
+
+def _matters(message: Message, blocks: tuple[Net, ...]) -> bool:
     if message.type in (RTM_NEWROUTE, RTM_DELROUTE):
-        protocol = message.body[_PROTOCOL_OFFSET]
-        if protocol == PROTO_BGP:
-            return message.type == RTM_DELROUTE  # by us, or by someone who should not
-        if protocol == PROTO_BIRD:
-            metric = attributes(message.body, _RTMSG_SIZE).get(_RTA_PRIORITY, bytes(4))
-            return int.from_bytes(metric, sys.byteorder) not in bird_metrics
-        return protocol != PROTO_FELIX or _is_told(message.body, blocks)
+        return message.body[_PROTOCOL_OFFSET] != PROTO_FELIX or _is_told(message.body, blocks)
     if message.type in (RTM_NEWLINK, RTM_DELLINK):
         return message.body[0] != _AF_BRIDGE and not parse_link(message.body).name.startswith(
             _POD_PREFIX

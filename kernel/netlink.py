@@ -6,6 +6,7 @@ attributes (encode, parse), batches and dumps. See netlink(7), rtnetlink(7).
 
 from __future__ import annotations
 
+import array
 import errno
 import os
 import socket
@@ -41,6 +42,7 @@ _NETLINK_EXT_ACK = 11
 _NETLINK_GET_STRICT_CHK = 12
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
+_SO_ATTACH_FILTER = 26
 
 # linux/netlink.h: in the flags of an NLMSG_ERROR
 _NLM_F_CAPPED = 0x100
@@ -51,6 +53,7 @@ _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port id
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _INT = struct.Struct("=i")
 _U32 = struct.Struct("=I")
+_INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter
 
 # Room in the receive buffer for an answer to every message of a window even if all fail.
 _WINDOW_MESSAGES = 1000
@@ -231,6 +234,18 @@ class NetlinkSocket:
         """The number by which the kernel names this socket to those who hear of its changes."""
         own: tuple[int, int] = self._socket.getsockname()
         return own[0]
+
+    def set_filter(self, program: Sequence[tuple[int, int, int, int]]) -> None:
+        """Have the kernel drop what this socket need not hear, before it wakes anybody.
+
+        ``program``: classic BPF, (code, jump if true, jump if false, k), from the message's
+        header on. Socket(7), SO_ATTACH_FILTER.
+        """
+        code = array.array("B", b"".join(_INSTRUCTION.pack(*step) for step in program))
+        location, _ = code.buffer_info()
+        self._socket.setsockopt(
+            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program), location)
+        )
 
     def close(self) -> None:
         """Close the socket."""
