@@ -140,12 +140,12 @@ class Node:
         name = self.host_interface(attachment)
         with self._locks.hold(name), self.sockets.borrow() as host:
             held = self._addresses(attachment)
-            wire = self._complete(attachment, held, host, netns_fd, wanted) if held else None
+            wire = self._complete(attachment, name, held, host, netns_fd, wanted) if held else None
             if wire is not None:
                 return Attached(wire, fresh=False)
             try:
                 lease = wanted.delegate.add() if wanted.delegate else None
-                return self._attach(attachment, held, host, netns_fd, wanted, lease)
+                return self._attach(attachment, name, held, host, netns_fd, wanted, lease)
             except BaseException:
                 self._roll_back(attachment, name, wanted.delegate)
                 raise
@@ -231,6 +231,7 @@ class Node:
     def _complete(
         self,
         attachment: Attachment,
+        name: str,
         held: Addresses,
         host: NetlinkSocket,
         netns_fd: int,
@@ -244,7 +245,7 @@ class Node:
             return None
         if self._endpoint_faults(attachment, held):
             return None
-        wire = self._wire(attachment, held, wanted)
+        wire = self._wire(attachment, name, held, wanted)
         link = wiring.find(host, wire.host_interface)
         if link is None or wiring.faults(host, netns_fd, wire):
             return None
@@ -254,6 +255,7 @@ class Node:
     def _attach(
         self,
         attachment: Attachment,
+        name: str,
         held: Addresses,
         host: NetlinkSocket,
         netns_fd: int,
@@ -267,7 +269,7 @@ class Node:
             addresses = features.addresses
         else:
             addresses = self._assign(attachment, held, wanted)
-        wire = self._wire(attachment, addresses, wanted)
+        wire = self._wire(attachment, name, addresses, wanted)
         if lease:
             wire = replace(wire, routes=lease.routes)
         ends = self._create(host, netns_fd, wire)
@@ -318,9 +320,10 @@ class Node:
     def _addresses(self, attachment: Attachment) -> Addresses:
         return tuple(sorted(self._allocator.addresses(attachment.handle)))
 
-    def _wire(self, attachment: Attachment, addresses: Addresses, wanted: Wanted) -> Wire:
+    def _wire(
+        self, attachment: Attachment, name: str, addresses: Addresses, wanted: Wanted
+    ) -> Wire:
         mtu = wanted.mtu or self._largest_mtu()
-        name = self.host_interface(attachment)
         return Wire(
             name,
             attachment.ifname,

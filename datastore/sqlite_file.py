@@ -67,6 +67,7 @@ class SqliteFile:
 
     def __init__(self, path: Path, synchronous: str) -> None:
         self.path = path
+        self._name = str(path)
         self._synchronous = synchronous
         self._pinned: tuple[int, int] | None = None  # device and inode
         self._writer: sqlite3.Connection | None = None
@@ -140,7 +141,7 @@ class SqliteFile:
             self._writer_lock.release()
         # Watchers look again every second anyway, should this fail or never be reached.
         with contextlib.suppress(OSError):
-            os.utime(self.path)
+            os.utime(self._name)
         return result
 
     def _transact(self, change: Callable[[sqlite3.Connection], T]) -> T:
@@ -199,7 +200,7 @@ class SqliteFile:
         if self._pinned is None:
             return
         try:
-            found = self.path.stat()
+            found = os.stat(self._name)  # noqa: PTH116 - several times in every operation
         except OSError as error:
             raise UnavailableError(
                 f"datastore {self.path}: was removed while in use ({error.strerror});"
