@@ -64,7 +64,8 @@ class _Table:
     def configure(self, renderer: Renderer, *, append: bool) -> None:
         """Marks and places may have changed: everything is rendered again."""
         if append != self._append:
-            self.rules.vanished(self._hooks)
+            # They are there, and may have to go, but not where they should be.
+            self.rules.found({**self.rules.actual, **dict.fromkeys(self._hooks, _UNKNOWN)})
         self._renderer, self._append = renderer, append
         for chain in list(self._neutral.values()):
             self.want_chain(chain.name, chain)

@@ -259,6 +259,8 @@ def _workload_to_host(settings: Settings, version: int) -> Chain:
     rules += (
         ChainRule(ClearMarks(Mark.ACCEPT | Mark.PASS)),
         ChainRule(Jump(names.FROM_WORKLOAD)),
+        # Where what is allowed is returned, answers to the host come back here as all else does.
+        ChainRule(Allow(), ESTABLISHED),
         ChainRule(_TO_HOST[settings.endpoint_to_host], comment="DefaultEndpointToHostAction"),
     )
     return Chain(names.WORKLOAD_TO_HOST, tuple(rules))

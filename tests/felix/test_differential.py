@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,12 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from datastore.interface import JSON, Key
 from tests.felix.crossroads import Crossroads
 from tests.felix.fabric import MAKERS
+from tests.felix.world import felix_configuration
 from tests.policy import objects
+from tests.policy.objects import GIVEN, POOLS
 from tests.support.probes import Prober
 
 Enforcers = dict[str, tuple[Crossroads, Prober]]
 bounded = settings(
-    max_examples=60,
+    max_examples=50,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -48,6 +51,28 @@ def check(enforcers: Enforcers, world: dict[Key, JSON]) -> None:
 @given(objects.worlds())
 def test_the_kernel_does_what_the_oracle_says(enforcers: Enforcers, world: dict[Key, JSON]) -> None:
     check(enforcers, world)
+
+
+def plain(*objects: JSON, **settings: Any) -> dict[Key, JSON]:
+    """The namespaces and one pod, these objects, and settings of felix."""
+    world = {key: pool[0] for key, pool in POOLS.items() if key in GIVEN}
+    for obj in (*objects, felix_configuration("default", **settings)):
+        world[Key(obj["kind"], obj["metadata"]["name"])] = obj
+    return world
+
+
+def test_pods_answer_their_node_where_what_is_allowed_is_returned(enforcers: Enforcers) -> None:
+    returns = {f"{enforcer}FilterAllowAction": "Return" for enforcer in ("iptables", "nftables")}
+    check(enforcers, plain(**returns, defaultEndpointToHostAction="Drop"))
+
+
+def test_hooks_go_while_their_place_changes(
+    enforcers: Enforcers, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = next(iter(POOLS[Key("HostEndpoint", "near")]))
+    check(enforcers, plain(host, chainInsertMode="Insert"))
+    check(enforcers, plain(chainInsertMode="Append"))
+    assert caplog.messages == []
 
 
 @pytest.mark.slow

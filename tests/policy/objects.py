@@ -315,7 +315,19 @@ def some_slice(chance: Chance) -> Spec:
 
 
 def some_settings(chance: Chance) -> Spec:
-    return {"defaultEndpointToHostAction": chance.choice(("Drop", "Accept", "Return"))}
+    spec: Spec = {"defaultEndpointToHostAction": chance.choice(("Drop", "Accept", "Return"))}
+    for enforcer in ("iptables", "nftables"):
+        spec |= some(
+            chance,
+            {
+                f"{enforcer}FilterAllowAction": ("Accept", "Return"),
+                f"{enforcer}MangleAllowAction": ("Accept", "Return"),
+                f"{enforcer}FilterDenyAction": ("Drop", "Reject"),
+                f"{enforcer}MarkMask": (0xFFFF0000, 0xFF00),
+            },
+            0.3,
+        )
+    return spec | some(chance, {"chainInsertMode": ("Insert", "Append")}, 0.3)
 
 
 def some_pod(chance: Chance) -> Spec:
