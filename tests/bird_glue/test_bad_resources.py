@@ -127,7 +127,7 @@ def test_all_kinds_are_among_the_examples() -> None:
     assert set(KINDS) <= {key.kind for key, _ in EXAMPLES}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(objects(), max_size=10))
 def test_whatever_is_stored(found: list[tuple[Key, Any]]) -> None:
     resources = Resources("n1", pod_cidrs=True)

@@ -218,7 +218,7 @@ ROUTES = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(FILTERS, max_size=3), ROUTES)
 def test_filters_one_after_the_other_decide_as_one(
     filters: list[Filter], facts: RouteFacts
@@ -237,7 +237,7 @@ def test_filters_one_after_the_other_decide_as_one(
     assert 0 <= prepended <= 9
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(SEGMENTS, max_size=4).map(tuple), st.lists(ASNS, min_size=1, max_size=3))
 def test_what_was_prepended_begins_the_path(path: tuple[Segment, ...], asns: list[int]) -> None:
     prepend = Rule(accept=True, operations=(PrependAsPath(tuple(asns)),))

@@ -7,7 +7,7 @@ import queue
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.net import parse_net
@@ -62,6 +62,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.fixed_dictionaries({}, optional={"data": JSON, "stringData": JSON}))
 def test_whatever_a_secret_holds(secret: dict[str, object]) -> None:
     for value in values_of(secret).values():

@@ -151,7 +151,7 @@ OBJECTS = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(OBJECTS, st.booleans()), max_size=12))
 def test_only_what_is_counts_not_how_it_came_about(
     changes: list[tuple[tuple[Key, JSON], bool]],
