@@ -8,6 +8,7 @@ on, and the next one takes over.
 from __future__ import annotations
 
 import fcntl
+import gc
 import logging
 import os
 import queue
@@ -38,6 +39,9 @@ _RESYNC_SECONDS = 60.0
 _READ_PAUSE = 0.2  # between two looks at the kernel
 _LEAVE_SECONDS = 5.0
 _INIT = 1
+# Thousands of routes come at once, and are here to stay; looking through all objects for
+# cycles at each few hundred new ones takes longer than taking them in.
+_GC = 50_000, 20, 50
 
 
 class AlreadyRunningError(Exception):
@@ -109,7 +113,7 @@ class Agent:
             source_of=source_of,
             pod_cidrs=pod_cidrs,
         )
-        self._watch = KernelWatch(self._queue.put)
+        self._watch = KernelWatch(self._queue.put, self._netlink.port)
         self._store = store
         kinds = (*KINDS, "KubernetesNode") if pod_cidrs else KINDS
         self._follower = Follower(store, kinds, self._queue.put)
@@ -128,6 +132,8 @@ class Agent:
 
     def run(self) -> None:
         """Work until told to stop. Raises OSError where ExaBGP can't be taken over."""
+        gc.freeze()  # all that was imported stays, so nobody need look at it again
+        gc.set_threshold(*_GC)
         now = time.monotonic()
         self._engines.adopt(now)
         self._watch.start()

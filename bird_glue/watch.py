@@ -43,7 +43,8 @@ _NDA_DST = 1
 _NUD_FAILED = 0x20
 _FAMILY = {V4: socket.AF_INET, V6: socket.AF_INET6}
 
-_HEADER_SIZE, _TYPE_OFFSET = 16, 4  # of struct nlmsghdr
+_HEADER_SIZE, _TYPE_OFFSET, _PORT_OFFSET = 16, 4, 12  # of struct nlmsghdr
+_NOBODY = 0xFFFFFFFF  # 0 is the kernel
 # linux/filter.h, linux/bpf_common.h
 _BPF_LOAD_HALF, _BPF_LOAD_BYTE, _BPF_LOAD_WORD, _BPF_LOAD_WORD_AT_X = 0x28, 0x30, 0x20, 0x40
 _BPF_LOAD, _BPF_LOAD_X, _BPF_TO_X, _BPF_JUMP_IF_EQUAL = 0x00, 0x01, 0x07, 0x15
@@ -66,12 +67,14 @@ class KernelWatch:
     doesn't even wake the thread.
     """
 
-    def __init__(self, sink: Callable[[KernelChanged], object]) -> None:
+    def __init__(self, sink: Callable[[KernelChanged], object], own_port: int = 0) -> None:
+        """``own_port``: of the netlink socket whose changes are known here anyhow."""
         self._sink = sink
+        self._own_port = own_port
         self.blocks: tuple[Net, ...] = ()
         self._bird_metrics: frozenset[int] = frozenset()
         self._socket = NetlinkSocket(groups=_GROUPS)
-        self._socket.set_filter(_written_by_bgp(self._bird_metrics))
+        self._socket.set_filter(_written_by_bgp(own_port, self._bird_metrics))
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._told = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kernel-watch", daemon=True)
@@ -85,7 +88,7 @@ class KernelWatch:
     def bird_metrics(self, metrics: frozenset[int]) -> None:
         if metrics != self._bird_metrics:
             self._bird_metrics = metrics
-            self._socket.set_filter(_written_by_bgp(metrics))
+            self._socket.set_filter(_written_by_bgp(self._own_port, metrics))
 
     def start(self) -> None:
         """Start telling."""
@@ -122,11 +125,15 @@ class KernelWatch:
         return any(_matters(message, self.blocks) for message in messages)
 
 
-def _written_by_bgp(bird_metrics: frozenset[int]) -> list[tuple[int, int, int, int]]:
-    """A BPF program that drops new routes of BGP, and all of BIRD with one of the metrics.
-
-    A route of BGP that goes is heard of: it may be someone who should not that deletes it.
+def _written_by_bgp(own_port: int, bird_metrics: frozenset[int]) -> list[tuple[int, int, int, int]]:
+    """A BPF program that drops what this program did, new routes of BGP, and all of BIRD with
+    one of the metrics. That somebody else deletes a route of BGP is heard of.
     """
+    own = [
+        (_BPF_LOAD_WORD, 0, 0, _PORT_OFFSET),
+        (_BPF_JUMP_IF_EQUAL, 0, 1, _loaded(own_port or _NOBODY, 4)),
+        _BPF_DROP,
+    ]
     drop = [(_BPF_JUMP_IF_EQUAL, 0, 1, _loaded(m, 4)) for m in sorted(bird_metrics)]
     of_bird = [
         (_BPF_LOAD, 0, 0, _HEADER_SIZE + _RTMSG_SIZE),
@@ -151,7 +158,7 @@ def _written_by_bgp(bird_metrics: frozenset[int]) -> list[tuple[int, int, int, i
         (_BPF_LOAD_BYTE, 0, 0, _HEADER_SIZE + _PROTOCOL_OFFSET),
     ]
     bird = [(_BPF_JUMP_IF_EQUAL, 1, 0, PROTO_BIRD), _BPF_KEEP]
-    return [(_BPF_LOAD_HALF, 0, 0, _TYPE_OFFSET), *new, *gone, *bird, *of_bird]
+    return [*own, (_BPF_LOAD_HALF, 0, 0, _TYPE_OFFSET), *new, *gone, *bird, *of_bird]
 
 
 def _loaded(number: int, size: int) -> int:

@@ -114,3 +114,24 @@ def test_all_of_bird_is_heard_while_it_does_not_run(
         made.watch.bird_metrics = METRICS
         made.watch.bird_metrics = frozenset()
         assert made.change(route(NET6, PROTO_BIRD, 1024), gone=False)
+
+
+def test_what_this_program_does_is_not_heard(namespace: Namespace, netlink: NetlinkSocket) -> None:
+    """It knows; reading thousands of routes again because it deleted some would be for nothing."""
+    with watched(namespace, netlink) as made, NetlinkSocket(netns_fd=namespace.fd) as own:
+        told: list[KernelChanged] = []
+        with inside(namespace.fd):
+            deaf = KernelWatch(told.append, own.port)
+        deaf.start()
+        try:
+            assert own.batch([route_add(route(NET, PROTO_BGP, 1024))]) == []
+            assert made.change(route(HOST, PROTO_STATIC, 1024), gone=False)
+            eventually(lambda: told != [])
+            deaf.rearm()
+            told.clear()
+            before = made.told
+            assert own.batch([route_delete(route(NET, PROTO_BGP, 1024))]) == []
+            eventually(lambda: made.told > before)
+        finally:
+            deaf.stop()
+        assert told == []
