@@ -21,6 +21,7 @@ import sys
 from bird_glue.agent import Agent, AlreadyRunningError
 from bird_glue.choice import AUTO
 from bird_glue.detector import Timing
+from bird_glue.limits import parse_limit
 from bird_glue.status import StatusError, leave
 from datastore.connect import connect
 from datastore.environment import Environment, configure_logging
@@ -52,6 +53,7 @@ def _run(environment: Environment) -> None:
         connect(environment.datastore),
         router_id=os.environ.get("MANX_ROUTER_ID", ""),
         bfd=Timing.parse(os.environ.get("MANX_BFD", "")),
+        receive_limit=parse_limit(os.environ.get("MANX_RECEIVE_LIMIT", "")),
         engine=os.environ.get("MANX_BGP_ENGINE", "") or AUTO,
         pod_cidrs=os.environ.get("MANX_USE_POD_CIDR", "").lower() == "true",
     )

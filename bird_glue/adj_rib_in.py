@@ -147,12 +147,17 @@ class AdjRibIn:
         peer.ours = ours
         peer.deadline = deadline if peer.stale else None
 
-    def updated(self, event: Updated) -> None:
-        """An UPDATE came."""
+    def updated(self, event: Updated, limit: int | None = None) -> bool:
+        """An UPDATE came. Returns False, and takes no more of it, beyond ``limit`` prefixes."""
         address = event.peer
-        if not (peer := self.peers.get(address)):
-            return
+        peer = self.peers.get(address)
+        if peer is None or peer.dead:
+            return True
         self._forget(address, event.withdrawn)
+        if limit is not None and len(peer.nets) + len(event.announced) > limit:
+            new = {net for net, _ in event.announced} - peer.nets
+            if len(peer.nets) + len(new) > limit:
+                return False
         shared: dict[Net, Path] = {}  # of one UPDATE, by next hop
         for net, next_hop in event.announced:
             path = shared.get(next_hop)
@@ -166,6 +171,7 @@ class AdjRibIn:
             peer.nets.add(net)
             peer.stale.discard(net)
             self.changed.add(net)
+        return True
 
     def end_of_rib(self, address: Net, version: int) -> None:
         """The peer has told all its routes of an IP version: what is still stale is gone."""

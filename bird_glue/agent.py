@@ -24,6 +24,8 @@ from bird_glue.detector import Detector, FromDetector, Timing
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.keepsake import Keepsake
+from bird_glue.limits import DEFAULT_LIMIT, Resting
+from bird_glue.nodestatus import NodeStatusWriter
 from bird_glue.resources import GROUPS, KINDS
 from bird_glue.secrets import SecretRead, SecretReader, own_namespace
 from bird_glue.status import BgpStatus, Request, StatusServer, status_answer
@@ -83,6 +85,7 @@ class Agent:
         *,
         router_id: str = "",
         bfd: Timing | None = None,
+        receive_limit: int = DEFAULT_LIMIT,
         engine: str = AUTO,
         pod_cidrs: bool = False,
     ) -> None:
@@ -108,6 +111,7 @@ class Agent:
             engine,
             self._fib,
             self._detector,
+            Resting(receive_limit),
             Keepsake(run_dir / "bgp.objects"),
             silent=self._kernel.silent,
             source_of=source_of,
@@ -121,6 +125,7 @@ class Agent:
         self._peering = PeeringAddresses(self._netlink)
         self._secrets = SecretReader(store, own_namespace(), self._queue.put)
         self._status = StatusServer(run_dir, self._queue.put)
+        self._node_status = NodeStatusWriter(store, node, self._queue.put)
         self._stopping = False
         self._leaving: list[Request] = []
         self._leave_until: float | None = None
@@ -139,11 +144,13 @@ class Agent:
         self._watch.start()
         self._follower.start()
         self._status.start()
+        self._node_status.start()
         try:
             while not self._stopping:
                 self._turn()
         finally:
             self._refuse_requests()
+            self._node_status.stop()
             self._status.stop()
             self._follower.stop()
             for follower in self._group_followers.values():
@@ -223,6 +230,8 @@ class Agent:
                 self._read_due = min(self._read_due, now + _READ_PAUSE)
             case Request(command="status"):
                 item.answer(status_answer(self._status_now()))
+            case Request(command="routes"):
+                item.answer({"routes": self._core.learned_routes()})
             case Request(command="leave"):
                 self._leave(item, now)
             case Stop():

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from api.errors import Problem
 from api.net import V4, Net, format_address, host_net
@@ -25,6 +26,7 @@ from bird_glue.engine import Engine, EngineEvent, Intent, Report, Restarted
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.keepsake import Keepsake
+from bird_glue.limits import Resting
 from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated
 from bird_glue.nexthops import Topology
 from bird_glue.peers import Peer, PeerType, desired_peers
@@ -74,6 +76,7 @@ class Core:
         engine: str,
         fib: Fib,
         detector: Detector,
+        resting: Resting,
         keepsake: Keepsake,
         *,
         silent: Callable[[Net], bool],
@@ -86,6 +89,7 @@ class Core:
         self._default_engine = engine
         self._fib = fib
         self._detector = detector
+        self._resting = resting
         self._keepsake = keepsake
         self._restored = False
         self._silent = silent
@@ -198,7 +202,8 @@ class Core:
                 graceful = not event.notified and not event.removed
                 self._routes.down(peer, now, graceful=graceful)
             case Updated(sent=False):
-                self._routes.updated(event)
+                if not self._routes.updated(event, self._resting.limit):
+                    self._rest(event.peer, now)
             case EndOfRib(sent=False, peer=peer, version=version):
                 self._routes.end_of_rib(peer, version)
 
@@ -217,6 +222,15 @@ class Core:
         if ends:
             self._tracker.failed(found.peer, found.info)
             self._engine.fail(found.peer, found.info)
+
+    def _rest(self, peer: Net, now: float) -> None:
+        """It told more than any peer may."""
+        why = self._resting.send(peer, now)
+        _log.error("%s: %s", format_address(*peer[:2]), why)
+        self._tracker.failed(peer, why)
+        self._routes.failed(peer, independent=True)
+        self._engine.fail(peer)
+        self._configure_due = True
 
     def reconcile(self, now: float) -> None:
         """Bring the speaker and the kernel to what should be."""
@@ -312,6 +326,7 @@ class Core:
         hosts = self._topology.hosts
         filters = self._resources.filters()
         self._sessions = plan_sessions(peers, local, hosts, self._source_of, filters, self._secrets)
+        self._resting.leave_out(self._sessions, now)
         self._problems = problems + self._sessions.problems
         self._local = local
         self._blocks = self._resources.blocks()
@@ -386,8 +401,9 @@ class Core:
         return found
 
     def _goodbyes(self) -> list[float]:
-        """When ways to peers that are not wanted any more may go."""
-        return [until for _, until in self._old_ways.values() if until is not None]
+        """When ways to peers that are not wanted any more may go, and peers have rested."""
+        found = [until for _, until in self._old_ways.values() if until is not None]
+        return found + [time for time in (self._resting.due(),) if time is not None]
 
     def _choose_engine(self, cluster: Cluster, local: Local, now: float) -> None:
         """Have the one that is wanted run, and know who writes learned routes."""
@@ -526,6 +542,33 @@ class Core:
             ],
             problems=problems,
         )
+
+    def learned_routes(self) -> list[dict[str, Any]]:
+        """Own blocks and all that peers told, as CalicoNodeStatus lists routes.
+
+        Of an engine that ``programs`` only the blocks: it tells numbers of the others.
+        """
+        static = {"learnedFrom": {"sourceType": "Static"}}
+        found = [{"type": "FIB", "destination": str(block)} | static for block in self._blocks]
+        for net, paths in sorted(self._routes.routes.items()):
+            selection = self._rib.selected.get(net)
+            used = set(selection.paths) if selection and self._fib.installed(net) else set()
+            for path in paths.values():
+                if (peer := self._sessions.peers.get(path.peer)) is None:
+                    continue
+                mesh = peer.type is PeerType.MESH
+                found.append(
+                    {
+                        "type": "FIB" if path in used else "RIB",
+                        "destination": str(net),
+                        "gateway": format_address(*path.next_hop[:2]),
+                        "learnedFrom": {
+                            "sourceType": "NodeMesh" if mesh else "BGPPeer",
+                            "peerIP": format_address(*path.peer[:2]),
+                        },
+                    }
+                )
+        return found
 
     def _peer_status(self, address: Net, used: int, installed: int) -> PeerStatus:
         neighbor, peer = self._sessions.neighbors[address], self._sessions.peers[address]

@@ -3,9 +3,16 @@
 The process writes its own id to the locked file before anything else, so that whoever finds
 the lock taken also finds by whom, wherever the program that started it was killed.
 
-Two of its ways are mended here, which it has no settings for. After a peer's outage it would
-wait up to 60 s before it calls again. And it checks the TTL of packets (RFC 5082) only on
-connections that it made.
+What it has no settings for is mended here. After a peer's outage it would wait up to 60 s before
+it calls again. It checks the TTL of packets (RFC 5082) only on connections that it made.
+
+Its listening sockets answer with the system's TTL, which a peer with TTL security drops: they get
+255, which hurts nobody. Its calls to such a peer ignore a refusal, because it comes with the
+system's TTL, and are repeated after 1, 2, 4 … 64 seconds: they give up after three, and ExaBGP
+begins another one.
+
+And a message whose header is wrong it would end with an exception of its own instead of the
+NOTIFICATION that says so: the function that tells us of it can't be called as it calls it.
 """
 
 from __future__ import annotations
@@ -13,12 +20,47 @@ from __future__ import annotations
 import gc
 import os
 import runpy
+import socket
 import sys
 from typing import Any
 
 # a large UPDATE makes more objects than the default lets be before it looks for garbage
 _GC = 20_000, 20, 50
 LONGEST_PAUSE = 4  # seconds between two calls
+_TTL = 255
+_CALLS_AGAIN = 1  # SYNs after the first
+
+
+def secure_by_ttl() -> None:
+    """Have this process's ExaBGP listen and call as TTL security needs it."""
+    from exabgp.reactor import listener
+    from exabgp.reactor.network import outgoing
+
+    listen, call = listener.set_listener_options, outgoing.asynchronous
+
+    def set_listener_options(listening: socket.socket, ipv6: bool) -> None:
+        listen(listening, ipv6)
+        if ipv6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, _TTL)
+        else:
+            listening.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, _TTL)
+
+    def asynchronous(calling: socket.socket, peer: Any) -> None:
+        calling.setsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT, _CALLS_AGAIN)
+        call(calling, peer)
+
+    listener.set_listener_options = set_listener_options
+    outgoing.asynchronous = asynchronous
+
+
+def mend_notification() -> None:
+    """Have a wrong header answered by a NOTIFICATION, which we hear of when it is sent."""
+    from exabgp.reactor.api.processes import Processes
+
+    def notification(*_: object) -> None:
+        """What tells of the error itself, and fails."""
+
+    Processes.notification = notification
 
 
 def call_again_soon() -> None:
@@ -55,6 +97,8 @@ if __name__ == "__main__":
     os.write(int(descriptor), f"{os.getpid()}\n".encode())
     call_again_soon()
     check_callers()
+    secure_by_ttl()
+    mend_notification()
     gc.freeze()  # what was imported is here to stay
     gc.set_threshold(*_GC)
     sys.argv = ["exabgp", "server", configuration]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from api.net import V4, V6, Net, host_net
@@ -40,11 +41,13 @@ def plan_routes(
     keys: Iterable[RouteKey],
     *,
     holding: Callable[[Route], bool] | None = None,
+    withdrawn: AbstractSet[RouteKey] = frozenset(),
 ) -> Plan[RouteKey, Route]:
     """The steps for ``keys``.
 
     ``holding``, when given, keeps what is there if it knows at least as many ways, all of
-    which lead somewhere (which is what it is asked); and it deletes nothing.
+    which lead somewhere (which is what it is asked); and it deletes nothing but what was
+    ``withdrawn`` since.
     """
     plan: Plan[RouteKey, Route] = Plan()
     for key in keys:
@@ -55,7 +58,7 @@ def plan_routes(
             fewer = new.kind == old.kind and set(new.hops) < set(old.hops)
             if not (holding and fewer and holding(old)):
                 plan.update[key] = new
-        elif new is None and old is not None and holding is None:
+        elif new is None and old is not None and (holding is None or key in withdrawn):
             plan.delete[key] = old
     return plan
 
@@ -79,6 +82,7 @@ class Fib:
         self._static: dict[Net, Route] = {}
         self._actual: dict[RouteKey, Route] = {}
         self._dirty: set[RouteKey] = set()
+        self._withdrawn: set[RouteKey] = set()  # while earlier routes are held: ours that ended
         self._backoff: Backoff[RouteKey] = Backoff(_RETRY_FIRST, _RETRY_LONGEST)
         self._errors: dict[RouteKey, str] = {}
         self._metrics: Mapping[int, int] = {V4: 0, V6: 0}
@@ -165,10 +169,12 @@ class Fib:
             old = self._wanted.pop(net, None)
             if old is not None:
                 self._dirty.add(old.key)
+                self._withdrawn.add(old.key)
             if selection is not None and not self._given and self._pools.programs(net):
                 route = learned_route(net, selection.hops, self._metrics[net.version])
                 self._wanted[net] = route
                 self._dirty.add(route.key)
+                self._withdrawn.discard(route.key)
 
     def release(self) -> None:
         """Stop holding on to what an earlier run left."""
@@ -200,7 +206,9 @@ class Fib:
         if self._given:
             wanted |= self._for_bird(keys - wanted.keys())
         holding = self._leads_somewhere if self.holding else None
-        plan = plan_routes(wanted, self._actual, keys, holding=holding)
+        plan = plan_routes(wanted, self._actual, keys, holding=holding, withdrawn=self._withdrawn)
+        if not self.holding:
+            self._withdrawn.clear()
         failed = self._routes.apply(plan) if plan else {}
         for key in keys:
             if key not in failed:

@@ -8,16 +8,27 @@ that only a BGP route leads to, to the next hops of that route, one level deep.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Generic, NamedTuple, TypeVar
 
-from api.net import BITS, V4, V6, Net
+from api.net import BITS, V4, V6, Net, parse_net
 from bird_glue.messages import is_link_local
 from kernel.routes import PROTO_BGP, PROTO_FELIX, Hop, Route
 
 V = TypeVar("V")
+
+_NO_HOPS = tuple(
+    parse_net(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3", "::/127", "ff00::/8")
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def never_a_hop(host: Net) -> bool:
+    """Whether an address is none that a machine can be reached at: loopback, multicast."""
+    return any(net.contains(host) for net in _NO_HOPS)
 
 
 class PrefixTable(Generic[V]):
@@ -146,7 +157,7 @@ class Topology:
 
         ``ip route get``, ignoring what BGP and felix have put there.
         """
-        if host in self.hosts or is_link_local(host):
+        if host in self.hosts or is_link_local(host) or never_a_hop(host):
             return None
         if host in self._ways and self._ways[host] not in self._ways:
             found_by = self.resolve(self._ways[host])

@@ -25,7 +25,7 @@ from bird_glue.decision import (
     tie_break,
 )
 from bird_glue.filters import Direction, RouteFacts, evaluate
-from bird_glue.nexthops import PrefixTable, Resolution, Topology
+from bird_glue.nexthops import PrefixTable, Resolution, Topology, never_a_hop
 from kernel.routes import Hop
 
 NO_NEXT_HOP = "its next hop is not reachable"
@@ -180,7 +180,7 @@ class Rib:
     def _lean(self, host: Net) -> Resolution | None:
         """As the kernel resolves it, or by a BGP route that is more specific than that."""
         plain = self._by_kernel[host]
-        if (plain and plain.direct) or host in self._topology.hosts:
+        if (plain and plain.direct) or host in self._topology.hosts or never_a_hop(host):
             return plain
         found = self._support.match(host)
         if found is None or (plain and plain.via.length >= found[0].length):

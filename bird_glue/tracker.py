@@ -12,6 +12,7 @@ from bird_glue.words import notification
 
 ESTABLISHED = "Established"
 _COLLISION = "closing outgoing connection as we have another incoming"
+_LOST = "connection lost"
 _CEASE = 6
 _CEASE_COLLISION = 7
 _HOLD_TIMER = (4, 0)
@@ -27,7 +28,8 @@ class Tracked:
     info: str = ""
     opened: Opened | None = None
     notified: Notified | None = None
-    failure: str = ""  # what BFD saw, while its end is awaited
+    failure: str = ""  # why we end it ourselves, until it has ended
+    ended: str = ""  # why it ended last, where there was a word about it
 
 
 class Tracker:
@@ -74,14 +76,14 @@ class Tracker:
                 session.notified = event
             case Up(time=time):
                 session.state, session.since, session.info = ESTABLISHED, time, ""
-                session.notified, session.failure = None, ""
+                session.notified, session.failure, session.ended = None, "", ""
             case Down() if event.peer not in self._neighbors:
                 del self._sessions[event.peer]
             case Down():
                 self._down(session, event)
 
     def failed(self, peer: Net, info: str) -> None:
-        """BFD saw that the peer is dead: the end of its session will be no surprise."""
+        """The session is being ended from here: the peer is dead, or told too much."""
         if session := self._sessions.get(peer):
             session.failure = info
 
@@ -100,6 +102,9 @@ class Tracker:
         info = self._why(session, event)
         if session.state == ESTABLISHED:
             session.state, session.since = "Active", event.time
+            session.ended = info if info != _LOST else ""
+        elif info and session.ended and session.notified is None:
+            info = f"{info}; before that: {session.ended}"
         session.info = info or session.info
         session.opened, session.failure = None, ""
 
@@ -111,7 +116,7 @@ class Tracker:
         if event.removed:
             return "its settings changed"
         if session.state == ESTABLISHED:
-            return "connection lost"
+            return _LOST
         if session.opened is not None:
             return "the peer closed the connection after OPEN"
         if event.reason != "closing connection":
@@ -138,5 +143,5 @@ class Tracker:
         words = notification(*code)
         if code == _HOLD_TIMER and notified.sent:
             return f"{words}: nothing heard from the peer for {neighbor.hold_seconds} s or less"
-        detail = f" ({notified.text})" if notified.text else ""
+        detail = f" ({notified.text})" if notified.text and notified.text.isascii() else ""
         return f"{'sent' if notified.sent else 'the peer says'}: {words}{detail}"
