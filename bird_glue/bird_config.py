@@ -321,5 +321,7 @@ def _session(intent: Intent, neighbor: Neighbor, accepted: str, told: str) -> st
         channel += " next hop self;"
     elif to.next_hop_keep:
         channel += " next hop keep;"
+    if intent.receive_limit:
+        channel += f" receive limit {intent.receive_limit} action restart;"
     lines.append(f"ipv{version} {{ {channel} }};")
     return block(f"protocol bgp {protocol_name(address)}", lines)

@@ -229,7 +229,7 @@ class Core:
         _log.error("%s: %s", format_address(*peer[:2]), why)
         self._tracker.failed(peer, why)
         self._routes.failed(peer, independent=True)
-        self._engine.fail(peer)
+        self._engine.fail(peer, why)
         self._configure_due = True
 
     def reconcile(self, now: float) -> None:
@@ -356,6 +356,7 @@ class Core:
             blocks=self._blocks,
             metrics=local.priorities,
             ignored_interfaces=local.ignored_interfaces,
+            receive_limit=self._resting.limit,
         )
         self._choose_engine(cluster, local, now)
         self._routes.set_peers({} if self._engine.programs else intent.sessions)
@@ -403,7 +404,7 @@ class Core:
     def _goodbyes(self) -> list[float]:
         """When ways to peers that are not wanted any more may go, and peers have rested."""
         found = [until for _, until in self._old_ways.values() if until is not None]
-        return found + [time for time in (self._resting.due(),) if time is not None]
+        return found + self._resting.ends()
 
     def _choose_engine(self, cluster: Cluster, local: Local, now: float) -> None:
         """Have the one that is wanted run, and know who writes learned routes."""

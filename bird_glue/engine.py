@@ -31,7 +31,8 @@ class Intent:
     By the peer's address: ``neighbors``, the sessions; ``sessions``, how routes that come
     are looked at; ``speaking``, how those that go are told. ``blocks``: those of this node;
     ``metrics``: of the kernel's routes, by IP version. ``ignored_interfaces``: whose subnets
-    no next hop is looked for on, with wildcards.
+    no next hop is looked for on, with wildcards. ``receive_limit``: prefixes that a peer may tell,
+    0 for any number.
     """
 
     listen: Listen
@@ -43,6 +44,7 @@ class Intent:
     blocks: tuple[Net, ...] = ()
     metrics: Mapping[int, int] = field(default_factory=lambda: {V4: 0, V6: 0})
     ignored_interfaces: tuple[str, ...] = ()
+    receive_limit: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,9 @@ class Resting:
         self._until[peer] = now + REST_SECONDS
         return f"it announced more than {self.limit} prefixes"
 
-    def due(self) -> float | None:
-        """When the first of them is tried again; None if none rests."""
-        return min(self._until.values(), default=None)
+    def ends(self) -> list[float]:
+        """When they are tried again."""
+        return list(self._until.values())
 
     def leave_out(self, sessions: Sessions, now: float) -> None:
         """Take those that rest out of the sessions, and say so."""
