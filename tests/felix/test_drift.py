@@ -147,7 +147,8 @@ def test_what_a_stranger_changes_is_put_right(
     world: World, stranger: Callable[[World], None]
 ) -> None:
     before = world.kernel()
-    lossless = stranger not in (delete_and_add_a_member, take_an_interface_from_the_dispatch)
+    # What a stranger takes away may be missed by a packet that is on its way through the rules.
+    lossless = stranger in (flush_a_chain, add_a_rule, break_several)
     address = world.web.address
     with Flow(world.client.netns, world.web.netns, address, 5001) as good:
         eventually(lambda: good.sent > 100)
