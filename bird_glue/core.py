@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from api.errors import Problem
@@ -21,8 +19,8 @@ from bird_glue.adj_rib_in import AdjRibIn
 from bird_glue.advertise import LearnedRoute, Speaking, announcements, own_routes
 from bird_glue.choice import choose
 from bird_glue.decision import Guard, Session
-from bird_glue.detector import Detector, Failure, Watch, describe, failure
-from bird_glue.engine import Engine, EngineEvent, Intent, Report, Restarted
+from bird_glue.detector import Detector, Failure, Watch, failure
+from bird_glue.engine import Engine, EngineEvent, Intent, Restarted
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.keepsake import Keepsake
@@ -30,6 +28,7 @@ from bird_glue.limits import Resting
 from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated
 from bird_glue.nexthops import Topology
 from bird_glue.peers import Peer, PeerType, desired_peers
+from bird_glue.peerstatus import PeerStatuses
 from bird_glue.pools import Pools
 from bird_glue.resources import Resources
 from bird_glue.rib import Rib
@@ -37,10 +36,10 @@ from bird_glue.secrets import SecretRead
 from bird_glue.services import SERVICE_KINDS
 from bird_glue.sessions import Sessions, listen, plan_sessions
 from bird_glue.settings import Cluster, Local, ObjectProblem, local_settings
-from bird_glue.status import BgpStatus, PeerStatus
+from bird_glue.status import BgpStatus
 from bird_glue.tracker import ESTABLISHED, Tracker
+from bird_glue.ways import Ways
 from datastore.follower import Update
-from kernel.routes import Hop
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +53,6 @@ _LOCKED = ObjectProblem(
         " manxctl datastore migrate unlock",
     ),
 )
-GOODBYE_SECONDS = 5.0  # for a peer that goes to hear that our routes are withdrawn
 SESSIONS_SECONDS = 10.0  # how long sessions wait for Secrets and workloads at the start
 SERVICES_SECONDS = 10.0  # how long announcements wait for services at the start
 HOLD_SECONDS = 120.0  # how long routes of an earlier run are kept for peers that don't come
@@ -98,6 +96,7 @@ class Core:
         self._routes = AdjRibIn()
         self._rib = Rib(self._routes)
         self._tracker = Tracker(self._diagnose)
+        self._statuses = PeerStatuses(self._routes, self._rib, fib, self._tracker, detector)
         self._topology = Topology()
         self._local: Local | None = None
         self._sessions = Sessions()
@@ -108,8 +107,7 @@ class Core:
         self._configure_due = False
         self._advertise_due = False
         self._hold_until: float | None = None
-        # by peer: where it is, and until when that is kept, once it isn't wanted any more
-        self._old_ways: dict[Net, tuple[tuple[Hop, ...], float | None]] = {}
+        self._ways = Ways()
         self._groups: set[str] = set()  # of GROUPS, those that are known
         self._services_until: float | None = None
         self._secrets: dict[str, SecretRead] = {}
@@ -242,7 +240,7 @@ class Core:
                 self._resources.restore(self._keepsake.load())
             if not self._resources.restored:
                 return
-        if self._configure_due or any(time <= now for time in self._goodbyes()):
+        if self._configure_due or any(time <= now for time in self._ends()):
             self._configure_due = not self._configure(now)
         if self._local is None:
             return
@@ -266,10 +264,14 @@ class Core:
         due = [self._engine.next_due(now), self._routes.next_deadline(), self._fib.next_retry()]
         if self._fib.holding:
             due += [self._hold_until, self._routes.next_settled(now)]
-        due += self._goodbyes()
+        due += self._ends()
         if self._advertise_due:
             due.append(self._services_until)
         return min((time for time in due if time is not None), default=None)
+
+    def _ends(self) -> list[float]:
+        """When ways to peers that are not wanted any more may go, and peers have rested."""
+        return [*self._ways.ends(), *self._resting.ends()]
 
     def _knows_services(self, now: float) -> bool:
         """Whether to announce: not before services are known, lest those of an earlier run be
@@ -362,12 +364,13 @@ class Core:
         self._routes.set_peers({} if self._engine.programs else intent.sessions)
         if self._topology.configure(self._sessions.ways, local.ignored_interfaces):
             self._rib.set_topology(self._topology)
+        self._problems += self._ways.update(self._sessions, self._topology, now)
         self._rib.set_guard(intent.guard)
         self._fib.configure(
             pools=self._pools,
             metrics=local.priorities,
             blocks=self._blocks,
-            ways=self._ways(now),
+            ways=self._ways.known,
             selected=self._rib.selected,
         )
         self._engine.configure(intent)
@@ -375,36 +378,6 @@ class Core:
         self._tracker.set_neighbors(neighbors, time.time())
         self._advertise_due = True
         return True
-
-    def _ways(self, now: float) -> dict[Net, tuple[Hop, ...]]:
-        """Where peers are that only a gateway of their own leads to; see ``reachableBy``.
-
-        A peer that goes must still hear that our routes are withdrawn.
-        """
-        found = {}
-        for peer, gateway in self._sessions.ways.items():
-            resolution = self._topology.resolve(gateway)
-            if resolution is not None and resolution.direct:
-                found[peer] = resolution.hops
-            else:
-                text = format_address(*gateway[:2])
-                problem = Problem("spec.reachableBy", text, "an address on a connected subnet")
-                owner = self._sessions.peers[peer].owner
-                self._problems.append(ObjectProblem(*owner, problem))
-        for peer, (hops, until) in tuple(self._old_ways.items()):
-            if peer in found or (until is not None and until <= now):
-                del self._old_ways[peer]
-            else:
-                found[peer] = hops
-                self._old_ways[peer] = (hops, until or now + GOODBYE_SECONDS)
-        for peer in self._sessions.ways.keys() & found.keys():
-            self._old_ways[peer] = (found[peer], None)
-        return found
-
-    def _goodbyes(self) -> list[float]:
-        """When ways to peers that are not wanted any more may go, and peers have rested."""
-        found = [until for _, until in self._old_ways.values() if until is not None]
-        return found + self._resting.ends()
 
     def _choose_engine(self, cluster: Cluster, local: Local, now: float) -> None:
         """Have the one that is wanted run, and know who writes learned routes."""
@@ -518,14 +491,6 @@ class Core:
         if self._detector.problem:
             problems.append(self._detector.problem)
         problems += [f"route not programmed: {text}" for text in self._fib.errors.values()]
-        reports = self._engine.report()
-        used: Counter[Net] = Counter()
-        installed: Counter[Net] = Counter()
-        for net, selection in self._rib.selected.items():
-            is_installed = self._fib.installed(net)
-            for path in selection.paths:
-                used[path.peer] += 1
-                installed[path.peer] += is_installed
         return BgpStatus(
             node=self._node,
             asn=local.asn if local else 0,
@@ -535,12 +500,7 @@ class Core:
             engine=self._engine.name,
             pid=self._engine.pid,
             blocks=[str(block) for block in self._blocks],
-            peers=[
-                self._reported(address, reports[address])
-                if address in reports
-                else self._peer_status(address, used[address], installed[address])
-                for address in self._sessions.peers
-            ],
+            peers=self._statuses.of(self._sessions, self._engine),
             problems=problems,
         )
 
@@ -570,37 +530,3 @@ class Core:
                     }
                 )
         return found
-
-    def _peer_status(self, address: Net, used: int, installed: int) -> PeerStatus:
-        neighbor, peer = self._sessions.neighbors[address], self._sessions.peers[address]
-        tracked = self._tracker.get(address)
-        refused = Counter(self._rib.refusals(address).values())
-        peer_state = self._routes.peers.get(address)
-        return PeerStatus(
-            address=format_address(*address[:2]),
-            port=neighbor.port,
-            type=peer.type.value,
-            asn=neighbor.remote_as,
-            state=tracked.state,
-            since=tracked.since,
-            info=tracked.info,
-            received=len(peer_state.nets) if peer_state else 0,
-            used=used,
-            installed=installed,
-            announced=self._engine.sent(address),
-            refused=dict(refused),
-            bfd=describe(self._detector.get(address)),
-        )
-
-    def _reported(self, address: Net, report: Report) -> PeerStatus:
-        """A session as the engine sees it, and what the kernel knows of one that isn't there."""
-        tracked = self._tracker.get(address)
-        up = report.state == ESTABLISHED
-        return replace(
-            self._peer_status(address, report.used, report.installed),
-            state=report.state,
-            since=report.since,
-            info="" if up else report.info or tracked.info,
-            received=report.received,
-            refused=dict(report.refused),
-        )

@@ -90,6 +90,7 @@ class Fib:
         self._topology = Topology()
         self._given = False  # BIRD writes what is learned
         self._adopting = False  # routes that BIRD has left are ours
+        self._fresh = True  # neither has been said yet
         self.holding = True
         self.unread = True
 
@@ -97,6 +98,7 @@ class Fib:
         """BIRD writes what is learned, from here on, and has what is there already."""
         if not self._given:
             self._given, self._adopting, self.holding = True, False, False
+            self._fresh = False
             self._mark(self._wanted.values())
             self._wanted.clear()
             self._dirty.update(self._actual)
@@ -106,8 +108,9 @@ class Fib:
 
         ``unread``: the kernel has to be read for that.
         """
-        if self._given or not self._adopting:
+        if self._given or self._fresh:
             self._given, self._adopting, self.holding = False, True, True
+            self._fresh = False
             self.unread = True
 
     def owns(self, route: Route) -> bool:

@@ -1,0 +1,80 @@
+"""The sessions of a node for ``status``: what was planned, what came of it, what it brought."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from api.net import Net, format_address
+from bird_glue.adj_rib_in import AdjRibIn
+from bird_glue.detector import Detector, describe
+from bird_glue.engine import Engine, Report
+from bird_glue.fib import Fib
+from bird_glue.rib import Rib
+from bird_glue.sessions import Sessions
+from bird_glue.status import PeerStatus
+from bird_glue.tracker import ESTABLISHED, Tracker
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatuses:
+    """Asks all who know something of a peer."""
+
+    routes: AdjRibIn
+    rib: Rib
+    fib: Fib
+    tracker: Tracker
+    detector: Detector
+
+    def of(self, sessions: Sessions, engine: Engine) -> list[PeerStatus]:
+        """All sessions. What an engine that decides by itself reports, it knows better."""
+        reports = engine.report()
+        used: Counter[Net] = Counter()
+        installed: Counter[Net] = Counter()
+        for net, selection in self.rib.selected.items():
+            is_installed = self.fib.installed(net)
+            for path in selection.paths:
+                used[path.peer] += 1
+                installed[path.peer] += is_installed
+        found = []
+        for address in sessions.peers:
+            status = self._one(sessions, address, used[address], installed[address])
+            status = replace(status, announced=engine.sent(address))
+            report = reports.get(address)
+            found.append(_reported(status, report) if report else status)
+        return found
+
+    def _one(self, sessions: Sessions, address: Net, used: int, installed: int) -> PeerStatus:
+        neighbor, peer = sessions.neighbors[address], sessions.peers[address]
+        tracked = self.tracker.get(address)
+        told = self.routes.peers.get(address)
+        return PeerStatus(
+            address=format_address(*address[:2]),
+            port=neighbor.port,
+            type=peer.type.value,
+            asn=neighbor.remote_as,
+            state=tracked.state,
+            since=tracked.since,
+            info=tracked.info,
+            received=len(told.nets) if told else 0,
+            used=used,
+            installed=installed,
+            announced=0,
+            refused=dict(Counter(self.rib.refusals(address).values())),
+            bfd=describe(self.detector.get(address)),
+        )
+
+
+def _reported(status: PeerStatus, report: Report) -> PeerStatus:
+    """``status.info`` is what the kernel knows of a peer that isn't there."""
+    up = report.state == ESTABLISHED
+    return replace(
+        status,
+        state=report.state,
+        since=report.since,
+        info="" if up else report.info or status.info,
+        received=report.received,
+        used=report.used,
+        installed=report.installed,
+        refused=dict(report.refused),
+    )
