@@ -129,7 +129,12 @@ def _peer(peer: PeerStatus) -> list[str]:
         address = f"[{address}]:{peer.port}" if ":" in address else f"{address}:{peer.port}"
     info = [peer.info] if peer.info else []
     if peer.state == "Established":
-        info.append(f"{peer.received} prefixes in, {peer.installed} used, {peer.announced} out")
+        info.append(
+            f"{peer.received} prefixes in, {peer.used} accepted, {peer.installed} installed,"
+            f" {peer.announced} out"
+        )
+    if peer.bfd:
+        info.append(f"BFD {peer.bfd}")
     info += [f"{count} refused: {why}" for why, count in peer.refused.items()]
     return [address, peer.type, peer.state, _since(peer.since), "; ".join(info)]
 

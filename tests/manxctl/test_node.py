@@ -51,7 +51,7 @@ BGP = bgp.BgpStatus(
     pid=42,
     blocks=["10.0.0.0/26"],
     peers=[
-        peer("172.31.1.1", since=0.0, refused={"in a pool of this cluster": 1}),
+        peer("172.31.1.1", since=0.0, bfd="up (2.5 s)", refused={"in a pool of this cluster": 1}),
         peer("172.31.1.2", port=1790, state="Active", info="hold timer expired"),
         peer("fd00::1", type="node-to-node mesh"),
     ],
@@ -89,7 +89,8 @@ def test_status(run: Run, tmp_path: Path) -> None:
     assert lines[5] == "IPv4 peers"
     assert lines[6].split("   ")[0] == "PEER ADDRESS"
     assert lines[7].split("   ")[0] == "172.31.1.1"
-    assert lines[7].endswith("5 prefixes in, 4 used, 2 out; 1 refused: in a pool of this cluster")
+    told = "5 prefixes in, 4 accepted, 4 installed, 2 out; BFD up (2.5 s)"
+    assert lines[7].endswith(f"{told}; 1 refused: in a pool of this cluster")
     assert lines[8].startswith("172.31.1.2:1790   global      Active")
     assert lines[8].endswith("hold timer expired")
     assert lines[10] == "IPv6 peers"
