@@ -164,6 +164,9 @@ class Oracle:
         return found.get(INTERFACES.get(end, ""), found.get("*"))
 
 
+_MOST = 100  # moments of a change: where there are more, the packet is not asked about
+
+
 class Change:
     """What must not be seen of a change from one oracle's world to another's."""
 
@@ -185,8 +188,8 @@ class Change:
             return None
         if self.before.is_early(probe) or self.after.is_early(probe):
             return None
-        for moment in self._moments(probe):
-            if moment.passes(probe) != verdict:
+        for count, moment in enumerate(self._moments(probe)):
+            if count > _MOST or moment.passes(probe) != verdict:
                 return None
         return verdict
 
