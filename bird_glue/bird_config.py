@@ -3,8 +3,9 @@
 Tables: ``igp4`` holds what the kernel and the interfaces say, and next hops are looked up in
 it; ``master4`` holds what peers told, and of this node's own routes those that some peer is
 told. An own route carries the attributes that most peers are told; the filter of a peer that
-is told other ones, or nothing, says so. Thus a new block changes one static route and no
-filter of a peer. BIRD User's Guide, chapters 3, 5 and 6.
+is told other ones, or nothing, says so. Thus a new block changes one static route, and no
+filter of what is told. As nobody else may announce it, what is accepted is looked at again.
+BIRD User's Guide, chapters 3, 5 and 6.
 """
 
 from __future__ import annotations

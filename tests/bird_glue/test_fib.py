@@ -45,8 +45,8 @@ class Kernel:
         hops = tuple(Hop(self.ifindex, gateway.address) for gateway in gateways)
         return Selection(path, (path,), hops)
 
-    def routes(self) -> list[str]:
-        output = run(self.namespace, "ip", "-o", "route", "show", "proto", "179").stdout
+    def routes(self, protocol: str = "179") -> list[str]:
+        output = run(self.namespace, "ip", "-o", "route", "show", "proto", protocol).stdout
         return sorted(" ".join(line.replace("\\", " ").split()) for line in output.splitlines())
 
     def ip(self, *words: str) -> None:
@@ -160,3 +160,49 @@ def test_plan_of_an_early_moment_deletes_nothing_and_narrows_nothing() -> None:
         plan = plan_routes(wanted, {key: old}, [key], holding=lambda route: True)
         assert bool(plan) == changed
         assert plan_routes(wanted, {key: old}, [key])
+
+
+def test_bird_is_given_what_was_learned_and_it_is_taken_back(kernel: Kernel) -> None:
+    """In place, so that at no moment a route is missing; a BIRD of somebody else keeps its own."""
+    foreign = ("10.52.0.0/24", "via", "10.0.0.1", "proto", "bird", "metric", "32")
+    kernel.ip("route", "add", *foreign)
+    fib = kernel.fib(BLOCK)
+    fib.release()
+    fib.learned({NET: kernel.via(A)})
+    fib.apply(0)
+
+    fib.give()
+    fib.apply(0)
+    assert kernel.routes() == ["blackhole 10.1.0.0/26 metric 1024"]
+    theirs = kernel.routes("bird")
+    assert theirs == [VIA_A, "10.52.0.0/24 via 10.0.0.1 dev eth0 metric 32"]
+    fib.learned({NET: None})  # the RIB is empty now; what BIRD has is not ours to delete
+    fib.apply(0)
+    assert kernel.routes("bird") == theirs
+
+    fib.take_back()
+    assert fib.unread
+    fib.read()
+    fib.apply(0)
+    assert kernel.routes("bird") == theirs  # held, until peers have told theirs
+    fib.learned({NET: kernel.via(A)})
+    fib.apply(0)
+    fib.release()
+    fib.apply(0)
+    assert kernel.routes() == [VIA_A, "blackhole 10.1.0.0/26 metric 1024"]
+    assert kernel.routes("bird") == theirs[1:]
+
+    fib.take_back()  # said again with each change of settings: there is nothing more to take
+    assert not fib.holding
+
+
+def test_what_bird_left_and_nobody_tells_any_more_goes(kernel: Kernel) -> None:
+    kernel.ip("route", "add", str(NET), "via", "10.0.0.1", "proto", "bird", "metric", "1024")
+    fib = kernel.fib()
+    fib.take_back()
+    fib.read()
+    fib.apply(0)
+    assert kernel.routes("bird") == [VIA_A]
+    fib.release()
+    fib.apply(0)
+    assert kernel.routes("bird") == []
