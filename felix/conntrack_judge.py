@@ -11,7 +11,7 @@ from api.net import Net
 from felix import names
 from felix.calculate import Calculator
 from felix.network import host_addresses
-from felix.settings import EndpointToHost, Failsafe
+from felix.settings import EndpointToHost
 from kernel.conntrack import Flow, Tuple
 from kernel.links import Links
 from kernel.netlink import NetlinkSocket
@@ -107,9 +107,14 @@ class Judge:
             original_dst=began.dst if dst != began.dst else None,
             original_dst_port=began.dst_port if port != began.dst_port else None,
         )
-        if from_host and _is_spared(settings.failsafe_out, began, dst, port):
+        ports = (port, began.dst_port)
+        if from_host and any(
+            each.spares(began.protocol, ports, dst) for each in settings.failsafe_out
+        ):
             return False
-        if to_host and _is_spared(settings.failsafe_in, began, began.src, port):
+        if to_host and any(
+            each.spares(began.protocol, ports, began.src) for each in settings.failsafe_in
+        ):
             return False
         if self._evaluator is None:
             self._evaluator = Evaluator(self._calculator.engine)
@@ -159,12 +164,3 @@ class _Surroundings:
             hops = route.hops if route else ()
             self._behind[address] = self._names.get(hops[0].ifindex, "") if hops else ""
         return self._behind[address]
-
-
-def _is_spared(failsafes: tuple[Failsafe, ...], began: Tuple, far: Net, port: int | None) -> bool:
-    return any(
-        each.protocol == began.protocol
-        and each.port in (port, began.dst_port)
-        and (each.net is None or each.net.contains(far))
-        for each in failsafes
-    )

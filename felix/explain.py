@@ -13,7 +13,7 @@ from api.errors import Problem
 from api.net import Net, format_address, parse_net
 from datastore.interface import JSON, Key
 from felix.calculate import Calculator
-from felix.settings import EndpointToHost, Failsafe
+from felix.settings import EndpointToHost
 from felix.snapshot import Snapshot
 from policy.evaluate import Flow, Verdict, evaluate
 from policy.model import Action, EndpointId
@@ -172,7 +172,9 @@ class Cluster:
             if from_host
             else (settings.failsafe_in, source.address)
         )
-        if passes or guard is None or not _is_spared(failsafes, question, far):
+        ports = (question.port,)
+        spared = any(each.spares(question.protocol, ports, far) for each in failsafes)
+        if passes or guard is None or not spared:
             return Leg(node, verdict, "", notes)
         name = "Outbound" if from_host else "Inbound"
         why = f"FelixConfiguration failsafe{name}HostPorts: {question.port}"
@@ -208,12 +210,3 @@ def _address(text: str) -> Net | None:
     except ValueError:
         return None
     return net if net.is_host else None
-
-
-def _is_spared(failsafes: Iterable[Failsafe], question: Question, far: Net) -> bool:
-    return any(
-        each.protocol == question.protocol
-        and each.port == question.port
-        and (each.net is None or each.net.contains(far))
-        for each in failsafes
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -72,6 +72,14 @@ class Failsafe:
     protocol: int
     port: int
     net: Net | None = None
+
+    def spares(self, protocol: int, ports: Collection[int | None], far: Net) -> bool:
+        """Whether it is about a packet to one of ``ports``, ``far`` being the other end."""
+        return (
+            self.protocol == protocol
+            and self.port in ports
+            and (self.net is None or self.net.contains(far))
+        )
 
 
 @dataclass(frozen=True, slots=True)
