@@ -164,9 +164,11 @@ class Plugin:
 
     def _refuse(self, request: Request, added: _Added, reply: Reply) -> None:
         """The policy was not enforced in time."""
-        if added.attached.fresh:
-            self._node.take_back(added.attachment, added.attached, added.wanted)
-        reply(*_report(request, self._unprotected(added.seconds)))
+        try:
+            if added.attached.fresh:
+                self._node.take_back(added.attachment, added.attached, added.wanted)
+        finally:
+            reply(*_report(request, self._unprotected(added.seconds)))
 
     def _wanted(self, call: Call, attachment: Attachment, delegate: Delegate | None) -> Wanted:
         configuration = call.configuration
