@@ -150,7 +150,7 @@ class BirdEngine:
         if self._leaving:
             return now + _POLL_SECONDS
         if self._process is None:
-            wanted = self._intent is not None and self._intent.neighbors
+            wanted = self._intent is not None and self._intent.neighbors and self._advertised
             return (self._backoff.next_due() or now) if wanted else None
         if self._birdc is None:
             return now + _POLL_SECONDS
