@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from api.names import cidr_name
 from api.net import parse_net
@@ -29,6 +29,9 @@ from kernel.netns import Namespace, inside
 from tests.support.netns import connect, eventually, fresh_namespace, run
 
 _ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+
+
+R = TypeVar("R", bound="Router")
 
 
 class Process:
@@ -241,7 +244,14 @@ class Node(Station):
         return "\n".join(f"--- {p}\n{p.read_text()[-4000:]}" for p in found if p.exists())
 
 
-class Bird(Station):
+class Router(Station):
+    """A machine with a router's software."""
+
+    def end(self) -> None:
+        """Kill what runs on it."""
+
+
+class Bird(Router):
     """A machine with BIRD 2."""
 
     daemon: Process
@@ -289,7 +299,7 @@ class Bird(Station):
             self.daemon.__exit__()
 
 
-class Frr(Station):
+class Frr(Router):
     """A machine with FRR: zebra and bgpd, which run as the user frr."""
 
     daemons: tuple[Process, ...] = ()
@@ -368,19 +378,21 @@ class World:
         return node
 
     def bird(self, name: str) -> Bird:
-        bird = self._station(Bird, name)
-        assert isinstance(bird, Bird)
-        self._stack.callback(bird.end)
-        return bird
+        return self.router(Bird, name)
 
     def frr(self, name: str) -> Frr:
-        frr = self._station(Frr, name)
-        assert isinstance(frr, Frr)
-        # pytest's directories are for root alone
-        frr.files = Path(self._stack.enter_context(TemporaryDirectory(prefix="manx-frr-")))
-        shutil.chown(frr.files, "frr", "frr")
-        self._stack.callback(frr.end)
-        return frr
+        return self.router(Frr, name)
+
+    def router(self, kind: type[R], name: str) -> R:
+        """A machine with a router's software; ``end`` of it is called at the end."""
+        station = self._station(kind, name)
+        assert isinstance(station, kind)
+        if isinstance(station, Frr):
+            # pytest's directories are for root alone
+            station.files = Path(self._stack.enter_context(TemporaryDirectory(prefix="manx-frr-")))
+            shutil.chown(station.files, "frr", "frr")
+        self._stack.callback(station.end)
+        return station
 
     def switch(self, name: str, *members: tuple[Station, str]) -> Station:
         """A bridge, and the ``eth0`` of each member on it with an address."""
