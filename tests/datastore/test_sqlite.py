@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -500,7 +501,7 @@ def test_an_idle_watch_sleeps(store: SqliteDatastore, monkeypatch: pytest.Monkey
     looks = []
     look = sqlite_watch.SqliteWatch._rows
 
-    def counted(self: sqlite_watch.SqliteWatch) -> list[tuple[int, str, str, str, bytes | None]]:
+    def counted(self: sqlite_watch.SqliteWatch) -> Any:
         looks.append(self)
         return look(self)
 
