@@ -29,6 +29,15 @@ _GC = 20_000, 20, 50
 LONGEST_PAUSE = 4  # seconds between two calls
 _TTL = 255
 _CALLS_AGAIN = 1  # SYNs after the first
+_IP_MINTTL, _IPV6_MINHOPCOUNT = 21, 73  # ip(7), ipv6(7)
+# what a socket with nothing to protect any more sends with, and what it takes: for IPv4 and IPv6
+_TTL_OPTIONS = (
+    ((socket.IPPROTO_IP, socket.IP_TTL, _TTL), (socket.IPPROTO_IP, _IP_MINTTL, 0)),
+    (
+        (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, _TTL),
+        (socket.IPPROTO_IPV6, _IPV6_MINHOPCOUNT, 0),
+    ),
+)
 
 
 def secure_by_ttl() -> None:
@@ -76,6 +85,54 @@ def call_again_soon() -> None:
     Delay.increase = bounded
 
 
+def load_at_once() -> None:
+    """Have a new configuration loaded whatever waits for peers that are not there.
+
+    ExaBGP doesn't load one while routes wait to be sent, on any session. Those of a session that
+    is being set up wait until it is up or given up: for minutes with a peer that doesn't answer,
+    be it because only new settings will let it. They are kept, and sent when a session is up.
+    """
+    from exabgp.reactor.loop import Reactor
+
+    def pending(reactor: Reactor) -> bool:
+        peers = reactor._peers
+        return any(
+            peers[key].neighbor.rib.outgoing.pending() for key in reactor.established_peers()
+        )
+
+    Reactor._pending_adjribout = pending
+
+
+def change_at_once() -> None:
+    """Have new settings of a session count while it is being set up, too.
+
+    ExaBGP looks for them where it calls and where a session is up, but not between: where an OPEN
+    or the first KEEPALIVE of the peer is missing it goes on with the old settings, for up to 60 s
+    or the hold time, and connections that come meanwhile get the old ones as well. That is where
+    new settings are needed most: with TTL security on one end only, one doesn't hear the other.
+
+    So that the peer hears of the end, too, the socket may send to it and hear it from then on:
+    otherwise it would keep the connection, and refuse others, until its own hold timer expires.
+    """
+    from exabgp.bgp.fsm import FSM
+    from exabgp.protocol.family import AFI
+    from exabgp.reactor.peer import Peer
+
+    reestablish = Peer.reestablish
+
+    def at_once(peer: Peer, neighbor: Any = None) -> None:
+        reestablish(peer, neighbor)
+        if peer.fsm != FSM.ESTABLISHED:
+            connection = peer.proto.connection if peer.proto else None
+            if connection is not None and connection.fd() != -1:
+                for option in _TTL_OPTIONS[connection.afi == AFI.ipv6]:
+                    connection.io.setsockopt(*option)
+            peer._reset("its settings changed")
+            peer._delay.reset()
+
+    Peer.reestablish = at_once
+
+
 def check_callers() -> None:
     """Have the kernel drop packets of a peer that called, too, when they come from afar."""
     from exabgp.reactor import listener
@@ -96,6 +153,8 @@ if __name__ == "__main__":
     _, descriptor, configuration = sys.argv
     os.write(int(descriptor), f"{os.getpid()}\n".encode())
     call_again_soon()
+    load_at_once()
+    change_at_once()
     check_callers()
     secure_by_ttl()
     mend_notification()
