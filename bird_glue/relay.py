@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 MAX_BACKLOG = 64 << 20  # bytes a client may leave unread
+# Beyond it no more of a peer's routes are remembered until its session ends: what there is is
+# more than any agent takes, so the next one ends the session.
+MAX_ROUTES = 250_000
 _CHUNK = 1 << 16
 _PIPE = 1 << 20
 _NLRI_PER_LINE = 500
@@ -149,6 +152,8 @@ def _state(peer: Peer, state: str, line: bytes) -> None:
 def _update(peer: Peer, message: Json, line: bytes) -> None:
     if "eor" in message:
         peer.ends[f"{message['eor']['afi']} {message['eor']['safi']}"] = line
+        return
+    if len(peer.routes) > MAX_ROUTES:
         return
     update = message["update"]
     attributes = sys.intern(json.dumps(update.get("attribute", {})))

@@ -21,6 +21,7 @@ from bird_glue.announcement import Announcement
 from bird_glue.announcer import Announcer
 from bird_glue.channel import Channel, FromRelay
 from bird_glue.dialogue import ANSWER_SECONDS, Dialogue, Result
+from bird_glue.limits import MOST
 from bird_glue.messages import (
     Answer,
     Attributes,
@@ -192,6 +193,24 @@ def test_routes_are_forgotten_with_their_session(running: Running) -> None:
     with settled(running, state("up"), announce("10.1.0.0/24"), EOR, lost, state("up")) as client:
         events = client.snapshot()
     assert [type(made) for made in events] == [Hello, Up]
+
+
+def test_a_peer_that_tells_too_much_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept is enough for the next agent to see that it was too much; until it ends."""
+    assert relay.MAX_ROUTES == MOST
+    monkeypatch.setattr(relay, "MAX_ROUTES", 2)
+    memory = relay.Memory()
+
+    def remembered(*lines: dict[str, Any]) -> int:
+        for line in lines:
+            memory.said(json.dumps(line).encode())
+        return len(held([made for line in memory.snapshot() if (made := parse(line))]))
+
+    assert remembered(state("up"), announce("10.1.0.0/24", "10.2.0.0/24")) == 2
+    assert remembered(announce("10.2.0.0/24", med=1)) == 2
+    assert remembered(announce("10.3.0.0/24"), announce("10.4.0.0/24")) == 3
+    assert remembered(withdraw("10.1.0.0/24", "10.2.0.0/24")) == 3
+    assert remembered(state("down"), state("up"), announce("10.1.0.0/24")) == 1
 
 
 def test_all_next_hops_of_a_prefix_are_kept(running: Running) -> None:
