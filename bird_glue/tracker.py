@@ -13,6 +13,7 @@ from bird_glue.words import notification
 ESTABLISHED = "Established"
 _COLLISION = "closing outgoing connection as we have another incoming"
 _LOST = "connection lost"
+_CHANGED = "its settings changed"  # exabgp_main says it in these words, too
 _CEASE = 6
 _CEASE_COLLISION = 7
 _HOLD_TIMER = (4, 0)
@@ -113,8 +114,8 @@ class Tracker:
             return session.failure
         if session.notified is not None:
             return self._notification(session, session.notified)
-        if event.removed:
-            return "its settings changed"
+        if event.removed or event.reason == _CHANGED:
+            return _CHANGED
         if session.state == ESTABLISHED:
             return _LOST
         if session.opened is not None:

@@ -29,12 +29,6 @@ class Racks:
     tors: dict[str, Bird]
     world: World
 
-    def secret(self, **values: str) -> None:
-        data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
-        metadata = {"name": "bgp", "namespace": "kube-system"}
-        value = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data}
-        self.world.store.put_raw("Secret", "bgp", value, namespace="kube-system")
-
     def problems(self) -> str:
         status = self.node.status()
         return "\n".join(status.problems) if status else ""
@@ -71,13 +65,13 @@ def test_rotated_one_at_a_time(racks: Racks) -> None:
     assert "which does not exist" in racks.problems()
     assert node.peer(address) is None  # no session rather than one without
 
-    racks.secret(tor1="first-tor1", tor2="first-tor2\n")
+    racks.world.secret("bgp", tor1="first-tor1", tor2="first-tor2\n")
     eventually(lambda: node.established(*(address for address, _ in TORS.values())))
     eventually(lambda: all(tor.blocks() == {BLOCK} for tor in racks.tors.values()))
 
     since = racks.tors["tor2"].since("n1")
     racks.tors["tor1"].configure(configuration("tor1", "it's \\ {new};"))
-    racks.secret(tor1="it's \\ {new};", tor2="first-tor2")
+    racks.world.secret("bgp", tor1="it's \\ {new};", tor2="first-tor2")
     before = racks.tors["tor1"].since("n1")
     eventually(lambda: not node.established(address) or racks.tors["tor1"].since("n1") != before)
     eventually(lambda: node.established(address) and racks.tors["tor1"].blocks() == {BLOCK}, 20)
@@ -100,7 +94,7 @@ def test_rotated_one_at_a_time(racks: Racks) -> None:
 
 
 def test_a_wrong_password_makes_no_session(racks: Racks) -> None:
-    racks.secret(tor1="wrong", tor2="first-tor2")
+    racks.world.secret("bgp", tor1="wrong", tor2="first-tor2")
     racks.node.start()
     eventually(lambda: racks.node.established(TORS["tor2"][0]))
     peer = racks.node.peer(TORS["tor1"][0])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
+from kernel.netns import inside
 from tests.bird_glue.world import Bird, Node, World, world
 from tests.support.netns import connect, eventually
 
@@ -122,6 +124,42 @@ def test_ipv6(rack: Rack) -> None:
     eventually(lambda: node.routes("proto 179 exact fd70::/32", "-6") == [])
     store.delete("BGPPeer", "six")
     eventually(lambda: BLOCK6 not in tor.blocks())
+
+
+def test_a_silent_peer_holds_up_no_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Connected, and then not a word, with our routes waiting for it: it may be new settings
+    that it waits for, and other sessions want theirs as well."""
+    with world(tmp_path_factory.mktemp("silent")) as made:
+        node, silent, tor = made.node("n1"), made.host("silent"), made.bird("tor")
+        connect(node.namespace, "eth0", tor.namespace, "n1", [f"{NODE}/24", f"{TOR}/24"])
+        addresses = ["172.31.2.11/24", "172.31.2.1/24"]
+        connect(node.namespace, "eth1", silent.namespace, "n1", addresses)
+        store = made.store
+        store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
+        store.node("n1", f"{NODE}/24")
+        store.block("n1", BLOCK)
+        with inside(silent.namespace.fd):
+            listener = socket.create_server(("", 179))
+        with listener:
+            listener.settimeout(10)
+            settings = {"peerIP": "172.31.2.1", "asNumber": 65002, "sourceAddress": "None"}
+            store.put("BGPPeer", "silent", **settings)
+            node.start()
+            first, _ = listener.accept()
+            with first:
+                first.settimeout(10)
+                assert first.recv(4096)
+                tor.start(BIRD + NEAR)
+                store.put("BGPPeer", "near", peerIP=TOR, asNumber=65001, ttlSecurity=1)
+                eventually(lambda: node.established(TOR))
+                store.put("BGPPeer", "silent", **settings, keepaliveTime="5s")
+                assert first.recv(4096) == b""
+                second, _ = listener.accept()
+                with second:
+                    second.settimeout(10)
+                    hold_time = second.recv(4096)[22:24]  # of OPEN (RFC 4271 4.2)
+                    assert int.from_bytes(hold_time, "big") == 15
+            assert node.established(TOR)
 
 
 def test_ttl_security_holds_for_peers_that_call(tmp_path_factory: pytest.TempPathFactory) -> None:

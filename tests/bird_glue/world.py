@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -417,6 +418,13 @@ class World:
         pod.run("ip", "route", "add", "169.254.1.1", "dev", "eth0", "scope", "link")
         pod.run("ip", "route", "add", "default", "via", "169.254.1.1")
         return pod
+
+    def secret(self, name: str, **values: str) -> None:
+        """A Secret of kube-system, where the agent looks for passwords."""
+        data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
+        metadata = {"name": name, "namespace": "kube-system"}
+        value = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data}
+        self.store.put_raw("Secret", name, value, namespace="kube-system")
 
     def end(self) -> None:
         self._stack.close()
