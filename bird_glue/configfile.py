@@ -2,7 +2,7 @@
 
 ExaBGP loads a changed file without touching the sessions that are the same in it, but: a file
 that is wrong makes it refuse all later ones, so each is validated first; and it loses the
-request when routes wait to be sent at that moment, without saying so. So it is asked what it
+request when routes wait at that moment on a session that is up, without saying so. So it is asked what it
 runs on, by the mark in the file, until that is what it should be.
 """
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 _PAUSE_SECONDS = 0.3  # between two files; what changes meanwhile is loaded together
 _AGAIN_SECONDS = 0.3
-# Routes may wait for as long as a TCP connection attempt takes (tcp_syn_retries)
+# Routes may wait for as long as a peer reads nothing, which is bounded by its hold time
 _LOAD_SECONDS = 180.0
 _VALIDATE_SECONDS = 30.0
 

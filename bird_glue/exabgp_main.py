@@ -11,6 +11,9 @@ Its listening sockets answer with the system's TTL, which a peer with TTL securi
 system's TTL, and are repeated after 1, 2, 4 … 64 seconds: they give up after three, and ExaBGP
 begins another one.
 
+It doesn't load new settings while routes wait for a session that is being set up, and doesn't
+use them on one that waits for a word of the peer, which may be for want of these very settings.
+
 And a message whose header is wrong it would end with an exception of its own instead of the
 NOTIFICATION that says so: the function that tells us of it can't be called as it calls it.
 """

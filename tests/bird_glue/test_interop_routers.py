@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from tests.support.netns import connect, eventually
 RESTORE = ("qdisc", "del", "dev", "node", "root")
 CUT = ("qdisc", "add", "dev", "node", "root", "tbf", "rate", "8bit", "burst", "1", "limit", "1")
 BLOCKS = {"10.1.0.0/26", "2001:db8:1::/122"}
+PASSWORD = "correct-horse"  # FRR takes none with a space
 POD, OUTSIDE = "10.1.0.5", "192.0.2.9"
 UPLINKS = {kind: Uplink(n) for n, kind in enumerate(KINDS, 1)}
 
@@ -221,6 +223,40 @@ def test_exabgp_is_killed_and_nobody_notices(rack: Rack, kind: str) -> None:
     eventually(lambda: not rack.node.established(uplink.address))
     eventually(back, 20)
     assert not any(gone)
+
+
+@pytest.mark.slow
+@each_router
+def test_ttl_security_and_a_password(rack: Rack, kind: str) -> None:
+    """The router is away first; then it is the first to have them no more, and the last again."""
+    uplink, router = UPLINKS[kind], rack.routers[kind]
+    both = {"ttlSecurity": 1, "password": {"secretKeyRef": {"name": "bgp", "key": "rack"}}}
+    secure = replace(uplink, ttl_security=True, password=PASSWORD)
+
+    def settled(before: float) -> bool:
+        """Sessions that came up after that, and what they told."""
+        peers = [rack.node.peer(address) for address in (uplink.address, uplink.six)]
+        return all(peer and peer.since > before for peer in peers) and rack.up(kind)
+
+    rack.world.secret("bgp", rack=PASSWORD)
+    changed = time.time()
+    router.stop()
+    rack.peer(kind, **both)
+    eventually(lambda: "incoming-ttl" in (rack.node.run_dir / "exabgp.conf").read_text())
+    eventually(lambda: not rack.node.established(uplink.address))
+    router.begin(secure)
+    eventually(lambda: settled(changed), 30)
+    changed = time.time()
+    router.begin(uplink)
+    rack.peer(kind)
+    eventually(lambda: settled(changed), 30)
+    changed = time.time()
+    rack.peer(kind, **both)
+    eventually(lambda: not rack.node.established(uplink.address))
+    router.begin(secure)
+    eventually(lambda: settled(changed), 30)
+    router.begin(uplink)
+    rack.peer(kind)
 
 
 @each_router
