@@ -2,8 +2,8 @@
 
 ExaBGP loads a changed file without touching the sessions that are the same in it, but: a file
 that is wrong makes it refuse all later ones, so each is validated first; and it loses the
-request when routes wait at that moment on a session that is up, without saying so. So it is asked what it
-runs on, by the mark in the file, until that is what it should be.
+request when routes wait at that moment on a session that is up, without saying so. So it is
+asked what it runs on, by the mark in the file, until that is what it should be.
 """
 
 from __future__ import annotations
