@@ -139,8 +139,13 @@ class NftablesSets:
             self._forget(name)
 
     def preload(self) -> int:
-        """Fill new sets that are large, outside of the transaction to come. Raises OSError."""
-        changes = 0
+        """Fill new sets that are large, or hold ranges, before the transaction to come.
+
+        Ranges, because the kernel makes them ready to be looked up only after the rules of the
+        same transaction are in force: for some microseconds packets would find none of them.
+        Raises OSError.
+        """
+        changes = self._preload_ranges()
         for name in self._compare - self._present.keys():
             for contents in self._contents(name):
                 if len(contents.keys) <= _BULK or contents.declaration.name in self._present:
@@ -155,6 +160,27 @@ class NftablesSets:
                 self._present[contents.declaration.name] = contents.declaration
                 changes += len(every)
         return changes
+
+    def _preload_ranges(self) -> int:
+        made = {
+            contents.declaration.name: contents
+            for name in self._compare | (self._renetted & self._spans.keys())
+            for contents in self._contents(name)
+            if contents.declaration.ranges and contents.declaration.name not in self._present
+        }
+        if not made:
+            return 0
+        transaction = self._nftables.transaction()
+        transaction.create_table()
+        for name, contents in sorted(made.items()):
+            transaction.create_set(contents.declaration)
+            transaction.add_ranges(name, contents.spans)
+        self._nftables.commit(transaction)
+        for name, contents in made.items():
+            self._present[name] = contents.declaration
+            if (holder := networks_holder(name)) is not None:
+                self._known[holder] = contents.spans
+        return len(made)
 
     def fill(self, transaction: Transaction) -> None:
         """Make the sets that are missing, and give all of them what they should hold."""

@@ -139,6 +139,17 @@ def test_changes_that_keep_allowing_lose_nothing(world: World) -> None:
     world.node.settle()
 
 
+def test_lists_of_networks_are_ready_when_rules_refer_to_them(world: World) -> None:
+    with flows(world):
+        for number in range(40):
+            nets = ["10.0.0.2/32", f"192.0.2.{number}/32", "198.51.100.0/24"]
+            ingress = [{"action": "Allow", "source": {"nets": nets}}]
+            world.node.put(policy("p", selector="app == 'web'", types=["Ingress"], ingress=ingress))
+            world.node.settle()
+    world.node.put(allow("a == '1'"))
+    world.node.settle()
+
+
 def test_a_label_change_that_keeps_allowing_loses_nothing(world: World) -> None:
     world.node.put(
         policy(
