@@ -121,6 +121,9 @@ def _bgp(status: BgpStatus) -> Iterator[str]:
             continue
         yield f"IPv{version} peers"
         yield table.render(TITLES, [_peer(peer) for peer in peers])
+        for peer in peers:
+            for why, count in peer.refused.items():
+                yield f"  of {peer.address} {count} refused: {why}"
 
 
 def _peer(peer: PeerStatus) -> list[str]:
@@ -135,7 +138,6 @@ def _peer(peer: PeerStatus) -> list[str]:
         )
     if peer.bfd:
         info.append(f"BFD {peer.bfd}")
-    info += [f"{count} refused: {why}" for why, count in peer.refused.items()]
     return [address, peer.type, peer.state, _since(peer.since), "; ".join(info)]
 
 
