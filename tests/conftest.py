@@ -1,7 +1,15 @@
 """Fixtures for the tests of all rooms."""
 
+from __future__ import annotations
+
+import signal
+
 from tests.support.etcd import etcd, etcd_cluster
 from tests.support.kube import kube_apiserver
 from tests.support.netns import namespace, netlink
 
 __all__ = ["etcd", "etcd_cluster", "kube_apiserver", "namespace", "netlink"]
+
+# a shell starts what runs in the background with interrupts ignored, and children inherit that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
