@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 import sys
 import threading
 import time
 
 from api.errors import InvalidObjectError
+from cni import findings
 from cni.enforcement import Enforcement
+from cni.errors import CniError
 from cni.node import Node
 from cni.plugin import Plugin
-from cni.repair import repair
+from cni.repair import Patrol, repair
 from cni.server import WORKERS, Server, socket_path
 from cni.turns import Turns
 from datastore.connect import connect
 from datastore.environment import Environment
 from datastore.interface import StoreError
+from ipam.errors import IpamError
 from reconcile.backoff import Backoff
 
 # A thread that computes gives way to one that has an answer from the kernel or the datastore
@@ -32,6 +36,9 @@ _SWITCH_INTERVAL = 0.0005
 _LOCAL = "sqlite:"
 _TURNS = 12
 
+# Seconds between two looks at what vanished, and at what kernel and datastore disagree on.
+_PATROL = "MANX_PATROL_SECONDS"
+
 _END = (signal.SIGTERM, signal.SIGINT)
 
 _log = logging.getLogger(__name__)
@@ -39,6 +46,7 @@ _log = logging.getLogger(__name__)
 
 def run(environment: Environment) -> None:
     """Serve until SIGTERM or SIGINT. Raises OSError, RuntimeError, ValueError at the start."""
+    period = _period(os.environ.get(_PATROL) or "60")
     sys.setswitchinterval(_SWITCH_INTERVAL)
     # Blocked, here and in every thread to come, and waited for: a handler of Python's may be
     # missed by a main thread that is just about to sleep.
@@ -53,7 +61,10 @@ def run(environment: Environment) -> None:
     server = Server(socket_path(environment), plugin.handle, turns)
     node.start()
     enforcement.start()
-    repairs = threading.Thread(target=_repair, args=(node, stop), name="cni-repair", daemon=True)
+    teller = findings.Teller(environment.run_dir)
+    repairs = threading.Thread(
+        target=_repair, args=(node, stop, period, teller), name="cni-repair", daemon=True
+    )
     repairs.start()
     gc.collect()
     gc.freeze()  # what is loaded now stays for ever, so the collector need not look at it
@@ -70,16 +81,32 @@ def run(environment: Environment) -> None:
     _log.info("stopped")
 
 
-def _repair(node: Node, stop: threading.Event) -> None:
-    """Repair what the daemon before left, as soon as the datastore can be reached."""
+def _repair(node: Node, stop: threading.Event, period: float, teller: findings.Teller) -> None:
+    """Repair what the daemon before left, as soon as the datastore can be reached; then patrol."""
     backoff: Backoff[None] = Backoff()
+    patrol = Patrol(node)
+    begun = False
     while not stop.is_set():
         try:
-            repair(node)
-        except (StoreError, InvalidObjectError, OSError) as error:
+            if not begun:
+                repair(node)
+                begun = True
+            teller.tell(patrol.look())
+        except (StoreError, IpamError, InvalidObjectError, CniError, OSError) as error:
             now = time.monotonic()
-            due = backoff.failed(None, now)
-            _log.warning("repair at the start, next in %.1f s: %s", due - now, error)
-            stop.wait(due - now)
+            pause = max(backoff.failed(None, now) - now, period if begun else 0.0)
+            _log.warning("repair, next in %.1f s: %s", pause, error)
         else:
-            return
+            backoff.succeeded(None)
+            pause = period
+        stop.wait(pause)
+
+
+def _period(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 3600:
+        raise ValueError(f"{_PATROL}: {text!r}: expected seconds, from 0.1 to 3600")
+    return seconds

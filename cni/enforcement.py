@@ -27,7 +27,8 @@ _RETRY = 0.1  # seconds between attempts to reach felix while it is away
 # So many may wait at a time: each has a client's connection, and descriptors are not without end.
 MOST_WAITING = 512
 
-Then = Callable[[bool], object]
+# True: it is enforced; False: not in time; None: nobody will know, the listening has ended.
+Then = Callable[[bool | None], object]
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Enforcement:
         self._sooner = threading.Condition(self._lock)  # the first deadline is another
         self._numbers = itertools.count()
         self._away_since: float | None = time.monotonic()
+        self._known = False
         self._stopping = threading.Event()
         self._connection: socket.socket | None = None
         self._threads = [
@@ -68,7 +70,7 @@ class Enforcement:
             thread.start()
 
     def stop(self) -> None:
-        """Stop listening. Who still waits never hears."""
+        """Stop listening. Who still waits is told so."""
         self._stopping.set()
         with self._lock, contextlib.suppress(OSError):
             self._sooner.notify_all()
@@ -76,11 +78,22 @@ class Enforcement:
                 self._connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
+        with self._lock:
+            waiting = [wait.then for wait in self._deadlines if wait.then is not None]
+            self._deadlines.clear()
+            self._waiting.clear()
+        for then in waiting:
+            _tell(then, None)
 
     def away(self) -> float:
         """For how many seconds felix has not been there; 0 while it is."""
         since = self._away_since
         return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def known(self) -> bool:
+        """Whether felix has ever been there, since ``start``."""
+        return self._known
 
     @property
     def waiting(self) -> int:
@@ -91,8 +104,8 @@ class Enforcement:
         """Call ``then(True)`` when felix enforces the endpoint's policy for this container.
 
         After ``seconds``, ``then(False)``; at once if felix has been away for longer than that,
-        or too many wait. ``then`` is called once, in this thread or in one that must not be held
-        up.
+        or too many wait. ``then(None)`` from ``stop``. It is called once, in this thread or in
+        one that must not be held up.
         """
         name = f"{endpoint.namespace}/{endpoint.name}"
         with self._lock:
@@ -188,10 +201,11 @@ class Enforcement:
             if self._away_since is not None:
                 _log.info("felix is there: it enforces %d endpoints", len(self._enforced))
                 self._away_since = None
+                self._known = True
         return hearers
 
 
-def _tell(then: Then, enforced: bool) -> None:
+def _tell(then: Then, enforced: bool | None) -> None:
     """An error of one must not keep the others from hearing."""
     try:
         then(enforced)

@@ -11,14 +11,14 @@ What concerns one interface of the node happens one after the other, all else si
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from api.kubernetes import Pod
 from api.net import Net
 from cni import wiring
-from cni.attachment import Attachment
+from cni.attachment import Attachment, from_alias
 from cni.cluster import ATTACHMENT, Cluster, Namespace, owns, workload_endpoint
 from cni.delegate import Delegate, Lease
 from cni.errors import invalid_environment
@@ -31,7 +31,7 @@ from ipam.errors import NoPoolError
 from ipam.locks import KeyedLocks
 from ipam.pools import Pools, Request
 from ipam.renewal import renew
-from kernel.links import Ends, Link
+from kernel.links import Ends, Link, Links
 from kernel.netlink import NetlinkSocket
 
 Addresses = tuple[Net, ...]
@@ -223,6 +223,24 @@ class Node:
             for net in self._allocator.release(attachment.handle):
                 _log.info("%s: released %s: nothing uses it", attachment, net)
 
+    def repair_endpoint(self, attachment: Attachment) -> None:
+        """Take back an attachment whose container is gone: it has an endpoint and no interface.
+
+        No ADD of it is under way meanwhile, as that would hold the same lock.
+        """
+        with self._locks.hold(self.host_interface(attachment)), self.sockets.borrow() as host:
+            endpoint = self.cluster.endpoint(attachment)
+            if endpoint is None or not owns(attachment, endpoint):
+                return
+            interface = str(endpoint.value["spec"].get("interfaceName") or "")
+            links = Links(host).read().values()
+            if is_wired(attachment.endpoint_container_id, interface, links):
+                return
+            if self.cluster.forget(attachment) is not None:
+                released = self._allocator.release(attachment.handle)
+                addresses = ", ".join(map(str, released)) or "none of IPAM's"
+                _log.info("%s: interface %s is gone; released %s", attachment, interface, addresses)
+
     def remove_interface(self, link: Link) -> None:
         """Delete an interface of the node, whosever it is."""
         with self._locks.hold(link.name):
@@ -397,3 +415,19 @@ class Node:
         if recorded != expected:
             return [f"datastore: {endpoint.key}: spec.ipNetworks: {recorded}: expected {expected}"]
         return []
+
+
+def is_wired(container: str, interface: str, links: Iterable[Link]) -> bool:
+    """Whether a container whose endpoint names it and its interface so may have that still.
+
+    It has if an interface bears its mark, whatever its name, and may have if the one of that
+    name bears no mark of ours, but was made by another plugin before us.
+    """
+    for link in links:
+        attachment = from_alias(link.alias)
+        if attachment is None:
+            if link.name == interface:
+                return True
+        elif attachment.endpoint_container_id == container:
+            return True
+    return False

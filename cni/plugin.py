@@ -49,6 +49,8 @@ _NETNS_ERROR = "MANX_NETNS_ERROR"
 _PLUGIN = "MANX_PLUGIN"
 # Threads that take back ADDs that waited for felix in vain.
 _TAKING_BACK = 8
+# Seconds that a felix may need to be heard of by a daemon that has just started.
+_FIRST_SECONDS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +148,10 @@ class Plugin:
         """Wait until felix enforces the pod's policy, in no thread; 0 seconds: don't wait."""
         output = _json(added.result)
 
-        def answer(enforced: bool) -> None:
-            if enforced:
+        def answer(enforced: bool | None) -> None:
+            if enforced is None:  # it is complete, so the next daemon has nothing to do but wait
+                reply(0, None)
+            elif enforced:
                 addresses = ", ".join(map(str, added.attached.wire.addresses))
                 _log.info("ADD %s: %s", added.attachment, addresses)
                 reply(0, output)
@@ -271,10 +275,25 @@ class Plugin:
             else:
                 self._node.require_pools(call.configuration.ipam.families)
             seconds = call.configuration.policy_setup_timeout_seconds
-            if seconds and not addresses_only and self._enforcement.away() > seconds:
-                raise self._unprotected(seconds)
+            if seconds and not addresses_only:
+                self._require_felix(seconds)
         except (StoreError, IpamError, CniError) as error:
             raise CniError(NOT_AVAILABLE, str(error)) from error
+
+    def _require_felix(self, seconds: int) -> None:
+        """Raise CniError where an ADD that waits for ``seconds`` could not succeed.
+
+        A felix that was there may be restarting; one that was never there gets a moment.
+        """
+        away = self._enforcement.away()
+        if not self._enforcement.known and away > min(seconds, _FIRST_SECONDS):
+            raise CniError(
+                NOT_AVAILABLE,
+                f"felix has not been there since this daemon started, {away:.0f} s ago: no policy"
+                " would be enforced; see manxctl node status",
+            )
+        if away > seconds:
+            raise self._unprotected(seconds)
 
     def _collect_garbage(self, call: Call, delegate: Delegate | None) -> None:
         """Detach all of this network that the runtime does not list. Raises CniError."""

@@ -2,18 +2,23 @@
 
 Nothing is taken from a container that may be alive. An interface goes only when it bears our
 mark of an unfinished ADD, of which no runtime was told that it succeeded; an address only
-when its attachment has neither endpoint nor interface.
+when its attachment has neither endpoint nor interface; an endpoint, with its address, only
+when at two looks its interface was gone, as it is when the node was started anew.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from cni import wiring
 from cni.attachment import Attachment, from_alias, from_allocation
-from cni.node import Node
+from cni.node import Node, is_wired
+from datastore.interface import Key
+from ipam.audit import Finding
+from ipam.audit_kernel import audit_kernel, interface_prefixes
+from ipam.inventory import User, users_on
 from ipam.orphans import delete_orphans
 from ipam.records import Records
 from kernel.links import Link, Links
@@ -62,6 +67,49 @@ def repair(node: Node) -> None:
         node.repair_address(attachment)
     for handle in delete_orphans(node.cluster.store, node.cluster.node):
         _log.info("IPAM handle %s: deleted: its assignment was cut off", handle)
+
+
+class Patrol:
+    """Looks at the node again and again, and remembers the last look."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._found: frozenset[Finding] = frozenset()
+        self._lost: frozenset[tuple[Key, str]] = frozenset()
+
+    def look(self) -> list[Finding]:
+        """In what kernel and datastore disagree, now as at the last look.
+
+        What lost its interface before the last look is taken back; not while the datastore is
+        locked, nor where endpoints are views of Kubernetes' pods, whose kubelet sees to it that
+        they have a container, with an address of its own.
+        Raises CniError, StoreError, IpamError, InvalidObjectError, OSError.
+        """
+        store, name = self._node.cluster.store, self._node.cluster.node
+        users = users_on(store, name)
+        if "WorkloadEndpoint" not in store.given:
+            self._take_back_lost(users)
+        found = audit_kernel(users, name, interface_prefixes(store, name))
+        standing = [finding for finding in found if finding in self._found]
+        self._found = frozenset(found)
+        return standing
+
+    def _take_back_lost(self, users: Collection[User]) -> None:
+        links = _links(self._node)
+        lost = {
+            (user.key, user.container)
+            for user in users
+            if user.interface and not is_wired(user.container, user.interface, links)
+        }
+        standing = lost & self._lost
+        self._lost = frozenset(lost)
+        if not standing:
+            return
+        self._node.cluster.require_unlocked()
+        for attachment in (*_holders(self._node), *self._node.cluster.delegated()):
+            key = attachment.endpoint_key(self._node.cluster.node)
+            if (key, attachment.endpoint_container_id) in standing:
+                self._node.repair_endpoint(attachment)
 
 
 def _links(node: Node) -> list[Link]:

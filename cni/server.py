@@ -31,7 +31,8 @@ _STACK = 1 << 20  # bytes; the default of 8 MiB is address space for nothing
 _SOCKET = "cni.sock"
 
 # The answer to a request: exit code and output for the client. To be called once, from any thread.
-Reply = Callable[[int, bytes], None]
+# Without an output there is no answer: the client asks again.
+Reply = Callable[[int, bytes | None], None]
 # Answers a request, at once or, having returned, later.
 Handler = Callable[[Request, Reply], object]
 
@@ -56,6 +57,7 @@ class Server:
         self._handler = handler
         self._turns = turns
         self._unanswered = 0
+        self._receiving: set[socket.socket] = set()
         self._answered = threading.Condition()
         self._closing = False
         self._silent_until = 0.0
@@ -78,13 +80,22 @@ class Server:
             worker.start()
 
     def stop(self) -> None:
-        """Take no more requests, see to it that those in hand are answered, free the path."""
+        """Take no more requests; returns when the handler has had all that were there.
+
+        Some may be without an answer yet: see ``close``.
+        """
         self._closing = True
         self.path.unlink(missing_ok=True)
         self._socket.shutdown(socket.SHUT_RDWR)  # wakes all who wait in accept
+        for connection in tuple(self._receiving):  # who is silent holds up nobody
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
         for worker in self._workers:
             if worker.ident is not None:
                 worker.join()
+
+    def close(self) -> None:
+        """After ``stop``: see to it that all are answered, free the path."""
         with self._answered:
             self._answered.wait_for(lambda: not self._unanswered)
         self._socket.close()
@@ -132,11 +143,16 @@ class Server:
         if uid != 0:
             _log.warning("refused a request of user %d: only root may ask", uid)
             return None
+        self._receiving.add(connection)
         try:
+            if self._closing:
+                return None
             return receive(connection, self._turns.give_up)
         except (ProtocolError, OSError) as error:
             _log.warning("request dropped: %s", error)
             return None
+        finally:
+            self._receiving.discard(connection)
 
     def _ended(self) -> None:
         with self._answered:
@@ -153,10 +169,10 @@ class _Conversation:
         self._lock = threading.Lock()
         self._open = True
 
-    def reply(self, exit_code: int, output: bytes) -> None:
-        """Send the answer. A second one is a fault, and is not sent."""
+    def reply(self, exit_code: int, output: bytes | None) -> None:
+        """Send the answer, if there is one. A second one is a fault, and is not sent."""
         try:
-            if self._open:
+            if self._open and output is not None:
                 answer(self.connection, exit_code, output)
         finally:
             self.end()

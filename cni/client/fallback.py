@@ -22,7 +22,7 @@ LIMIT = 1 << 20  # bytes of environment, stdin and answer
 STDIN_SECONDS = 5
 ANSWER_SECONDS = 90
 RETRY_SECONDS = 0.05
-RETRIES = 60
+RETRIES = 200
 ERR_ENVIRONMENT, ERR_IO, ERR_TRY_AGAIN, ERR_NOT_AVAILABLE = 4, 5, 11, 50
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 

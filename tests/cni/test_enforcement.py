@@ -205,6 +205,52 @@ def test_more_wait_for_a_hanging_felix_than_there_are_workers(rig: Rig, felix: F
         rig.end(process).ok()
 
 
+def test_a_restart_in_the_middle_of_waiting(rig: Rig, felix: Felix) -> None:
+    """The daemon ends at once, ADDs that wait for felix go on with the next, DELs with them."""
+    standing, waiting = (([rig.container() for _ in range(10)]) for _ in range(2))
+    for pod in standing:
+        rig.add(pod)
+    felix.signal(signal.SIGSTOP)
+    try:
+        conf = configuration(policy_setup_timeout_seconds=60)
+        adding = [rig.begin("ADD", pod, conf) for pod in waiting]
+        eventually(lambda: len(rig.endpoints()) == 20)
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.connect(str(rig.socket))
+            deleting = [rig.begin("DEL", pod) for pod in standing[:5]]
+            assert rig.kill(signal.SIGTERM) == 0  # waits for less than 60 s
+        deleting += [rig.begin("DEL", pod) for pod in standing[5:]]
+        rig.start()
+        for process in deleting:
+            rig.end(process).ok()
+        assert all(process.poll() is None for process in adding)
+        assert len(rig.endpoints()) == len(rig.links()) == len(rig.held()) == 10
+    finally:
+        felix.signal(signal.SIGCONT)
+    results = [rig.end(process).ok() for process in adding]
+    assert len({ip(result) for result in results}) == 10
+    assert "not taken back" not in rig.log()
+    for pod, result in zip(waiting, results, strict=True):
+        assert rig.call("CHECK", pod, configuration(prevResult=result)).ok() is None
+        rig.delete(pod)
+
+
+def test_felix_was_never_there(c_client: Path) -> None:
+    """A daemon that has just started gives it a moment, not as long as an ADD would wait."""
+    with running(c_client) as rig:
+        eventually(lambda: rig.call("STATUS", conf=configuration(**WAIT)).code != 0, 15)
+        status = rig.call("STATUS", conf=configuration(**WAIT))
+        assert status.error == NOT_AVAILABLE
+        assert "felix has not been there" in status.json["msg"]
+        assert rig.call("STATUS").ok() is None
+        felix = Felix(rig)
+        felix.start()
+        try:
+            eventually(lambda: rig.call("STATUS", conf=configuration(**WAIT)).code == 0)
+        finally:
+            felix.kill()
+
+
 def test_felix_is_away(rig: Rig, felix: Felix) -> None:
     standing, late, waiting = (rig.container() for _ in range(3))
     result = rig.add(standing, **WAIT)
@@ -257,9 +303,9 @@ def say(connection: socket.socket, everything: bool, **endpoints: str | None) ->
     connection.sendall(json.dumps(told).encode() + b"\n")
 
 
-def hears(enforcement: Enforcement, endpoint: Key, container: str, seconds: float) -> bool:
+def hears(enforcement: Enforcement, endpoint: Key, container: str, seconds: float) -> bool | None:
     """What one who waits is told."""
-    told: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    told: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
     enforcement.when_enforced(endpoint, container, seconds, told.put)
     return told.get(timeout=seconds + 20)
 
@@ -287,9 +333,9 @@ def test_many_wait_and_each_hears_once(heard: tuple[Enforcement, socket.socket])
     with connection:
         say(connection, True, first="c")
         assert hears(enforcement, Key("WorkloadEndpoint", "first", "red"), "c", 20)
-        told: queue.SimpleQueue[tuple[int, bool]] = queue.SimpleQueue()
+        told: queue.SimpleQueue[tuple[int, bool | None]] = queue.SimpleQueue()
 
-        def fails(enforced: bool) -> None:
+        def fails(enforced: bool | None) -> None:
             told.put((-1, enforced))
             raise RuntimeError("a fault of one that hears")
 
