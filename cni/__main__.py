@@ -53,6 +53,12 @@ def daemon() -> None:
 @_CONF_DIR
 @click.option("--mtu", type=click.IntRange(0, 65535), default=0, help="0: what the uplink carries.")
 @click.option(
+    "--config",
+    default="",
+    metavar="JSON|@FILE",
+    help="What else the configuration shall have: an object, merged into it.",
+)
+@click.option(
     "--chain",
     multiple=True,
     metavar="JSON|@FILE",
@@ -70,7 +76,13 @@ def daemon() -> None:
     help="Stay, and put it right whenever it or a FILE changes, until SIGTERM.",
 )
 def install(
-    bin_dir: Path, conf_dir: Path, mtu: int, chain: tuple[str, ...], usual_chain: bool, keep: bool
+    bin_dir: Path,
+    conf_dir: Path,
+    mtu: int,
+    config: str,
+    chain: tuple[str, ...],
+    usual_chain: bool,
+    keep: bool,
 ) -> None:
     """Put plugin and network configuration in place for the runtime."""
     from cni import install as installer
@@ -79,7 +91,10 @@ def install(
         plugins = [_text(item) for item in chain]
         if usual_chain:
             plugins += installer.usual_chain(bin_dir, plugins)
-        for path in installer.install(bin_dir, conf_dir, socket, mtu=mtu, chain=plugins):
+        files = installer.install(
+            bin_dir, conf_dir, socket, mtu=mtu, config=_text(config), chain=plugins
+        )
+        for path in files:
             if not quiet:
                 click.echo(f"installed {path}")
         found = installer.preferred(conf_dir)
@@ -96,18 +111,18 @@ def install(
             click.echo(f"warning: {warning}", err=True)
         return
     configure_logging(environment, "manx-cni")
-    _keep(lambda: once(quiet=True), bin_dir, conf_dir, chain)
+    _keep(lambda: once(quiet=True), bin_dir, conf_dir, (config, *chain))
 
 
 def _keep(
-    once: Callable[[], list[str]], bin_dir: Path, conf_dir: Path, chain: Iterable[str]
+    once: Callable[[], list[str]], bin_dir: Path, conf_dir: Path, settings: Iterable[str]
 ) -> None:
     from cni import keeper
 
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopped.append(number))
-    files = [Path(item[1:]).absolute().parent for item in chain if item.startswith("@")]
+    files = [Path(item[1:]).absolute().parent for item in settings if item.startswith("@")]
     keeper.keep(once, {bin_dir, conf_dir, *files}, lambda: bool(stopped))
 
 

@@ -26,7 +26,8 @@ from typing import Any
 import orjson
 
 from cni.attachment import DEFAULT_NETWORK
-from cni.config import POLICY_WAIT, VERSIONS
+from cni.config import POLICY_WAIT, VERSIONS, parse_configuration
+from cni.errors import CniError
 
 PLUGIN = "manx"
 IPAM_PLUGIN = "manx-ipam"  # the same executable: addresses alone, for other main plugins
@@ -52,13 +53,24 @@ _USUAL: tuple[Mapping[str, Any], ...] = (
 _log = logging.getLogger(__name__)
 
 
+# Of the list, not of an entry in it; and the name of our executable.
+_OF_THE_LIST = ("name", "cniVersion", "cniVersions", "type")
+
+
 def install(
-    bin_dir: Path, conf_dir: Path, socket: Path, *, mtu: int = 0, chain: Iterable[str] = ()
+    bin_dir: Path,
+    conf_dir: Path,
+    socket: Path,
+    *,
+    mtu: int = 0,
+    config: str = "",
+    chain: Iterable[str] = (),
 ) -> list[Path]:
     """Install, or bring up to date; returns the files.
 
     ``socket``: where the daemon listens. ``mtu`` in bytes, 0: what the uplink carries.
-    ``chain``: configurations (JSON) of plugins to run after this one.
+    ``config``: what else the plugin's configuration shall have, a JSON object; its values win,
+    objects in it are merged. ``chain``: configurations (JSON) of plugins to run after this one.
     Raises ValueError for a wrong one, OSError.
     """
     if not _SOCKET_PATH.fullmatch(str(socket)):
@@ -66,7 +78,8 @@ def install(
             f"socket {str(socket)!r}: expected an absolute path of at most 107 letters, digits,"
             " '_', '.', '-', '/', since it becomes part of the executable"
         )
-    configuration = configuration_list(mtu, [_chained(text) for text in chain], bin_dir)
+    own = plugin_configuration(mtu, config)
+    configuration = configuration_list(own, [_chained(text) for text in chain], bin_dir)
     for directory in (bin_dir, conf_dir):
         directory.mkdir(parents=True, exist_ok=True)
     plugins, conflist = [bin_dir / PLUGIN, bin_dir / IPAM_PLUGIN], conf_dir / CONFIGURATION
@@ -111,14 +124,52 @@ def preferred(conf_dir: Path) -> list[Path]:
     return sorted(path for path in found if path.name < CONFIGURATION)
 
 
-def configuration_list(mtu: int, chain: Sequence[Mapping[str, Any]], bin_dir: Path) -> bytes:
-    """The network configuration list, in versions that every plugin of the chain speaks."""
-    plugin = {
+def plugin_configuration(mtu: int, config: str) -> dict[str, Any]:
+    """Our entry in the list. Raises ValueError where the daemon would refuse it."""
+    plugin: dict[str, Any] = {
         "type": PLUGIN,
         "mtu": mtu,
         "policy_setup_timeout_seconds": POLICY_WAIT,
         "ipam": {"type": IPAM_PLUGIN},
+        "capabilities": {"ips": True, "mac": True},
     }
+    if not config.strip():
+        return plugin
+    try:
+        wanted = orjson.loads(config)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"config {config!r}: not JSON: {error}") from None
+    if not isinstance(wanted, dict):
+        raise ValueError(f"config {config!r}: expected an object")
+    for key in _OF_THE_LIST:
+        if key in wanted:
+            raise ValueError(
+                f"config: {key}: {wanted[key]!r}: expected absent: it is not to choose"
+            )
+    plugin = _merged(plugin, wanted)
+    known = {"name": DEFAULT_NETWORK, "cniVersion": _COMMON}
+    try:
+        parse_configuration(orjson.dumps(plugin | known), "ADD")
+    except CniError as error:
+        raise ValueError(f"config: {error.msg}") from None
+    return plugin
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Both objects' members; of two with the same name the other's, unless both are objects."""
+    result = dict(one)
+    for key, value in other.items():
+        before = result.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            value = _merged(before, value)
+        result[key] = value
+    return result
+
+
+def configuration_list(
+    plugin: Mapping[str, Any], chain: Sequence[Mapping[str, Any]], bin_dir: Path
+) -> bytes:
+    """The network configuration list, in versions that every plugin of the chain speaks."""
     spoken = [_versions(bin_dir / chained["type"]) for chained in chain]
     versions = [version for version in VERSIONS if all(version in each for each in spoken)]
     if not versions:

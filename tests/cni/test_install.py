@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cni import install
+from datastore.interface import Key
 from tests.cni.rig import ROOT, Rig, configuration
 
 SOCKET = Path("/run/elsewhere/cni.sock")
@@ -115,6 +116,51 @@ def test_chained_plugins_that_are_wrong(tmp_path: Path, wrong: str) -> None:
     done = manx_cni("install", *directories, "--chain", wrong)
     assert done.returncode == 1
     assert wrong in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dual_stack_network(tmp_path: Path, rig: Rig) -> None:
+    """What is installed is what an ADD gets: addresses of both families, from the pool named."""
+    directories = ("--bin-dir", str(tmp_path), "--conf-dir", str(tmp_path))
+    settings = {
+        "mtu": 1400,
+        "ipam": {"assign_ipv6": "true", "ipv6_pools": ["six"]},
+        "container_settings": {"allow_ip_forwarding": True},
+        "dns": {"nameservers": ["10.96.0.10"]},
+        "policy_setup_timeout_seconds": 0,
+    }
+    done = manx_cni("install", *directories, "--mtu", "9000", "--config", json.dumps(settings))
+    assert done.returncode == 0, done.stderr
+    network = json.loads((tmp_path / "10-manx.conflist").read_text())
+    conf = network["plugins"][0] | {"cniVersion": "1.1.0", "name": network["name"]}
+    rig.create("IPPool", "six", spec={"cidr": "fd00:66::/64"})
+    pod = rig.container()
+    result = rig.call("ADD", pod, conf).ok()
+    assert [ip["address"].split("/")[1] for ip in result["ips"]] == ["32", "128"]
+    assert result["dns"] == {"nameservers": ["10.96.0.10"]}
+    assert result["interfaces"][1]["mtu"] == 1400
+    assert rig.call("CHECK", pod, conf | {"prevResult": result}).ok() is None
+    rig.call("DEL", pod, conf).ok()
+    rig.store.delete(Key("IPPool", "six"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected an object"),
+        ('{"type": "other"}', "config: type: 'other'"),
+        ('{"mtu": "large"}', "config: network configuration: mtu"),
+        ('{"ipam": {"assign_ipv4": false}}', "ipam"),
+        ("@/no/such/file", "/no/such/file"),
+    ],
+)
+def test_settings_that_are_wrong(tmp_path: Path, wrong: str, said: str) -> None:
+    directories = ("--bin-dir", str(tmp_path), "--conf-dir", str(tmp_path))
+    done = manx_cni("install", *directories, "--config", wrong)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

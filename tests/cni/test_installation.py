@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -197,6 +198,31 @@ def test_kept(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(20) == 0
     assert types() == ["manx", "tuning"]
+
+
+def test_settings_are_kept(tmp_path: Path) -> None:
+    """What somebody edits in the configuration is put back; the place to say it is followed."""
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"ipam": {"assign_ipv6": true}}')
+    conflist = tmp_path / "net.d" / "10-manx.conflist"
+
+    def plugin() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(conflist.read_text())["plugins"][0]
+        return found
+
+    with keeping(tmp_path, "--config", f"@{settings}"):
+        assert plugin()["ipam"] == {"type": "manx-ipam", "assign_ipv6": True}
+        before = conflist.read_text()
+        conflist.write_text(before.replace("manx-ipam", "edited"))
+        eventually(lambda: conflist.read_text() == before, 20)
+        new = tmp_path / "new.json"
+        new.write_text('{"policy_setup_timeout_seconds": 30}')
+        new.replace(settings)
+        eventually(lambda: plugin()["policy_setup_timeout_seconds"] == 30, 20)
+        assert plugin()["ipam"] == {"type": "manx-ipam"}
+        settings.write_text('{"ipam": {"assign_ipv4": "perhaps"}}')
+        eventually(lambda: "ipam.assign_ipv4" in (tmp_path / "log").read_text(), 20)
+        assert plugin()["policy_setup_timeout_seconds"] == 30
 
 
 def whole_or_not(directory: Path) -> bool:
