@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
 
 from api.net import V4, V6, Net, host_net
 from bird_glue.nexthops import Topology
@@ -168,16 +167,24 @@ class Fib:
 
     def learned(self, changes: Mapping[Net, Selection | None]) -> None:
         """Prefixes whose selection changed."""
+        last: Selection | None = None  # many prefixes share one
+        way: Route | None = None
         for net, selection in changes.items():
             old = self._wanted.pop(net, None)
             if old is not None:
-                self._dirty.add(old.key)
-                self._withdrawn.add(old.key)
+                key = old.key
+                self._dirty.add(key)
+                if self.holding:
+                    self._withdrawn.add(key)
             if selection is not None and not self._given and self._pools.programs(net):
-                route = learned_route(net, selection.hops, self._metrics[net.version])
-                self._wanted[net] = route
-                self._dirty.add(route.key)
-                self._withdrawn.discard(route.key)
+                if selection is not last or way is None or way.net.version != net.version:
+                    last = selection
+                    way = learned_route(net, selection.hops, self._metrics[net.version])
+                route = self._wanted[net] = way.to(net)
+                key = route.key
+                self._dirty.add(key)
+                if self.holding:
+                    self._withdrawn.discard(key)
 
     def release(self) -> None:
         """Stop holding on to what an earlier run left."""
@@ -201,11 +208,11 @@ class Fib:
 
     def apply(self, now: float) -> None:
         """Bring the kernel to what it should be. What it refuses is tried again later."""
-        keys = self._dirty | set(self._backoff.due(now))
+        keys = self._dirty.union(self._backoff.due(now))
         self._dirty = set()
         if not keys:
             return
-        wanted = _among(self._wanted, keys) | _among(self._static, keys)
+        wanted = {key: route for key in keys if (route := self._should_be(key)) is not None}
         if self._given:
             wanted |= self._for_bird(keys - wanted.keys())
         holding = self._leads_somewhere if self.holding else None
@@ -213,10 +220,9 @@ class Fib:
         if not self.holding:
             self._withdrawn.clear()
         failed = self._routes.apply(plan) if plan else {}
-        for key in keys:
-            if key not in failed:
-                self._backoff.succeeded(key)
-                self._errors.pop(key, None)
+        for key in (self._errors.keys() & keys) - failed.keys():
+            self._backoff.succeeded(key)
+            del self._errors[key]
         self._remember(plan, failed)
         for key, error in failed.items():
             self._backoff.failed(key, now)
@@ -237,7 +243,7 @@ class Fib:
         """Routes that were learned before BIRD writes them, with its protocol."""
         found = {key: self._actual[key] for key in keys if key in self._actual}
         return {
-            key: replace(route, protocol=PROTO_BIRD)
+            key: route._replace(protocol=PROTO_BIRD)
             for key, route in found.items()
             if route.kind == "unicast"
         }
@@ -253,21 +259,27 @@ class Fib:
         """When ``apply`` has something to try again."""
         return self._backoff.next_due()
 
+    def _should_be(self, key: RouteKey) -> Route | None:
+        """The route that has the key."""
+        route = self._static.get(key.net)
+        if route is None or route.metric != key.metric or route.table != key.table:
+            route = self._wanted.get(key.net)
+            if route is None or route.metric != key.metric or route.table != key.table:
+                return None
+        return route
+
     def _remember(self, plan: Plan[RouteKey, Route], failed: Mapping[RouteKey, OSError]) -> None:
-        for key, route in (plan.create | plan.update).items():
-            if key not in failed:
-                self._actual[key] = route
+        for done in (plan.create, plan.update):
+            for key, route in done.items():
+                if key in failed:
+                    continue
                 if route.protocol == PROTO_BIRD:
-                    del self._actual[key]  # BIRD's from here on
+                    self._actual.pop(key, None)  # BIRD's from here on
+                else:
+                    self._actual[key] = route
         for key in plan.delete:
             if key not in failed:
                 self._actual.pop(key, None)
 
     def _mark(self, routes: Iterable[Route]) -> None:
         self._dirty.update(route.key for route in routes)
-
-
-def _among(routes: Mapping[Net, Route], keys: Iterable[RouteKey]) -> dict[RouteKey, Route]:
-    """The routes that have one of the keys."""
-    found = {key: routes[key.net] for key in keys if key.net in routes}
-    return {key: route for key, route in found.items() if route.key == key}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Generic, NamedTuple, TypeVar
 
@@ -114,7 +114,7 @@ class Topology:
                 continue
             hops = tuple(hop for hop in route.hops if running is None or hop.ifindex in running)
             if hops or not route.hops:
-                self._table[route.net] = replace(route, hops=hops)
+                self._table[route.net] = route._replace(hops=hops)
                 facts.append((route.net, route.kind, hops))
         self._facts = frozenset(facts)
 

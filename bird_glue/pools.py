@@ -34,7 +34,10 @@ class Pools:
 
     def of(self, net: Net) -> PoolPolicy | None:
         """The pool that contains the prefix."""
-        return next((policy for policy in self.policies if policy.net.contains(net)), None)
+        for policy in self.policies:
+            if policy.net.contains(net):
+                return policy
+        return None
 
     def exports_own(self, block: Net) -> bool:
         """Whether a block of this node is announced: unless its pool forbids it."""
@@ -62,7 +65,10 @@ class Pools:
         policy = self.of(net)
         if policy is not None:
             return policy.programmed
-        return not any(services.contains(net) for services in self.services)
+        for services in self.services:
+            if services.contains(net):
+                return False
+        return True
 
 
 def pool_policy(spec: IPPoolSpec, program_unencapsulated: bool) -> PoolPolicy:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import struct
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from api.net import V4, V6, Net, format_address
 from kernel.netlink import (
@@ -73,6 +72,7 @@ _V6_DEFAULT_METRIC = 1024
 
 # family, destination and source length, tos, table, protocol, scope, type, flags
 _RTMSG = struct.Struct("=BBBBBBBBI")
+_DESTINATION_V4, _DESTINATION_V6 = struct.Struct("=HH4s"), struct.Struct("=HH16s")
 _RTNEXTHOP = struct.Struct("=HBBi")  # length, flags, weight - 1, ifindex
 _FAMILY = {V4: 2, V6: 10}
 _VERSION = {2: V4, 10: V6}
@@ -100,35 +100,55 @@ class RouteKey(NamedTuple):
     metric: int
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class _RouteFields(NamedTuple):
+    net: Net
+    hops: tuple[Hop, ...]
+    kind: str
+    protocol: int
+    scope: int
+    source: int | None
+    metric: int
+    table: int
+
+
+class Route(_RouteFields):
     """A route. Several ``hops`` share the traffic (ECMP).
 
     ``scope`` None means what ip-route(8) would choose. ``metric`` 0 is the kernel's
     default (for IPv6 that is 1024). Fields that mean the same are made equal, so that a
     route read back equals the one written: IPv6 has no scopes, hops have no order.
+
+    A tuple, because there are thousands: it is made and compared at C speed. ``_replace``
+    takes what it is given as it is.
     """
 
-    net: Net
-    hops: tuple[Hop, ...] = ()
-    kind: str = "unicast"
-    protocol: int = PROTO_FELIX
-    scope: int | None = None
-    source: int | None = None
-    metric: int = 0
-    table: int = TABLE_MAIN
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        net, hops = self.net, self.hops
+    def __new__(
+        cls,
+        net: Net,
+        hops: tuple[Hop, ...] = (),
+        kind: str = "unicast",
+        protocol: int = PROTO_FELIX,
+        scope: int | None = None,
+        source: int | None = None,
+        metric: int = 0,
+        table: int = TABLE_MAIN,
+    ) -> Self:
+        """A route, with fields that mean the same made equal."""
         if net.version == V6:
-            object.__setattr__(self, "scope", SCOPE_GLOBAL)
-            if self.metric == _V6_DEFAULT_METRIC:
-                object.__setattr__(self, "metric", 0)
-        elif self.scope is None:
-            object.__setattr__(self, "scope", _default_scope(self.kind, hops))
+            scope = SCOPE_GLOBAL
+            if metric == _V6_DEFAULT_METRIC:
+                metric = 0
+        elif scope is None:
+            scope = _default_scope(kind, hops)
         if len(hops) > 1:
-            ordered = sorted(hops, key=lambda hop: (hop.ifindex, hop.gateway or 0))
-            object.__setattr__(self, "hops", tuple(ordered))
+            hops = tuple(sorted(hops, key=lambda hop: (hop.ifindex, hop.gateway or 0)))
+        return super().__new__(cls, net, hops, kind, protocol, scope, source, metric, table)
+
+    def to(self, net: Net) -> Route:
+        """The same way to another prefix of the same IP version."""
+        return tuple.__new__(Route, (net, *self[1:]))
 
     @property
     def key(self) -> RouteKey:
@@ -236,24 +256,40 @@ def route_delete(route: Route) -> Message:
 
 
 def _body(route: Route, hops: tuple[Hop, ...]) -> bytes:
-    net = route.net
-    table = route.table if route.table < 256 else 0
-    flags = _RTNH_F_ONLINK if len(hops) == 1 and hops[0].onlink else 0
-    header = _RTMSG.pack(
-        _FAMILY[net.version], net.length, 0, 0,
-        table, route.protocol, route.scope or 0, _KINDS[route.kind], flags,
-    )  # fmt: skip
-    tail = _tail(net.version, 0 if table else route.table, route.metric, route.source, hops)
-    if net.length:
-        return header + attribute(_RTA_DST, net.packed()) + tail
-    return header + tail
+    version, address, length = route.net
+    header, tail = _frame(version, length, hops, *route[2:])
+    if not length:
+        return header + tail
+    if version == V4:
+        return header + _DESTINATION_V4.pack(8, _RTA_DST, address.to_bytes(4, "big")) + tail
+    return header + _DESTINATION_V6.pack(20, _RTA_DST, address.to_bytes(16, "big")) + tail
 
 
 @functools.lru_cache(maxsize=4096)
+def _frame(
+    version: int,
+    length: int,
+    hops: tuple[Hop, ...],
+    kind: str,
+    protocol: int,
+    scope: int,
+    source: int | None,
+    metric: int,
+    table: int,
+) -> tuple[bytes, bytes]:
+    """What stands before and behind the destination, which many routes share."""
+    short = table if table < 256 else 0
+    flags = _RTNH_F_ONLINK if len(hops) == 1 and hops[0].onlink else 0
+    header = _RTMSG.pack(
+        _FAMILY[version], length, 0, 0, short, protocol, scope, _KINDS[kind], flags
+    )
+    return header, _tail(version, 0 if short else table, metric, source, hops)
+
+
 def _tail(
     version: int, table: int, metric: int, source: int | None, hops: tuple[Hop, ...]
 ) -> bytes:
-    """The attributes that many routes share."""
+    """The attributes behind the destination."""
     parts = []
     if table:
         parts.append(attribute_u32(_RTA_TABLE, table))

@@ -27,15 +27,19 @@ def apply_plan(
     served. ``gone`` is the errno with which the kernel refuses to delete what isn't
     there; that is no error.
     """
-    steps = [
-        *((key, value, create(value)) for key, value in plan.create.items()),
-        *((key, value, update(value)) for key, value in plan.update.items()),
-        *((key, value, delete(value)) for key, value in plan.delete.items()),
+    messages = [
+        *map(create, plan.create.values()),
+        *map(update, plan.update.values()),
+        *map(delete, plan.delete.values()),
     ]
+    failures = socket.batch(messages)
+    if not failures:
+        return {}
     first_delete = len(plan.create) + len(plan.update)
+    steps = [*plan.create.items(), *plan.update.items(), *plan.delete.items()]
     errors: dict[K, OSError] = {}
-    for failure in socket.batch([message for _, _, message in steps]):
+    for failure in failures:
         if failure.index < first_delete or failure.errno != gone:
-            key, value, _ = steps[failure.index]
+            key, value = steps[failure.index]
             errors[key] = failure.error(value)
     return errors

@@ -2,7 +2,6 @@
 
 import errno
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -108,7 +107,7 @@ def test_every_route_can_become_every_other(net: Net2, version: int) -> None:
     """Replaced in place, whatever it was: one hop, many, none."""
     length = 26 if version == 4 else 122
     variants = [
-        replace(route, net=prefix(version, 50, length), metric=0)
+        route._replace(net=prefix(version, 50, length), metric=0)
         for route in example_routes(net, version)
     ]
     for before in variants:
@@ -172,7 +171,7 @@ def test_any_table_becomes_any_other(net: Net2, one: list[Drawn], other: list[Dr
 
 def test_one_bad_route_of_a_thousand_is_reported_and_the_others_stand(net: Net2) -> None:
     routes = [Route(prefix(4, n, 32), (Hop(net.devices[0]),)) for n in range(1000)]
-    bad = replace(routes[417], hops=(Hop(net.devices[0], parse_net("192.0.2.1").address),))
+    bad = routes[417]._replace(hops=(Hop(net.devices[0], parse_net("192.0.2.1").address),))
     routes[417] = bad
     wanted = {route.key: route for route in routes}
     errors = net.routes.apply(diff(wanted, {}))
@@ -187,9 +186,9 @@ def test_one_bad_route_of_a_thousand_is_reported_and_the_others_stand(net: Net2)
 @pytest.mark.parametrize("version", [4, 6])
 def test_others_routes_are_never_touched(net: Net2, version: int) -> None:
     length = 26 if version == 4 else 122
-    theirs = replace(Route(prefix(version, 1, length), (net.hop(version, 0),)), protocol=PROTO_BGP)
+    theirs = Route(prefix(version, 1, length), (net.hop(version, 0),), protocol=PROTO_BGP)
     assert net.routes.apply(Plan(create={theirs.key: theirs})) == {}
-    ours = replace(theirs, protocol=PROTO_FELIX, hops=(net.hop(version, 1),))
+    ours = theirs._replace(protocol=PROTO_FELIX, hops=(net.hop(version, 1),))
     try:
         assert net.read() == {}
         # neither overwritten
