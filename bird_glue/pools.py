@@ -65,10 +65,7 @@ class Pools:
         policy = self.of(net)
         if policy is not None:
             return policy.programmed
-        for services in self.services:
-            if services.contains(net):
-                return False
-        return True
+        return all(not services.contains(net) for services in self.services)
 
 
 def pool_policy(spec: IPPoolSpec, program_unencapsulated: bool) -> PoolPolicy:
