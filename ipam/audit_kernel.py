@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from api.net import V4, V6, Net, format_address
+from datastore.interface import Datastore, Key, NotFoundError, part
 from ipam.audit import Fault, Finding
-from ipam.inventory import Inventory
+from ipam.inventory import User
 from kernel.links import Links
 from kernel.netlink import NetlinkSocket
 from kernel.routes import PROTO_FELIX, Routes
 
-_PREFIX = "cali"  # of the node's ends of pods' interfaces
+_PREFIX = "cali"  # of the node's ends of pods' interfaces, unless the FelixConfiguration says
+_DIGITS = 11  # of a hash, behind it
 
 
-def audit_kernel(inventory: Inventory, node: str) -> list[Finding]:
-    """Compare with the kernel of the network namespace we are in. Raises OSError."""
+def interface_prefixes(store: Datastore, node: str) -> tuple[str, ...]:
+    """How names of the node's ends of pods' interfaces begin. Raises StoreError.
+
+    FelixConfiguration ``interfacePrefix``, that of the node first. The CNI plugin uses the first.
+    """
+    for name in (f"node.{node}", "default"):
+        try:
+            value = store.get(Key("FelixConfiguration", name)).value
+        except NotFoundError:
+            continue
+        text = str(part(value, "spec").get("interfacePrefix") or "")
+        if prefixes := tuple(filter(None, map(str.strip, text.split(",")))):
+            return prefixes
+    return (_PREFIX,)
+
+
+def audit_kernel(users: Iterable[User], node: str, prefixes: Sequence[str]) -> list[Finding]:
+    """Compare with the kernel of the network namespace we are in. Raises OSError.
+
+    ``users``: those of the node among them count. ``prefixes``: see ``interface_prefixes``.
+    """
     with NetlinkSocket() as socket:
         links = {link.index: link.name for link in Links(socket).read().values()}
         routes = {
@@ -24,36 +45,54 @@ def audit_kernel(inventory: Inventory, node: str) -> list[Finding]:
             for route in Routes(socket).read(version=version, protocol=PROTO_FELIX).values()
             if len(route.hops) == 1 and route.hops[0].gateway is None
         }
-    return sorted(set(disagreements(inventory, node, links.values(), routes)))
+    of_node = [user for user in users if user.node == node]
+    return sorted(set(disagreements(of_node, prefixes, links.values(), routes)))
 
 
 def disagreements(
-    inventory: Inventory, node: str, links: Iterable[str], routes: Mapping[Net, str]
+    users: Iterable[User],
+    prefixes: Sequence[str],
+    links: Iterable[str],
+    routes: Mapping[Net, str],
 ) -> Iterator[Finding]:
-    """Pure. ``links``: names of interfaces; ``routes``: felix's to what is on an interface."""
+    """Pure; of one node. ``routes``: felix's to what is on an interface, by whose name.
+
+    A pod that has no address yet need not have an interface, and may.
+    """
     there = set(links)
     known = set()
     expected: dict[Net, str] = {}
-    for user in inventory.users:
-        if not user.interface or user.node != node:
+    for user in users:
+        if not user.interface:
             continue
-        known.add(user.interface)
-        if user.interface not in there:
-            yield Finding(Fault.INTERFACE, str(user.key), f"has no interface {user.interface}")
+        name = _interface(user, prefixes, there)
+        known.add(name)
+        if name not in there:
+            if user.addresses:
+                yield Finding(Fault.INTERFACE, str(user.key), f"has no interface {name}")
             continue
         for address in user.addresses:
-            expected[address] = user.interface
+            expected[address] = name
             routed = routes.get(address)
-            if routed != user.interface:
+            if routed != name:
                 other = f", but one by {routed}" if routed else ""
-                message = f"has no route to {_text(address)} by {user.interface}{other}"
+                message = f"has no route to {_text(address)} by {name}{other}"
                 yield Finding(Fault.ROUTE, str(user.key), message)
+    begins = tuple(prefixes)
     for name in there - known:
-        if name.startswith(_PREFIX):
+        if name.startswith(begins):
             yield Finding(Fault.INTERFACE, name, "is of no endpoint of this node")
     for net, name in routes.items():
-        if net.is_host and name.startswith(_PREFIX) and net not in expected:
+        if net.is_host and name.startswith(begins) and net not in expected:
             yield Finding(Fault.ROUTE, _text(net), f"is routed to {name}, and of no endpoint there")
+
+
+def _interface(user: User, prefixes: Sequence[str], there: Collection[str]) -> str:
+    """The node's end. A Pod does not say its name, which then follows from that of the pod."""
+    if user.key.kind != "Pod":
+        return user.interface
+    names = [prefix + user.interface[-_DIGITS:] for prefix in prefixes]
+    return next((name for name in names if name in there), names[0])
 
 
 def _text(address: Net) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -19,7 +19,14 @@ from api import pods
 from api.errors import InvalidObjectError, Problem
 from api.names import interface_name, workload_endpoint_name
 from api.net import Net, parse_interface, parse_net
-from datastore.interface import JSON, Datastore, Entry, Key, NotFoundError
+from datastore.interface import (
+    JSON,
+    Datastore,
+    Entry,
+    Key,
+    NotFoundError,
+    SelectingDatastore,
+)
 from ipam.block import WINDOWS_RESERVED, Block
 from ipam.pools import Pool, Pools
 from ipam.records import CONFIRMED, Affinity, Handle, Stored
@@ -265,6 +272,24 @@ def users_of(
     return [user for user in found if user is not None]
 
 
+def users_on(store: Datastore, node: str) -> list[User]:
+    """The pods and other containers of one node, at the cost of those alone. Raises StoreError.
+
+    What makes no sense is left out.
+    """
+    reader = _Reader(store, None)
+    found: list[User | None] = []
+    if "WorkloadEndpoint" not in store.given:
+        prefix = workload_endpoint_name(node, "", "", "").rstrip("-") + "-"
+        found += reader.all("WorkloadEndpoint", _endpoint, prefix)
+    elif isinstance(store, SelectingDatastore):
+        pods_of = store.list_by_field("Pod", "spec.nodeName", node)
+        found += reader.converted(pods_of.entries, _pod)
+    else:
+        found += reader.all("Pod", _pod)
+    return [user for user in found if user is not None and user.node == node]
+
+
 class _Reader:
     def __init__(self, store: Datastore, kubernetes: Datastore | None) -> None:
         self._store = store
@@ -276,8 +301,14 @@ class _Reader:
         self, kind: str, convert: Callable[[Entry], T], prefix: str = "", *, user: bool = False
     ) -> list[T]:
         """What became of all objects of a kind that make sense."""
+        return self.converted(self._of(kind).list(kind, prefix=prefix).entries, convert, user=user)
+
+    def converted(
+        self, entries: Iterable[Entry], convert: Callable[[Entry], T], *, user: bool = False
+    ) -> list[T]:
+        """What became of those of the objects that make sense."""
         found = []
-        for entry in self._of(kind).list(kind, prefix=prefix).entries:
+        for entry in entries:
             found += self._converted(entry, convert, user)
         return found
 

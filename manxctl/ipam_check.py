@@ -9,7 +9,7 @@ import click
 
 from api.net import format_address
 from ipam.audit import Fault, Finding, leaks, standing
-from ipam.audit_kernel import audit_kernel
+from ipam.audit_kernel import audit_kernel, interface_prefixes
 from ipam.inventory import Inventory
 from manxctl import ipam_report
 from manxctl.options import environment, open_store
@@ -35,7 +35,9 @@ def check(show_all_ips: bool, show_problem_ips: bool, output: Path | None, kerne
     with open_store() as store:
         inventory, findings = standing(store)
         if kernel:
-            findings = sorted([*findings, *audit_kernel(inventory, environment().node)])
+            node = environment().node
+            prefixes = interface_prefixes(store, node)
+            findings = sorted([*findings, *audit_kernel(inventory.users, node, prefixes)])
         if output is not None:
             cluster = ipam_report.cluster_of(store)
             found = leaks(inventory, findings)

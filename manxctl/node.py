@@ -13,6 +13,7 @@ import click
 
 from bird_glue.status import BgpStatus, PeerStatus, StatusError
 from bird_glue.status import query as ask_bgp
+from cni.findings import read as read_findings
 from felix.status import query as ask_felix
 from manxctl import table
 from manxctl.diags import node_parts, output_option, write_archive
@@ -48,11 +49,17 @@ def status(output: str) -> None:
         bgp = ask_bgp(run_dir)
     except StatusError as error:
         missing.append(str(error))
+    cni: dict[str, Any] | None = None
+    try:
+        cni = read_findings(run_dir)
+    except (OSError, ValueError) as error:
+        missing.append(f"{error}; does manx-cni run?")
     if output == "json":
-        both = {"felix": felix, "bgp": None if bgp is None else asdict(bgp)}
+        both = {"felix": felix, "cni": cni, "bgp": None if bgp is None else asdict(bgp)}
         click.echo(json.dumps(both, indent=2, ensure_ascii=False))
     else:
         lines = [] if felix is None else list(_felix(felix))
+        lines += [] if cni is None else list(_cni(cni))
         lines += [] if bgp is None else list(_bgp(bgp))
         if lines:
             click.echo("\n".join(lines))
@@ -95,6 +102,15 @@ def _felix(status: dict[str, Any]) -> Iterator[str]:
     yield f"felix: {state}{f' ({counts})' if counts else ''}"
     for error in status.get("errors", []):
         yield f"  {error['object']}: {error['message']}"
+
+
+def _cni(found: dict[str, Any]) -> Iterator[str]:
+    """What the CNI daemon found at its last look, if it ever had one."""
+    findings = found.get("findings", [])
+    count = f"{len(findings)} disagreements" if findings else "all agrees"
+    yield f"interfaces, routes and endpoints: {count} (at {found.get('at')})"
+    for finding in findings:
+        yield f"  {finding['fault']}: {finding['subject']}: {finding['message']}"
 
 
 def _bgp(status: BgpStatus) -> Iterator[str]:

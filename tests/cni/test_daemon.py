@@ -189,6 +189,7 @@ def test_one_daemon_for_a_socket(node: Rig) -> None:
         ("MANX_DATASTORE", "mysql://x"),
         ("MANX_NODENAME", "Not A Name"),
         ("MANX_RUN_DIR", "/proc/no"),
+        ("MANX_PATROL_SECONDS", "soon"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, variable: str, value: str) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from api.names import cidr_name
+from api.names import cidr_name, interface_name
 from api.net import Net, parse_net
 from datastore.interface import Key
 from datastore.sqlite import SqliteDatastore
 from ipam.allocator import Allocator
 from ipam.audit import Fault, Finding, audit, leaks, standing
-from ipam.audit_kernel import audit_kernel, disagreements
+from ipam.audit_kernel import audit_kernel, disagreements, interface_prefixes
 from ipam.block import Block
-from ipam.inventory import read
+from ipam.inventory import User, read
 from ipam.records import CONFIRMED, PENDING, Records
 from kernel.links import veth
 from kernel.netlink import NetlinkSocket
@@ -254,7 +255,8 @@ def test_the_kernel_of_a_node(cluster: SqliteDatastore) -> None:
     good = dict.fromkeys(nets, name)
 
     def faults(links: list[str], routes: dict[Net, str]) -> list[tuple[Fault, str]]:
-        result = sorted(disagreements(inventory, "n1", links, routes))
+        users = [user for user in inventory.users if user.node == "n1"]
+        result = sorted(disagreements(users, ["cali"], links, routes))
         return [(finding.fault, finding.message) for finding in result]
 
     assert faults(["eth0", name], good) == []
@@ -273,9 +275,50 @@ def test_the_kernel_of_a_node(cluster: SqliteDatastore) -> None:
 def test_a_real_kernel(cluster: SqliteDatastore, namespace: Namespace) -> None:
     release(cluster, "n2", "web-n2", "c-n2")
     with inside(namespace.fd):
-        (missing,) = audit_kernel(read(cluster), "n1")
+        (missing,) = kernel_faults(cluster)
         assert missing.fault is Fault.INTERFACE
         with NetlinkSocket() as socket:
             assert socket.batch([veth("cali0123456789a", "peer0")]) == []
-        kinds = [finding.fault for finding in audit_kernel(read(cluster), "n1")]
+        kinds = [finding.fault for finding in kernel_faults(cluster)]
     assert kinds == [Fault.ROUTE, Fault.ROUTE]
+
+
+def kernel_faults(store: SqliteDatastore) -> list[Finding]:
+    return audit_kernel(read(store).users, "n1", interface_prefixes(store, "n1"))
+
+
+def test_other_prefixes_of_interfaces(cluster: SqliteDatastore, namespace: Namespace) -> None:
+    """The FelixConfiguration says how interfaces are called; that of the node counts more."""
+    release(cluster, "n2", "web-n2", "c-n2")
+    put(cluster, "FelixConfiguration", "default", {"interfacePrefix": "wl"})
+    with inside(namespace.fd):
+        with NetlinkSocket() as socket:
+            assert socket.batch([veth("wl-1", "peer1"), veth("tap2", "peer2")]) == []
+        strays = {finding.subject for finding in kernel_faults(cluster)}
+        assert "wl-1" in strays
+        assert "tap2" not in strays
+        put(cluster, "FelixConfiguration", "node.n1", {"interfacePrefix": "cali, tap"})
+        strays = {finding.subject for finding in kernel_faults(cluster)}
+        assert "wl-1" not in strays
+        assert "tap2" in strays
+
+
+def test_a_pod_of_kubernetes_has_the_interface_of_its_name() -> None:
+    """A Pod does not say what its interface is called; before its ADD there need be none."""
+    user = User(
+        Key("Pod", "web", "shop"),
+        "n1",
+        (),
+        ("shop", "web"),
+        "",
+        interface_name("cali", "shop", "web"),
+    )
+    net = parse_net("10.0.0.1")
+    other = interface_name("tap", "shop", "web")
+    prefixes = ("cali", "tap")
+    assert list(disagreements([user], prefixes, [], {})) == []
+    assert list(disagreements([user], prefixes, [other], {})) == []
+    wired = replace(user, addresses=(net,))
+    assert list(disagreements([wired], prefixes, [other], {net: other})) == []
+    (finding,) = disagreements([wired], ("tap",), [user.interface], {})
+    assert finding.message == f"has no interface {other}"

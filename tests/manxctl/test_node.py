@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from bird_glue import status as bgp
+from cni.findings import Teller
 from felix import status as felix
+from ipam.audit import Fault, Finding
 from tests.manxctl.conftest import Run
 
 FELIX = {
@@ -96,6 +98,21 @@ def test_status(run: Run, tmp_path: Path) -> None:
     assert lines[9] == "  of 172.31.1.1 1 refused: in a pool of this cluster"
     assert lines[11] == "IPv6 peers"
     assert "node-to-node mesh   Established" in lines[13]
+
+
+def test_what_the_cni_daemon_found(run: Run, tmp_path: Path) -> None:
+    """Between felix and BGP, where there is a daemon."""
+    finding = Finding(Fault.INTERFACE, "cali1", "is of no endpoint of this node")
+    with programs(tmp_path / "run"):
+        teller = Teller(tmp_path / "run")
+        teller.tell([])
+        assert "interfaces, routes and endpoints: all agrees (at 2" in run("node", "status").stdout
+        teller.tell([finding])
+        lines = run("node", "status").stdout.splitlines()
+        found = json.loads(run("node", "status", "-o", "json").stdout)["cni"]["findings"]
+    assert lines[2].startswith("interfaces, routes and endpoints: 1 disagreements (at 2")
+    assert lines[3] == "  kernel interface: cali1: is of no endpoint of this node"
+    assert found == [{"fault": "kernel interface", "subject": "cali1", "message": finding.message}]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,174 @@
+"""What vanished without a DEL is taken back, on a node that lives; nothing else ever is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cni import findings
+from datastore.interface import Key
+from kernel.links import Links, delete_link, link_set, veth
+from kernel.netlink import NetlinkSocket
+from kernel.netns import Namespace
+from tests.cni.rig import Container, Rig, configuration, running
+from tests.support.netns import eventually
+
+PATROL = {"MANX_PATROL_SECONDS": "0.1"}
+
+
+@pytest.fixture
+def node(c_client: Path) -> Iterator[Rig]:
+    """A node whose daemon looks ten times a second."""
+    with running(c_client) as rig:
+        rig.kill()
+        rig.start(**PATROL)
+        yield rig
+
+
+def told(rig: Rig) -> list[str]:
+    """What the daemon found, for people."""
+    value = findings.read(rig.socket.parent) or {"findings": []}
+    return [f"{finding['subject']}: {finding['message']}" for finding in value["findings"]]
+
+
+def restart_machine(rig: Rig, *containers: Container, **variables: str) -> None:
+    """All processes, namespaces and links are gone, and what is in /run is."""
+    rig.kill()
+    for container in containers:
+        container.namespace.close()
+    rig.namespace.close()
+    shutil.rmtree(rig.socket.parent)
+    rig.namespace = Namespace.create()
+    rig.start(**variables)
+
+
+def looks(rig: Rig, count: int = 3) -> None:
+    """Wait until the daemon has looked so often, from now on."""
+    path = rig.socket.parent / findings.FILE
+    for _ in range(count):
+        before = path.stat().st_ino if path.exists() else None
+        eventually(lambda before=before: path.exists() and path.stat().st_ino != before)  # type: ignore[misc]
+
+
+def test_a_machine_that_was_started_anew(node: Rig) -> None:
+    """Nobody calls DEL: all containers went with it, and the next ones have other IDs."""
+    pods = [node.container() for _ in range(3)]
+    pods.append(node.container(pod=False))
+    for pod in pods:
+        node.add(pod)
+    node.add(pods[0], ipam={"type": "manx-ipam"})  # again, which changes nothing
+    outside = {"cni.projectcalico.org/ipAddrsNoIpam": json.dumps(["192.0.2.7"])}
+    node.create("Pod", "outside", "red", metadata={"annotations": outside}, spec={})
+    pods.append(node.container("outside"))
+    node.add(pods[-1], feature_control={"ip_addrs_no_ipam": True})
+    assert len(node.endpoints()) == 5
+    restart_machine(node, *pods, **PATROL)
+    eventually(lambda: not node.endpoints())
+    eventually(lambda: not node.held())
+    node.assert_empty()
+    looks(node)
+    assert told(node) == []
+    fresh = node.container()
+    node.add(fresh)
+    looks(node)
+    assert len(node.held()) == len(node.endpoints()) == 1
+    node.delete(fresh)
+    node.assert_empty()
+
+
+def test_a_container_that_vanishes_beside_others(node: Rig) -> None:
+    kept, vanished = node.container(), node.container()
+    result = node.add(kept)
+    node.add(vanished)
+    vanished.namespace.close()
+    eventually(lambda: len(node.endpoints()) == 1)
+    eventually(lambda: len(node.held()) == 1)
+    assert "is gone; released 10.65.0." in node.log()
+    looks(node)
+    assert node.call("CHECK", kept, configuration(prevResult=result)).ok() is None
+    node.delete(kept)
+    vanished.namespace = Namespace.create()
+    node.delete(vanished)  # the runtime may still say so, much later
+    node.assert_empty()
+
+
+def test_what_others_made_is_left_alone(node: Rig) -> None:
+    """An endpoint of a plugin before us, whose interface bears no mark; one of nobody we know."""
+    pod = node.container()
+    node.add(pod)
+    with NetlinkSocket(netns_fd=node.namespace.fd) as netlink:
+        (name,) = node.links()
+        assert netlink.batch([link_set(Links(netlink).get(name).index, alias="")]) == []
+    spec = {
+        "orchestrator": "k8s",
+        "node": "node-1",
+        "pod": "x",
+        "endpoint": "eth0",
+        "containerID": "abc",
+        "interfaceName": "cali00000000001",
+        "ipNetworks": ["10.65.0.250/32"],
+    }
+    node.create("WorkloadEndpoint", "node--1-k8s-x-eth0", "red", spec=spec)
+    looks(node)
+    expected = "WorkloadEndpoint(red/node--1-k8s-x-eth0): has no interface cali00000000001"
+    assert told(node) == [expected]
+    assert f"kernel interface: {expected}" in node.log()
+    assert len(node.endpoints()) == 2
+    node.store.delete(Key("WorkloadEndpoint", "node--1-k8s-x-eth0", "red"))
+    eventually(lambda: told(node) == [])
+    assert "no longer so" in node.log()
+    node.delete(pod)
+    node.assert_empty()
+
+
+def test_nothing_is_taken_while_the_datastore_is_moved(node: Rig) -> None:
+    pod = node.container()
+    node.add(pod)
+    node.create("ClusterInformation", "default", spec={"datastoreReady": False})
+    pod.namespace.close()
+    eventually(lambda: "the datastore is locked" in node.log())
+    assert len(node.endpoints()) == len(node.held()) == 1
+    node.store.delete(Key("ClusterInformation", "default"))
+    eventually(lambda: not node.endpoints())
+    eventually(lambda: not node.held())
+
+
+def test_adds_of_the_same_containers_meanwhile(node: Rig) -> None:
+    """As podman starts containers again after a start of the machine: under the IDs they had."""
+    pods = [node.container() for _ in range(20)]
+    for pod in pods:
+        node.add(pod)
+    for turn in range(4):
+        for pod in pods:
+            pod.namespace.close()
+            pod.namespace = Namespace.create()
+        adding = []
+        for pod in pods:
+            if turn % 2:  # some are taken back before, in the midst of the others' ADDs
+                eventually(lambda: len(node.endpoints()) < len(pods) or bool(node.links()))
+            adding.append(node.begin("ADD", pod))
+        results = [node.end(process).ok() for process in adding]
+        looks(node)
+        assert len(node.held()) == len(node.endpoints()) == len(node.links()) == len(pods)
+        for pod, result in zip(pods, results, strict=True):
+            assert node.call("CHECK", pod, configuration(prevResult=result)).ok() is None
+    for pod in pods:
+        node.delete(pod)
+    node.assert_empty()
+
+
+def test_stray_interfaces_are_told_of(node: Rig) -> None:
+    """Kernel against datastore, continuously: the interface of no endpoint, under our prefix."""
+    node.kill()
+    node.create("FelixConfiguration", "default", spec={"interfacePrefix": "tap"})
+    node.start(**PATROL)
+    with NetlinkSocket(netns_fd=node.namespace.fd) as netlink:
+        assert netlink.batch([veth("tap1", "x1")]) == []
+    eventually(lambda: told(node) == ["tap1: is of no endpoint of this node"])
+    with NetlinkSocket(netns_fd=node.namespace.fd) as netlink:
+        assert netlink.batch([delete_link(Links(netlink).get("tap1").index)]) == []
+    eventually(lambda: told(node) == [])
