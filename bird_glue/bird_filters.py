@@ -21,6 +21,7 @@ from bird_glue.filters import (
     Rule,
     SetLocalPreference,
 )
+from bird_glue.nexthops import NO_HOPS
 from bird_glue.pools import Pools
 
 # attributes of our own: the route came by eBGP; from a workload of this node
@@ -44,10 +45,16 @@ def forbidden(guard: Guard, version: int) -> str:
     for net in sorted(guard.subnets | guard.hosts):
         if net.version == version:
             patterns.append(_exactly(net))
+    for host in sorted(guard.neighbours):
+        if host.version == version:
+            subnets = [net.length for net in guard.subnets if net.length and net.contains(host)]
+            patterns += [f"{host}{{{length + 1},{bits}}}" for length in sorted(subnets)[:1]]
     hosts = ", ".join(format_address(*host[:2]) for host in sorted(guard.hosts))
     lines = [f"if net ~ {prefix_set(patterns)} then return true;"]
     if hosts:
         lines.append(f"if bgp_next_hop ~ [ {hosts} ] then return true;")
+    never = " || ".join(f"bgp_next_hop ~ {net}" for net in NO_HOPS if net.version == version)
+    lines.append(f"if {never} then return true;")
     lines.append(f"if net.len = {bits} && net.ip = bgp_next_hop then return true;")
     lines.append("return false;")
     return _function(f"forbidden_v{version}", lines)

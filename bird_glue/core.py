@@ -35,7 +35,7 @@ from bird_glue.rib import Rib
 from bird_glue.secrets import SecretRead
 from bird_glue.services import SERVICE_KINDS
 from bird_glue.sessions import Sessions, listen, plan_sessions
-from bird_glue.settings import Cluster, Local, ObjectProblem, local_settings
+from bird_glue.settings import Cluster, Local, ObjectProblem, local_settings, node_addresses
 from bird_glue.status import BgpStatus
 from bird_glue.tracker import ESTABLISHED, Tracker
 from bird_glue.ways import Ways
@@ -353,6 +353,7 @@ class Core:
                 self._blocks,
                 hosts,
                 self._topology.subnets,
+                self._neighbours(cluster),
             ),
             pools=self._pools,
             blocks=self._blocks,
@@ -397,6 +398,13 @@ class Core:
             self._fib.give()
         elif self._engines.bird_was_here:
             self._fib.take_back()
+
+    def _neighbours(self, cluster: Cluster) -> frozenset[Net]:
+        """On this node's links: peers, gateways, and other nodes."""
+        nodes = cluster.nodes.values()
+        hosts = {host for node in nodes for host, _ in node_addresses(node)}
+        gateways = self._sessions.ways.values()
+        return self._topology.neighbours({*hosts, *gateways, *self._sessions.neighbors})
 
     def _watches(self) -> dict[Net, Watch]:
         """Whose failure is to be seen at once: of all peers that take part."""

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from api.net import BITS, Net, parse_net
 from bird_glue.filters import Filter, preference_of
 from bird_glue.messages import Attributes
+from bird_glue.nexthops import never_a_hop
 
 MARTIANS = tuple(
     parse_net(text)
@@ -61,13 +62,28 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What of this node a peer may never announce, and how loops are recognised."""
+    """What of this node a peer may never announce, and how loops are recognised.
+
+    ``neighbours``: addresses on the connected ``subnets`` that others rely on being there: of
+    peers, gateways and nodes.
+    """
 
     router_id: int = 0
     cluster_id: int | None = None
     blocks: tuple[Net, ...] = ()
     hosts: frozenset[Net] = frozenset()
     subnets: frozenset[Net] = frozenset()
+    neighbours: frozenset[Net] = frozenset()
+
+    def takes_over(self, net: Net) -> bool:
+        """Whether a prefix is a part of a connected subnet with a neighbour in it, whose
+        traffic it would lead elsewhere. Others, such as the address of a load balancer, may be.
+        """
+        if net.is_host:
+            return net in self.neighbours
+        return any(subnet.length and subnet.contains(net) for subnet in self.subnets) and any(
+            net.contains(host) for host in self.neighbours
+        )
 
 
 def cost(path: Path, *, external: bool, direct: bool) -> tuple[int, ...]:
@@ -108,6 +124,8 @@ def path_refusal(path: Path, session: Session, guard: Guard) -> str:
         return "our own cluster is in its cluster list"
     if path.next_hop in guard.hosts:
         return "its next hop is an address of this node"
+    if never_a_hop(path.next_hop):
+        return "its next hop is not an address of a machine"
     return ""
 
 
@@ -123,6 +141,8 @@ def prefix_refusal(net: Net, next_hop: Net, guard: Guard) -> str:
         return "it is an address of this node"
     if net == next_hop:
         return "it is its own next hop"
+    if guard.takes_over(net):
+        return "a peer, gateway or node on a link of this node is in it"
     if is_martian(net):
         return "it is not an address that is routed"
     return ""

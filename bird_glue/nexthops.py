@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Generic, NamedTuple, TypeVar
 
-from api.net import BITS, V4, V6, Net, parse_net
+from api.net import BITS, V4, V6, Net, host_net, parse_net
 from bird_glue.messages import is_link_local
 from kernel.routes import PROTO_BGP, PROTO_FELIX, Hop, Route
 
 V = TypeVar("V")
 
-_NO_HOPS = tuple(
+NO_HOPS = tuple(
     parse_net(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3", "::/127", "ff00::/8")
 )
 
@@ -28,7 +28,7 @@ _NO_HOPS = tuple(
 @functools.lru_cache(maxsize=4096)
 def never_a_hop(host: Net) -> bool:
     """Whether an address is none that a machine can be reached at: loopback, multicast."""
-    return any(net.contains(host) for net in _NO_HOPS)
+    return any(net.contains(host) for net in NO_HOPS)
 
 
 class PrefixTable(Generic[V]):
@@ -151,6 +151,18 @@ class Topology:
         return frozenset(
             net for net, kind, hops in self._facts if kind == "unicast" and _connected(hops)
         )
+
+    def neighbours(self, hosts: Iterable[Net]) -> frozenset[Net]:
+        """Those of the addresses that are on connected subnets, and so the kernel's gateways."""
+        subnets = [net for net in self.subnets if net.length]
+        gateways = (
+            host_net(net.version, hop.gateway)
+            for net, _, hops in self._facts
+            for hop in hops
+            if hop.gateway is not None
+        )
+        found = {*hosts, *gateways}
+        return frozenset(host for host in found if any(net.contains(host) for net in subnets))
 
     def resolve(self, host: Net) -> Resolution | None:
         """Where an address is; None if nowhere, or here.

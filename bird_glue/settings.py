@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from api.bgp import DEFAULT_AS_NUMBER, BGPConfiguration, BGPConfigurationSpec, BGPPeer
@@ -88,10 +89,8 @@ def cluster_node(node: Node, cluster: Cluster) -> ClusterNode:
     bgp = node.spec.bgp
     hosts: dict[int, Net] = {}
     subnets: dict[int, Net] = {}
-    for text in (bgp.ipv4_address, bgp.ipv6_address) if bgp else ():
-        if text:
-            host, subnet = parse_interface(text)
-            hosts[host.version], subnets[host.version] = host, subnet
+    for host, subnet in node_addresses(node):
+        hosts[host.version], subnets[host.version] = host, subnet
     cluster_id = bgp.route_reflector_cluster_id if bgp else None
     return ClusterNode(
         node.name,
@@ -101,6 +100,17 @@ def cluster_node(node: Node, cluster: Cluster) -> ClusterNode:
         (bgp.as_number if bgp else None) or cluster.asn,
         parse_net(cluster_id).address if cluster_id else None,
     )
+
+
+def node_addresses(node: Node) -> Iterator[tuple[Net, Net]]:
+    """The addresses of a Node, each with the subnet it is in."""
+    bgp = node.spec.bgp
+    for text in (bgp.ipv4_address, bgp.ipv6_address) if bgp else ():
+        if text:
+            yield _interface(text)
+
+
+_interface = functools.lru_cache(maxsize=16384)(parse_interface)
 
 
 def local_settings(cluster: Cluster, name: str, router_id: str = "") -> Local | None:

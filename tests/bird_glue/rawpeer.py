@@ -8,13 +8,15 @@ import struct
 import threading
 from collections.abc import Iterable
 
-from api.net import Net, parse_net
+from api.net import V4, Net, parse_net
 from kernel.netns import Namespace, inside
 
 MARKER = b"\xff" * 16
 OPEN, UPDATE, NOTIFICATION, KEEPALIVE = 1, 2, 3, 4
-_ORIGIN, _AS_PATH, _NEXT_HOP = 1, 2, 3
-_TRANSITIVE = 0x40
+_ORIGIN, _AS_PATH, _NEXT_HOP, _MED, _LOCAL_PREF = 1, 2, 3, 4, 5
+_MP_REACH, _MP_UNREACH = 14, 15
+_TRANSITIVE, _OPTIONAL = 0x40, 0x80
+_V6_UNICAST = bytes((0, 2, 1))
 _MOST = 4096
 
 
@@ -32,10 +34,18 @@ def attribute(code: int, value: bytes, flags: int = _TRANSITIVE) -> bytes:
 
 def encoded(nets: Iterable[Net]) -> bytes:
     """Prefixes as in UPDATE."""
-    return b"".join(
-        bytes((net.length,)) + net.address.to_bytes(4, "big")[: (net.length + 7) // 8]
-        for net in nets
-    )
+    return b"".join(bytes((net.length,)) + net.packed()[: (net.length + 7) // 8] for net in nets)
+
+
+def number(code: int, value: int) -> bytes:
+    """MED or LOCAL_PREF."""
+    flags = _OPTIONAL if code == _MED else _TRANSITIVE
+    return attribute(code, value.to_bytes(4, "big"), flags)
+
+
+def preference(value: int) -> bytes:
+    """LOCAL_PREF, which eBGP must not carry."""
+    return number(_LOCAL_PREF, value)
 
 
 def update(
@@ -46,16 +56,25 @@ def update(
     path: tuple[int, ...],
     more: bytes = b"",
 ) -> bytes:
-    """One UPDATE, which must not be longer than a message may be."""
+    """One UPDATE, which must not be longer than a message may be. IPv6 as RFC 4760 says."""
     gone, told = encoded(withdrawn), encoded(announced)
+    hop = parse_net(next_hop)
     attributes = b""
     if told:
         segment = struct.pack("!BB", 2, len(path)) + b"".join(
             asn.to_bytes(4, "big") for asn in path
         )
-        hop = parse_net(next_hop).address.to_bytes(4, "big")
         attributes = attribute(_ORIGIN, b"\0") + attribute(_AS_PATH, segment if path else b"")
-        attributes += attribute(_NEXT_HOP, hop) + more
+        if hop.version == V4:
+            attributes += attribute(_NEXT_HOP, hop.packed())
+        else:
+            reached = _V6_UNICAST + b"\x10" + hop.packed() + b"\0" + told
+            attributes += attribute(_MP_REACH, reached, _OPTIONAL)
+        attributes += more
+    if hop.version != V4:
+        if gone:
+            attributes += attribute(_MP_UNREACH, _V6_UNICAST + gone, _OPTIONAL)
+        gone = told = b""
     body = struct.pack("!H", len(gone)) + gone + struct.pack("!H", len(attributes)) + attributes
     made = message(UPDATE, body + told)
     assert len(made) <= _MOST
@@ -69,8 +88,10 @@ class RawPeer:
         self, namespace: Namespace, own: str, target: str, asn: int, *, hold: int = 90
     ) -> None:
         self.own, self.asn = own, asn
+        version = parse_net(own).version
+        family = socket.AF_INET if version == V4 else socket.AF_INET6
         with inside(namespace.fd):
-            self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.settimeout(10)
         self._socket.bind((own, 0))
         self._socket.connect((target, 179))
@@ -78,9 +99,10 @@ class RawPeer:
         self.established = threading.Event()
         self.ended = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
-        capabilities = bytes((1, 4, 0, 1, 0, 1)) + bytes((65, 4)) + asn.to_bytes(4, "big")
+        unicast = bytes((1, 4, 0, 1 if version == V4 else 2, 0, 1))
+        capabilities = unicast + bytes((65, 4)) + asn.to_bytes(4, "big")
         parameters = bytes((2, len(capabilities))) + capabilities
-        identifier = parse_net(own).address.to_bytes(4, "big")
+        identifier = parse_net(own).packed()[-4:]
         head = struct.pack("!BHH", 4, asn, hold) + identifier + bytes((len(parameters),))
         self._socket.sendall(message(OPEN, head + parameters))
         self._socket.settimeout(None)
@@ -94,8 +116,9 @@ class RawPeer:
     def tell(self, *nets: Net, withdrawn: Iterable[Net] = ()) -> None:
         """Announce prefixes, as many to a message as fit."""
         gone = list(withdrawn)
-        for start in range(0, max(len(nets), len(gone)), 600):
-            part = slice(start, start + 600)
+        most = 600 if parse_net(self.own).version == V4 else 200
+        for start in range(0, max(len(nets), len(gone)), most):
+            part = slice(start, start + most)
             self.send(update(nets[part], gone[part], next_hop=self.own, path=(self.asn,)))
 
     def close(self) -> None:

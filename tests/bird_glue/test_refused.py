@@ -1,0 +1,170 @@
+"""What a peer must not have us do, by either engine and in both IP versions; and what it may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from api.net import V4, V6, parse_net
+from tests.bird_glue.rawpeer import UPDATE, RawPeer, message, update
+from tests.bird_glue.world import Node, Station, world
+from tests.support.netns import connect, eventually
+
+ASN, FRIENDLY_ASN = 65066, 65077
+END_OF_RIB = {
+    V4: message(UPDATE, b"\0\0\0\0"),
+    V6: message(UPDATE, b"\0\0\0\x06\x80\x0f\x03\0\x02\x01"),
+}
+
+
+@dataclass(frozen=True)
+class Words:
+    """The addresses of an IP version."""
+
+    version: int
+    own: str
+    hostile: str
+    friend: str
+    gateway: str
+    other_node: str
+    subnet: str
+    block: str
+
+    @property
+    def ending(self) -> str:
+        return "/24" if self.version == V4 else "/64"
+
+
+FOUR = Words(
+    V4, "172.31.1.11", "172.31.1.66", "172.31.1.77", "172.31.1.1", "172.31.1.12",
+    "172.31.1.0/24", "10.1.0.0/26",
+)  # fmt: skip
+SIX = Words(
+    V6, "2001:db8::11", "2001:db8::66", "2001:db8::77", "2001:db8::1", "2001:db8::12",
+    "2001:db8::/64", "fd10::/122",
+)  # fmt: skip
+
+
+@dataclass
+class Siege:
+    engine: str
+    node: Node
+    outside: Station
+
+    def call(self, words: Words, own: str, asn: int) -> RawPeer:
+        """A session; the first call may still meet the end of the last one."""
+        for _ in range(10):
+            peer = RawPeer(self.outside.namespace, own, words.own, asn)
+            eventually(lambda peer=peer: peer.established.is_set() or peer.ended.is_set(), 15)  # type: ignore[misc]
+            if peer.established.is_set():
+                peer.send(END_OF_RIB[words.version])
+                eventually(lambda: self.node.established(own))
+                return peer
+            peer.close()
+        raise AssertionError(f"no session: {self.node.peer(own)}")
+
+    def learned(self, version: int) -> set[str]:
+        """The prefixes in the kernel."""
+        protocol = {"exabgp": "179", "bird": "bird"}[self.engine]
+        family = "-4" if version == V4 else "-6"
+        found = self.node.routes(f"proto {protocol} type unicast", family)
+        return {line.split()[0] for line in found}
+
+    def refused(self, address: str) -> dict[str, int]:
+        peer = self.node.peer(address)
+        return peer.refused if peer else {}
+
+
+@pytest.fixture(scope="module", params=["exabgp", "bird"])
+def siege(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Siege]:
+    with world(tmp_path_factory.mktemp("refused")) as made:
+        node, outside = made.node("n1"), made.host("out")
+        connect(node.namespace, "eth0", outside.namespace, "eth0")
+        for words in (FOUR, SIX):
+            nodad = ["nodad"] * (words.version == V6)
+            own = f"{words.own}{words.ending}"
+            node.run("ip", "address", "add", own, "dev", "eth0", *nodad)
+            for address in (words.hostile, words.friend, words.gateway):
+                their = f"{address}{words.ending}"
+                outside.run("ip", "address", "add", their, "dev", "eth0", *nodad)
+            node.run("ip", "route", "add", "default", "via", words.gateway)
+            made.store.put("BGPPeer", f"h{words.version}", peerIP=words.hostile, asNumber=ASN)
+            friend = {"peerIP": words.friend, "asNumber": FRIENDLY_ASN}
+            made.store.put("BGPPeer", f"f{words.version}", **friend)
+            made.store.block("n1", words.block)
+        made.store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
+        made.store.put("IPPool", "plain", cidr="10.1.0.0/16")
+        made.store.put("IPPool", "six", cidr="fd10::/112")
+        made.store.node("n1", f"{FOUR.own}/24", ipv6Address=f"{SIX.own}/64")
+        made.store.node("n2", f"{FOUR.other_node}/24", ipv6Address=f"{SIX.other_node}/64")
+        node.start(MANX_BGP_ENGINE=request.param)
+        eventually(lambda: node.peer(FOUR.friend) is not None, 20)
+        for listening in ("0.0.0.0:179 ", "]:179 "):
+            eventually(lambda listening=listening: listening in node.run("ss", "-tln"), 20)  # type: ignore[misc]
+        yield Siege(request.param, node, outside)
+
+
+PARTS = {
+    V4: (
+        "172.31.1.0/24", "172.31.1.0/25", "172.31.1.64/26", "172.31.1.77/32", "172.31.1.76/30",
+        "172.31.1.1/32", "172.31.1.12/32", "172.31.1.8/29", "172.31.1.11/32", "172.31.1.66/32",
+    ),
+    V6: (
+        "2001:db8::/64", "2001:db8::/65", "2001:db8::77/128", "2001:db8::70/124",
+        "2001:db8::1/128", "2001:db8::12/128", "2001:db8::11/128", "2001:db8::66/128",
+    ),
+}  # fmt: skip
+# a load balancer of a neighbour, a part of the link where nobody is known to be, all around it
+FREE = {
+    V4: {"172.31.1.200", "172.31.1.128/25", "172.31.0.0/16", "10.66.0.0/16"},
+    V6: {"2001:db8::200", "2001:db8:0:0:8000::/65", "2001:db8::/32", "2001:db8:66::/48"},
+}
+
+
+@pytest.mark.parametrize("words", [FOUR, SIX], ids=["v4", "v6"])
+def test_our_links_are_not_taken_over(siege: Siege, words: Words) -> None:
+    """Neither peers, nor the gateway, nor other nodes: they are where they always were."""
+    with siege.call(words, words.hostile, ASN) as peer:
+        peer.tell(*map(parse_net, (*PARTS[words.version], *FREE[words.version])))
+        eventually(lambda: siege.learned(words.version) == FREE[words.version])
+        why = {
+            "it is a subnet this node is on": 1,
+            "it is an address of this node": 1,
+            "it is its own next hop": 1,
+            "a peer, gateway or node on a link of this node is in it": len(PARTS[words.version])
+            - 3,
+        }
+        eventually(lambda: siege.refused(words.hostile) == why)
+        for host in (words.friend, words.gateway, words.other_node):
+            assert "via" not in siege.node.run("ip", "route", "get", host)
+    eventually(lambda: siege.learned(words.version) == set())
+
+
+NO_HOPS = {
+    V4: ("224.0.0.1", "127.0.0.1", "0.1.2.3", "240.1.1.1"),
+    V6: ("ff02::1", "::1", "ff0e::5"),
+}
+
+
+@pytest.mark.parametrize("words", [FOUR, SIX], ids=["v4", "v6"])
+def test_next_hops_that_no_machine_has(siege: Siege, words: Words) -> None:
+    """Not even where a default route would lead there."""
+    first = parse_net("20.0.0.0/24" if words.version == V4 else "2001:db8:20::/48")
+    size = 1 << (32 if words.version == V4 else 128) - first.length
+    good, *bad = (first._replace(address=first.address + n * size) for n in range(5))
+    with siege.call(words, words.hostile, ASN) as peer:
+        for net, hop in zip(bad, NO_HOPS[words.version], strict=False):
+            peer.send(update([net], next_hop=hop, path=(ASN,)))
+        peer.send(update([good], next_hop=words.hostile, path=(ASN,)))
+        eventually(lambda: siege.learned(words.version) == {str(good)})
+        why = {
+            "its next hop is an address of this node": 1,  # of its loopback
+            "its next hop is not an address of a machine": len(NO_HOPS[words.version]) - 1,
+        }
+        eventually(lambda: siege.refused(words.hostile) == why)
+        assert siege.learned(words.version) == {str(good)}
+    eventually(lambda: siege.learned(words.version) == set())
