@@ -60,6 +60,7 @@ def closed_policy(key: Key, value: object) -> NetworkPolicy | GlobalNetworkPolic
             metadata=metadata, spec=NetworkPolicySpec.model_construct(**fields)
         )
     fields["namespace_selector"] = _text(spec.get("namespaceselector"))
+    fields |= _flags(spec)
     return GlobalNetworkPolicy.model_construct(
         metadata=metadata, spec=GlobalNetworkPolicySpec.model_construct(**fields)
     )
@@ -128,6 +129,19 @@ def _types(spec: Mapping[str, Any]) -> list[PolicyType]:
     if isinstance(declared, list) and all(word in _BOTH for word in declared):
         return [word for word in _BOTH if word in declared]
     return _BOTH
+
+
+def _flags(spec: Mapping[str, Any]) -> dict[str, bool]:
+    """Which of a host's packets it is for; to, from and through it where that can't be read."""
+    flags = {
+        "do_not_track": "donottrack",
+        "pre_dnat": "prednat",
+        "apply_on_forward": "applyonforward",
+    }
+    found = {field: spec.get(name) for field, name in flags.items()}
+    if not all(flag is None or isinstance(flag, bool) for flag in found.values()):
+        return {"do_not_track": False, "pre_dnat": False, "apply_on_forward": True}
+    return {field: bool(flag) for field, flag in found.items()}
 
 
 def _part(value: object, name: str) -> Mapping[str, Any]:

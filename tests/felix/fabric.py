@@ -58,9 +58,9 @@ class Brain:
         with inside(self.node.netns.fd):
             self.dataplane.read()
 
-    def enforce(self) -> None:
-        """Bring the kernel to what the snapshot says."""
-        assert not self.snapshot.problems, self.snapshot.problems
+    def enforce(self, *, readable: bool = True) -> None:
+        """Bring the kernel to what the snapshot says, which can (or can't) be read as a whole."""
+        assert bool(self.snapshot.problems) is not readable, self.snapshot.problems
         with inside(self.node.netns.fd):
             self.dataplane.want(self.calculator.calculate(self.snapshot))
             self.apply()

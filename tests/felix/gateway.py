@@ -55,14 +55,14 @@ class Gateway:
                 stack.enter_context(Listener(netns, port, version=6))  # and IPv4, mapped
         self.put: dict[Key, None] = {}
 
-    def enforce(self, *objects: JSON) -> None:
-        """These are there from now on."""
+    def enforce(self, *objects: JSON, readable: bool = True) -> None:
+        """These are there from now on; not ``readable``: something of it can't be read."""
         for obj in objects:
             kind, namespace, name = key_parts(obj)
             key = Key(kind, name, namespace)
             self.put[key] = None
             self.brain.snapshot.update(key, obj)
-        self.brain.enforce()
+        self.brain.enforce(readable=readable)
 
     def clean(self) -> None:
         """What was put goes."""

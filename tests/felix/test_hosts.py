@@ -191,6 +191,25 @@ def test_before_dnat(world: Gateway) -> None:
         assert dropped(world.near, POD, 81) and dropped(world.near, NODE, 81)
 
 
+def test_a_policy_that_cannot_be_read_denies_those_packets_that_it_is_for(world: Gateway) -> None:
+    """A newer one, say, with a field that nobody here knows."""
+    newer = {"applyOnForward": True, "ingress": [{"action": "Deny", "weather": "fine"}]}
+    everything = {"selector": "all()", "types": INGRESS}
+    open_host = host(profiles=["projectcalico-default-allow"])
+    world.enforce(open_host, on_hosts("p", **newer, types=INGRESS), readable=False)
+    assert dropped(world.near, NODE) and dropped(world.near, FAR)
+    assert allowed(world.far, POD), "the pod is not selected"
+    world.enforce(on_hosts("p", **newer, **everything, preDNAT=True), readable=False)
+    assert dropped(world.near, NODE) and dropped(world.near, FAR)
+    assert allowed(world.far, POD) and allowed(world.node.netns, POD), "nor is it for pods"
+    allow_first = on_hosts("q", applyOnForward=True, order=1, ingress=[{"action": "Allow"}])
+    world.enforce(
+        allow_first, on_hosts("p", **newer, **everything, doNotTrack=True, order=9), readable=False
+    )
+    assert dropped(world.near, NODE) and dropped(world.near, FAR), "it comes before what allows"
+    assert allowed(world.far, POD)
+
+
 def test_what_the_host_sends_is_judged_as_dnat_left_it(world: Gateway) -> None:
     for version in (4, 6):
         _redirect(world, version, "10.9.9.9" if version == 4 else "fd99::9", 8080, NEAR[version])

@@ -12,7 +12,7 @@ from api.net import Net, parse_net
 from datastore.interface import JSON, Key
 from felix.snapshot import Snapshot
 from policy.evaluate import Flow, evaluate
-from policy.model import Action, EndpointId
+from policy.model import Action, EndpointId, HostBinding, Part
 from tests.felix.test_calculate import NODE, Run, Step, obj, replays, workload
 
 A, B = (EndpointId("WorkloadEndpoint", "default", f"{NODE}-k8s-{pod}-eth0") for pod in "ab")
@@ -189,6 +189,40 @@ def test_a_broken_policy_of_administrators_denies_in_its_place() -> None:
     assert allows(run_, B, A), "only in the directions it has rules for, at its subject"
     (problem,) = [text for text, _ in run_.calculator.problems(run_.snapshot)]
     assert problem == "ClusterNetworkPolicy(admin)"
+
+
+FORWARD: JSON = {"applyOnForward": True}
+TO_HOST = Flow(parse_net("192.0.2.1"), parse_net("172.31.1.1"), 6, 40000, 80, dst_endpoint=HOST)
+THROUGH = Flow(parse_net("192.0.2.1"), parse_net("198.51.100.1"), 6, 40000, 80, entry=HOST)
+TO_POD = Flow(parse_net("192.0.2.1"), parse_net("10.0.0.1"), 6, 40000, 80, dst_endpoint=A)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part", "denied"),
+    [
+        ({}, {Part.NORMAL}, [TO_HOST, TO_POD]),
+        (FORWARD, {Part.NORMAL, Part.FORWARD}, [TO_HOST, THROUGH, TO_POD]),
+        ({"APPLYONFORWARD": True}, {Part.NORMAL, Part.FORWARD}, [TO_HOST, THROUGH, TO_POD]),
+        ({**FORWARD, "preDNAT": True}, {Part.PRE_DNAT}, [TO_HOST, THROUGH]),
+        ({**FORWARD, "doNotTrack": True}, {Part.UNTRACKED}, [TO_HOST, THROUGH]),
+        ({"doNotTrack": True, "preDNAT": True}, {Part.UNTRACKED}, [TO_HOST, THROUGH]),
+        ({"preDNAT": "yes"}, {Part.NORMAL, Part.FORWARD}, [TO_HOST, THROUGH, TO_POD]),
+        ({"applyOnForward": 1}, {Part.NORMAL, Part.FORWARD}, [TO_HOST, THROUGH, TO_POD]),
+    ],
+)
+def test_an_unreadable_policy_denies_those_packets_that_it_is_for(
+    flags: JSON, part: set[Part], denied: list[Flow]
+) -> None:
+    host = of("HostEndpoint", "host", {"node": NODE, "interfaceName": "eth0", "profiles": ["own"]})
+    profile = of("Profile", "own", {"ingress": [ALLOW]})
+    unknown = [{**DENY, "weather": "fine"}]
+    run_ = fed(host, profile, of("GlobalNetworkPolicy", "new", {**flags, "ingress": unknown}))
+    binding = run_.calculator.engine.endpoints[HOST]
+    assert isinstance(binding, HostBinding)
+    assert {each for each in Part if binding.part(each).tiers} == part
+    for flow in (TO_HOST, THROUGH, TO_POD):
+        verdict = evaluate(run_.calculator.engine, flow)
+        assert (verdict.action is Action.DENY) is (flow in denied), flow
 
 
 def test_a_rule_that_cannot_be_converted_is_told() -> None:
