@@ -39,7 +39,7 @@ class Round:
             by_fault.setdefault(finding.fault.value, []).append(str(finding))
         waiting = dict(self.collected.waiting)
         if self.removed.waiting:
-            waiting["objects of gone nodes"] = self.removed.waiting
+            waiting["objects of gone nodes and pods"] = self.removed.waiting
         return {
             "idle": self.settings.idle,
             "period_seconds": self.settings.period,

@@ -1,8 +1,9 @@
-"""What is left of nodes that are gone, beside their addresses: endpoints, and Nodes themselves.
+"""What is left of nodes and pods that are gone, beside addresses: endpoints, Nodes themselves.
 
 Where the store is Kubernetes' API both are views of its own objects, and go with those. In the
 other stores nobody else takes them away. A Node is gone when its Kubernetes Node is (if there is
-a cluster to ask, and the Node says which it is); an endpoint is when its Node is.
+a cluster to ask, and the Node says which it is); an endpoint is when its Node is, or its Pod (if
+there is a cluster to ask). What vanished from a node that lives its CNI daemon takes back.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from datastore.interface import ConflictError, Datastore, Entry, Key, NotFoundError
+from datastore.interface import (
+    ConflictError,
+    Datastore,
+    Entry,
+    Key,
+    NotFoundError,
+    part,
+)
 from ipam.collector import HaltedError, Standing
 from ipam.inventory import Inventory
 
@@ -30,6 +38,15 @@ class Removed:
     waiting: int = 0
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class _Orphan:
+    """An endpoint, of which container, and the Node or Pod that is gone."""
+
+    endpoint: Key
+    container: str
+    owner: Key
+
+
 class NodeCleaner:
     """Remembers what it observed. Parameters as ``ipam.collector.Collector``'s."""
 
@@ -45,7 +62,7 @@ class NodeCleaner:
         self._kubernetes = kubernetes
         self._clock = clock
         self._proceed = proceed
-        self._orphaned: Standing[tuple[Key, str]] = Standing()
+        self._orphaned: Standing[_Orphan] = Standing()
         self._left: Standing[tuple[str, str]] = Standing()
 
     def run(self, inventory: Inventory, grace: float) -> Removed:
@@ -86,17 +103,30 @@ class NodeCleaner:
     ) -> None:
         endpoints = [user for user in inventory.users if user.key.kind == "WorkloadEndpoint"]
         gone = inventory.gone({user.node for user in endpoints})
-        orphaned = [(user.key, user.node) for user in endpoints if user.node in gone]
-        self._orphaned.observe(orphaned, now)
-        for key, node in orphaned:
-            if not self._orphaned.lasted((key, node), now, grace):
+        orphans = {
+            _Orphan(user.key, user.container, Key("Node", user.node))
+            for user in endpoints
+            if user.node in gone
+        }
+        for user in inventory.without_pod():
+            assert user.pod is not None
+            orphans.add(_Orphan(user.key, user.container, Key("Pod", user.pod[1], user.pod[0])))
+        self._orphaned.observe(orphans, now)
+        for orphan in sorted(orphans):
+            if not self._orphaned.lasted(orphan, now, grace):
                 removed.waiting += 1
-            elif not _exists(self._store, Key("Node", node)):
-                entry = _get(self._store, key)
-                spec = (entry.value.get("spec") or {}) if entry else {}
-                if entry is not None and spec.get("node") == node and self._delete(entry):
-                    _log.info("%s: deleted: node %s is gone", key, node)
-                    removed.endpoints.append(key)
+            elif self._remove(orphan):
+                _log.info("%s: deleted: %s is gone", orphan.endpoint, orphan.owner)
+                removed.endpoints.append(orphan.endpoint)
+
+    def _remove(self, orphan: _Orphan) -> bool:
+        """Delete the endpoint, unless its owner is there, or somebody wrote it meanwhile."""
+        entry = _get(self._store, orphan.endpoint)
+        if entry is None or _orphan_of(entry, orphan.owner) != orphan:
+            return False
+        owners = self._store if orphan.owner.kind == "Node" else self._kubernetes
+        assert owners is not None  # or no pod would be missed
+        return not _exists(owners, orphan.owner) and self._delete(entry)
 
     def _delete(self, entry: Entry) -> bool:
         if not self._proceed():
@@ -106,6 +136,17 @@ class NodeCleaner:
         except (NotFoundError, ConflictError):
             return False
         return True
+
+
+def _orphan_of(entry: Entry, owner: Key) -> _Orphan | None:
+    """The endpoint as it is now, if it still names that owner."""
+    spec = part(entry.value, "spec")
+    named = (
+        (spec.get("node"), "") if owner.kind == "Node" else (spec.get("pod"), entry.key.namespace)
+    )
+    if named != (owner.name, owner.namespace):
+        return None
+    return _Orphan(entry.key, str(spec.get("containerID") or ""), owner)
 
 
 def _references(entry: Entry) -> list[str]:

@@ -39,6 +39,7 @@ class Fault(StrEnum):
     OVERLAP = "overlapping blocks"
     NO_POOL = "block outside all pools"
     GONE_NODE = "node that is gone"
+    GONE_POD = "endpoint of a pod that is gone"
     ROUTE = "kernel route"
     INTERFACE = "kernel interface"
 
@@ -66,16 +67,19 @@ class Finding:
         return f"{self.subject}: {self.message}"
 
 
-def standing(store: Datastore) -> tuple[Inventory, list[Finding]]:
+def standing(
+    store: Datastore, kubernetes: Datastore | None = None
+) -> tuple[Inventory, list[Finding]]:
     """The latest reading, and what is found in it and in one before. Raises StoreError.
 
-    Store only read; twice only where the first time something is found.
+    Store only read; twice only where the first time something is found. ``kubernetes``: where the
+    pods are, if that is another store.
     """
-    inventory = read(store)
+    inventory = read(store, kubernetes)
     first = audit(inventory)
     if not first:
         return inventory, []
-    again = read(store)
+    again = read(store, kubernetes)
     known = set(first)
     return again, [finding for finding in audit(again) if finding in known]
 
@@ -104,6 +108,7 @@ def audit(inventory: Inventory) -> list[Finding]:
                 _claims(inventory),
                 _blocks(inventory),
                 _nodes(inventory),
+                _pods(inventory),
             )
         )
     )
@@ -227,6 +232,14 @@ def _nodes(inventory: Inventory) -> Iterator[Finding]:
     for node in inventory.gone({*claims, *blocks, *endpoints}):
         message = f"does not exist, but has {blocks[node]} blocks and {endpoints[node]} endpoints"
         yield Finding(Fault.GONE_NODE, f"Node({node})", message)
+
+
+def _pods(inventory: Inventory) -> Iterator[Finding]:
+    for user in inventory.without_pod():
+        namespace, name = user.pod or ("", "")
+        held = ", ".join(map(_text, user.addresses)) or "no address"
+        message = f"has {held}, and there is no Pod {namespace}/{name}"
+        yield Finding(Fault.GONE_POD, str(user.key), message)
 
 
 def _matches(allocation: Allocation, user: User) -> bool:

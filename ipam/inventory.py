@@ -120,7 +120,11 @@ class Unreadable:
 
 @dataclass
 class Inventory:
-    """One reading. ``handles`` by id; ``affinities``: those of nodes; ``nodes``: their names."""
+    """One reading. ``handles`` by id; ``affinities``: those of nodes; ``nodes``: their names.
+
+    ``pods``: namespace and name of all that Kubernetes has; None where it can't be asked, or the
+    endpoints are made of them.
+    """
 
     blocks: Mapping[Net, Stored[Block]]
     handles: Mapping[str, Stored[Handle]]
@@ -131,6 +135,7 @@ class Inventory:
     reserved: Sequence[Net] = ()
     unreadable: Sequence[Unreadable] = ()
     half_deleted: Sequence[Key] = field(default_factory=list)
+    pods: frozenset[tuple[str, str]] | None = None
 
     @property
     def blind(self) -> bool:
@@ -192,6 +197,16 @@ class Inventory:
         """Those of the nodes that do not exist. When no node does, that is not believed."""
         return nodes - self.nodes - {""} if self.nodes else set()
 
+    def without_pod(self) -> Iterator[User]:
+        """The endpoints whose pods Kubernetes has no more, on nodes that are there."""
+        there = self.pods
+        if there is None:
+            return
+        for user in self.users:
+            pod = user.pod if user.key.kind == "WorkloadEndpoint" else None
+            if pod and pod not in there and user.node in self.nodes:
+                yield user
+
     def pool_of(self, net: Net) -> Pool | None:
         """The pool a block or an address lies in."""
         return next((pool for pool in self.pools if pool.net.contains(net)), None)
@@ -242,6 +257,7 @@ def read(store: Datastore, kubernetes: Datastore | None = None) -> Inventory:
         reserved=[net for nets in reader.all("IPReservation", _reserved) for net in nets],
         unreadable=reader.unreadable,
         half_deleted=reader.half_deleted,
+        pods=reader.pods,
     )
 
 
@@ -294,6 +310,8 @@ class _Reader:
     def __init__(self, store: Datastore, kubernetes: Datastore | None) -> None:
         self._store = store
         self._kubernetes = kubernetes or store
+        self._asks = kubernetes is not None and "WorkloadEndpoint" not in store.given
+        self.pods: frozenset[tuple[str, str]] | None = None
         self.unreadable: list[Unreadable] = []
         self.half_deleted: list[Key] = []
 
@@ -320,8 +338,14 @@ class _Reader:
             return []
 
     def users(self) -> list[User]:
-        """The endpoints, and the pods. Where the one are views of the other, only the pods."""
-        found: list[User | None] = list(self.all("Pod", _pod, user=True))
+        """The endpoints, and the pods. Where the one are views of the other, only the pods.
+
+        A Kubernetes without any node is not believed when it has no pod, either.
+        """
+        entries = self._of("Pod").list("Pod").entries
+        if self._asks and self._kubernetes.list("KubernetesNode").entries:
+            self.pods = frozenset((entry.key.namespace, entry.key.name) for entry in entries)
+        found: list[User | None] = list(self.converted(entries, _pod, user=True))
         if "WorkloadEndpoint" not in self._store.given:
             found += self.all("WorkloadEndpoint", _endpoint, user=True)
         return [user for user in found if user is not None]

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from api.net import Net
+from cni.attachment import Attachment
 from controllers.housekeeping import Housekeeping, Round
 from controllers.nodes import NodeCleaner
 from datastore.interface import Key
 from datastore.sqlite import SqliteDatastore
+from ipam.allocator import Allocator
 from ipam.collector import HaltedError
 from ipam.inventory import read
 from tests.controllers.world import Clock, add_nodes, assign, attachment, plug, put, record, remove
@@ -55,6 +58,8 @@ def test_a_machine_that_is_gone_leaves_nothing(
 
     kept = plug(store, "n1", "web", "c1")
     plug(store, "n2", "db", "c2")
+    for pod, node in (("web", "n1"), ("db", "n2")):
+        put(kubernetes, "Pod", pod, {"nodeName": node}, namespace="shop")
     wait(0)
     remove(kubernetes, "KubernetesNode", "machine-2")
     wait(0)
@@ -63,6 +68,7 @@ def test_a_machine_that_is_gone_leaves_nothing(
     wait(1)
     assert wait(GRACE - 1).removed.endpoints == []
     assert [key.name for key in wait(1).removed.endpoints] == ["n2-k8s-db-eth0"]
+    remove(kubernetes, "Pod", "db", "shop")
     wait(60)
     assert len(wait(60).collected.addresses) == 1
     wait(60)
@@ -96,6 +102,83 @@ def test_pods_of_the_other_store_count(store: SqliteDatastore, kubernetes: Sqlit
     housekeeping.round()
     clock.now += GRACE
     assert housekeeping.round().collected.addresses == addresses
+
+
+def test_a_pod_that_is_gone_leaves_nothing(
+    store: SqliteDatastore, kubernetes: SqliteDatastore
+) -> None:
+    """Its DEL never came, on a node that is there: its endpoint goes first, then its address."""
+    clock = Clock()
+    housekeeping = Housekeeping(store, kubernetes, clock=clock)
+
+    def wait(seconds: float) -> Round:
+        clock.now += seconds
+        return housekeeping.round()
+
+    for pod in ("web", "done"):
+        put(kubernetes, "Pod", pod, {"nodeName": "n1"}, namespace="shop")
+    kept = plug(store, "n1", "web", "c1")
+    (lost,) = plug(store, "n1", "gone", "c2")
+    plug(store, "n1", "done", "c3")
+    done = kubernetes.get(Key("Pod", "done", "shop"))
+    kubernetes.update(done.key, done.value | {"status": {"phase": "Succeeded"}})
+    bare = plug_bare(store, "n1", "c4")
+    wait(0)
+    round_ = wait(GRACE - 1)
+    assert round_.removed.endpoints == []
+    text = str(lost).removesuffix("/32")
+    assert [str(finding) for finding in round_.findings] == [
+        f"WorkloadEndpoint(shop/n1-k8s-gone-eth0): has {text}, and there is no Pod shop/gone"
+    ]
+    assert [key.name for key in wait(1).removed.endpoints] == ["n1-k8s-gone-eth0"]
+    wait(1)
+    assert wait(GRACE).collected.addresses == [lost]
+    wait(0)
+    assert names(store, "WorkloadEndpoint") == {
+        "n1-k8s-web-eth0",
+        "n1-k8s-done-eth0",
+        "n1-cni-c4-eth0",
+    }
+    assert {*kept, *bare} < set(allocated(store))
+    assert wait(60).findings == []
+
+
+def plug_bare(store: SqliteDatastore, node: str, container: str) -> list[Net]:
+    """A container that is no pod, as podman makes them."""
+    made = Attachment("net", container, "eth0")
+    address = Allocator(store, node).assign(made.handle, made.attributes(node, "t")).address
+    key = made.endpoint_key(node)
+    spec = {
+        "orchestrator": "cni",
+        "node": node,
+        "endpoint": "eth0",
+        "containerID": container,
+        "interfaceName": "cali1",
+        "ipNetworks": [str(address)],
+    }
+    put(store, "WorkloadEndpoint", key.name, spec, namespace=key.namespace)
+    return [address]
+
+
+def test_a_pod_that_returns_or_is_replaced_keeps_its_endpoint(
+    store: SqliteDatastore, kubernetes: SqliteDatastore
+) -> None:
+    clock = Clock()
+    cleaner = NodeCleaner(store, kubernetes, clock=clock)
+    for pod in ("back", "anew", "unbelieved"):
+        plug(store, "n1", pod, f"c-{pod}")
+    cleaner.run(read(store, kubernetes), GRACE)
+    clock.now += GRACE
+    old = read(store, kubernetes)
+    put(kubernetes, "Pod", "back", {"nodeName": "n1"}, namespace="shop")
+    record(store, "n1", "anew", "c-other", [])
+    assert [key.name for key in cleaner.run(old, GRACE).endpoints] == ["n1-k8s-unbelieved-eth0"]
+    plug(store, "n1", "unbelieved", "c9")
+    for name in ("machine-1", "machine-2"):
+        remove(kubernetes, "KubernetesNode", name)
+    for _ in range(3):
+        clock.now += GRACE
+        assert cleaner.run(read(store, kubernetes), GRACE).endpoints == []
 
 
 def test_no_machine_at_all_is_not_believed(
