@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, Self, TypeVar
 
@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from api.errors import Problem
-from api.net import parse_interface, parse_net
+from api.net import Net, parse_interface, parse_net
 from cni.attachment import CONTAINER_ID_LENGTH, NAME_LENGTH, Attachment
 from cni.errors import (
     DECODING_FAILURE,
@@ -35,6 +35,7 @@ from cni.errors import (
     invalid_configuration,
     invalid_environment,
 )
+from cni.features import NOTHING_ASKED, Asked, is_unicast, parse_mac
 
 COMMANDS = ("ADD", "DEL", "CHECK", "STATUS", "GC")  # VERSION is answered by the client
 WITH_ATTACHMENT = ("ADD", "DEL", "CHECK")
@@ -151,6 +152,35 @@ class Dns(_Model):
     options: list[str] | None = None
 
 
+class RuntimeDns(_Model):
+    """``runtimeConfig.dns`` (CNI conventions, capability ``dns``)."""
+
+    servers: list[str] | None = None
+    searches: list[str] | None = None
+    options: list[str] | None = None
+
+
+class RuntimeConfiguration(_Model):
+    """``runtimeConfig``: what the runtime tells of this container, by capability.
+
+    ``ips`` may have lengths of prefixes, which count for nothing here.
+    """
+
+    ips: list[str] = Field(default_factory=list)
+    mac: str = ""
+    dns: RuntimeDns = RuntimeDns()
+
+
+class _Arguments(_Model):
+    ips: list[str] = Field(default_factory=list)
+
+
+class Arguments(_Model):
+    """``args``: the older way to say the same, by ``args.cni.ips``."""
+
+    cni: _Arguments = _Arguments()
+
+
 class ValidAttachment(_Model):
     """One element of ``cni.dev/valid-attachments``."""
 
@@ -207,7 +237,10 @@ class NetworkConfiguration(_Model):
     container_settings: ContainerSettings = ContainerSettings()
     feature_control: FeatureControl = FeatureControl()
     policy_setup_timeout_seconds: Annotated[int, Field(ge=0, le=LONGEST_WAIT)] = POLICY_WAIT
-    previous: Any = Field(default=None, alias="prevResult")  # a Result where it matters
+    # A Result, RuntimeConfiguration and Arguments where they matter: not for a DEL.
+    previous: Any = Field(default=None, alias="prevResult")
+    runtime: Any = Field(default=None, alias="runtimeConfig")
+    args: Any = None
     valid_attachments: list[ValidAttachment] | None = Field(default=None, alias=VALID_ATTACHMENTS)
 
 
@@ -218,7 +251,8 @@ class Call:
     ``previous`` is there for ADD and CHECK, where the runtime gave it: a DEL does not need it
     and must not fail because of it.
     ``netns`` is the path as the runtime wrote it: only for the result, since the namespace
-    itself comes as a descriptor.
+    itself comes as a descriptor. ``asked`` and ``dns``: what the runtime wants an ADD to give, and
+    to tell.
     """
 
     command: str
@@ -226,6 +260,8 @@ class Call:
     attachment: Attachment | None
     netns: str
     previous: Result | None = None
+    asked: Asked = NOTHING_ASKED
+    dns: Dns = field(default_factory=Dns)
 
 
 def find_version(configuration: bytes) -> str:
@@ -247,15 +283,21 @@ def parse_call(environment: Mapping[str, str], configuration: bytes) -> Call:
         )
     parsed = _parse_again(configuration, command)
     attachment = None
+    arguments: dict[str, str] = {}
     if command in WITH_ATTACHMENT:
-        attachment = _attachment(environment, parsed.name)
+        arguments = _arguments(environment.get("CNI_ARGS", ""))
+        attachment = _attachment(environment, arguments, parsed.name)
     previous = None
     if command in ("ADD", "CHECK") and parsed.previous is not None:
         previous = _validate(Result, parsed.previous, "prevResult")
     elif command == "CHECK":
         raise invalid_configuration([Problem("prevResult", None, "required")])
     netns = environment.get("CNI_NETNS", "")
-    return Call(command, parsed, attachment, netns, previous)
+    if command != "ADD":
+        return Call(command, parsed, attachment, netns, previous)
+    runtime = _validate(RuntimeConfiguration, parsed.runtime or {}, "runtimeConfig")
+    asked = _asked(arguments, parsed, runtime)
+    return Call(command, parsed, attachment, netns, previous, asked, _dns(parsed, runtime))
 
 
 def _parse_again(data: bytes, command: str) -> NetworkConfiguration:
@@ -322,7 +364,9 @@ def _problems(error: ValidationError, start: str) -> Iterable[Problem]:
         yield Problem(path, detail["input"], re.sub(r"^\w+ should", "expected to", expected))
 
 
-def _attachment(environment: Mapping[str, str], network: str) -> Attachment:
+def _attachment(
+    environment: Mapping[str, str], arguments: Mapping[str, str], network: str
+) -> Attachment:
     container_id = environment.get("CNI_CONTAINERID", "")
     if not _NAME.fullmatch(container_id) or len(container_id) > CONTAINER_ID_LENGTH:
         raise invalid_environment(
@@ -339,18 +383,71 @@ def _attachment(environment: Mapping[str, str], network: str) -> Attachment:
             "expected an interface name: 1 to 15 bytes without '/', ':', '%' and white space,"
             " not '.' or '..'",
         )
-    namespace, pod = _pod(environment.get("CNI_ARGS", ""))
+    namespace, pod = _pod(arguments)
     return Attachment(network, container_id, ifname, namespace, pod)
 
 
-def _pod(arguments: str) -> tuple[str, str]:
-    """Namespace and name of the pod in CNI_ARGS, ``KEY=VALUE;…``; empty if it names none."""
+def _arguments(arguments: str) -> dict[str, str]:
+    """CNI_ARGS, ``KEY=VALUE;…``."""
     pairs: dict[str, str] = {}
     for pair in filter(None, arguments.split(";")):
         key, separator, value = pair.partition("=")
         if not separator:
             raise invalid_environment("CNI_ARGS", pair, "expected KEY=VALUE;KEY=VALUE;…")
         pairs[key] = value
+    return pairs
+
+
+def _asked(
+    arguments: Mapping[str, str], parsed: NetworkConfiguration, runtime: RuntimeConfiguration
+) -> Asked:
+    """Addresses and MAC address that the runtime wants, wherever it says so. Raises CniError."""
+    if not (arguments.keys() & {"IP", "MAC"} or runtime.ips or runtime.mac or parsed.args):
+        return NOTHING_ASKED
+    args = _validate(Arguments, parsed.args or {}, "args")
+    told = [("CNI_ARGS", text) for text in filter(None, arguments.get("IP", "").split(","))]
+    told += [("runtimeConfig.ips", text) for text in runtime.ips]
+    told += [("args.cni.ips", text) for text in args.cni.ips]
+    addresses: dict[int, Net] = {}
+    for where, text in told:
+        try:
+            net = parse_interface(text)[0]
+            if not is_unicast(net) or addresses.setdefault(net.version, net) != net:
+                raise ValueError(text)
+        except ValueError:
+            expected = "expected addresses for a container, at most one of each IP version"
+            raise _not_to_be_had(where, text, expected) from None
+    macs = [("CNI_ARGS", arguments.get("MAC", "")), ("runtimeConfig.mac", runtime.mac)]
+    mac = ""
+    for where, text in macs:
+        try:
+            mac = parse_mac(text) if text else mac
+        except ValueError as error:
+            raise _not_to_be_had(where, text, str(error)) from None
+    return Asked(tuple(sorted(addresses.values())), mac)
+
+
+def _not_to_be_had(where: str, text: str, expected: str) -> CniError:
+    if where == "CNI_ARGS":
+        return invalid_environment(where, text, expected)
+    return invalid_configuration([Problem(where, text, expected)])
+
+
+def _dns(parsed: NetworkConfiguration, runtime: RuntimeConfiguration) -> Dns:
+    """The runtime's settings for this container, those of the network where it has none."""
+    told = runtime.dns
+    if not (told.servers or told.searches or told.options):
+        return parsed.dns
+    return Dns(
+        nameservers=told.servers,
+        domain=parsed.dns.domain,
+        search=told.searches,
+        options=told.options,
+    )
+
+
+def _pod(pairs: Mapping[str, str]) -> tuple[str, str]:
+    """Namespace and name of the pod in CNI_ARGS; empty if it names none."""
     namespace, pod = pairs.get("K8S_POD_NAMESPACE", ""), pairs.get("K8S_POD_NAME", "")
     if not namespace:
         return "", ""  # podman gives a name alone, that of its container

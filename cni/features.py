@@ -38,6 +38,17 @@ Annotations = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What the runtime asks for: at most one address of each IP version, a MAC address."""
+
+    addresses: tuple[Net, ...] = ()
+    mac: str = ""
+
+
+NOTHING_ASKED = Asked()
+
+
+@dataclass(frozen=True, slots=True)
 class Allowed:
     """What the configuration's ``feature_control`` permits pods to ask for."""
 
@@ -77,23 +88,29 @@ class Features:
 
 
 def read(
-    pod: str, own: Annotations, namespace: Annotations, families: Families, allowed: Allowed
+    pod: str,
+    own: Annotations,
+    namespace: Annotations,
+    families: Families,
+    allowed: Allowed,
+    asked: Asked = NOTHING_ASKED,
 ) -> Features:
     """The features of ``pod`` (its name, for errors) with its ``own`` annotations.
 
-    ``families`` is what the configuration says. Raises CniError.
+    ``families`` is what the configuration says; what the runtime ``asked`` for counts where
+    the pod does not say otherwise. Raises CniError.
     """
     if not own and not namespace:
-        return Features(families)
+        return Features(families, asked.addresses, mac=asked.mac)
     problems: list[Problem] = []
     reader = _Reader(own, namespace, problems)
     controls, faults = qos.controls(own)
     problems += faults
     features = Features(
         families=reader.families(families),
-        addresses=reader.addresses(allowed),
+        addresses=reader.addresses(allowed) or asked.addresses,
         outside_ipam=bool(own.get(OUTSIDE_IPAM)),
-        mac=reader.mac(),
+        mac=reader.mac() or asked.mac,
         sources=reader.sources(),
         floating=reader.floating(allowed),
         controls=controls,
@@ -158,12 +175,11 @@ class _Reader:
     def mac(self) -> str:
         """The MAC address of the pod's end."""
         text = self._own.get(MAC, "")
-        mac = text.lower().replace("-", ":")
-        if text and (
-            not _MAC.fullmatch(mac) or int(mac[:2], 16) & _GROUP_BIT or not mac.strip("0:")
-        ):
-            self._wrong(MAC, self._own, "expected a unicast MAC address such as 02:00:5e:10:00:01")
-        return mac
+        try:
+            return parse_mac(text) if text else ""
+        except ValueError as error:
+            self._wrong(MAC, self._own, str(error))
+            return ""
 
     def sources(self) -> tuple[Net, ...]:
         """Networks it may send with besides its own addresses."""
@@ -190,7 +206,7 @@ class _Reader:
         for text in self._list(name, self._own, expected):
             try:
                 net = parse_net(text)
-                if not net.is_host or not _is_unicast(net):
+                if not net.is_host or not is_unicast(net):
                     raise ValueError(text)
                 nets.append(net)
             except ValueError:
@@ -225,7 +241,15 @@ class _Reader:
             self._problems.append(problem)
 
 
-def _is_unicast(net: Net) -> bool:
+def parse_mac(text: str) -> str:
+    """A MAC address that an interface can have, in small letters. Raises ValueError."""
+    mac = text.lower().replace("-", ":")
+    if not _MAC.fullmatch(mac) or int(mac[:2], 16) & _GROUP_BIT or not mac.strip("0:"):
+        raise ValueError("expected a unicast MAC address such as 02:00:5e:10:00:01")
+    return mac
+
+
+def is_unicast(net: Net) -> bool:
     """Whether a host Net is an address that a pod can have."""
     address = ipaddress.ip_address(format_address(net.version, net.address))
     return not (

@@ -64,11 +64,18 @@ class IpamPlugin:
         return None
 
     def _add(self, call: Call, attachment: Attachment) -> dict[str, Any]:
-        """What it holds already, and an address of every family of which it holds none."""
+        """What it holds already, and an address of every family of which it holds none.
+
+        Where the runtime names addresses, those and no others.
+        """
         ipam = call.configuration.ipam
+        asked = call.asked.addresses
         try:
             subnets = self._held_by(attachment.handle)
-            for version, pools in ipam.families:
+            for address in asked:
+                if address not in subnets:
+                    subnets[address] = self._assign_specific(attachment, address)
+            for version, pools in () if asked else ipam.families:
                 if all(address.version != version for address in subnets):
                     assignment = self._assign(attachment, version, pools)
                     subnets[assignment.address] = assignment.block
@@ -83,14 +90,12 @@ class IpamPlugin:
                 for address in sorted(subnets)
             ],
             "routes": [route.model_dump(exclude_none=True) for route in ipam.routes],
-            "dns": call.configuration.dns.model_dump(exclude_none=True),
+            "dns": call.dns.model_dump(exclude_none=True),
         }
 
     def _assign(self, attachment: Attachment, version: int, pools: tuple[str, ...]) -> Assignment:
         labels = self._cluster.namespace_labels(attachment)
-        attributes = self._attributes() | {_ATTACHMENT: _name(attachment)}
-        if attachment.pod:
-            attributes[_POD] = f"{attachment.namespace}/{attachment.pod}"
+        attributes = self._attributes_of(attachment)
         with self._lock:
             for _ in range(_ATTEMPTS):
                 assignment = self._allocator.assign(
@@ -103,6 +108,15 @@ class IpamPlugin:
                 if self._make_subnet(assignment.address, assignment.block, attachment.handle):
                     return assignment
         raise PoolExhaustedError(f"block {assignment.block}: no address left beside a subnet's own")
+
+    def _assign_specific(self, attachment: Attachment, address: Net) -> Net:
+        """Take an address that was asked for; returns its block."""
+        with self._lock:
+            attributes = self._attributes_of(attachment)
+            block = self._allocator.assign_specific(address, attachment.handle, attributes).block
+            if self._make_subnet(address, block, attachment.handle):
+                return block
+        raise AddressInUseError(f"{address}: no container can have this address of block {block}")
 
     def _held_by(self, handle: str) -> dict[Net, Net]:
         """The addresses of an attachment since an earlier ADD, and their blocks.
@@ -174,6 +188,12 @@ class IpamPlugin:
         stored = self._records.handle(handle)
         blocks = stored.thing.counts if stored else ()
         return next(block for block in blocks if block.contains(address))
+
+    def _attributes_of(self, attachment: Attachment) -> dict[str, str]:
+        attributes = self._attributes() | {_ATTACHMENT: _name(attachment)}
+        if attachment.pod:
+            attributes[_POD] = f"{attachment.namespace}/{attachment.pod}"
+        return attributes
 
     def _attributes(self) -> dict[str, str]:
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f +0000 UTC")

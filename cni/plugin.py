@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -185,6 +185,8 @@ class Plugin:
             namespace.annotations if namespace else {},
             configuration.ipam.families,
             Allowed(permitted.ip_addrs_no_ipam, permitted.floating_ips),
+            # another IPAM plugin is told of the address itself
+            replace(call.asked, addresses=()) if delegate else call.asked,
         )
         if delegate and features.addresses and not features.outside_ipam:
             raise CniError(

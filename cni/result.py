@@ -25,7 +25,7 @@ def result(call: Call, wire: Wire, dns: Mapping[str, Any]) -> dict[str, Any]:
     version = call.configuration.cni_version
     previous = call.previous.model_dump(exclude_unset=True) if call.previous else {}
     interfaces = previous.get("interfaces") or []
-    own = call.configuration.dns.model_dump(exclude_none=True)
+    own = call.dns.model_dump(exclude_none=True)
     node_end: dict[str, Any] = {"name": wire.host_interface, "mac": HOST_MAC}
     container_end: dict[str, Any] = {"name": wire.interface, "mac": wire.mac}
     if version in _WITH_MTU_AND_SCOPE:

@@ -100,6 +100,20 @@ def addresses(result: Any) -> list[str]:
     return [entry["address"] for entry in result["ips"]]
 
 
+def test_the_runtime_asks_for_an_address(call: Caller) -> None:
+    pod, other, third = (call.rig.container() for _ in range(3))
+    pod.arguments += ";IP=10.66.0.27"
+    result = call("ADD", pod, conf()).ok()
+    assert addresses(result) == ["10.66.0.27/29"]
+    assert result["ips"][0]["gateway"] == "10.66.0.25"
+    assert call("ADD", pod, conf()).ok() == result
+    assert call("ADD", other, conf() | {"args": {"cni": {"ips": ["10.66.0.27"]}}}).error == 100
+    third.arguments += ";IP=10.66.0.25"  # the gateway's
+    assert call("ADD", third, conf()).error == 100
+    for each in (pod, other, third):
+        call("DEL", each, conf()).ok()
+
+
 def test_the_result_is_that_of_an_ipam_plugin(call: Caller) -> None:
     pod = call.rig.container()
     configured = conf(routes=[*DEFAULT_ROUTE, {"dst": "10.0.0.0/8", "gw": "10.66.0.5"}])

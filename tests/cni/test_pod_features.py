@@ -131,6 +131,89 @@ def test_this_very_address(rig: Rig, annotated: Annotated) -> None:
     rig.delete(pod)
 
 
+REQUESTS: list[tuple[str, dict[str, Any]]] = [
+    ("IP=10.65.0.88;MAC=02:00:5E:10:00:02", {}),
+    ("", {"runtimeConfig": {"ips": ["10.65.0.88/24"], "mac": "02:00:5e:10:00:02"}}),
+    ("MAC=02-00-5e-10-00-02", {"args": {"cni": {"ips": ["10.65.0.88"]}}}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "keys"), REQUESTS)
+def test_the_runtime_asks_for_an_address(rig: Rig, arguments: str, keys: dict[str, Any]) -> None:
+    pod = rig.container()
+    pod.arguments += ";" + arguments
+    result = rig.add(pod, **keys)
+    assert addresses(result) == ["10.65.0.88/32"]
+    assert result["interfaces"][1]["mac"] == "02:00:5e:10:00:02"
+    assert rig.add(pod, **keys) == result
+    assert rig.call("CHECK", pod, configuration(prevResult=result, **keys)).ok() is None
+    other = rig.container()
+    other.arguments += ";IP=10.65.0.88"
+    answer = rig.call("ADD", other)
+    assert answer.error == 100
+    assert "10.65.0.88" in answer.json["msg"]
+    rig.delete(pod)
+    rig.delete(other)
+
+
+@pytest.mark.usefixtures("pools")
+def test_a_request_and_what_the_pod_says(rig: Rig, annotated: Annotated) -> None:
+    """The pod's own word counts; both families may be asked for; nothing else is given."""
+    pod = annotated(ipAddrs=["10.65.0.77"], hwAddr="02:00:5e:10:00:01")
+    pod.arguments += ";IP=10.65.0.88;MAC=02:00:5e:10:00:02"
+    result = rig.add(pod, ipam=BOTH)
+    assert addresses(result) == ["10.65.0.77/32"]
+    assert result["interfaces"][1]["mac"] == "02:00:5e:10:00:01"
+    plain = annotated(ipFamilies=["IPv4"])
+    plain.arguments += ";IP=10.65.0.89,fd00:65::89"
+    result = rig.add(plain)
+    assert addresses(result) == ["10.65.0.89/32", "fd00:65::89/128"]
+    rig.delete(pod)
+    rig.delete(plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys", "code"),
+    [
+        ("IP=somewhere", {}, 4),
+        ("IP=10.65.0.8,10.65.0.9", {}, 4),
+        ("IP=127.0.0.1", {}, 4),
+        ("MAC=01:00:5e:00:00:01", {}, 4),
+        ("IP=10.65.0.8", {"runtimeConfig": {"ips": ["10.65.0.9/24"]}}, 7),
+        ("", {"runtimeConfig": {"mac": "x"}}, 7),
+        ("", {"runtimeConfig": {"ips": "10.65.0.9"}}, 7),
+        ("", {"args": {"cni": {"ips": [7]}}}, 7),
+        ("", {"args": []}, 0),
+        ("IP=", {"args": {"labels": {}}, "runtimeConfig": {"portMappings": []}}, 0),
+    ],
+)
+def test_requests_that_are_wrong(rig: Rig, arguments: str, keys: dict[str, Any], code: int) -> None:
+    """They are refused, not ignored; a DEL does not mind."""
+    pod = rig.container()
+    pod.arguments += ";" + arguments
+    answer = rig.call("ADD", pod, configuration(**keys))
+    if code:
+        assert answer.error == code
+        assert pod.links() == set()
+    else:
+        answer.ok()
+    rig.call("DEL", pod, configuration(**keys)).ok()
+
+
+def test_resolvers_of_the_runtime(rig: Rig) -> None:
+    pod = rig.container()
+    told = {"servers": ["10.96.0.10"], "searches": ["red.svc"], "options": ["ndots:5"]}
+    dns = {"nameservers": ["192.0.2.53"], "domain": "example.org"}
+    result = rig.add(pod, dns=dns, runtimeConfig={"dns": told})
+    assert result["dns"] == {
+        "nameservers": ["10.96.0.10"],
+        "domain": "example.org",
+        "search": ["red.svc"],
+        "options": ["ndots:5"],
+    }
+    rig.delete(pod)
+
+
 def test_an_address_that_ipam_knows_nothing_of(rig: Rig, annotated: Annotated) -> None:
     pod = annotated(ipAddrsNoIpam=["192.0.2.77"])
     refused = rig.call("ADD", pod)

@@ -322,8 +322,9 @@ default_ulimits = []
         environment = {"CONTAINERS_CONF": f"{self.FOLDER}/containers.conf"}
         return self.host.run(*command, *argv, **environment)
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, address: str = "") -> None:
         options = ["--detach", "--name", name, "--network", NETWORK]
+        options += ["--ip", address] if address else []
         options += ["--cgroup-parent", f"/{self.host.group}", "--oom-score-adj", "0"]
         self._podman("run", *options, "--rootfs", str(self.host.root), *SLEEP)
 

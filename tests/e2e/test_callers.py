@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import partial
+from ipaddress import ip_network
 
 import pytest
 
@@ -130,6 +131,21 @@ def test_a_container_whose_add_fails_leaves_nothing(lab: Lab, pair: list[Runtime
         assert remains(lab) == []
     finally:
         apply(lab, NODES[0], calico("IPPool", "pods", cidr=POOL))
+
+
+@pytest.mark.parametrize("pair", ["podman"], indirect=True)
+def test_the_address_that_was_asked_for(lab: Lab, pair: list[Runtime]) -> None:
+    """``podman run --ip``: this one, or none at all."""
+    runtime, other = pair
+    assert isinstance(runtime, Podman)
+    assert isinstance(other, Podman)
+    name, address = container_name(), str(ip_network(POOL)[77])
+    runtime.start(name, address)
+    assert runtime.address(name) == address
+    with pytest.raises(CallError, match=address):
+        other.start(container_name(), address)
+    runtime.stop(name)
+    assert remains(lab) == []
 
 
 @pytest.mark.parametrize("pair", ["cri"], indirect=True)
