@@ -6,8 +6,9 @@ is a function of the snapshot alone, in whatever order it came about.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from api.net import V4, Net
@@ -20,7 +21,7 @@ from felix.hosts import ALL_INTERFACES, HostPlace, resolve
 from felix.overlay import Encapsulation, Overlay
 from felix.policies import DRAFTS, POLICIES, profile_keys
 from felix.ruleset import VERSIONS, Ruleset
-from felix.settings import CLUSTER, NODE_PREFIX, Settings, SettingsError, settings
+from felix.settings import CLUSTER, NODE_PREFIX, Settings, settings
 from felix.snapshot import PodView, Snapshot, Workload
 from policy import selector
 from policy.engine import Changes, Engine, Profile
@@ -28,6 +29,8 @@ from policy.model import Endpoint, EndpointId, Member, PolicyId
 
 K = TypeVar("K", bound=Hashable)
 
+# A prefix and eleven digits of a hash, as CNI plugins call the node's ends.
+_GIVEN_NAME = re.compile(r"(.{1,4})[0-9a-f-]{11}")
 _ALL = (Rule(action="Allow"),)
 _BUILT_IN = {DEFAULT_ALLOW: Profile((), _ALL, _ALL)}
 
@@ -84,7 +87,7 @@ class Calculator:
     def __init__(self, node: str) -> None:
         self._node = node
         self._settings = settings()
-        self._settings_problem: str | None = None
+        self._unsure = False  # how interfaces of workloads begin
         self._engine = Engine()
         for name, profile in _BUILT_IN.items():
             self._engine.set_profile(name, profile)
@@ -174,10 +177,12 @@ class Calculator:
         kinds = {key.kind for key in dirty}
         delta = Delta()
         workloads = {key for key in dirty if key.kind == "WorkloadEndpoint"}
-        if self._fresh or "FelixConfiguration" in kinds:
+        if self._fresh or "FelixConfiguration" in kinds or (self._unsure and workloads):
+            before = self._settings
             self._take_settings(snapshot)
-            delta.settings = self._settings
-            workloads.update(snapshot.workloads)
+            if self._fresh or self._settings != before:
+                delta.settings = self._settings
+                workloads.update(snapshot.workloads)
         for key in dirty:
             self._take(key, snapshot, workloads)
         for key in workloads:
@@ -214,8 +219,6 @@ class Calculator:
         """(object, what is wrong with it), of everything that was written."""
         for key, problem in snapshot.problems.items():
             yield str(key), problem
-        if self._settings_problem:
-            yield "FelixConfiguration", self._settings_problem
         for key in snapshot.configurations:
             if key.name != CLUSTER and not key.name.startswith(NODE_PREFIX):
                 yield str(key), f"is not in force: only {CLUSTER} and {NODE_PREFIX}<name> are"
@@ -241,14 +244,22 @@ class Calculator:
                 yield f"WorkloadEndpoint({other})", f"{what} belongs to {first}; delete one of them"
 
     def _take_settings(self, snapshot: Snapshot) -> None:
-        configurations = {key.name: spec for key, spec in snapshot.configurations.items()}
-        levels = [configurations.get(name) for name in (NODE_PREFIX + self._node, CLUSTER)]
-        try:
-            self._settings = settings([spec for spec in levels if spec is not None])
-            self._settings_problem = None
-        except SettingsError as error:
-            self._settings = settings()
-            self._settings_problem = f"{error}; the defaults are in force"
+        places = (NODE_PREFIX + self._node, CLUSTER)
+        found = (snapshot.configurations.get(Key("FelixConfiguration", name)) for name in places)
+        levels = [level for level in found if level is not None]
+        self._settings = settings([level.spec for level in levels])
+        saying = (level for level in levels if level.unsure or level.spec.interface_prefix)
+        self._unsure = next((level.unsure for level in saying), False)
+        if self._unsure:
+            prefixes = {*self._settings.interface_prefixes, *self._shown_prefixes(snapshot)}
+            self._settings = replace(self._settings, interface_prefixes=tuple(sorted(prefixes)))
+
+    def _shown_prefixes(self, snapshot: Snapshot) -> Iterator[str]:
+        """How interfaces of this node's workloads begin."""
+        for workload in snapshot.workloads.values():
+            match = _GIVEN_NAME.fullmatch(workload.interface)
+            if match and workload.node == self._node:
+                yield match[1]
 
     def _take(self, key: Key, snapshot: Snapshot, workloads: set[Key]) -> None:
         match key.kind:

@@ -1,16 +1,24 @@
-"""Settings of this node: FelixConfiguration ``default``, overridden by ``node.<name>``."""
+"""Settings of this node: FelixConfiguration ``default``, overridden by ``node.<name>``.
+
+One that can't be read as a whole is read field by field. What is left out then opens nothing:
+of the lists of ports that stay reachable, those count that can be read; and an interface prefix
+that can't be is made good by ``Configuration.unsure``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 
-from api.felix import FelixConfigurationSpec, ProtoPort
+from api.errors import InvalidObjectError
+from api.felix import FelixConfiguration, FelixConfigurationSpec, ProtoPort
 from api.felix_defaults import effective
 from api.fields import parse_port, protocol_number
 from api.net import Net, parse_net
+from api.registry import parse_as
+from datastore.interface import JSON, Key
 from felix import names
 from policy.model import PortRange
 
@@ -44,6 +52,18 @@ class LoopPrevention(Enum):
 
 class SettingsError(ValueError):
     """A FelixConfiguration that can't be used as it stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """What can be used of a FelixConfiguration.
+
+    ``unsure``: its ``interfacePrefix`` can't be read, or not all of it. So interfaces of workloads
+    may begin in yet another way, which is to be learnt from the workloads there are.
+    """
+
+    spec: FelixConfigurationSpec
+    unsure: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +209,67 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
         loop_prevention=LoopPrevention(pick("service_loop_prevention")),
         floating_ips=pick("floating_ips") == "Enabled",
     )
+
+
+def read_configuration(key: Key, value: JSON) -> tuple[Configuration, tuple[str, ...]]:
+    """What can be used of it, and what is wrong with it. Never raises."""
+    try:
+        return Configuration(_checked(key, value)), ()
+    except (InvalidObjectError, SettingsError) as error:
+        problems = {str(problem): None for problem in _problems(error)}
+    fields = value.get("spec") if isinstance(value, Mapping) else None
+    unsure = fields is not None and not isinstance(fields, Mapping)
+    kept: dict[str, object] = {}
+    spec = FelixConfigurationSpec()
+    for name, given in fields.items() if isinstance(fields, Mapping) else ():
+        field = str(name)
+        attempt = given
+        try:
+            spec = _checked(key, {"spec": kept | {field: attempt}})
+        except (InvalidObjectError, SettingsError) as error:
+            problems |= {str(problem): None for problem in _problems(error)}
+            unsure = unsure or field.lower() == _PREFIX
+            attempt = _readable_part(key, field, given)
+            if attempt is None or field.lower() in map(str.lower, kept):
+                continue
+            spec = _checked(key, {"spec": kept | {field: attempt}})
+        kept[field] = attempt
+    return Configuration(spec, unsure), tuple(problems)
+
+
+_PREFIX = "interfaceprefix"
+_FAILSAFES = ("failsafeinboundhostports", "failsafeoutboundhostports")
+
+
+def _readable_part(key: Key, field: str, given: object) -> object:
+    """What counts of a list whose whole can't be read; None: nothing does."""
+
+    def is_readable(part: object) -> bool:
+        try:
+            _checked(key, {"spec": {field: part}})
+        except (InvalidObjectError, SettingsError):
+            return False
+        return True
+
+    if field.lower() in _FAILSAFES:
+        return [each for each in given if is_readable([each])] if isinstance(given, list) else []
+    if field.lower() == _PREFIX and isinstance(given, str):
+        parts = (part.strip() for part in given.split(","))
+        return ",".join(part for part in parts if part and is_readable(part)) or None
+    return None
+
+
+def _checked(key: Key, value: object) -> FelixConfigurationSpec:
+    """Raises InvalidObjectError, SettingsError."""
+    named = {"metadata": {"name": key.name}, **value} if isinstance(value, Mapping) else value
+    parsed = parse_as(key.kind, named)
+    assert isinstance(parsed, FelixConfiguration)
+    settings((parsed.spec,))
+    return parsed.spec
+
+
+def _problems(error: InvalidObjectError | SettingsError) -> Sequence[object]:
+    return error.problems if isinstance(error, InvalidObjectError) else (error,)
 
 
 def _shortest(*intervals: object) -> float:

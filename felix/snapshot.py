@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from api.bgp import BGPConfiguration
 from api.endpoint import WorkloadEndpoint, WorkloadEndpointSpec
 from api.errors import InvalidObjectError
-from api.felix import FelixConfiguration, FelixConfigurationSpec
 from api.fields import protocol_number
 from api.ipam import BlockAffinity
 from api.ippool import IPPool
@@ -44,6 +43,7 @@ from felix.policies import (
     read_profile,
     read_slice,
 )
+from felix.settings import Configuration, read_configuration
 from policy import convert, labels
 from policy.engine import Profile
 from policy.model import NamedPort, ServiceSlice
@@ -160,7 +160,7 @@ class Snapshot:
         self.pools: dict[Key, PoolView] = {}
         self.nodes: dict[Key, NodeView] = {}
         self.blocks: dict[Key, Block] = {}
-        self.configurations: dict[Key, FelixConfigurationSpec] = {}
+        self.configurations: dict[Key, Configuration] = {}
         self.services: dict[Key, tuple[Net, ...]] = {}  # their addresses, by BGPConfiguration
         self.problems: dict[Key, str] = {}
         self.dirty: set[Key] = set()
@@ -200,7 +200,7 @@ class Snapshot:
             case "BGPConfiguration":
                 self._put(self.services, key, value, _read_services)
             case "FelixConfiguration":
-                self._put(self.configurations, key, value, _read_configuration)
+                self._put(self.configurations, key, value, self._read_configuration)
             case _:
                 raise ValueError(f"{key}: not a kind that felix follows: {', '.join(KINDS)}")
 
@@ -228,6 +228,13 @@ class Snapshot:
         if problems:
             self.problems[key] = "; ".join(map(str, problems))
         return policy
+
+    def _read_configuration(self, key: Key, value: JSON) -> Configuration:
+        configuration, problems = read_configuration(key, value)
+        if problems:
+            self.problems[key] = f"{'; '.join(problems)}; what can be read of it is in force"
+            _log.warning("%s: %s", key, self.problems[key])
+        return configuration
 
     def _put(
         self,
@@ -380,7 +387,3 @@ def _read_services(key: Key, value: JSON) -> tuple[Net, ...]:
         *spec.service_load_balancer_ips,
     )
     return tuple(sorted({parse_interface(block.cidr)[1] for block in blocks if block.cidr}))
-
-
-def _read_configuration(key: Key, value: JSON) -> FelixConfigurationSpec:
-    return _parsed(key, value, FelixConfiguration).spec

@@ -209,7 +209,7 @@ def test_malformed_objects_are_reported_and_the_rest_goes_on(node: Node) -> None
     complaints = " ".join(node.errors())
     for kind in wrong:
         assert kind in complaints, kind
-    assert "expected 1 to 65535" in node.errors()["FelixConfiguration"]
+    assert "expected 1 to 65535" in node.errors()["FelixConfiguration(default)"]
     with Listener(web.netns, 80):
         assert reaches(client.netns, web.address, 80) == client.address
 

@@ -493,3 +493,20 @@ def test_all_ways_lead_to_the_same_kernel(backend: str) -> None:
     assert "cali-tw-calia" in expected and "vxlan.calico" in expected
     for name, kernel in kernels.items():
         assert kernel == expected, name
+
+
+def test_an_unreadable_prefix_leaves_no_workload_outside() -> None:
+    pods = [
+        workload(pod, f"10.0.0.{number}", interfaceName=f"{prefix}0123456789{number}")
+        for number, (pod, prefix) in enumerate((("a", "eni"), ("b", "tap"), ("c", "en")))
+    ]
+    elsewhere = workload("d", "10.0.0.9", node="node2", interfaceName="wlp0123456789a")
+    steps = [obj("FelixConfiguration", "default", {"interfacePrefix": "eni,"}), *pods, elsewhere]
+    for batches in replays(steps, random.Random(1)).values():
+        run_ = Run()
+        for batch in batches:
+            run_.feed(batch)
+        assert run_.calculator.settings.interface_prefixes == ("en", "eni", "tap")
+        assert len(run_.calculator.places) == 3
+    run_.feed([obj("FelixConfiguration", f"node.{NODE}", {"interfacePrefix": "eni"})])
+    assert run_.calculator.settings.interface_prefixes == ("eni",), "the node's says it"

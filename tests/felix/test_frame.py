@@ -297,3 +297,22 @@ def _connect(source: Namespace, address: str) -> None:
     with client:
         client.settimeout(5)
         client.connect((address, 80))
+
+
+def test_a_field_of_the_settings_that_nobody_knows_opens_nothing(world: Gateway) -> None:
+    """As with a newer Calico in the cluster. The pod's interface isn't called cali…."""
+    name = "eni0123456789a"
+    run(world.node.netns, "ip", "link", "set", world.pod.interface, "name", name)
+    renamed = world.pod.endpoint(interfaceName=name, ipNetworks=[f"{POD[4]}/32", f"{POD[6]}/128"])
+    world.brain.read()
+    nobody = policy("p", selector="all()", types=["Egress"])
+    for fields in ({"interfacePrefix": "eni", "futureField": 1}, {"interfacePrefix": "eni,+"}):
+        world.enforce(renamed, nobody, settings(**fields), readable=False)
+        assert dropped(world.pod.netns, NEAR)
+        assert allowed(world.near, POD)
+    run(world.node.netns, "ip", "link", "set", name, "name", world.pod.interface)
+    world.brain.read()
+    world.brain.snapshot.update(
+        world.pod.key, world.pod.endpoint(ipNetworks=[f"{POD[4]}/32", f"{POD[6]}/128"])
+    )
+    world.put.pop(world.pod.key)

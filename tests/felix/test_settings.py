@@ -2,14 +2,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from api.felix import FelixConfiguration
+from api.felix import FelixConfiguration, FelixConfigurationSpec
 from api.policy import GlobalNetworkPolicySpec
 from api.registry import parse_as
 from datastore.interface import JSON, Key
 from felix.closed import closed_policy
-from felix.settings import EndpointToHost, Manner, SettingsError, settings
+from felix.settings import (
+    Configuration,
+    EndpointToHost,
+    Failsafe,
+    Manner,
+    NftablesMode,
+    SettingsError,
+    read_configuration,
+    settings,
+)
 from felix.snapshot import Snapshot
 from policy.compile import compile_policy
 from policy.model import Action, PolicyId
@@ -57,6 +69,82 @@ def test_the_node_overrides_the_cluster() -> None:
 def test_what_can_not_be_used_is_named(fields: dict[str, Any], expected: str) -> None:
     with pytest.raises(SettingsError, match=expected):
         settings([spec(**fields)])
+
+
+DEFAULT = Key("FelixConfiguration", "default")
+
+
+def read(fields: Any, **more: Any) -> tuple[Configuration, str]:
+    configuration, problems = read_configuration(DEFAULT, {"spec": fields, **more})
+    return configuration, "; ".join(problems)
+
+
+def test_one_bad_field_costs_only_itself() -> None:
+    good = {"interfacePrefix": "eni", "failsafeInboundHostPorts": [], "nftablesMode": "Disabled"}
+    for bad in ({"futureField": 1}, {"vxlanPort": 0}, {"nftablesMarkMask": 1}, {"logPrefix": []}):
+        configuration, problems = read({**bad, **good})
+        ((field, _),) = bad.items()
+        own = settings([configuration.spec])
+        assert field in problems and problems.count("spec.") == 1
+        assert own.interface_prefixes == ("eni",) and not configuration.unsure
+        assert own.failsafe_in == () and own.failsafe_out != ()
+        assert own.nftables_mode is NftablesMode.DISABLED
+        assert (own.vxlan_port, own.nftables, own.log_prefix) == (
+            4789,
+            Manner(0x10000, 0x20000),
+            "calico-packet",
+        )
+
+
+def test_what_is_beside_the_settings_costs_nothing() -> None:
+    fields = {"interfacePrefix": "eni"}
+    for more in ({"status": {"ready": True}}, {"metadata": {"labels": 5}}):
+        configuration, problems = read(fields, **more)
+        assert configuration.spec.interface_prefix == "eni" and not configuration.unsure
+        assert problems
+
+
+def test_of_ports_that_stay_reachable_those_count_that_can_be_read() -> None:
+    ports = [{"protocol": "TCP", "port": 22}, {"protocol": "TCP", "port": "ssh"}, 7]
+    configuration, problems = read(
+        {"failsafeInboundHostPorts": ports, "FailsafeOutboundHostPorts": "tcp:22"}
+    )
+    own = settings([configuration.spec])
+    assert own.failsafe_in == (Failsafe(6, 22),) and own.failsafe_out == ()
+    assert "failsafeInboundHostPorts[1].port" in problems and "tcp:22" in problems
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [("eni,", "eni"), ("much-too-long-a-prefix,tap,eni", "tap,eni"), (5, None), ("", None)],
+)
+def test_what_can_not_be_read_of_a_prefix_is_owned_up_to(text: Any, known: str | None) -> None:
+    configuration, problems = read({"interfacePrefix": text})
+    assert configuration.spec.interface_prefix == known
+    assert configuration.unsure is bool(problems) is (text != "")
+
+
+def test_a_configuration_that_is_none_at_all() -> None:
+    configuration, problems = read([1, 2])
+    assert configuration.unsure and problems
+
+
+_JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+_FIELDS = st.sampled_from(
+    [field.alias or name for name, field in FelixConfigurationSpec.model_fields.items()]
+)
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@given(st.dictionaries(_FIELDS | _FIELDS.map(str.lower) | st.text(max_size=5), _JUNK), _JUNK)
+def test_whatever_is_stored_settings_can_be_had(fields: dict[str, Any], more: Any) -> None:
+    for value in ({"spec": fields}, {"spec": more}, {"metadata": more, "spec": fields}, more):
+        configuration, _ = read_configuration(DEFAULT, value)
+        assert settings([configuration.spec])
 
 
 NETWORK_POLICY = Key("NetworkPolicy", "p", "ns")
