@@ -14,6 +14,10 @@ comes. What the agent writes goes to ExaBGP unchanged, whole lines only. One cli
 time: a new one replaces the old. A client that doesn't read is dropped; what it missed it
 gets when it connects again.
 
+That a message was sent is not news: a route goes to hundreds of peers one after the other, and
+a client that is woken for each takes from ExaBGP the time to send. Such lines wait a little for
+more, or for news.
+
 It is run as ``python -I -S relay.py SOCKET`` and needs nothing but a little of the standard
 library: it runs on every node, beside all else, so each module it doesn't import counts.
 """
@@ -28,6 +32,7 @@ import os
 import select
 import socket
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +48,9 @@ MAX_ROUTES = 250_000
 _CHUNK = 1 << 16
 _PIPE = 1 << 20
 _NLRI_PER_LINE = 500
+_PATIENCE = 0.01  # seconds that what was sent is kept back
+# quotes in what a peer said are escaped, so nothing but ExaBGP's own field looks like this
+_UPDATE, _SENT = b'"type": "update"', b'"direction": "send"'
 
 
 Route = tuple[str, tuple[str, ...]]  # attributes as JSON, next hops
@@ -81,7 +89,7 @@ class Memory:
             words = self.commands.popleft() if self.commands else []
             if line == b"done":
                 self._commanded(words)
-        elif line.startswith(b"{"):
+        elif line.startswith(b"{") and not _is_echo(line):
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                 self._event(line)
 
@@ -116,7 +124,7 @@ class Memory:
             _state(peer, neighbor["state"], line)
         elif kind == "notification" or (kind == "open" and neighbor["direction"] == "receive"):
             peer.lines[kind] = line
-        elif kind == "update" and neighbor["direction"] == "receive":
+        elif kind == "update":
             _update(peer, neighbor["message"], line)
 
     def snapshot(self) -> Iterator[bytes]:
@@ -136,6 +144,11 @@ class Memory:
             yield from _routes(address, peer)
             yield from peer.ends.values()
         yield _json({"relay": "live"})
+
+
+def _is_echo(line: bytes) -> bool:
+    """Whether a line tells of an UPDATE that was sent."""
+    return _UPDATE in line and _SENT in line
 
 
 def _state(peer: Peer, state: str, line: bytes) -> None:
@@ -210,6 +223,7 @@ class Relay:
         self._from_client = b""
         self._to_client = bytearray()
         self._allowed = 0  # bytes the client may leave unread
+        self._not_before = 0.0  # all there is for the client may wait until then
         self._client: socket.socket | None = None
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)  # noqa: PTH108 - see above
@@ -240,12 +254,17 @@ class Relay:
         poll = select.poll()
         poll.register(0, select.POLLIN)
         poll.register(self._listener, select.POLLIN)
+        patience = self._patience()
         if self._to_exabgp:
             poll.register(1, select.POLLOUT)
         if self._client is not None:
-            wanted = select.POLLIN | (select.POLLOUT if self._to_client else 0)
+            wanted = select.POLLIN | (select.POLLOUT if self._to_client and not patience else 0)
             poll.register(self._client, wanted)
-        return {fd for fd, _ in poll.poll()}
+        return {fd for fd, _ in poll.poll(1000 * patience if patience else None)}
+
+    def _patience(self) -> float:
+        """Seconds for which the client may go without what there is for it."""
+        return max(0.0, self._not_before - time.monotonic())
 
     def _read_exabgp(self) -> bool:
         try:
@@ -257,6 +276,10 @@ class Relay:
             line = line.strip()
             self._memory.said(line)
             if self._client is not None and line:
+                if not _is_echo(line):
+                    self._not_before = 0.0
+                elif not self._to_client:
+                    self._not_before = time.monotonic() + _PATIENCE
                 self._to_client += line + b"\n"
         return bool(data)
 
@@ -268,6 +291,7 @@ class Relay:
         self._drop_client()
         client.setblocking(False)
         self._client = client
+        self._not_before = 0.0
         for line in self._memory.snapshot():
             self._to_client += line + b"\n"
         self._allowed = MAX_BACKLOG + len(self._to_client)
@@ -297,7 +321,7 @@ class Relay:
                 self._to_exabgp += line + b"\n"
 
     def _write_client(self) -> None:
-        if self._client is None or not self._to_client:
+        if self._client is None or not self._to_client or self._patience():
             return
         try:
             sent = self._client.send(self._to_client[:_PIPE])

@@ -164,6 +164,29 @@ def held(events: list[Event]) -> dict[Net, int | None]:
     return found
 
 
+def test_what_was_sent_comes_together_and_in_order(running: Running) -> None:
+    def echo(number: int) -> dict[str, Any]:
+        sent = announce(f"10.{number}.0.0/16")
+        return sent | {"neighbor": sent["neighbor"] | {"direction": "send"}}
+
+    with settled(running) as client:
+        client.snapshot()
+        for number in range(100):
+            running.say(echo(number))
+        chunks = [client.socket.recv(1 << 20)]
+        while sum(chunk.count(b"\n") for chunk in chunks) < 100:
+            chunks.append(client.socket.recv(1 << 20))
+        assert len(chunks) < 50
+        told = [parse(line) for line in b"".join(chunks).splitlines()]
+        assert [made.sent and made.announced[0].net for made in told if isinstance(made, Updated)] \
+            == [parse_net(f"10.{number}.0.0/16") for number in range(100)]  # fmt: skip
+        running.say(echo(0), "done")
+        assert isinstance(client.next(), Updated)
+        assert client.next() == Answer(True)
+    with Client(running.path) as again:
+        assert held(again.snapshot()) == {}
+
+
 def test_snapshot_is_what_holds_now(running: Running) -> None:
     lines = (
         state("up"),
