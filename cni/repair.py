@@ -18,8 +18,9 @@ from cni.node import Node, is_wired
 from datastore.interface import Key
 from ipam.audit import Finding
 from ipam.audit_kernel import audit_kernel, interface_prefixes
-from ipam.inventory import User, users_on
+from ipam.inventory import User
 from ipam.orphans import delete_orphans
+from ipam.reading import users_on
 from ipam.records import Records
 from kernel.links import Link, Links
 

@@ -14,7 +14,7 @@ from controllers.settings import Settings, read_settings
 from datastore.interface import Datastore
 from ipam.audit import Finding, audit
 from ipam.collector import Collected, Collector, Periods
-from ipam.inventory import read
+from ipam.reading import read
 
 _QUIET = 60.0  # seconds; see ipam.collector.Periods
 _SHOWN = 20  # findings in the status, of each kind

@@ -14,7 +14,8 @@ from itertools import chain, pairwise
 
 from api.net import Net, format_address
 from datastore.interface import Datastore
-from ipam.inventory import Allocation, Inventory, User, allocations_of, host_of, read
+from ipam.inventory import Allocation, Inventory, User, allocations_of, host_of
+from ipam.reading import read
 from ipam.records import CONFIRMED
 
 

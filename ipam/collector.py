@@ -29,8 +29,9 @@ from ipam import claims
 from ipam.allocator import Allocator
 from ipam.block import Cooldown, ReleaseError
 from ipam.errors import IpamError
-from ipam.inventory import Allocation, Inventory, allocations_of, host_of, users_of
+from ipam.inventory import Allocation, Inventory, allocations_of, host_of
 from ipam.orphans import delete_orphan
+from ipam.reading import users_of
 from ipam.records import CONFIRMED, Records
 
 K = TypeVar("K", bound=Hashable)

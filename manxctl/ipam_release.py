@@ -14,7 +14,8 @@ from datastore.interface import Datastore
 from ipam.allocator import Allocator, ReleaseError
 from ipam.collector import release_unused
 from ipam.errors import IpamError
-from ipam.inventory import Allocation, Inventory, read
+from ipam.inventory import Allocation, Inventory
+from ipam.reading import read
 from manxctl import ipam_report
 from manxctl.ipam_show import address_of
 from manxctl.options import open_store

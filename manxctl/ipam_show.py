@@ -9,7 +9,8 @@ import click
 from api.net import Net, format_address, parse_net
 from datastore.interface import Datastore
 from ipam.assigner import MAX_BLOCKS
-from ipam.inventory import host_of, read
+from ipam.inventory import host_of
+from ipam.reading import read
 from ipam.records import Records
 from ipam.utilisation import BlockUse, PoolUse, holder, utilisation
 from manxctl import table

@@ -27,7 +27,7 @@ from datastore.interface import Key
 from datastore.sqlite import SqliteDatastore
 from ipam.allocator import Allocator, IpamError
 from ipam.audit import audit
-from ipam.inventory import read
+from ipam.reading import read
 from ipam.renewal import renew
 from tests.controllers.stepping import Actor, Stepped
 from tests.controllers.world import (

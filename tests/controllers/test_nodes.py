@@ -15,7 +15,7 @@ from datastore.interface import Key
 from datastore.sqlite import SqliteDatastore
 from ipam.allocator import Allocator
 from ipam.collector import HaltedError
-from ipam.inventory import read
+from ipam.reading import read
 from tests.controllers.world import Clock, add_nodes, assign, attachment, plug, put, record, remove
 from tests.ipam.world import add_pool, affinities, allocated, blocks, handles, overtaken_at
 

@@ -16,7 +16,8 @@ from ipam.allocator import Allocator
 from ipam.audit import Fault, Finding, audit, leaks, standing
 from ipam.audit_kernel import audit_kernel, disagreements, interface_prefixes
 from ipam.block import Block
-from ipam.inventory import User, read
+from ipam.inventory import User
+from ipam.reading import read
 from ipam.records import CONFIRMED, PENDING, Records
 from kernel.links import veth
 from kernel.netlink import NetlinkSocket

@@ -11,7 +11,7 @@ from ipam import claims
 from ipam.allocator import Allocator
 from ipam.block import Block
 from ipam.collector import Collected, Collector, HaltedError, Periods, Standing
-from ipam.inventory import read
+from ipam.reading import read
 from ipam.records import CONFIRMED, PENDING, Records
 from tests.controllers.world import (
     Clock,
