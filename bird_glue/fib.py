@@ -45,8 +45,8 @@ def plan_routes(
     """The steps for ``keys``.
 
     ``holding``, when given, keeps what is there if it knows at least as many ways, all of
-    which lead somewhere (which is what it is asked); and it deletes nothing but what was
-    ``withdrawn`` since.
+    which lead somewhere (which is what it is asked); and it deletes nothing. But what was
+    ``withdrawn`` since, or a way of it, is not kept.
     """
     plan: Plan[RouteKey, Route] = Plan()
     for key in keys:
@@ -55,7 +55,7 @@ def plan_routes(
             plan.create[key] = new
         elif new is not None and old is not None and new != old:
             fewer = new.kind == old.kind and set(new.hops) < set(old.hops)
-            if not (holding and fewer and holding(old)):
+            if not (holding and fewer and key not in withdrawn and holding(old)):
                 plan.update[key] = new
         elif new is None and old is not None and (holding is None or key in withdrawn):
             plan.delete[key] = old
@@ -183,7 +183,7 @@ class Fib:
                 route = self._wanted[net] = way.to(net)
                 key = route.key
                 self._dirty.add(key)
-                if self.holding:
+                if self.holding and (old is None or set(old.hops) <= set(route.hops)):
                     self._withdrawn.discard(key)
 
     def release(self) -> None:

@@ -162,6 +162,19 @@ def test_plan_of_an_early_moment_deletes_nothing_and_narrows_nothing() -> None:
         assert plan_routes(wanted, {key: old}, [key])
 
 
+def test_a_way_that_ends_ends_also_while_earlier_routes_are_held(kernel: Kernel) -> None:
+    """Both ways were told since the start, so one that is withdrawn is not an earlier run's."""
+    fib = kernel.fib()
+    fib.learned({NET: kernel.via(A, B)})
+    fib.apply(0)
+    assert len(kernel.routes()) == 1
+    assert "nexthop" in kernel.routes()[0]
+    fib.learned({NET: kernel.via(A)})
+    fib.apply(0)
+    assert fib.holding
+    assert kernel.routes() == [VIA_A]
+
+
 def test_bird_is_given_what_was_learned_and_it_is_taken_back(kernel: Kernel) -> None:
     """In place, so that at no moment a route is missing; a BIRD of somebody else keeps its own."""
     foreign = ("10.52.0.0/24", "via", "10.0.0.1", "proto", "bird", "metric", "32")
