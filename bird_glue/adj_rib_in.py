@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from api.net import Net
 from bird_glue.decision import Path, Session
-from bird_glue.messages import GracefulRestart, Opened, Updated
+from bird_glue.messages import Attributes, GracefulRestart, Opened, Updated
 
 # How long a peer that is up again may take to tell all its routes, and how long one is
 # waited for that doesn't mark the end of them (without graceful restart there is no mark).
@@ -41,6 +41,7 @@ class PeerState:
     ended: set[int] = field(default_factory=set)
     settles: float | None = None  # when a peer that marks no end counts as complete
     dead: bool = False  # as BFD saw it, since it was up
+    external: bool = False  # it was over eBGP when it was wanted last
 
     def complete(self, now: float) -> bool:
         """Whether it is up and has told all it has, or is dead and has nothing to tell."""
@@ -69,6 +70,10 @@ class AdjRibIn:
             if known.session != session:
                 known.session = session
                 self.changed |= known.nets
+                if session is not None:
+                    if session.external and not known.external:
+                        self._without_internal(address)
+                    known.external = session.external
             self._drop_unwanted(address)
 
     def opened(self, event: Opened) -> None:
@@ -106,6 +111,8 @@ class AdjRibIn:
         peer = self.peers.get(address)
         if peer is None or not peer.up:
             return  # a failed attempt: what is stale stays until its time is up
+        # what it had not told again since it restarted before (RFC 4724 4.2)
+        self._forget(address, tuple(peer.stale))
         if peer.session is None:
             peer.up = False
             self._drop_unwanted(address)
@@ -158,11 +165,12 @@ class AdjRibIn:
             new = {net for net, _ in event.announced} - peer.nets
             if len(peer.nets) + len(new) > limit:
                 return False
+        attributes = external(event.attributes) if peer.external else event.attributes
         shared: dict[Net, Path] = {}  # of one UPDATE, by next hop
         for net, next_hop in event.announced:
             path = shared.get(next_hop)
             if path is None:
-                path = shared[next_hop] = Path(address, next_hop, event.attributes)
+                path = shared[next_hop] = Path(address, next_hop, attributes)
             paths = self.routes.setdefault(net, {})
             self.next_hops[next_hop] += 1
             if net in peer.nets:
@@ -202,6 +210,12 @@ class AdjRibIn:
         times = (peer.settles for peer in self.peers.values())
         return min((time for time in times if time is not None and time > now), default=None)
 
+    def _without_internal(self, address: Net) -> None:
+        """It turns out to be a peer of another AS: take its routes as those of one."""
+        for net in self.peers[address].nets:
+            path = self.routes[net][address]
+            self.routes[net][address] = path._replace(attributes=external(path.attributes))
+
     def _drop_unwanted(self, address: Net) -> None:
         peer = self.peers[address]
         if peer.session is None and not peer.up:
@@ -225,3 +239,17 @@ class AdjRibIn:
         self.next_hops[next_hop] -= 1
         if not self.next_hops[next_hop]:
             del self.next_hops[next_hop]
+
+
+def external(attributes: Attributes) -> Attributes:
+    """Attributes that came over eBGP, less those that mean something inside of an AS alone.
+
+    RFC 4271 5.1.5, RFC 7606 7.9 and 7.10.
+    """
+    if (attributes.local_preference, attributes.originator, attributes.clusters) == (
+        None,
+        None,
+        (),
+    ):
+        return attributes
+    return replace(attributes, local_preference=None, originator=None, clusters=())

@@ -214,9 +214,10 @@ class Core:
         known = reports.get(found.peer) or self._tracker.get(found.peer)
         if known.state == ESTABLISHED and found.time < known.since:
             return
-        ends = self._engine.programs or self._routes.failed(
-            found.peer, independent=found.independent
-        )
+        if self._engine.programs:  # as AdjRibIn does it
+            ends = known.state == ESTABLISHED or found.independent
+        else:
+            ends = self._routes.failed(found.peer, independent=found.independent)
         if ends:
             self._tracker.failed(found.peer, found.info)
             self._engine.fail(found.peer, found.info)

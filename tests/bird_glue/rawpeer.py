@@ -13,7 +13,8 @@ from kernel.netns import Namespace, inside
 
 MARKER = b"\xff" * 16
 OPEN, UPDATE, NOTIFICATION, KEEPALIVE = 1, 2, 3, 4
-_ORIGIN, _AS_PATH, _NEXT_HOP, _MED, _LOCAL_PREF = 1, 2, 3, 4, 5
+MED, _LOCAL_PREF = 4, 5
+_ORIGIN, _AS_PATH, _NEXT_HOP = 1, 2, 3
 _MP_REACH, _MP_UNREACH = 14, 15
 _TRANSITIVE, _OPTIONAL = 0x40, 0x80
 _V6_UNICAST = bytes((0, 2, 1))
@@ -39,7 +40,7 @@ def encoded(nets: Iterable[Net]) -> bytes:
 
 def number(code: int, value: int) -> bytes:
     """MED or LOCAL_PREF."""
-    flags = _OPTIONAL if code == _MED else _TRANSITIVE
+    flags = _OPTIONAL if code == MED else _TRANSITIVE
     return attribute(code, value.to_bytes(4, "big"), flags)
 
 

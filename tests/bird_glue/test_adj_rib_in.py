@@ -178,3 +178,48 @@ def test_restart_takes_peers_along_that_are_not_wanted() -> None:
     routes.restarted(1)
     assert not routes.peers
     assert held(routes) == set()
+
+
+def test_what_was_not_told_again_does_not_outlive_the_next_restart() -> None:
+    """RFC 4724 4.2: a route that was stale already MUST be deleted."""
+    routes = established(KEEPING)
+    routes.down(PEER, 10, graceful=True)
+    come_up(routes, 15, KEEPING, ONE)
+    routes.down(PEER, 20, graceful=True)  # before it marked the end
+    assert held(routes) == {ONE}
+    come_up(routes, 25, KEEPING)
+    routes.down(PEER, 30, graceful=True)
+    assert held(routes) == set()
+    assert not routes.next_hops
+
+
+INTERNAL = Attributes(local_preference=4_000_000_000, originator=7, clusters=(8, 9), med=5)
+
+
+def attributes_of(routes: AdjRibIn) -> list[Attributes]:
+    return [path.attributes for paths in routes.routes.values() for path in paths.values()]
+
+
+def test_another_as_has_no_say_in_what_is_preferred_here() -> None:
+    """RFC 4271 5.1.5: LOCAL_PREF of an external peer MUST be ignored; so what reflectors add."""
+    told = Updated(PEER, False, (), (Announced(ONE, PEER),), INTERNAL)
+    routes = established(None)
+    routes.updated(Updated(PEER, False, (TWO,), (), Attributes()))
+    routes.updated(told)
+    assert attributes_of(routes) == [Attributes(med=5)]
+    # also while it is not known to be wanted
+    routes.set_peers({})
+    routes.updated(told)
+    assert attributes_of(routes) == [Attributes(med=5)]
+
+    unknown = AdjRibIn()
+    unknown.up(PEER, 0)
+    unknown.updated(told)
+    unknown.set_peers({PEER: Session(True, frozenset((64512,)))})
+    assert attributes_of(unknown) == [Attributes(med=5)]
+
+    internal = AdjRibIn()
+    internal.set_peers({PEER: Session(False, frozenset((64512,)))})
+    internal.up(PEER, 0)
+    internal.updated(told)
+    assert attributes_of(internal) == [INTERNAL]

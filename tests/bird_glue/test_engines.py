@@ -196,6 +196,32 @@ def test_a_router_that_restarts_gracefully_loses_nothing(rack: Rack) -> None:
     assert ping.lost == 0
 
 
+def test_failure_detection_that_restarts_with_the_router_ends_no_graceful_restart(
+    rack: Rack,
+) -> None:
+    """RFC 5882 4.3: by its own word it shares the fate of its BGP, and means no more than that."""
+    with_bfd = tor_configuration().replace("hold time 30;", "hold time 30; bfd on;")
+    with_bfd += "protocol bfd { accept direct; }\n"
+    rack.tor.configure(with_bfd)
+
+    def bfd() -> str:
+        return peer.bfd if (peer := rack.node.peer(TOR)) else ""
+
+    eventually(lambda: bfd().startswith("up"), 20)
+    rack.settle()
+    with Ping(rack.outside, POD) as ping:
+        rack.tor.daemon.end()
+        eventually(lambda: not rack.node.established(TOR))
+        eventually(lambda: bfd() == "down", 20)
+        assert rack.node.status()
+        assert rack.learned() != []
+        rack.tor.start(with_bfd, "-R")
+        rack.settle()
+        assert rack.learned() != []
+    assert ping.lost == 0
+    rack.tor.configure(tor_configuration())
+
+
 def test_a_peer_that_is_removed_forgets_us_at_once(rack: Rack) -> None:
     rack.world.store.delete("BGPPeer", "tor")
     eventually(lambda: rack.tor.blocks() == set())

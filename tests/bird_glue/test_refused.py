@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
 
 from api.net import V4, V6, parse_net
-from tests.bird_glue.rawpeer import UPDATE, RawPeer, message, update
+from tests.bird_glue.rawpeer import MED, UPDATE, RawPeer, message, number, preference, update
 from tests.bird_glue.world import Node, Station, world
 from tests.support.netns import connect, eventually
 
@@ -168,3 +171,46 @@ def test_next_hops_that_no_machine_has(siege: Siege, words: Words) -> None:
         eventually(lambda: siege.refused(words.hostile) == why)
         assert siege.learned(words.version) == {str(good)}
     eventually(lambda: siege.learned(words.version) == set())
+
+
+OFFERS = st.tuples(
+    st.lists(st.sampled_from((65101, 65102)), max_size=2).map(tuple),  # behind the peer's own AS
+    st.none() | st.integers(0, 2**32 - 1),  # LOCAL_PREF
+    st.integers(0, 2),  # MED
+)
+
+
+@pytest.mark.parametrize("words", [FOUR, SIX], ids=["v4", "v6"])
+def test_another_as_has_no_say_in_what_is_preferred_here(siege: Siege, words: Words) -> None:
+    """LOCAL_PREF of eBGP is ignored (RFC 4271 5.1.5): both engines choose alike without it."""
+    net = parse_net("10.66.0.0/16" if words.version == V4 else "2001:db8:66::/48")
+    ours = words.hostile, ASN
+    theirs = words.friend, FRIENDLY_ASN
+    with siege.call(words, *ours) as one, siege.call(words, *theirs) as other:
+
+        @settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate))
+        @example([((65101, 65102), 4_000_000_000, 0), ((), None, 0)])
+        @given(st.lists(OFFERS, min_size=2, max_size=2))
+        def chosen(offers: list[tuple[tuple[int, ...], int | None, int]]) -> None:
+            for peer, (path, preferred, med) in zip((one, other), offers, strict=True):
+                more = number(MED, med)
+                more += preference(preferred) if preferred is not None else b""
+                way = (peer.asn, *path)
+                peer.send(update([net], next_hop=peer.own, path=way, more=more))
+            costs = [(len(path), med) for path, _, med in offers]
+            best = {
+                peer.own
+                for peer, cost in zip((one, other), costs, strict=True)
+                if cost == min(costs)
+            }
+            eventually(lambda: hops(siege.node.route_to(str(net))) == best)
+
+        chosen()
+        for peer in (one, other):
+            peer.tell(withdrawn=[net])
+        eventually(lambda: siege.learned(words.version) == set())
+
+
+def hops(route: str) -> set[str]:
+    """The gateways of a route as text."""
+    return set(re.findall(r"via (\S+)", route))
