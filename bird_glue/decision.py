@@ -36,6 +36,8 @@ _MARTIAN_STARTS = tuple(  # version, leading bits, how many of them there are, a
     (version, address >> BITS[version] - length, length, BITS[version] - length)
     for version, address, length in MARTIANS
 )
+_NEAR = 16  # leading bits by which prefixes are told apart from those that matter here
+_NEAR_SHIFT = {version: bits - _NEAR for version, bits in BITS.items()}
 
 
 class Path(NamedTuple):
@@ -146,6 +148,28 @@ def prefix_refusal(net: Net, next_hop: Net, guard: Guard) -> str:
     if is_martian(net):
         return "it is not an address that is routed"
     return ""
+
+
+class Vicinity:
+    """Which prefixes ``prefix_refusal`` has to look at, because they begin as one that it may be
+    about does: of thousands, few. The others it only has something against if they are
+    their own next hop.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._starts: dict[int, set[int]] = {version: set() for version in BITS}
+        for group in (MARTIANS, guard.blocks, guard.hosts, guard.subnets, guard.neighbours):
+            for version, address, length in group:
+                first = address >> _NEAR_SHIFT[version]
+                if length:
+                    self._starts[version].update(
+                        range(first, first + (1 << max(0, _NEAR - length)))
+                    )
+
+    def has(self, net: Net) -> bool:
+        """Whether to look."""
+        version, address, length = net
+        return length < _NEAR or address >> _NEAR_SHIFT[version] in self._starts[version]
 
 
 def is_martian(net: Net) -> bool:

@@ -19,6 +19,7 @@ from bird_glue.decision import (
     Guard,
     Path,
     Session,
+    Vicinity,
     cost,
     path_refusal,
     prefix_refusal,
@@ -79,6 +80,7 @@ class Rib:
         self._in = routes
         self._dirty: set[Net] = set()
         self._guard = Guard()
+        self._vicinity = Vicinity(self._guard)
         self._topology = Topology()
         self._selected: dict[Net, Selection] = {}
         self._refused: dict[Net, dict[Net, str]] = {}
@@ -98,6 +100,8 @@ class Rib:
     def set_guard(self, guard: Guard) -> None:
         """What may never be accepted. Every path that this may be about is looked at again."""
         old, self._guard = self._guard, guard
+        if guard != old:
+            self._vicinity = Vicinity(guard)
         if replace(old, blocks=guard.blocks) != guard:
             self._dirty.update(self._in.routes)
         elif changed := set(old.blocks) ^ set(guard.blocks):
@@ -192,13 +196,16 @@ class Rib:
         paths = self._in.routes.get(net)
         if paths is None:
             return None, None
+        near = self._vicinity.has(net)
         usable: list[_Usable] = []
         refused: dict[Net, str] = {}
         for path in paths.values():
             view = looked.at.get(id(path)) or self._look(path, looked)
             if view is None:
                 continue
-            why = view.why or prefix_refusal(net, path.next_hop, self._guard)
+            why = view.why
+            if not why and (near or net == path.next_hop):
+                why = prefix_refusal(net, path.next_hop, self._guard)
             usable_path = view.usable
             if not why and view.session.filters:
                 usable_path, why = self._filtered(net, path, view)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.net import V4, Net, parse_net
+from api.net import BITS, V4, V6, Net, parse_net
 from bird_glue.adj_rib_in import AdjRibIn
-from bird_glue.decision import Guard, Session
+from bird_glue.decision import MARTIANS, Guard, Session, Vicinity, prefix_refusal
 from bird_glue.messages import Announced, Attributes, Opened, Segment, Updated
 from bird_glue.nexthops import Topology
 from bird_glue.rib import NO_NEXT_HOP, Rib, Selection
@@ -272,3 +272,28 @@ def test_an_address_of_our_block_may_be_borrowed_by_another_node() -> None:
     # a block of one address has nothing to lend
     rib = make(announce(A, host), guard=Guard(blocks=(host,)))
     assert rib.selected == {}
+
+
+@st.composite
+def prefixes(draw: st.DrawFn, of: tuple[Net, ...] = ()) -> Net:
+    """A prefix, often a part or the whole of one of some, or one that contains it."""
+    version, address, length = (
+        draw(st.sampled_from(of)) if of else (draw(st.sampled_from((V4, V6))), 0, 0)
+    )
+    bits = BITS[version]
+    random = draw(st.integers(0, (1 << bits) - 1))
+    address |= random & ((1 << bits - length) - 1)
+    shift = bits - draw(st.integers(0, bits))
+    return Net(version, address >> shift << shift, bits - shift)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_who_is_not_looked_at_is_not_refused(data: st.DataObject) -> None:
+    nets = tuple(data.draw(st.lists(prefixes(), min_size=5, max_size=5)))
+    guard = Guard(
+        1, None, nets[:2], frozenset(nets[2:3]), frozenset(nets[3:4]), frozenset(nets[4:])
+    )
+    net = data.draw(prefixes((*nets, *MARTIANS)))
+    other = parse_net("192.0.2.1")
+    assert net == other or not prefix_refusal(net, other, guard) or Vicinity(guard).has(net)
