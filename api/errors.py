@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SHOWN = 200  # characters of a value in a message
+# In the spec of what stands for an object that a store holds and nobody can read: why.
+UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True, slots=True)

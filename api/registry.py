@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from api.errors import InvalidObjectError, Problem
+from api.errors import UNREADABLE, InvalidObjectError, Problem
 from api.fields import SELECTOR
 from api.kinds import KINDS, Kind, find_kind, key_parts, kind_of, name_of, nearest
 from api.metadata import Resource
@@ -80,7 +80,12 @@ def selectors(model: BaseModel, at: str = "") -> Iterator[tuple[str, str]]:
 def validate(model: type[R], obj: object, *, selector: Check | None = None) -> R:
     """As ``parse``, for an object whose model is known, also one that is none of ``KINDS``."""
     try:
-        return model.model_validate(obj, by_alias=True, by_name=False, context=selector)
+        spec = obj.get("spec") if isinstance(obj, Mapping) else None
+        # Also where the model reads only what it needs, and would find nothing wrong.
+        if not isinstance(spec, Mapping) or UNREADABLE not in spec:
+            return model.model_validate(obj, by_alias=True, by_name=False, context=selector)
+        path, expected = f"spec.{UNREADABLE}", "no such field: an object that can be read"
+        found = [Problem(path, spec[UNREADABLE], expected)]
     except ValidationError as error:
         found = problems(model, error)
     (kind,) = get_args(model.model_fields["kind"].annotation)

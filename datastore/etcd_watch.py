@@ -92,7 +92,9 @@ class EtcdWatch:
             for kind, (after, _) in begins.items()
             for range_ in ranges(kind)
         ]
+        begin = [place.after for place in self._places]
         self._buffer = EventBuffer()
+        self._oldest: int | None = 0  # revision to go on from; None: from none
         self._heard = False  # anything, on the present stream
         self._lock = threading.Lock()
         self._responses: Any = None
@@ -102,10 +104,14 @@ class EtcdWatch:
         self._thread.start()
         # What etcd forgets once it knows of the watch no longer matters.
         if self._places and not self._begun.wait(client.settings.timeout):
-            self._give_up(UnavailableError(f"{client.settings}: no answer to a watch"))
-        if self._buffer.error:
+            problem = UnavailableError(f"{client.settings}: no answer to a watch")
+            self._buffer.fail(self._problem or problem)
+        if error := self._buffer.error:
             self.close()
-            raise self._buffer.error
+            for place, after in zip(self._places, begin, strict=True):
+                place.after = after  # nobody was told what came since
+            error.resume = self._resume()
+            raise error
 
     def next(self, timeout: float | None = None) -> Sequence[Event]:
         """Wait for changes, at most ``timeout`` seconds (None: for ever).
@@ -114,7 +120,11 @@ class EtcdWatch:
         after ``close``. Raises RevisionGoneError or UnavailableError; the watch is then over
         and goes on raising it.
         """
-        return self._buffer.next(timeout)
+        try:
+            return self._buffer.next(timeout)
+        except StoreError as error:
+            error.resume = self._resume()
+            raise
 
     def close(self) -> None:
         """End the watch and wake whoever waits in ``next``."""
@@ -137,6 +147,7 @@ class EtcdWatch:
             self._follow()
         except Exception as error:  # a bug: the consumer must not wait for ever
             _log.exception("unexpected error in a watch of %s", self._client.settings)
+            self._oldest = None  # it might meet the same again for ever
             self._buffer.fail(UnavailableError(f"{self._client.settings}: watch: {error!r}"))
         finally:
             self._begun.set()
@@ -164,18 +175,16 @@ class EtcdWatch:
             refused = isinstance(problem, RefusedError)  # once may be an old token
             over = time.monotonic() > last_heard + _OUTAGE_SECONDS
             if refused_again or over or self._client.closed:
-                self._give_up(problem)
+                self._buffer.fail(problem)
                 return
             self._buffer.pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _give_up(self, problem: StoreError) -> None:
-        problem = self._problem or problem
-        problem.resume = self._resume()
-        self._buffer.fail(problem)
-
-    def _resume(self, oldest: int = 0) -> dict[str, str]:
-        """From where another watch goes on, for kinds that need no change before ``oldest``."""
+    def _resume(self) -> dict[str, str]:
+        """From where another watch goes on, for kinds that need nothing which etcd forgot."""
+        oldest = self._oldest
+        if oldest is None:
+            return {}
         reached: dict[str, int] = {}
         for place in self._places:
             reached[place.kind] = min(place.after, reached.get(place.kind, place.after))
@@ -195,6 +204,7 @@ class EtcdWatch:
         cluster, self._cluster = self._cluster or header.cluster_id, header.cluster_id
         newest = max((place.after for place in self._places), default=0)
         if header.cluster_id != cluster or header.revision < newest:
+            self._oldest = None
             raise RevisionGoneError(
                 f"{self._client.settings}: is at revision {header.revision}, before {newest}, or"
                 " is another cluster than before; list again and watch from there"
@@ -245,12 +255,11 @@ class EtcdWatch:
     def _refused(self, response: pb.WatchResponse) -> NoReturn:
         settings = self._client.settings
         if response.compact_revision:
-            gone = RevisionGoneError(
+            self._oldest = response.compact_revision
+            raise RevisionGoneError(
                 f"{settings}: has forgotten the changes before {response.compact_revision};"
                 " list again and watch from there"
             )
-            gone.resume = self._resume(response.compact_revision)
-            raise gone
         reason = response.cancel_reason or "no reason given"
         raise RefusedError(
             f"{settings}: the watch was refused ({reason}); the user needs to read below /calico/"

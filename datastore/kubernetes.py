@@ -14,6 +14,8 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
+
 from datastore.interface import (
     JSON,
     AlreadyExistsError,
@@ -208,11 +210,10 @@ class KubernetesDatastore:
             body = self._request("GET", item(origin_key), origin_key)
         except NotFoundError as error:
             raise NotFoundError(f"{key}: does not exist", key) from error
-        value, revision = self._decode(source.kind, body)
-        view = source.convert(value)
-        if view is None or source.key(key.kind, view) != key:
+        entry = source.read(key.kind, body)
+        if entry is None or entry.key != key:
             raise NotFoundError(f"{key}: does not exist", key)
-        return origin_key, Entry(key, view, revision)
+        return origin_key, entry
 
     def _list(
         self, kind: str, source: Source, namespace: str | None, selector: str = ""
@@ -223,13 +224,12 @@ class KubernetesDatastore:
             entries: dict[Key, Entry] = {}
             revision = ""
             try:
-                for values, reached in self._parts(source.kind, namespace, fixed):
+                for items, reached in self._parts(source.kind, namespace, fixed):
                     revision = reached
-                    for value, number in values:
-                        view = source.convert(value)
-                        if view is not None:
-                            key = source.key(kind, view)
-                            entries[key] = Entry(key, view, number)
+                    for data in items:
+                        entry = source.read(kind, data)
+                        if entry is not None:
+                            entries[entry.key] = entry
                 return entries, revision
             except RequestError as error:
                 if selector and error.status.code == 400:
@@ -245,19 +245,19 @@ class KubernetesDatastore:
 
     def _parts(
         self, kind: str, namespace: str | None, query: Mapping[str, str]
-    ) -> Iterator[tuple[Iterator[tuple[JSON, str]], str]]:
+    ) -> Iterator[tuple[Iterable[msgspec.Raw], str]]:
         """The objects of each part of a list, and its revision; the next is fetched meanwhile."""
         path = collection(kind, namespace)
         answer = self._server.request("GET", path, query=query)
         with ThreadPoolExecutor(1, "list") as ahead:
             while True:
-                values, after, revision = decode_list(kind, answer.body)
+                items, after, revision = decode_list(kind, answer.body)
                 if not after:
-                    yield values, revision
+                    yield items, revision
                     return
                 more = {**query, "continue": after}
                 coming = ahead.submit(self._server.request, "GET", path, query=more)
-                yield values, revision
+                yield items, revision
                 answer = coming.result()
 
     def _update(self, key: Key, value: JSON, revision: str | None) -> Entry:

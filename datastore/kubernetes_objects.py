@@ -7,13 +7,12 @@ book-keeping.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
 from api.kinds import KINDS
-from datastore.interface import JSON
+from datastore.interface import JSON, part
 
 
 class _Slim(msgspec.Struct, omit_defaults=True, rename="camel", gc=False):
@@ -179,6 +178,22 @@ def decode(kind: str, data: bytes | msgspec.Raw) -> tuple[JSON, str]:
     return value, revision
 
 
+def identity(kind: str, data: bytes | msgspec.Raw) -> tuple[JSON, str]:
+    """Of an object that can't be read: all that can, and its resource version.
+
+    Raises UndecodableError where not even the name can be told.
+    """
+    try:
+        value = _WHOLE.decode(data)
+    except msgspec.MsgspecError as error:
+        raise UndecodableError(f"{kind}: {error}") from error
+    metadata = part(value, "metadata")
+    revision = metadata.get("resourceVersion")
+    if not isinstance(revision, str) or not isinstance(metadata.get("name"), str):
+        raise UndecodableError(f"{kind}: metadata: expected a name and a resourceVersion")
+    return value, revision
+
+
 def revision_of(kind: str, data: msgspec.Raw) -> str:
     """The resource version of an object, or of the bookmark it is. Raises UndecodableError."""
     try:
@@ -190,14 +205,16 @@ def revision_of(kind: str, data: msgspec.Raw) -> str:
     return revision
 
 
-def decode_list(kind: str, data: bytes) -> tuple[Iterator[tuple[JSON, str]], str, str]:
-    """A list's objects (see ``decode``), where the next part begins, and its resource version."""
+def decode_list(kind: str, data: bytes) -> tuple[list[msgspec.Raw], str, str]:
+    """A list's objects (not decoded), where the next part begins, and its resource version.
+
+    Raises UndecodableError.
+    """
     try:
         found = _LIST.decode(data)
     except msgspec.MsgspecError as error:
         raise UndecodableError(f"list of {kind}: {error}") from error
-    items = (decode(kind, item) for item in found.items)
-    return items, found.metadata.continue_, found.metadata.resource_version
+    return found.items, found.metadata.continue_, found.metadata.resource_version
 
 
 def decode_event(line: bytes) -> tuple[str, msgspec.Raw]:

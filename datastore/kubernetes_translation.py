@@ -16,7 +16,7 @@ import orjson
 
 from api import pods, qos
 from api.kinds import CALICO
-from api.names import interface_name, workload_endpoint_name
+from api.names import workload_endpoint_name
 from api.net import parse_interface
 from datastore.interface import JSON, Key
 
@@ -44,6 +44,7 @@ _NODE_FIELDS = {
     _PREFIX + "WireguardPublicKey": ("status", "wireguardPublicKey"),
     _PREFIX + "WireguardPublicKeyV6": ("status", "wireguardPublicKeyV6"),
 }
+_DIGITS = 11  # of a hash, at the end of an interface's name
 _NAME_PART = re.compile(r"(?:[^-]|--)+")  # of a WorkloadEndpoint's name
 
 _ALLOW = [{"action": "Allow"}]
@@ -71,7 +72,7 @@ def endpoint_of(pod: JSON) -> JSON | None:
         "ipNetworks": nets,
         "ipNATs": list(_nats(annotations, nets)),
         "profiles": list(pods.profiles(namespace, account)),
-        "interfaceName": interface_name("cali", namespace, name),
+        "interfaceName": pods.interface(namespace, name, annotations),
         "ports": list(_ports(spec)),
         "allowSpoofedSourcePrefixes": _texts(annotations.get(ALLOWED_SOURCES)),
         "qosControls": qos.controls(annotations)[0],
@@ -93,11 +94,19 @@ def pod_of(endpoint: Key) -> tuple[str, str] | None:
     return parts[0], parts[2]
 
 
-def pod_annotations(endpoint: JSON) -> dict[str, str]:
-    """The annotations that keep what the CNI plugin knows of an endpoint."""
+def pod_annotations(endpoint: JSON) -> dict[str, str | None]:
+    """The annotations that keep what the CNI plugin knows of an endpoint, None for those to remove.
+
+    One that says what is usual is left out.
+    """
     spec = endpoint.get("spec") or {}
     nets = spec.get("ipNetworks") or []
-    result = {pods.POD_IP: nets[0] if nets else "", pods.POD_IPS: ",".join(nets)}
+    prefix = (spec.get("interfaceName") or "")[:-_DIGITS]
+    result: dict[str, str | None] = {
+        pods.POD_IP: nets[0] if nets else "",
+        pods.POD_IPS: ",".join(nets),
+        pods.INTERFACE_PREFIX: prefix if prefix not in ("", pods.DEFAULT_PREFIX) else None,
+    }
     if spec.get("containerID"):
         result[CONTAINER_ID] = spec["containerID"]
     return result
@@ -238,7 +247,7 @@ def _ports(spec: JSON) -> Iterator[JSON]:
                 fields = {
                     "name": port.get("name"),
                     "protocol": port.get("protocol") or "TCP",
-                    "port": port["containerPort"],
+                    "port": port.get("containerPort"),
                     "hostPort": port.get("hostPort"),
                     "hostIP": port.get("hostIP"),
                 }
@@ -259,7 +268,8 @@ def _node_addresses(node: JSON, kubernetes_node: JSON) -> Iterator[JSON]:
         if address := _at(node, ("spec", "bgp", field)):
             yield {"address": address, "type": "CalicoNodeIP"}
     for known in (kubernetes_node.get("status") or {}).get("addresses") or ():
-        if known.get("type") in ("InternalIP", "ExternalIP"):
+        # an empty one, as clouds leave it where there is none, is absent here
+        if known.get("type") in ("InternalIP", "ExternalIP") and known.get("address"):
             yield {"address": known["address"], "type": known["type"]}
 
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote
 
+import msgspec
+
 from api.kinds import CALICO, CORE, KINDS
-from api.pods import account_profile, namespace_profile
-from datastore.interface import JSON, Key
+from api.names import workload_endpoint_name
+from api.pods import KUBERNETES, account_profile, namespace_profile
+from datastore.interface import JSON, Entry, Key, part
+from datastore.kubernetes_objects import UndecodableError, decode, identity
 from datastore.kubernetes_translation import (
+    ENDPOINT,
     account_profile_of,
     endpoint_of,
     namespace_profile_of,
     node_of,
     pod_of,
 )
+from datastore.unreadable import stand_in
+
+# What code that reads an object meets in one that is not as the API says.
+_ODD = (ValueError, LookupError, TypeError, AttributeError)
+
+_log = logging.getLogger(__name__)
 
 
 def itself(value: JSON) -> JSON:
@@ -30,10 +42,47 @@ class Source:
     kind: str
     convert: Callable[[JSON], JSON | None] = itself
 
-    def key(self, kind: str, value: JSON) -> Key:
-        """The key of what ``convert`` made."""
-        metadata = value["metadata"]
-        return Key(kind, metadata["name"], metadata.get("namespace") or "")
+    def read(self, kind: str, data: bytes | msgspec.Raw) -> Entry | None:
+        """The object of ``kind`` that the API's object is; None where it is none.
+
+        For one that can't be read stands what says so. One without even a name, which nothing
+        can stand for, is none: the log tells of it.
+        """
+        try:
+            try:
+                value, revision = decode(self.kind, data)
+                view = self.convert(value)
+                if view is None:
+                    return None
+                metadata = view["metadata"]
+                key = Key(kind, metadata["name"], metadata.get("namespace") or "")
+                return Entry(key, view, revision)
+            except _ODD as error:
+                return self._unread(kind, data, error)
+        except UndecodableError as error:
+            _log.error("an object that can't be read is left out: %s", error)
+            return None
+
+    def _unread(self, kind: str, data: bytes | msgspec.Raw, error: Exception) -> Entry | None:
+        found, revision = identity(self.kind, data)
+        metadata = part(found, "metadata")
+        name, namespace = metadata["name"], metadata.get("namespace")
+        of = Key(self.kind, name, namespace if isinstance(namespace, str) else "")
+        match self.kind, kind:
+            case "Pod", "WorkloadEndpoint":
+                node = part(found, "spec").get("nodeName")
+                if not node or not isinstance(node, str):
+                    return None  # on no node yet
+                endpoint = workload_endpoint_name(node, KUBERNETES, name, ENDPOINT)
+                key = Key(kind, endpoint, of.namespace)
+            case "Namespace", "Profile":
+                key = Key(kind, namespace_profile(name))
+            case "ServiceAccount", "Profile":
+                key = Key(kind, account_profile(of.namespace, name))
+            case _:
+                key = Key(kind, name, of.namespace)
+        told = error if isinstance(error, UndecodableError) else UndecodableError(repr(error))
+        return Entry(key, stand_in(key, item(of), told), revision)
 
 
 _DERIVED: Mapping[str, tuple[Source, ...]] = {

@@ -16,11 +16,10 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from datastore.event_buffer import EventBuffer
-from datastore.interface import Entry, Event, RevisionGoneError, StoreError, UnavailableError
+from datastore.interface import Event, RevisionGoneError, StoreError, UnavailableError
 from datastore.kubernetes_client import ApiServer, RequestError, is_absent
 from datastore.kubernetes_objects import (
     UndecodableError,
-    decode,
     decode_event,
     decode_list,
     decode_status,
@@ -31,9 +30,11 @@ from datastore.kubernetes_views import OPTIONAL, Source, collection, sources
 _OUTAGE_SECONDS = 10.0  # a shorter one is not worth a word
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 1.0
+_SHORT = 1.0  # seconds; a stream that lasted no longer, and told nothing, is no good one
 _STREAM_SECONDS = (300, 600)  # how long a stream is asked for; spread out over the nodes
 _SILENCE_SECONDS = 150.0  # bookmarks come about every minute
 _READ_BYTES = 1 << 16
+_SHOWN_BYTES = 80  # of what is no event
 _GONE_PAUSE = 0.5
 _ABSENT_PAUSE = 10.0  # between two looks for an optional kind that is not installed
 
@@ -48,7 +49,8 @@ class KubernetesWatch:
     """See ``datastore.interface.Watch``. One stream for each kind of object of the API.
 
     A stream that is cut goes on after the last event or bookmark it brought. After 10 s without
-    any, the watch is over with UnavailableError; ``resume`` of that error keeps what was reached.
+    any that lasts or tells something, the watch is over with UnavailableError; ``resume`` of that
+    error keeps what was reached.
     An optional kind that is not installed is looked for every 10 s; when it is found, the watch is
     over with RevisionGoneError, as from then on it is to be listed.
     """
@@ -133,19 +135,16 @@ class _Feed:
     def position(self) -> str:
         return self.positions[self.place]
 
-    def event(self, type_: str, data: msgspec.Raw) -> Event | None:
-        """The change, None when it is none of the kind, or old. Raises UndecodableError."""
-        value, revision = decode(self.source.kind, data)
+    def event(self, type_: str, data: msgspec.Raw, revision: str) -> Event | None:
+        """The change to ``revision``, None when it is none of the kind, or old."""
         if int(revision) <= int(self.position):
             return None
-        view = self.source.convert(value)
-        if view is None:
+        entry = self.source.read(self.kind, data)
+        if entry is None:
             return None
-        key = self.source.key(self.kind, view)
-        entry = None if type_ == "DELETED" else Entry(key, view, revision)
         reached = [*self.positions]
         reached[self.place] = revision
-        return Event(key, entry, ",".join(reached))
+        return Event(entry.key, None if type_ == "DELETED" else entry, ",".join(reached))
 
     def advance(self, revision: str) -> None:
         """Everything until ``revision`` is told."""
@@ -168,6 +167,10 @@ class _Stream(threading.Thread):
         self._buffer = buffer
         self._lock = threading.Lock()
         self._response: urllib3.BaseHTTPResponse | None = None
+        self._created = time.monotonic()
+        self._taken_on = math.inf  # when the server took the present stream on
+        self._heard = False  # the present stream told something
+        self._unknown = False  # the server's last answer was that it doesn't know us
 
     def interrupt(self) -> None:
         """Wake the thread, when it waits for the server, after the buffer was closed."""
@@ -187,41 +190,53 @@ class _Stream(threading.Thread):
             self.begun.set()
 
     def _follow(self) -> None:
-        pause, last_heard, check, strangers = _FIRST_PAUSE, -math.inf, True, 0
+        pause, last_heard, check = _FIRST_PAUSE, -math.inf, True
         while not self._buffer.over:
+            self._heard, self._taken_on = False, math.inf
             try:
-                if check:
-                    self._check_history()
-                check = True
-                self._stream()
-                check, last_heard, pause, strangers = False, time.monotonic(), _FIRST_PAUSE, 0
-                continue
-            except _CutError as cut:
-                problem: StoreError = UnavailableError(f"{self._server}: {cut}")
-                if cut.heard:
-                    pause, last_heard, strangers = _FIRST_PAUSE, time.monotonic(), 0
-            except UnavailableError as error:
-                problem = error
-            except RequestError as error:
-                if self._kind in OPTIONAL and is_absent(error):
-                    self.begun.set()
-                    self._buffer.pause(_ABSENT_PAUSE)
-                    continue
-                problem = self._server.explain(error, None, self._kind)
-                strangers += error.status.code == 401  # once may be an old token
-                if error.status.code != 401 or strangers > 1:
-                    self._fail(problem)
-                    return
-                self._buffer.pause(pause)
-                continue
+                problem = self._attempt(check)
             except StoreError as error:
                 self._fail(error)
                 return
-            if time.monotonic() > last_heard + _OUTAGE_SECONDS:
-                self._fail(problem)
+            check, now = problem is not None, time.monotonic()
+            if self._heard or now > self._taken_on + _SHORT:
+                pause, last_heard = _FIRST_PAUSE, now
+                if problem is None:
+                    continue
+            elif self._taken_on < math.inf:
+                last_heard = max(last_heard, self._created)
+            if now > last_heard + _OUTAGE_SECONDS:
+                why = f"watch of {self._kind}: ended as soon as it had begun, again and again"
+                self._fail(problem or UnavailableError(f"{self._server}: {why}"))
                 return
             self._buffer.pause(pause * _random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _attempt(self, check: bool) -> UnavailableError | None:
+        """Follow one stream to its end, and say why it ended; None: in order.
+
+        Raises StoreError for what does not pass by itself.
+        """
+        try:
+            if check:
+                self._check_history()
+            self._stream()
+        except _CutError as cut:
+            return UnavailableError(f"{self._server}: watch of {self._kind}: {cut}")
+        except UnavailableError as error:
+            return error
+        except RequestError as error:
+            problem = self._server.explain(error, None, self._kind)
+            if self._kind in OPTIONAL and is_absent(error):
+                self.begun.set()
+                self._buffer.pause(_ABSENT_PAUSE)
+            elif error.status.code == 401 and not self._unknown:  # once may be an old token
+                self._unknown = True
+            else:
+                raise problem from error
+            self._heard = True
+            return UnavailableError(str(problem))
+        return None
 
     def _fail(self, problem: StoreError) -> None:
         if isinstance(problem, RevisionGoneError):
@@ -239,7 +254,10 @@ class _Stream(threading.Thread):
     def _check_history(self) -> None:
         """Refuse a cluster that is behind our position: its data were restored from a backup."""
         answer = self._server.request("GET", collection(self._kind), query={"limit": "1"})
-        _, _, revision = decode_list(self._kind, answer.body)
+        try:
+            _, _, revision = decode_list(self._kind, answer.body)
+        except UndecodableError as error:
+            raise UnavailableError(f"{self._server}: {error}") from error
         mine = max((feed.position for feed in self.feeds), key=int)
         if mine == BEGINNING:
             raise RevisionGoneError(f"{self._server}: {self._kind} is installed now; list it")
@@ -259,35 +277,46 @@ class _Stream(threading.Thread):
         }
         path = collection(self._kind)
         response = self._server.stream(path, query, _SILENCE_SECONDS)
+        self._taken_on, self._unknown = time.monotonic(), False
         try:
             with self._lock:
                 self._response = response
             if self._buffer.over:
                 return
             self.begun.set()
-            for line in _lines(response):
-                if not self._take(line):
-                    return
-        except (HTTPError, OSError, ValueError, AttributeError) as error:
-            # also what reading a socket raises when another thread has shut it down
-            if not self._buffer.over:
-                raise _CutError(f"watch of {self._kind}: {error}", True) from error
+            lines = _lines(response)
+            while (line := self._next(lines)) is not None and self._take(line):
+                self._heard = True
         finally:
             with self._lock:
                 self._response = None
             response.close()
 
+    def _next(self, lines: Iterator[bytes]) -> bytes | None:
+        """The next line; None at the end. Raises _CutError."""
+        try:
+            return next(lines, None)
+        except (HTTPError, OSError, ValueError, AttributeError) as error:
+            # also what reading a socket raises when another thread has shut it down
+            if self._buffer.over:
+                return None
+            raise _CutError(str(error)) from error
+
     def _take(self, line: bytes) -> bool:
         """Pass on one line of the stream; False: nobody takes anything any more."""
-        type_, data = decode_event(line)
+        try:
+            type_, data = decode_event(line)
+        except UndecodableError as error:  # not of an API server, but of something in between
+            raise _CutError(f"{error}, of {line[:_SHOWN_BYTES]!r}") from error
         if type_ == "ERROR":
             self._refused(data)
         try:
             revision = revision_of(self._kind, data)
-            told = [] if type_ == "BOOKMARK" else [feed.event(type_, data) for feed in self.feeds]
         except UndecodableError as error:
             _log.error("%s: an object that can't be read is left out: %s", self._server, error)
             return True
+        feeds = () if type_ == "BOOKMARK" else self.feeds
+        told = [feed.event(type_, data, revision) for feed in feeds]
         if not self._buffer.put([event for event in told if event is not None]):
             return False
         # Only now: what another watch resumes from may be told twice, but not be skipped.
@@ -299,15 +328,11 @@ class _Stream(threading.Thread):
         status = decode_status(data)
         if status.code == 410:
             raise RequestError(status)
-        raise _CutError(f"watch of {self._kind}: {status.code} {status.message}", False)
+        raise _CutError(f"{status.code} {status.message}")
 
 
 class _CutError(Exception):
-    """A stream ended before its time. ``heard``: after the server had taken it on."""
-
-    def __init__(self, message: str, heard: bool) -> None:
-        super().__init__(message)
-        self.heard = heard
+    """A stream ended before its time."""
 
 
 def _lines(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:

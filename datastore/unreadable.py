@@ -1,13 +1,14 @@
 """What stands for an object whose bytes a store holds and nobody can read. Pure.
 
-It says so in its spec, and no model takes it: it alone is then reported, where all objects are
-checked, and can be deleted or put right.
+It says so in its spec, and ``api.registry`` refuses it: it alone is then reported, where all
+objects are checked, and can be deleted or put right.
 """
 
 from __future__ import annotations
 
 import orjson
 
+from api.errors import UNREADABLE
 from api.kinds import KINDS
 from datastore.interface import JSON, Key
 
@@ -19,7 +20,7 @@ def stand_in(key: Key, place: str, error: Exception) -> JSON:
         "apiVersion": KINDS[key.kind].api_version,
         "kind": KINDS[key.kind].kind,
         "metadata": {"name": key.name} | space,
-        "spec": {"unreadable": f"{place}: {error}"},
+        "spec": {UNREADABLE: f"{place}: {error}"},
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from api.errors import InvalidObjectError
+from api.errors import UNREADABLE, InvalidObjectError
 from api.ippool import IPPool, IPPoolSpec
 from api.metadata import ObjectMeta
 from api.policy import NetworkPolicy
@@ -190,6 +190,14 @@ def test_tricky_31_protocols() -> None:
     assert "spec.ingress[0].destination.ports" in problems(
         policy(ingress=[{"action": "Allow", "protocol": 50, "destination": {"ports": [1]}}])
     )
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_what_stands_for_an_unreadable_object_is_refused(kind: str) -> None:
+    """Also of kinds of which only a part is read, which is then as if it were absent."""
+    names = {"name": "a"} | ({"namespace": "b"} if KINDS[kind].namespaced else {})
+    with pytest.raises(InvalidObjectError, match=r"a: spec\.unreadable: 'why': no such field"):
+        parse_as(kind, {"metadata": names, "spec": {UNREADABLE: "why"}})
 
 
 def test_unknown_kinds_and_versions() -> None:

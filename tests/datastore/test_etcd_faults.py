@@ -32,6 +32,7 @@ from datastore.interface import (
     UnavailableError,
 )
 from tests.contracts.backends import compact
+from tests.datastore.etcd_front import EtcdFront
 from tests.datastore.programs import pool_key
 from tests.support.etcd import Etcd, EtcdMember, single_node
 from tests.support.netns import eventually
@@ -305,6 +306,51 @@ def test_clocks_that_disagree_by_years_do_no_harm(etcd: Etcd) -> None:
     assert store.get(pool_key("shared")).value["number"] == 50 * len(machines)
     store.delete(pool_key("shared"))
     store.close()
+
+
+# --- watches that are never taken on ---
+
+
+@pytest.fixture
+def front(etcd: Etcd) -> Iterator[EtcdFront]:
+    front = EtcdFront(etcd.endpoints[0])
+    yield front
+    front.close()
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_what_a_watch_brought_before_it_failed_is_brought_again(
+    etcd: Etcd, store: EtcdDatastore, front: EtcdFront, forgotten: bool
+) -> None:
+    """Whoever asked for it never got to see it: from there another watch must not go on."""
+    old = store.create(pool_key("a"), numbered(1)).revision
+    store.create(pool_key("b"), numbered(2))
+    begin = store.update(pool_key("b"), numbered(3)).revision
+    store.create(pool_key("c"), numbered(4))
+    if forgotten:
+        compact(etcd, begin)
+    positions = {"IPPool": begin, "Node": old}
+    answers: list[pb.WatchResponse] = []
+
+    def told(answer: pb.WatchResponse) -> list[pb.WatchResponse]:
+        """First the event, then (if so) that Node's watch is over, and never that it began."""
+        if answer.events or answer.canceled:
+            answers.append(answer)
+            answers.sort(key=lambda answer: answer.canceled)
+            return answers if len(answers) == 1 + forgotten else []
+        return [] if answer.created and answer.watch_id == 2 else [answer]
+
+    front.told = told
+    distant = EtcdDatastore(EtcdSettings((front.endpoint,), timeout=3))
+    with pytest.raises(RevisionGoneError if forgotten else UnavailableError) as caught:
+        distant.watch(positions, positions)
+    assert len(answers) == 1 + forgotten
+    resume = {kind: text.partition("@")[0] for kind, text in caught.value.resume.items()}
+    assert resume == ({"IPPool": begin} if forgotten else positions)
+    front.told = lambda answer: [answer]
+    with distant.watch(["IPPool"], caught.value.resume["IPPool"]) as watch:
+        assert [event.key for event in watch.next(timeout=30)] == [pool_key("c")]
+    distant.close()
 
 
 # --- small things ---
