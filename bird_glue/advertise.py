@@ -19,6 +19,7 @@ filter, without the communities of prefixAdvertisements, as Calico does it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -161,7 +162,6 @@ def own_announcements(
     """The routes of this node, of one IP version, for one peer."""
     normal = Attributes(origin=0, local_preference=HIGHEST_PREFERENCE - speaking.priority)
     told: dict[Net, Announcement] = {}
-    shared: dict[Attributes, Announcement] = {}
     for route in routes:
         if route.net.version != version or not (route.told or speaking.filters):
             continue
@@ -171,11 +171,16 @@ def own_announcements(
         facts = RouteFacts(route.net, plain, speaking.external, False, route.interface)
         attributes = _leaving(facts, speaking, told=route.told)
         if attributes is not None:
-            if attributes not in shared:
-                final = replace(attributes, local_preference=None)
-                shared[attributes] = Announcement(None, final if speaking.external else attributes)
-            told[route.net] = shared[attributes]
+            told[route.net] = _from_here(attributes, external=speaking.external)
     return told
+
+
+@functools.lru_cache(maxsize=1024)
+def _from_here(attributes: Attributes, *, external: bool) -> Announcement:
+    """The same object for the same attributes: who compares it each time needn't look into it."""
+    return Announcement(
+        None, replace(attributes, local_preference=None) if external else attributes
+    )
 
 
 def learned_announcement(

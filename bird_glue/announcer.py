@@ -76,11 +76,16 @@ class Announcer:
 
         ``fronts``: per peer the AS number that eBGP puts in front of a path.
         """
+        same: dict[tuple[int, int], bool] = {}  # most peers share what they are told
         for peer, told in self._told.items():
-            if self._wanted is None or (self._wanted.get(peer), self._fronts.get(peer)) != (
-                wanted.get(peer),
-                fronts.get(peer),
-            ):
+            if self._wanted is None or self._fronts.get(peer) != fronts.get(peer):
+                told.stale = True
+                continue
+            old, new = self._wanted.get(peer), wanted.get(peer)
+            pair = id(old), id(new)
+            if pair not in same:
+                same[pair] = old == new
+            if not same[pair]:
                 told.stale = True
         self._wanted = wanted
         self._fronts = fronts

@@ -11,6 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from api.errors import Problem
@@ -105,6 +106,8 @@ class Core:
         self._problems: list[ObjectProblem] = []
         self._in_sync = False
         self._configure_due = False
+        self._intent: Intent | None = None
+        self._blocks_due = False  # nothing else has changed
         self._advertise_due = False
         self._hold_until: float | None = None
         self._ways = Ways()
@@ -158,6 +161,8 @@ class Core:
                 self._keepsake.forget()
             if update.key.kind in SERVICE_KINDS:
                 self._advertise_due = True
+            elif update.key.kind == "BlockAffinity":
+                self._blocks_due = True
             else:
                 self._configure_due = True
 
@@ -243,6 +248,8 @@ class Core:
                 return
         if self._configure_due or any(time <= now for time in self._ends()):
             self._configure_due = not self._configure(now)
+        elif self._blocks_due:
+            self._take_blocks()
         if self._local is None:
             return
         self._routes.expire(now)
@@ -367,19 +374,34 @@ class Core:
         if self._topology.configure(self._sessions.ways, local.ignored_interfaces):
             self._rib.set_topology(self._topology)
         self._problems += self._ways.update(self._sessions, self._topology, now)
+        self._put_in_force(intent)
+        self._detector.configure(self._watches())
+        self._tracker.set_neighbors(neighbors, time.time())
+        return True
+
+    def _take_blocks(self) -> None:
+        """As ``_configure``, where nothing but the blocks of this node may have changed."""
+        self._blocks_due = False
+        blocks = self._resources.blocks()
+        if self._intent is None or blocks == self._blocks:
+            return
+        self._blocks = blocks
+        guard = replace(self._intent.guard, blocks=blocks)
+        self._put_in_force(replace(self._intent, guard=guard, blocks=blocks))
+
+    def _put_in_force(self, intent: Intent) -> None:
+        self._intent = intent
+        self._blocks_due = False
         self._rib.set_guard(intent.guard)
         self._fib.configure(
-            pools=self._pools,
-            metrics=local.priorities,
-            blocks=self._blocks,
+            pools=intent.pools,
+            metrics=intent.metrics,
+            blocks=intent.blocks,
             ways=self._ways.known,
             selected=self._rib.selected,
         )
         self._engine.configure(intent)
-        self._detector.configure(self._watches())
-        self._tracker.set_neighbors(neighbors, time.time())
         self._advertise_due = True
-        return True
 
     def _choose_engine(self, cluster: Cluster, local: Local, now: float) -> None:
         """Have the one that is wanted run, and know who writes learned routes."""

@@ -4,16 +4,18 @@
 works off what changed, in proportion to it, and says what became different. The result is
 a function of the state alone.
 
-A policy is active, and its sets exist, while it selects a local endpoint. One whose tier is
-unknown is enforced in a tier behind all others, which ends in Deny: dropping the policy
-could let through what it forbids.
+A policy is active, and its sets exist, while it selects a local endpoint.
+
+Where a tier stands may not be known: it does not exist, or its order can't be read. It is enforced
+before all others then, and what its policies allow only passes: so what it denies is denied, what
+others deny is denied, and nothing is allowed that would not be wherever the tier may belong.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
 
@@ -42,13 +44,17 @@ from policy.model import (
     NamedPort,
     Part,
     PolicyId,
+    Rule,
     ServiceSlice,
     TierBinding,
 )
 from policy.selector import Selector
 from policy.sets import JoinedSets, SetDelta, Sets
 
-__all__ = ["Changes", "Engine", "Profile", "SetDelta", "profile_id"]
+__all__ = ["UNPLACED", "Changes", "Engine", "Profile", "SetDelta", "profile_id"]
+
+UNPLACED = -math.inf  # the order of a tier of which nobody knows where it stands
+_MISSING = UNPLACED, Action.DENY
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +160,10 @@ class Engine:
         self._services.set_endpoint(id, endpoint, labels)
 
     def set_tier(self, name: str, tier: Tier | None) -> None:
-        """A tier as it is now; None: it is gone. The built-in ones are always there."""
+        """A tier as it is now; None: it is gone. The built-in ones are always there.
+
+        Its order may be ``UNPLACED``.
+        """
         self._new_tiers[name] = tier
 
     def flush(self) -> Changes:
@@ -228,7 +237,7 @@ class Engine:
         self._index(id)
 
     def _apply_tier(self, name: str, tier: Tier | None) -> None:
-        before = self._tiers.get(name)
+        before, was_placed = self._tiers.get(name), self._is_placed(name)
         if tier is not None:
             order = math.inf if tier.spec.order is None else tier.spec.order
             self._tiers[name] = order, Action(tier.spec.default_action)
@@ -241,6 +250,8 @@ class Engine:
             return
         for policy_id, compilation in self._policies.items():
             if compilation.tier == name:
+                if self._is_placed(name) is not was_placed:
+                    self._dirty_policies.add(policy_id)
                 self._note_problems(policy_id, compilation.rules, compilation.tier)
                 self._dirty_bindings.update(self._local.matches(compilation.selector))
 
@@ -315,6 +326,8 @@ class Engine:
             compilation = self._policies[id]
             if self._applies(compilation):
                 rules = compilation.rules
+                if not (self._is_placed(compilation.tier) or id.is_staged):
+                    rules = replace(rules, policy=_restrained(rules.policy))
         if rules:
             self._rules.put(rules)
         else:
@@ -369,18 +382,32 @@ class Engine:
         return tuple(tiers)
 
     def _tier(self, name: str) -> tuple[float, Action]:
-        return self._tiers.get(name, (math.inf, Action.DENY))
+        return self._tiers.get(name, _MISSING)
 
-    def _sort_key(self, id: PolicyId) -> tuple[bool, float, str, float, str]:
-        """Order of tiers, then of policies; ties by name. Unknown tiers are last."""
+    def _is_placed(self, tier: str) -> bool:
+        return self._tier(tier)[0] != UNPLACED
+
+    def _sort_key(self, id: PolicyId) -> tuple[float, str, float, str]:
+        """Order of tiers, then of policies; ties by name."""
         compilation = self._policies[id]
         return (
-            compilation.tier not in self._tiers,
             self._tier(compilation.tier)[0],
             compilation.tier,
             compilation.order,
             f"{id.name}/{id.namespace}/{id.kind}",
         )
+
+
+def _restrained(policy: CompiledPolicy) -> CompiledPolicy:
+    """The policy, where what it allows is left to others."""
+
+    def passing(rules: tuple[Rule, ...] | None) -> tuple[Rule, ...] | None:
+        return rules and tuple(
+            replace(rule, action=Action.PASS) if rule.action is Action.ALLOW else rule
+            for rule in rules
+        )
+
+    return replace(policy, ingress=passing(policy.ingress), egress=passing(policy.egress))
 
 
 def _is_host(id: EndpointId) -> bool:

@@ -12,14 +12,18 @@ from tests.support.gobgp import build
 from tests.support.netns import eventually, run
 
 NODE_AS = 64512
-SHARED, LOOP = "192.0.2.0/24", "10.99.0.0/16"
+SHARED, SHARED_SIX, LOOP = "192.0.2.0/24", "2001:db8:5::/48", "10.99.0.0/16"
 
 
 @dataclass(frozen=True)
 class Uplink:
-    """One router: number ``n`` of the rack, and how it is set now."""
+    """One router: number ``n`` of the rack, and how it is set now.
+
+    ``asn`` and ``router_id`` are its own unless they are given.
+    """
 
     n: int
+    asn: int = 0
     router_id: str = ""
     peer_as: int = NODE_AS
     password: str = ""
@@ -27,9 +31,9 @@ class Uplink:
     limit: int = 0
     bfd: bool = False
 
-    @property
-    def asn(self) -> int:
-        return 65000 + self.n
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "asn", self.asn or 65000 + self.n)
+        object.__setattr__(self, "router_id", self.router_id or self.address)
 
     @property
     def address(self) -> str:
@@ -52,12 +56,17 @@ class Uplink:
         """What only this router announces, with the community ``ASN:7``."""
         return f"10.5{self.n}.0.0/16", f"2001:db8:5{self.n}::/48"
 
+    @property
+    def behind(self) -> tuple[str, str]:
+        """The addresses of the host there."""
+        return f"10.5{self.n}.0.9", f"2001:db8:5{self.n}::9"
+
 
 class TopOfRack(Router):
     """What tests ask of any router."""
 
     def begin(self, uplink: Uplink, *, graceful: bool = False) -> None:
-        """Start it, or start it again. ``graceful``: as one that was there a moment ago."""
+        """Start it, or start it again. ``graceful``: as one whose kernel forwards all along."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -85,7 +94,8 @@ protocol bfd {{ accept direct; }}
 protocol static {{ ipv4;
   route {own} blackhole {{ bgp_community.add(({asn},7)); }};
   route {shared} blackhole; route {loop} blackhole {{ bgp_path.prepend({node_as}); }}; }}
-protocol static {{ ipv6; route {own_six} blackhole {{ bgp_community.add(({asn},7)); }}; }}
+protocol static {{ ipv6; route {own_six} blackhole {{ bgp_community.add(({asn},7)); }};
+  route {shared_six} blackhole; }}
 template bgp node {{
   graceful restart on; graceful restart time 60; hold time 30; direct;
   connect delay time 0; connect retry time 1; error wait time 1, 2;
@@ -94,7 +104,7 @@ template bgp node {{
 protocol bgp four from node {{ local {address} as {asn}; neighbor {node} as {peer_as};
   ipv4 {{ import all; export all; next hop self; {limit} }}; }}
 protocol bgp six from node {{ local {six} as {asn}; neighbor {node_six} as {peer_as};
-  ipv6 {{ import all; export all; next hop self; }}; }}
+  ipv6 {{ import all; export all; next hop self; {limit} }}; }}
 """
 
 
@@ -107,11 +117,12 @@ class BirdRouter(Bird, TopOfRack):
         options += "bfd on;" if uplink.bfd else ""
         self.stop()
         text = _BIRD.format(
-            router_id=uplink.router_id or uplink.address,
+            router_id=uplink.router_id,
             own=uplink.own[0],
             own_six=uplink.own[1],
             asn=uplink.asn,
             shared=SHARED,
+            shared_six=SHARED_SIX,
             loop=LOOP,
             node_as=NODE_AS,
             address=uplink.address,
@@ -134,7 +145,12 @@ class BirdRouter(Bird, TopOfRack):
         return self.birdc("show", "route", net, "all")
 
 
+# maps first: what names one that isn't there yet is told five seconds after the end of the rest
 _FRR = """
+route-map OWN permit 10
+ set community {asn}:7
+route-map LOOP permit 10
+ set as-path prepend {node_as}
 router bgp {asn}
  bgp router-id {router_id}
  no bgp ebgp-requires-policy
@@ -142,6 +158,7 @@ router bgp {asn}
  no bgp network import-check
  bgp graceful-restart
  bgp graceful-restart restart-time 60
+{graceful}
  neighbor {node} remote-as {peer_as}
  neighbor {node_six} remote-as {peer_as}
 {options}
@@ -154,12 +171,10 @@ router bgp {asn}
  exit-address-family
  address-family ipv6 unicast
   network {own_six} route-map OWN
+  network {shared_six}
   neighbor {node_six} activate
+{limit_six}
  exit-address-family
-route-map OWN permit 10
- set community {asn}:7
-route-map LOOP permit 10
- set as-path prepend {node_as}
 """
 
 
@@ -179,9 +194,12 @@ class FrrRouter(Frr, TopOfRack):
             options += [f" neighbor {node} ttl-security hops 1" for node in both]
         if uplink.bfd:
             options += [f" neighbor {node} bfd" for node in both]
+        limits = ["", ""]
+        if uplink.limit:
+            limits = [f"  neighbor {node} maximum-prefix {uplink.limit}" for node in both]
         text = _FRR.format(
             asn=uplink.asn,
-            router_id=uplink.router_id or uplink.address,
+            router_id=uplink.router_id,
             node=uplink.node,
             node_six=uplink.node_six,
             peer_as=uplink.peer_as,
@@ -189,9 +207,12 @@ class FrrRouter(Frr, TopOfRack):
             own=uplink.own[0],
             own_six=uplink.own[1],
             shared=SHARED,
+            shared_six=SHARED_SIX,
             loop=LOOP,
             node_as=NODE_AS,
-            limit=f"  neighbor {uplink.node} maximum-prefix {uplink.limit}" if uplink.limit else "",
+            graceful=" bgp graceful-restart preserve-fw-state" if graceful else "",
+            limit=limits[0],
+            limit_six=limits[1],
         )
         (self.files / "bgpd.conf").write_text(text)
         (self.files / "zebra.conf").write_text("ip forwarding\nipv6 forwarding\n")
@@ -230,7 +251,8 @@ class FrrRouter(Frr, TopOfRack):
         return found
 
     def communities(self, net: str) -> str:
-        return self.vtysh(f"show bgp ipv4 unicast {net} json")
+        family = "ipv6" if ":" in net else "ipv4"
+        return self.vtysh(f"show bgp {family} unicast {net} json")
 
     def end(self) -> None:
         self.stop()
@@ -247,7 +269,7 @@ class GobgpRouter(TopOfRack):
         programs = build()
         self._client = str(programs / "gobgp")
         path = self.directory / "gobgpd.yaml"
-        config = {"as": uplink.asn, "router-id": uplink.router_id or uplink.address}
+        config = {"as": uplink.asn, "router-id": uplink.router_id}
         neighbors = [
             self._neighbor(uplink, uplink.node, "ipv4-unicast"),
             self._neighbor(uplink, uplink.node_six, "ipv6-unicast"),
@@ -263,6 +285,7 @@ class GobgpRouter(TopOfRack):
         self._add("ipv4", uplink.own[0], *tag)
         self._add("ipv6", uplink.own[1], *tag)
         self._add("ipv4", SHARED)
+        self._add("ipv6", SHARED_SIX)
 
     def _neighbor(self, uplink: Uplink, address: str, family: str) -> dict[str, object]:
         limit = {"prefix-limit": {"config": {"max-prefixes": uplink.limit}}}
@@ -305,7 +328,7 @@ class GobgpRouter(TopOfRack):
         return found
 
     def communities(self, net: str) -> str:
-        return self._ask("global", "rib", net)
+        return self._ask("global", "rib", "-a", "ipv6" if ":" in net else "ipv4", net)
 
     def end(self) -> None:
         self.stop()

@@ -229,6 +229,18 @@ def test_a_peer_that_is_removed_forgets_us_at_once(rack: Rack) -> None:
     rack.world.store.put("BGPPeer", "tor", peerIP=TOR, asNumber=65001)
 
 
+def test_routes_move_to_another_metric(rack: Rack) -> None:
+    """As they do for IPv6 when an agent finds those of a version that had another one."""
+    with Ping(rack.outside, POD) as inward, Ping(rack.pod, OUTSIDE) as outward:
+        for metric in (512, 1024):
+            set_engine(rack.world, rack.engine, ipv4NormalRoutePriority=metric)
+            expected = [f"192.0.2.0/24 via {TOR} dev eth0 metric {metric}"]
+            eventually(lambda expected=expected: rack.learned() == expected, 20)  # type: ignore[misc]
+            assert f"blackhole {BLOCK} metric {metric}" in rack.node.routes("proto 179")
+    assert (inward.lost, outward.lost) == (0, 0)
+    set_engine(rack.world, rack.engine)
+
+
 def test_leaving_takes_everything_back_first(rack: Rack) -> None:
     from bird_glue.status import leave
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from api.net import V4, V6, parse_net
+from api.net import V4, V6, Net, parse_net
 from tests.bird_glue.rawpeer import MED, UPDATE, RawPeer, message, number, preference, update
 from tests.bird_glue.world import Node, Station, world
 from tests.support.netns import connect, eventually
@@ -171,6 +171,39 @@ def test_next_hops_that_no_machine_has(siege: Siege, words: Words) -> None:
         eventually(lambda: siege.refused(words.hostile) == why)
         assert siege.learned(words.version) == {str(good)}
     eventually(lambda: siege.learned(words.version) == set())
+
+
+@pytest.mark.parametrize("words", [FOUR, SIX], ids=["v4", "v6"])
+def test_pods_and_static_routes_come_first(siege: Siege, words: Words) -> None:
+    """Addresses of our block that nobody has yet are told by a peer; then pods are born there."""
+    node, family = siege.node, "-4" if words.version == V4 else "-6"
+    block = parse_net(words.block)
+    pods = [str(block._replace(address=block.address + n, length=length(block))) for n in (5, 6)]
+    elsewhere = "10.66.0.0/16" if words.version == V4 else "2001:db8:66::/48"
+    connect(node.namespace, "cali5", siege.outside.namespace, "pod5")
+    node.run("ip", family, "route", "add", pods[0], "dev", "cali5", "proto", "80")
+    with siege.call(words, words.hostile, ASN) as peer:
+        peer.tell(*map(parse_net, (*pods, elsewhere)))
+        told = {net.partition("/32")[0].partition("/128")[0] for net in (*pods, elsewhere)}
+        eventually(lambda: siege.learned(words.version) == told)
+        node.run("ip", family, "route", "add", pods[1], "dev", "cali5", "proto", "80")
+        node.run("ip", family, "route", "add", elsewhere, "via", words.gateway)
+        for pod in pods:
+            assert "dev cali5" in node.run("ip", "route", "get", pod.partition("/")[0])
+        where = str(parse_net(elsewhere)).partition("/")[0]
+        assert f"via {words.gateway} " in node.run("ip", "route", "get", where)
+        eventually(lambda: siege.learned(words.version) == told)
+        status = node.status()
+        assert status
+        assert not [text for text in status.problems if "not programmed" in text]
+    node.run("ip", "link", "delete", "cali5")
+    node.run("ip", family, "route", "delete", elsewhere, "via", words.gateway)
+    eventually(lambda: siege.learned(words.version) == set())
+
+
+def length(net: Net) -> int:
+    """Of a single address."""
+    return 32 if net.version == V4 else 128
 
 
 OFFERS = st.tuples(

@@ -161,7 +161,9 @@ class Station:
 
     def route_to(self, net: str) -> str:
         """The routes of BGP to exactly this prefix, as text, whoever wrote them; or empty."""
-        found = [self.routes(f"exact {net} proto {protocol}") for protocol in ("179", "bird")]
+        family = "-6" if ":" in net else "-4"
+        selectors = (f"exact {net} proto {protocol}" for protocol in ("179", "bird"))
+        found = [self.routes(selector, family) for selector in selectors]
         return " | ".join(line for lines in found for line in lines)
 
     def reaches(self, target: str) -> bool:
@@ -171,8 +173,10 @@ class Station:
 
     def set_forwarding(self) -> None:
         with inside(self.namespace.fd):
-            Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-            Path("/proc/sys/net/ipv4/fib_multipath_hash_policy").write_text("1")
+            for name in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+                Path("/proc/sys/net", name).write_text("1")
+            for family in ("ipv4", "ipv6"):
+                Path("/proc/sys/net", family, "fib_multipath_hash_policy").write_text("1")
 
 
 class Node(Station):
@@ -330,6 +334,7 @@ class Frr(Router):
     def end(self) -> None:
         for daemon in self.daemons:
             daemon.__exit__()
+        self.daemons = ()
 
 
 BIRD_COMMON = """
@@ -408,8 +413,11 @@ class World:
     def host(self, name: str) -> Station:
         return self._station(Station, name)
 
-    def pod(self, node: Node, name: str, address: str) -> Station:
-        """A namespace behind a routed veth of the node, as the CNI plugin makes it."""
+    def pod(self, node: Node, name: str, address: str, six: str = "") -> Station:
+        """A namespace behind a routed veth of the node, as the CNI plugin makes it.
+
+        ``six``: its IPv6 address.
+        """
         pod = self.host(name)
         connect(node.namespace, f"cali{name}", pod.namespace, "eth0")
         node.run("ip", "address", "add", "169.254.1.1/32", "dev", f"cali{name}")
@@ -417,6 +425,11 @@ class World:
         pod.run("ip", "address", "add", f"{address}/32", "dev", "eth0")
         pod.run("ip", "route", "add", "169.254.1.1", "dev", "eth0", "scope", "link")
         pod.run("ip", "route", "add", "default", "via", "169.254.1.1")
+        if six:
+            node.run("ip", "address", "add", "fe80::1/64", "dev", f"cali{name}", "nodad")
+            node.run("ip", "route", "add", f"{six}/128", "dev", f"cali{name}", "proto", "80")
+            pod.run("ip", "address", "add", f"{six}/128", "dev", "eth0", "nodad")
+            pod.run("ip", "route", "add", "default", "via", "fe80::1", "dev", "eth0")
         return pod
 
     def secret(self, name: str, **values: str) -> None:

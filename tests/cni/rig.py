@@ -19,6 +19,7 @@ from cni import install
 from cni.config import VALID_ATTACHMENTS
 from datastore.connect import connect
 from datastore.interface import JSON, Datastore, Key
+from felix.status import query
 from kernel.links import Links, link_up
 from kernel.netlink import NetlinkSocket
 from kernel.netns import Namespace, inside
@@ -93,15 +94,19 @@ class Container:
 
 
 class Rig:
-    """A node with its daemon. ``client`` is the executable a runtime would run."""
+    """A node with its daemon. ``client`` is the executable a runtime would run.
 
-    def __init__(self, directory: Path, client: Path) -> None:
+    ``url``: its datastore, a file of its own by default. ``prefix``: of the wires' names.
+    """
+
+    def __init__(self, directory: Path, client: Path, url: str = "", prefix: str = "cali") -> None:
         self.directory = directory
         self.client = client
         self.namespace = Namespace.create()
         with NetlinkSocket(netns_fd=self.namespace.fd) as netlink:
             netlink.batch([link_up(1)])
-        self.url = f"sqlite://{directory}/datastore.db"
+        self.url = url or f"sqlite://{directory}/datastore.db"
+        self.prefix = prefix
         self.store: Datastore = connect(self.url)
         self.socket = directory / "run" / "cni.sock"
         self.daemon: subprocess.Popen[bytes] | None = None
@@ -219,7 +224,7 @@ class Rig:
     def links(self) -> set[str]:
         """The interfaces of the node that are ours."""
         with NetlinkSocket(netns_fd=self.namespace.fd) as netlink:
-            return {name for name in Links(netlink).read() if name.startswith("cali")}
+            return {name for name in Links(netlink).read() if name.startswith(self.prefix)}
 
     def link(self, container: Container) -> int:
         """The index of the node's end of a container's wire."""
@@ -248,6 +253,48 @@ class Rig:
         assert self.endpoints() == {}
         assert self.held() == {}
         assert self.store.list("IPAMHandle").entries == []
+
+
+class Felix:
+    """The agent on a rig's node."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self._run_dir = rig.socket.parent
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {
+            **os.environ,
+            "MANX_NODENAME": NODE,
+            "MANX_DATASTORE": self._rig.url,
+            "MANX_RUN_DIR": str(self._run_dir),
+            "MANX_NODE_IP": "198.51.100.1/24",
+        }
+        log = (self._rig.directory / "felix.log").open("ab")
+        with log, inside(self._rig.namespace.fd):
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "felix"], cwd=ROOT, env=environment, stderr=log
+            )
+        eventually(self._ready, 30)
+
+    def _ready(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, (self._rig.directory / "felix.log").read_text()
+        try:
+            return bool(query(self._run_dir)["ready"])
+        except OSError:
+            return False
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(20)
+            self._process = None
 
 
 def build_client(kind: str, directory: Path, *flags: str) -> Path:

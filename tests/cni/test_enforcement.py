@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,55 +20,12 @@ from cni.enforcement import MOST_WAITING, SOCKET, Enforcement
 from cni.errors import NOT_AVAILABLE, TRY_AGAIN_LATER
 from cni.server import WORKERS
 from datastore.interface import Key
-from felix.status import query
 from kernel.netns import inside
-from tests.cni.rig import NODE, ROOT, Container, Rig, configuration, running
+from tests.cni.rig import Container, Felix, Rig, configuration, running
 from tests.support.netns import eventually
 
 WAIT: dict[str, Any] = {"policy_setup_timeout_seconds": 20}
 SHORT: dict[str, Any] = {"policy_setup_timeout_seconds": 1}
-
-
-class Felix:
-    """The agent on a rig's node."""
-
-    def __init__(self, rig: Rig) -> None:
-        self._rig = rig
-        self._run_dir = rig.socket.parent
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        environment = {
-            **os.environ,
-            "MANX_NODENAME": NODE,
-            "MANX_DATASTORE": self._rig.url,
-            "MANX_RUN_DIR": str(self._run_dir),
-            "MANX_NODE_IP": "198.51.100.1/24",
-        }
-        log = (self._rig.directory / "felix.log").open("ab")
-        with log, inside(self._rig.namespace.fd):
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "felix"], cwd=ROOT, env=environment, stderr=log
-            )
-        eventually(self._ready, 30)
-
-    def _ready(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, (self._rig.directory / "felix.log").read_text()
-        try:
-            return bool(query(self._run_dir)["ready"])
-        except OSError:
-            return False
-
-    def signal(self, number: int) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(20)
-            self._process = None
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,22 @@ def test_what_the_plugin_writes_comes_back_before_the_kubelet_speaks() -> None:
     assert "ipNetworks" not in (endpoint_of(pod) or {})["spec"]
 
 
+def test_an_interface_that_is_called_otherwise() -> None:
+    """A pod may say how its name begins, and nothing else of it."""
+    pod: JSON = {"metadata": {"name": "p", "namespace": "default"}, "spec": {"nodeName": "n"}}
+    endpoint = endpoint_of(pod)
+    assert endpoint is not None
+    usual = endpoint["spec"]["interfaceName"]
+    assert pod_annotations(endpoint)[pods.INTERFACE_PREFIX] is None
+    endpoint["spec"]["interfaceName"] = usual.replace("cali", "tap")
+    annotations = pod_annotations(endpoint)
+    pod["metadata"]["annotations"] = {k: v for k, v in annotations.items() if v}
+    assert (endpoint_of(pod) or {})["spec"] == endpoint["spec"]
+    for nonsense in ("", "much-too-long", "a/b", "t p"):
+        pod["metadata"]["annotations"][pods.INTERFACE_PREFIX] = nonsense
+        assert (endpoint_of(pod) or {})["spec"]["interfaceName"] == usual
+
+
 def test_floating_addresses() -> None:
     annotations = {"cni.projectcalico.org/floatingIPs": '["1.2.3.4", "fd01::1", 5]'}
     pod: JSON = {

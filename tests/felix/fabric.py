@@ -89,10 +89,10 @@ class Brain:
         eventually(settled)
         assert list(self.dataplane.problems()) == []
 
-    def apply(self) -> None:
-        """Do all that is due, and what failed before."""
+    def apply(self) -> int:
+        """Do all that is due, and what failed before; the number of changes."""
         self._clock += 1000.0
-        self.dataplane.apply(self._clock)
+        return self.dataplane.apply(self._clock)
 
 
 class Fabric:

@@ -47,6 +47,14 @@ def check(enforcers: Enforcers, world: dict[Key, JSON]) -> None:
         assert prober.round(expected, allowed) == allowed, backend
 
 
+def look_again(enforcers: Enforcers) -> None:
+    """The kernel tells of what was written that it is as it should be."""
+    for backend, (place, _) in enforcers.items():
+        place.brain.settle()
+        place.brain.read()
+        assert place.brain.apply() == 0, backend
+
+
 @bounded
 @given(objects.worlds())
 def test_the_kernel_does_what_the_oracle_says(enforcers: Enforcers, world: dict[Key, JSON]) -> None:
@@ -64,6 +72,20 @@ def plain(*objects: JSON, **settings: Any) -> dict[Key, JSON]:
 def test_pods_answer_their_node_where_what_is_allowed_is_returned(enforcers: Enforcers) -> None:
     returns = {f"{enforcer}FilterAllowAction": "Return" for enforcer in ("iptables", "nftables")}
     check(enforcers, plain(**returns, defaultEndpointToHostAction="Drop"))
+    look_again(enforcers)
+
+
+def test_what_was_written_is_known_again(enforcers: Enforcers) -> None:
+    """Rules of all kinds, as each enforcer writes them."""
+    spec = {"natOutgoing": True, "vxlanMode": "Never", "ipipMode": "Never"}
+    pool = {"kind": "IPPool", "metadata": {"name": "p"}, "spec": {"cidr": "10.0.0.0/24", **spec}}
+    rejects = {f"{enforcer}FilterDenyAction": "Reject" for enforcer in ("iptables", "nftables")}
+    loops = {"serviceLoopPrevention": "Reject", "workloadSourceSpoofing": "Any"}
+    for settings in ({}, rejects, loops, {"natPortRange": "1024:2047"}):
+        check(enforcers, plain(pool, **settings))
+        look_again(enforcers)
+    check(enforcers, plain(pool, natOutgoingAddress="172.31.0.1", natPortRange="1024:2047"))
+    look_again(enforcers)
 
 
 def test_hooks_go_while_their_place_changes(
@@ -83,3 +105,4 @@ def test_the_kernel_does_what_the_oracle_says_in_many_worlds(
     enforcers: Enforcers, world: dict[Key, JSON]
 ) -> None:
     check(enforcers, world)
+    look_again(enforcers)

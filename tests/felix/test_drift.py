@@ -7,6 +7,8 @@ afterwards, not even what could begin meanwhile.
 from __future__ import annotations
 
 import contextlib
+import re
+import shlex
 import signal
 import socket
 import time
@@ -55,7 +57,9 @@ class World:
         """All that is ours."""
         own = self.enforcer.kernel(self.node)
         routes = run(self.node.netns, "ip", "route", "show", "proto", "80").stdout.splitlines()
-        return own + sorted(routes)
+        table = "filter" if self.enforcer.iptables else "calico"
+        listed = run(self.node.netns, "nft", "list", "table", "ip", table).stdout
+        return own + sorted(routes) + re.findall("dormant", listed)
 
     def is_mended(self, before: list[str]) -> bool:
         """Whether all is again as it was before."""
@@ -131,8 +135,85 @@ def flush_the_ruleset(world: World) -> None:
     world.shell("nft flush ruleset")
 
 
+def replace_a_rule(world: World) -> None:
+    """By one that does something else, but looks in lists as if it were ours."""
+    name = CHAIN + world.web.interface
+    if world.enforcer.iptables:
+        rules = own_rules(world, name)
+        words = shlex.split(rules[-1].replace("-j DROP", "-j ACCEPT"))[2:]
+        run(world.node.netns, "iptables", "-R", name, str(len(rules)), *words)
+    else:
+        name = f"filter-{name}"
+        listed = run(world.node.netns, "nft", "-a", "list", "chain", "ip", "calico", name).stdout
+        rule = next(line for line in reversed(listed.splitlines()) if " drop " in line)
+        text, _, handle = rule.partition(" # handle ")
+        changed = text.replace("drop", "accept").strip()
+        replaced = f"replace rule ip calico {name} handle {handle} {changed}\n"
+        run(world.node.netns, "nft", "-f", "-", stdin=replaced)
+
+
+def replace_a_hook(world: World) -> None:
+    """The same with the rule that leads from the kernel's chain to ours."""
+    if world.enforcer.iptables:
+        words = shlex.split(own_rules(world, "FORWARD")[0].replace("cali-FORWARD", "ACCEPT"))[2:]
+        run(world.node.netns, "iptables", "-R", "FORWARD", "1", *words)
+    else:
+        name = "filter-FORWARD"
+        listed = run(world.node.netns, "nft", "-a", "list", "chain", "ip", "calico", name).stdout
+        rule = next(line for line in listed.splitlines() if "jump " in line)
+        text, _, handle = rule.partition(" # handle ")
+        changed = re.sub("jump [^ ]+", "return", text).strip()
+        replaced = f"replace rule ip calico {name} handle {handle} {changed}\n"
+        run(world.node.netns, "nft", "-f", "-", stdin=replaced)
+
+
+def put_the_table_to_sleep(world: World) -> None:
+    table = "filter" if world.enforcer.iptables else "calico"
+    run(world.node.netns, "nft", "add", "table", "ip", table, "{ flags dormant; }")
+
+
+def put_everybody_into_a_set(world: World) -> None:
+    if world.enforcer.iptables:
+        for half in ("0.0.0.0/1", "128.0.0.0/1"):
+            world.shell(f"ipset add {world.set_name()} {half}")
+        world.shell(f"ipset add {world.set_name()} 10.0.0.2/31 nomatch")
+    else:
+        run(world.node.netns, "nft", "add", "element", "ip", "calico", world.set_name(), "{ * }")
+
+
+def lead_an_unknown_interface_somewhere(world: World) -> None:
+    if world.enforcer.iptables:
+        world.shell("iptables -I cali-to-wl-dispatch -o cali+ -j ACCEPT")
+    else:
+        element = "{ * : accept }"
+        chain = "filter-cali-to-wl-dispatch"
+        run(world.node.netns, "nft", "add", "element", "ip", "calico", chain, element)
+
+
+def drop_what_nobody_judges(world: World) -> None:
+    if world.enforcer.iptables:
+        world.shell("iptables -A cali-FORWARD -j DROP")
+    else:
+        run(
+            world.node.netns,
+            *("nft", "chain", "ip", "calico", "filter-FORWARD", "{ policy drop; }"),
+        )
+
+
+def own_rules(world: World, chain: str) -> list[str]:
+    """The rules of a chain of iptables."""
+    listed = run(world.node.netns, "iptables", "-S", chain).stdout.splitlines()
+    return [line for line in listed if line.startswith("-A")]
+
+
 STRANGERS = (
     flush_a_chain,
+    replace_a_rule,
+    replace_a_hook,
+    put_the_table_to_sleep,
+    put_everybody_into_a_set,
+    lead_an_unknown_interface_somewhere,
+    drop_what_nobody_judges,
     add_a_rule,
     break_several,
     delete_and_add_a_member,

@@ -237,6 +237,35 @@ def test_a_rule_that_cannot_be_converted_is_told() -> None:
     assert not list(run_.calculator.problems(run_.snapshot))
 
 
+@pytest.mark.parametrize(
+    ("tier", "denied"),
+    [
+        ({"order": 7, "defaultAction": "Maybe"}, {A, B}),
+        ({"Order": 7, "surprise": 1}, {A, B}),
+        ({"order": 7, "defaultAction": "Pass", "surprise": 1}, {A}),
+        ({"order": "7"}, {A, B}),
+        ({"order": 10**400, "defaultAction": "Pass"}, {A}),
+        ({"order": [], "defaultAction": "pass"}, {A, B}),
+        ({"surprise": 1}, set()),  # without an order it is the last, and says so
+        ([], {A, B}),
+        (None, {A, B}),
+    ],
+)
+def test_a_tier_that_cannot_be_read_still_denies_before_others(
+    tier: Any, denied: set[EndpointId]
+) -> None:
+    """What its policy denies is ``a``; ``b`` is what its end would deny."""
+    deny = {**DENY, "source": {"selector": "app == 'a'"}}
+    spec = {"tier": "strict", "order": 1, "selector": "all()", "ingress": [deny]}
+    everybody = of("GlobalNetworkPolicy", "open", {"selector": "all()", "ingress": [ALLOW]})
+    steps = [of("GlobalNetworkPolicy", "strict.p", spec), everybody]
+    if tier is not None:
+        steps.append(of("Tier", "strict", tier))
+    run_ = fed(*steps)
+    assert {id for id in (A, B) if not allows(run_, id, {A: B, B: A}[id])} == denied
+    assert len(list(run_.calculator.problems(run_.snapshot))) >= 1
+
+
 @pytest.mark.parametrize("value", [{}, {"spec": 5}, {"spec": []}, {"metadata": [], "spec": {}}])
 @pytest.mark.parametrize("kind", sorted({*KINDS} & {key.kind for key, _ in SCENARIO}))
 def test_anything_may_be_stored(kind: str, value: JSON) -> None:

@@ -24,6 +24,7 @@ from felix.settings import (
 )
 from felix.snapshot import Snapshot
 from policy.compile import compile_policy
+from policy.engine import UNPLACED
 from policy.model import Action, PolicyId
 
 
@@ -187,6 +188,13 @@ def test_tier_and_order_of_an_unreadable_policy_are_kept() -> None:
     policy = closed_policy(GLOBAL, value)
     assert isinstance(policy.spec, GlobalNetworkPolicySpec)
     assert (policy.spec.tier, policy.spec.order) == ("t", 7)
+
+
+@pytest.mark.parametrize("order", ["first", True, 10**400, float("nan"), []])
+def test_an_unreadable_policy_of_unknown_place_is_the_first(order: Any) -> None:
+    for key, name in ((NETWORK_POLICY, "order"), (Key("ClusterNetworkPolicy", "c"), "priority")):
+        assert closed_policy(key, {"spec": {name: order}}).spec.order == UNPLACED
+    assert closed_policy(NETWORK_POLICY, {"spec": {"tier": 5}}).spec.tier == "", "which is none"
 
 
 def test_an_endpoint_may_be_written_in_any_case_and_can_not_choose_its_namespace() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -175,7 +176,52 @@ BREAKS: list[tuple[Fault, str, Break]] = [
     ),
     (Fault.NO_POOL, "lies in no IPPool", lambda s: remove(s, "IPPool", "six")),
     (Fault.GONE_NODE, "2 blocks and 1 endpoints", lambda s: remove(s, "Node", "n1")),
+    (
+        Fault.POOL_OVERLAP,
+        "IPPool(four): 10.0.0.0/24 shares addresses with 10.0.0.0/16 of IPPool wide",
+        lambda s: add_pool(s, "wide", "10.0.0.0/16", 28),
+    ),
+    (
+        Fault.NODE_RANGE,
+        "IPPool(four): 10.0.0.0/24 shares addresses with 10.0.0.0/22, the network of node n3",
+        lambda s: put(s, "Node", "n3", {"bgp": {"ipv4Address": "10.0.3.7/22"}}),
+    ),
+    (
+        Fault.NODE_RANGE,
+        "IPPool(six): fd00::/120 shares addresses with fd00::7/128, the address of node n3",
+        lambda s: put(s, "Node", "n3", {"addresses": [{"address": "fd00::7"}]}),
+    ),
+    (
+        Fault.SERVICE_RANGE,
+        "shares addresses with 10.0.0.0/12, serviceClusterIPs of BGPConfiguration default",
+        lambda s: put(
+            s, "BGPConfiguration", "default", {"serviceClusterIPs": [{"cidr": "10.0.0.0/12"}]}
+        ),
+    ),
+    (
+        Fault.SERVICE_RANGE,
+        "shares addresses with 10.0.0.9/32, the address of Service shop/web",
+        lambda s: put(s, "Service", "web", {"clusterIP": "10.0.0.9"}, namespace="shop"),
+    ),
+    (
+        Fault.SHARED,
+        "IPPool(four): 172.31.1.1, a peer of node n1, announces 10.0.0.240/28, which no node",
+        lambda s: announced(s, "10.0.0.240/28"),
+    ),
 ]
+
+
+def announced(store: SqliteDatastore, cidr: str) -> None:
+    """A node has been told of this by a peer, as bird_glue writes it."""
+    source = {"sourceType": "BGPPeer", "peerIP": "172.31.1.1"}
+    route = {"type": "FIB", "destination": cidr, "learnedFrom": source}
+    own = {"type": "FIB", "destination": "10.0.0.224/28", "learnedFrom": {"sourceType": "Static"}}
+    spec = {"node": "n1", "classes": ["Routes"], "updatePeriodSeconds": 60}
+    put(store, "CalicoNodeStatus", "n1", spec)
+    entry = store.get(Key("CalicoNodeStatus", "n1"))
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    status = {"lastUpdated": now, "routes": {"routesV4": [own, route], "routesV6": []}}
+    store.update(entry.key, entry.value | {"status": status})
 
 
 def void(_: object) -> None:

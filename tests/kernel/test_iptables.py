@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel.iptables import (
+    ALTERED,
     IptablesError,
     IptablesTable,
     TableState,
@@ -31,7 +34,7 @@ VARIANTS = [(4, "nft"), (4, "legacy"), (6, "nft"), (6, "legacy")]
 CHAINS: Mapping[str, Fragments] = {
     "cali-FORWARD": ("-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", "-j cali-policy"),
     "cali-policy": (
-        "-p tcp -m multiport --dports 80,443 -j ACCEPT",
+        "-p 6 -m multiport --dports 80,443 -j ACCEPT",
         "-m mark --mark 0x10000/0x10000 -j RETURN",
         '-m comment --comment "a policy\'s name" -j DROP',
     ),
@@ -184,6 +187,46 @@ def test_what_a_stranger_did_to_our_chains_is_seen(world: World) -> None:
         assert world.table.read().chains["cali-policy"] == rule_hashes(
             "cali-policy", CHAINS["cali-policy"]
         )
+
+
+def test_a_rule_that_says_something_else_under_its_comment_is_not_ours(world: World) -> None:
+    world.become()
+    for chain, number in (("cali-policy", 3), ("FORWARD", 1)):
+        rule = world.rules(chain)[number - 1].removeprefix(f"-A {chain} ")
+        changed = re.sub("-[jg] .*", "-j RETURN", rule)
+        run(world.namespace, world.command, "-R", chain, str(number), *shlex.split(changed))
+        state = world.table.read()
+        assert ALTERED in (state.chains | state.inserted)[chain]
+        update = state.update_to(CHAINS, INSERT, APPEND)
+        assert {*update.replace, *update.insert} == {chain}
+        world.table.apply(update)
+        assert not world.table.read().update_to(CHAINS, INSERT, APPEND)
+
+
+def test_a_rule_that_iptables_tells_in_other_words_is_written_again_only_once(
+    world: World,
+) -> None:
+    chains = {"cali-a": ("-j DROP", "-p tcp -s 10.0.0.0/8 -j DROP", "-j REJECT")}
+    if world.table.family == 6:
+        chains = {"cali-a": ("-j DROP", "-p tcp -s fd00:0::/16 -j DROP", "-j REJECT")}
+    world.become(chains)
+    assert world.table.read().update_to(chains, INSERT, APPEND).replace == chains
+    world.become(chains)
+    assert not world.table.read().update_to(chains, INSERT, APPEND)
+    rule = world.rules("cali-a")[2].removeprefix("-A cali-a ")
+    changed = re.sub("-j .*", "-j ACCEPT", rule)
+    run(world.namespace, world.command, "-R", "cali-a", "3", *shlex.split(changed))
+    assert world.table.read().update_to(chains, INSERT, APPEND).replace == chains
+
+
+def test_a_table_that_sleeps_is_woken(namespace: Namespace) -> None:
+    with IptablesTable(4, "filter", "nft", netns_fd=namespace.fd) as table:
+        table.apply(table.read().update_to(CHAINS, INSERT, APPEND))
+        run(namespace, "nft", "add", "table", "ip", "filter", "{ flags dormant; }")
+        state = table.read()
+        assert state.dormant and not state.update_to(CHAINS, INSERT, APPEND)
+        table.wake()
+        assert not table.read().dormant
 
 
 def test_inserted_rules_change_though_a_stranger_took_them_away(world: World) -> None:

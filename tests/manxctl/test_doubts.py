@@ -88,5 +88,14 @@ def test_a_pool_over_the_addresses_of_nodes_or_services(run: Run) -> None:
         " of node n1; packets to those would go to pods" in result.stderr
     )
     assert "10.96.0.0/12, serviceClusterIPs of BGPConfiguration default" in result.stderr
+    # the other way round: the pool is there, and a node or a range of services comes
+    again = run("apply", "-f", "-", stdin=node("n2", "10.2.0.1/24"))
+    assert (
+        "Node n2: spec: 10.2.0.0/24, the network of node n2, shares addresses with IPPool wide"
+        " (10.0.0.0/8); packets to those would go to pods" in again.stderr
+    )
+    assert again.stderr.count("Warning") == 1
+    again = run("apply", "-f", "-", stdin=services)
+    assert "BGPConfiguration default: spec: 10.96.0.0/12, serviceClusterIPs" in again.stderr
     apart = document("IPPool", "apart", {"cidr": "192.168.0.0/16"})
     assert run("create", "-f", "-", stdin=apart).stderr == ""

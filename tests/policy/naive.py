@@ -109,7 +109,8 @@ class State:
             for _, policy in sorted(mine, key=lambda each: policy_order(*each)):
                 found = self._first(rules_of(policy.spec, direction), flow, direction, policy)
                 if found:
-                    verdict = found
+                    unplaced = self._tier_order(tier)[0] == -math.inf
+                    verdict = "Pass" if unplaced and found == "Allow" else found
                     break
             if verdict != "Pass":
                 return verdict
@@ -130,13 +131,13 @@ class State:
                 return rule.action
         return None
 
-    def _tier_order(self, name: str) -> tuple[bool, float, str]:
+    def _tier_order(self, name: str) -> tuple[float, str]:
         if name in BUILT_IN_TIERS:
-            return False, BUILT_IN_TIERS[name][0], name
+            return BUILT_IN_TIERS[name][0], name
         if name in self.tier:
             order = self.tier[name].spec.order
-            return False, math.inf if order is None else order, name
-        return True, 0, name
+            return math.inf if order is None else order, name
+        return -math.inf, name
 
     def _default_action(self, name: str) -> str:
         if name in BUILT_IN_TIERS:

@@ -13,7 +13,7 @@ from api.policy import GlobalNetworkPolicy, NetworkPolicy, Rule, Tier
 from api.registry import parse_as
 from api.staged import StagedGlobalNetworkPolicy, StagedNetworkPolicy
 from policy import convert, labels
-from policy.engine import Profile
+from policy.engine import UNPLACED, Profile
 from policy.model import Endpoint, EndpointId, NamedPort, PolicyId, ServiceSlice
 
 NAMESPACES = ("red", "blue")
@@ -206,9 +206,17 @@ def profiles(draw: st.DrawFn, name: str) -> Profile:
 
 @st.composite
 def tiers(draw: st.DrawFn, name: str) -> Tier:
-    spec = {"order": draw(pick(None, 10.0, 20.0)), "defaultAction": draw(pick("Deny", "Pass"))}
+    order = draw(pick(None, 10.0, 20.0, UNPLACED))
+    return tier(name, order, draw(pick("Deny", "Pass")))
+
+
+def tier(name: str, order: float | None, action: str) -> Tier:
+    """A tier; its order may be one that can't be written."""
+    spec = {"order": None if order == UNPLACED else order, "defaultAction": action}
     parsed = parse_as("Tier", {"metadata": {"name": name}, "spec": spec})
     assert isinstance(parsed, Tier)
+    if order == UNPLACED:
+        parsed.spec.order = order
     return parsed
 
 

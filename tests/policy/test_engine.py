@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.net import parse_net
-from policy.engine import Changes, Engine
+from policy.engine import UNPLACED, Changes, Engine
 from policy.model import (
     Action,
     Binding,
@@ -314,22 +314,32 @@ def test_a_global_policy_that_cannot_be_parsed_keeps_to_its_other_selectors() ->
     assert problem.field == "spec.selector"
 
 
-def test_a_policy_in_an_unknown_tier_is_enforced_behind_all_others() -> None:
+def test_a_policy_in_an_unknown_tier_denies_before_all_others_and_allows_nothing() -> None:
     world = World()
     world.namespace("ns")
-    world.add(endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2"))
-    lost = policy({"tier": "lost"}, name="lost.p")
+    world.add(endpoint("a", "10.0.0.1", own={"app": "a"}), endpoint("b", "10.0.0.2"))
+    world.add(endpoint("c", "10.0.0.3"))
+    rules = [{"action": "Allow", "source": {"selector": "app == 'a'"}}]
+    lost = policy({"tier": "lost", "ingress": rules}, name="lost.p")
     world.add(lost)
-    assert world.verdict("a", "b").tier == "lost"
-    assert not world.allows("a", "b")
+    assert world.allows("a", "b"), "what it allows is left to the others: the profile"
+    assert world.verdict("c", "b").tier == "lost" and not world.allows("c", "b")
     assert [str(p) for p in world.engine.problems[policy_id(lost)]] == [
         "spec.tier: 'lost': a tier that exists"
     ]
     world.add(policy({"ingress": [{"action": "Allow"}]}))
-    assert world.allows("a", "b")
-    world.tier("lost", order=1)
+    assert not world.allows("c", "b"), "nor is what it denies allowed by others"
+    world.add(policy({"ingress": [{"action": "Deny"}]}))
     assert not world.allows("a", "b")
+    world.tier("lost", order=1)
+    assert world.allows("a", "b") and not world.allows("c", "b")
     assert not world.engine.problems
+    world.tier("lost", order=2e6)
+    assert world.verdict("c", "b").tier == "default"
+    world.engine.set_tier("lost", strategies.tier("lost", UNPLACED, "Pass"))
+    assert not world.allows("a", "b")
+    world.add(policy({"ingress": [{"action": "Allow"}]}))
+    assert world.allows("a", "b") and world.allows("c", "b"), "its end passes"
 
 
 @pytest.mark.parametrize("field", ["doNotTrack", "preDNAT"])

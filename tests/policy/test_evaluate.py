@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.net import Net
-from policy.engine import Engine
+from policy.engine import UNPLACED, Engine
 from policy.evaluate import Flow, Verdict, evaluate
 from policy.evaluator import Decision, Evaluator
 from policy.model import Action, EndpointId
@@ -67,6 +67,28 @@ def test_decisions_follow_changes(
         evaluator.update(engine.flush())
         for flow in probes(state, random.Random(seed)):
             assert evaluator.decide(flow) == decision(evaluate(engine, flow)), flow
+
+
+@settings(max_examples=30, deadline=None)
+@given(strategies.worlds(), st.integers(0, 1000))
+def test_a_tier_of_which_nobody_knows_where_it_stands_opens_nothing(
+    world: list[strategies.Change], seed: int
+) -> None:
+    """Wherever it may turn out to stand, and whatever its end may be."""
+    engine, state = Engine(), State()
+    for change in world:
+        apply(engine, change)
+        state.put(change.table, change.key, change.value)
+    engine.set_tier("first", None)
+    engine.flush()
+    flows = list(probes(state, random.Random(seed)))
+    allowed = [flow for flow in flows if evaluate(engine, flow).action is Action.ALLOW]
+    for order in (1.0, 2_000.0, None, UNPLACED):
+        for action in ("Deny", "Pass"):
+            engine.set_tier("first", strategies.tier("first", order, action))
+            engine.flush()
+            for flow in allowed:
+                assert evaluate(engine, flow).action is Action.ALLOW, (order, action, flow)
 
 
 def decision(verdict: Verdict) -> Decision:
