@@ -6,7 +6,10 @@ libcalico-go/lib/backend/k8s/conversion.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+
+from api.names import interface_name
 
 # On the endpoint itself; a pod can't choose them.
 NAMESPACE = "projectcalico.org/namespace"
@@ -23,8 +26,25 @@ NAME = "projectcalico.org/name"  # behind either prefix: the name of the namespa
 POD_IP = "cni.projectcalico.org/podIP"
 POD_IPS = "cni.projectcalico.org/podIPs"
 
+# How the name of the node's interface begins, where it is not DEFAULT_PREFIX. Only the beginning:
+# the rest is the pod's own, so that no pod can name the interface of another.
+INTERFACE_PREFIX = "cni.manx.dev/interfacePrefix"
+DEFAULT_PREFIX = "cali"
+_PREFIX = re.compile(r"[a-zA-Z0-9_.-]{1,4}")  # 11 hex digits follow, 15 is the kernel's limit
+
 _FINISHED_PHASES = frozenset(("Succeeded", "Failed", "Completed"))
 _LONGEST_ACCOUNT_LABEL = 62  # a longer service account name is in the profile's label only
+
+
+def is_prefix(text: str) -> bool:
+    """Whether names of interfaces may begin so: 1 to 4 letters, digits, '_', '.', '-'."""
+    return bool(_PREFIX.fullmatch(text))
+
+
+def interface(namespace: str, name: str, annotations: Mapping[str, str]) -> str:
+    """The node's end of a pod's wire."""
+    prefix = annotations.get(INTERFACE_PREFIX) or DEFAULT_PREFIX
+    return interface_name(prefix if is_prefix(prefix) else DEFAULT_PREFIX, namespace, name)
 
 
 def labels(own: Mapping[str, str], namespace: str, account: str | None) -> dict[str, str]:

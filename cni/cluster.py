@@ -13,8 +13,9 @@ from api.clusterinformation import is_locked
 from api.kubernetes import Pod
 from api.names import workload_endpoint_name
 from api.net import V4, V6, Net, format_address
-from cni.attachment import Attachment, from_alias
-from cni.errors import INVALID_CONFIGURATION, TRY_AGAIN_LATER, CniError
+from api.pods import DEFAULT_PREFIX, is_prefix
+from cni.attachment import DEFAULT_IFNAME, Attachment, from_alias
+from cni.errors import INVALID_CONFIGURATION, NO_ENDPOINT, TRY_AGAIN_LATER, CniError
 from cni.features import Features
 from cni.memory import Memory
 from cni.wiring import Wire
@@ -36,8 +37,6 @@ from policy.convert import pod_labels, pod_ports, pod_profiles
 ATTACHMENT = "cni.manx.dev/attachment"
 
 _CLUSTER_INFORMATION = Key("ClusterInformation", "default")
-DEFAULT_PREFIX = "cali"
-_PREFIX = re.compile(r"[a-zA-Z0-9_.-]{1,4}")  # 11 hex digits follow, 15 is the kernel's limit
 
 # What a tunnel adds to each packet, bytes: outer IP, UDP, VXLAN and Ethernet headers.
 _VXLAN_BYTES = {V4: 50, V6: 70}
@@ -75,6 +74,25 @@ class Cluster:
                 " false): it is being moved; afterwards: manxctl datastore migrate unlock",
             )
 
+    def require_endpoint(self, attachment: Attachment) -> None:
+        """Raise CniError where the datastore has no place for the attachment's WorkloadEndpoint.
+
+        Kubernetes' has one for each pod, at the pod itself.
+        """
+        if "WorkloadEndpoint" not in self.store.given:
+            return
+        where = "the Kubernetes datastore keeps endpoints at their pods"
+        if not attachment.pod:
+            raise CniError(
+                NO_ENDPOINT,
+                f"{attachment}: {where}: expected K8S_POD_NAMESPACE and K8S_POD_NAME in CNI_ARGS",
+            )
+        if attachment.endpoint != DEFAULT_IFNAME:
+            raise CniError(
+                NO_ENDPOINT,
+                f"{attachment}: {where}, one for each: expected CNI_IFNAME {DEFAULT_IFNAME}",
+            )
+
     def interface_prefix(self) -> str:
         """How names of the node's ends begin: FelixConfiguration ``interfacePrefix``.
 
@@ -83,7 +101,7 @@ class Cluster:
         if not self._prefix:
             name, text = self._felix_setting("interfacePrefix")
             prefix = text.split(",")[0] or DEFAULT_PREFIX
-            if not _PREFIX.fullmatch(prefix):
+            if not is_prefix(prefix):
                 raise CniError(
                     INVALID_CONFIGURATION,
                     f"FelixConfiguration {name}: spec.interfacePrefix: {prefix!r}: expected 1 to 4"

@@ -17,6 +17,7 @@ ADDRESSES = 100  # no address can be given
 WIRING = 101  # the kernel refused
 NOT_AS_ADDED = 102  # CHECK found a difference
 ANNOTATIONS = 103  # the pod asks for something that can't be
+NO_ENDPOINT = 104  # the datastore can't hold its endpoint, whatever the runtime tries
 INTERNAL = 999  # a fault of ours; the daemon's log has the traceback
 
 

@@ -176,6 +176,7 @@ class Plugin:
 
     def _wanted(self, call: Call, attachment: Attachment, delegate: Delegate | None) -> Wanted:
         configuration = call.configuration
+        self._node.cluster.require_endpoint(attachment)
         pod = self._node.cluster.pod(attachment)
         namespace = self._node.cluster.namespace(attachment)
         permitted = configuration.feature_control
