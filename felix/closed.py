@@ -3,10 +3,13 @@
 Leaving the policy out could let through what it forbids, and keeping an older version of it
 would make the result depend on what was before. So what can be read of it says where it
 applies (selectors, directions, tier, order), and what can't be read is taken as "everywhere".
+A tier is read as far as it goes, too; see ``policy.engine`` for one whose order can't be.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,16 +18,20 @@ from api.errors import InvalidObjectError
 from api.kubernetes import KubernetesNetworkPolicy
 from api.metadata import ObjectMeta
 from api.policy import (
+    BUILT_IN_TIERS,
     GlobalNetworkPolicy,
     GlobalNetworkPolicySpec,
     NetworkPolicy,
     NetworkPolicySpec,
     PolicyType,
     Rule,
+    Tier,
+    TierSpec,
 )
 from api.registry import parse_as
 from datastore.interface import Key
 from policy import cluster, convert
+from policy.engine import UNPLACED
 
 # Their tiers; None: that is written in the policy.
 _TIERS = {
@@ -32,6 +39,7 @@ _TIERS = {
     "AdminNetworkPolicy": cluster.TIERS["Admin"],
     "BaselineAdminNetworkPolicy": cluster.TIERS["Baseline"],
 }
+_WITHOUT_PRIORITY = ("BaselineAdminNetworkPolicy",)
 _BOTH: list[PolicyType] = ["Ingress", "Egress"]
 _DENY = [Rule(action="Deny")]
 
@@ -40,13 +48,12 @@ def closed_policy(key: Key, value: object) -> NetworkPolicy | GlobalNetworkPolic
     """The stand-in for the object stored under ``key``. Never raises."""
     if key.kind == "KubernetesNetworkPolicy":
         return _kubernetes(key, _part(value, "spec"))
-    # Field names are matched without regard to case, as everywhere.
-    spec = {str(name).lower(): part for name, part in _part(value, "spec").items()}
+    spec = _fields(value)
     if key.kind in _TIERS:
         return _of_administrators(key, spec)
     fields: dict[str, Any] = {
-        "tier": _text(spec.get("tier")) or "default",
-        "order": _number(spec.get("order")),
+        "tier": _tier(spec.get("tier")),
+        "order": _order(spec.get("order")),
         # A selector that can't be parsed selects everything in the policy's reach.
         "selector": _text(spec.get("selector")),
         "service_account_selector": _text(spec.get("serviceaccountselector")),
@@ -64,6 +71,21 @@ def closed_policy(key: Key, value: object) -> NetworkPolicy | GlobalNetworkPolic
     return GlobalNetworkPolicy.model_construct(
         metadata=metadata, spec=GlobalNetworkPolicySpec.model_construct(**fields)
     )
+
+
+def tier_as_far_as_readable(key: Key, value: object) -> Tier:
+    """The stand-in for a tier: it ends in Deny where it doesn't clearly say Pass. Never raises."""
+    spec = _fields(value)
+    order: float | None
+    action: object
+    if key.name in BUILT_IN_TIERS:
+        order, action = BUILT_IN_TIERS[key.name]
+    else:
+        order, action = _order(spec.get("order") if spec else ""), spec.get("defaultaction")
+    read = TierSpec.model_construct(
+        order=order, default_action="Pass" if action == "Pass" else "Deny"
+    )
+    return Tier.model_construct(metadata=ObjectMeta.model_construct(name=key.name), spec=read)
 
 
 def _kubernetes(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy:
@@ -95,7 +117,7 @@ def _of_administrators(key: Key, spec: Mapping[str, Any]) -> GlobalNetworkPolicy
         metadata=ObjectMeta.model_construct(name=key.name),
         spec=GlobalNetworkPolicySpec.model_construct(
             tier=_TIERS[key.kind] or cluster.TIERS["Baseline" if baseline else "Admin"],
-            order=_number(spec.get("priority")),
+            order=_order(spec.get("priority", None if key.kind in _WITHOUT_PRIORITY else "")),
             selector=pods,
             namespace_selector=namespaces,
             types=types,
@@ -144,6 +166,11 @@ def _flags(spec: Mapping[str, Any]) -> dict[str, bool]:
     return {field: bool(flag) for field, flag in found.items()}
 
 
+def _fields(value: object) -> Mapping[str, Any]:
+    """Of its spec, whose names are matched without regard to case, as everywhere."""
+    return {str(name).lower(): part for name, part in _part(value, "spec").items()}
+
+
 def _part(value: object, name: str) -> Mapping[str, Any]:
     part = value.get(name) if isinstance(value, Mapping) else None
     return part if isinstance(part, Mapping) else {}
@@ -153,5 +180,19 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+def _tier(name: object) -> str:
+    """One that doesn't exist where the name can't be read."""
+    if name is None or name == "":
+        return "default"
+    return _text(name)
+
+
+def _order(value: object) -> float | None:
+    """None: the last. The first where it can't be read: what allows must not come before it."""
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(value):
+                return float(value)
+    return UNPLACED

@@ -24,7 +24,7 @@ from api.node import Node
 from api.policy import Tier
 from api.registry import dump, parse_as
 from datastore.interface import JSON, Key
-from felix.closed import closed_policy
+from felix.closed import closed_policy, tier_as_far_as_readable
 from felix.hosts import (
     HostView,
     SetView,
@@ -190,7 +190,7 @@ class Snapshot:
             case _ if key.kind in POLICIES:
                 self._put(self.policies, key, value, self._read_policy, closed_policy)
             case "Tier":
-                self._put(self.tiers, key, value, _read_tier)
+                self._put(self.tiers, key, value, _read_tier, tier_as_far_as_readable)
             case "IPPool":
                 self._put(self.pools, key, value, _read_pool)
             case "Node":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from api.bgp import BGPPeer
+from api.bgp import BGPConfiguration, BGPPeer
 from api.ippool import IPPool
 from api.metadata import Resource
 from api.net import format_address, parse_interface
@@ -13,7 +13,8 @@ from api.node import Node
 from api.policy import BUILT_IN_TIERS
 from api.registry import dump
 from datastore.interface import JSON, Datastore
-from ipam.overlaps import node_ranges, service_ranges, shared
+from ipam.overlaps import Range, node_ranges, service_ranges, shared
+from ipam.pools import Pools
 from manxctl.documents import Document
 
 _IN_TIERS = frozenset(
@@ -36,7 +37,7 @@ def doubts(
 
 
 def _tiers(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iterator[str]:
-    """Policies in tiers that don't exist: they are enforced nowhere until those do."""
+    """Policies in tiers that don't exist: until those do, they deny before all others."""
     wanted = [
         (document, tier)
         for document, resource in pairs
@@ -50,8 +51,8 @@ def _tiers(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iter
     for document, tier in wanted:
         if tier not in known:
             yield document.complain(
-                f"spec.tier: {tier!r}: there is no such tier, so the policy does nothing until"
-                " there is"
+                f"spec.tier: {tier!r}: there is no such tier; until there is, the policy stands"
+                " before all others, and what it doesn't allow is denied"
             )
 
 
@@ -94,22 +95,49 @@ def _addresses(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> 
 
 
 def _pools(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iterator[str]:
-    """Pools over the addresses of nodes or services."""
+    """Pools over the addresses of nodes or services, whichever of the two is written."""
+    ranges = {document.key: list(_ranges(resource)) for document, resource in pairs}
     pools = [(document, pool) for document, pool in pairs if isinstance(pool, IPPool)]
-    if not pools:
+    if not pools and not any(ranges.values()):
         return
-    ranges = [
-        *node_ranges(entry.value for entry in store.list("Node").entries),
-        *node_ranges(dump(node) for _, node in pairs if isinstance(node, Node)),
-        *service_ranges(entry.value for entry in store.list("BGPConfiguration").entries),
+    known = [
+        *chain.from_iterable(ranges.values()),
+        *node_ranges(_others(store, "Node", pairs)),
+        *service_ranges(_others(store, "BGPConfiguration", pairs)),
     ]
     for document, pool in pools:
         load_balancers = "LoadBalancer" in pool.spec.allowed_uses
-        for other in shared(pool.spec.net, ranges, load_balancers=load_balancers):
+        for other in shared(pool.spec.net, known, load_balancers=load_balancers):
             yield document.complain(
                 f"spec.cidr: {pool.spec.cidr!r}: it shares addresses with {other.net},"
                 f" {other.use}; packets to those would go to pods"
             )
+    written = {document.key.name for document, _ in pools}
+    stored = [pool for pool in Pools(store).all() if pool.name not in written]
+    for document, _ in pairs:
+        for there in stored if ranges[document.key] else ():
+            load_balancers = "LoadBalancer" in there.uses
+            for own in shared(there.net, ranges[document.key], load_balancers=load_balancers):
+                yield document.complain(
+                    f"spec: {own.net}, {own.use}, shares addresses with IPPool {there}; packets to"
+                    " those would go to pods"
+                )
+
+
+def _ranges(resource: Resource) -> Iterator[Range]:
+    """What nodes and services use according to what is written."""
+    if isinstance(resource, Node):
+        yield from node_ranges([dump(resource)])
+    elif isinstance(resource, BGPConfiguration):
+        yield from service_ranges([dump(resource)])
+
+
+def _others(
+    store: Datastore, kind: str, pairs: Sequence[tuple[Document, Resource]]
+) -> Iterator[JSON]:
+    """The objects of a kind that are not about to be written."""
+    written = {document.key for document, _ in pairs}
+    return (entry.value for entry in store.list(kind).entries if entry.key not in written)
 
 
 def _bgp(node: JSON) -> JSON:

@@ -31,7 +31,8 @@ def test_a_policy_in_a_tier_that_is_not_there(run: Run) -> None:
     assert result.stdout == "GlobalNetworkPolicy security.all created\n"
     assert result.stderr == (
         "Warning: standard input, document 1: GlobalNetworkPolicy security.all: spec.tier:"
-        " 'security': there is no such tier, so the policy does nothing until there is\n"
+        " 'security': there is no such tier; until there is, the policy stands before all"
+        " others, and what it doesn't allow is denied\n"
     )
     with_tier = policy + document("Tier", "security", {"order": 5})
     assert run("apply", "-f", "-", stdin=with_tier).stderr == ""
