@@ -24,7 +24,7 @@ from api.net import V4, V6, host_net
 from kernel import nft_expressions as nft
 from kernel.conntrack import Flow, Tuple
 from kernel.nft_expressions import Base, Compare, ConntrackState, Meta, Verdict
-from kernel.nft_sets import ADDRESS4, ADDRESS6, PORT, NftSet, key
+from kernel.nft_sets import ADDRESS4, ADDRESS6, PORT, ForeignElementError, NftSet, key
 from kernel.nftables import BaseChain, Nftables, NftablesError, NftRule
 
 TABLE = "calico-ended"
@@ -94,6 +94,12 @@ class Ended:
             # Some went by themselves meanwhile, or somebody else removed all of them.
             self._exists = None
             self._review(is_forbidden)
+        except ForeignElementError:
+            # Whom it stops now is somebody else's idea.
+            transaction = self._nftables.transaction()
+            transaction.delete_table()
+            self._nftables.commit(transaction)
+            self._exists = False
 
     def _review(self, is_forbidden: Callable[[Tuple], bool]) -> None:
         if self._exists is None:

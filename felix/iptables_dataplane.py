@@ -53,6 +53,7 @@ class _Table:
         self._indexes = indexes
         self._lookups: dict[str, str] = {}  # indexes that are looked up in sets, by chain
         self._append = False
+        self._dormant = False
         self._neutral: dict[str, AnyChain] = {}
         self._rendered: dict[str, dict[str, RenderedChain]] = {}  # by neutral chain
         self._fragments: dict[str, Fragments] = {}
@@ -129,6 +130,7 @@ class _Table:
             self.rules.found({})
             return
         state = self._iptables.read()
+        self._dormant = state.dormant
         insert, append = self._placed(self._hooks)
         wrong = state.update_to({}, insert, append).insert.keys()
         actual = dict(state.chains)
@@ -140,7 +142,7 @@ class _Table:
         self.rules.found(actual)
 
     def apply(self, now: float) -> int:
-        steps = self.rules.apply(now)
+        steps = self._wake() + self.rules.apply(now)
         if self.rules.errors:
             # Perhaps somebody else changed our chains: begin from what is there.
             self.read()
@@ -148,6 +150,14 @@ class _Table:
         if steps and self._kind is not chains.Table.FILTER:
             self._iptables.close()  # seldom needed: no reason to keep a process for it
         return steps
+
+    def _wake(self) -> int:
+        """Have packets see a table again that somebody put to sleep. Raises OSError."""
+        if not self._dormant:
+            return 0
+        self._iptables.wake()
+        self._dormant = False
+        return 1
 
     def stands(self, chain: str) -> bool | None:
         """Whether a chain is in the kernel as it should be; None: it should not be there."""

@@ -2,6 +2,8 @@
 
 A match becomes alternatives, any of which suffices: iptables takes one address and 15 ports a
 rule, so longer lists of addresses become constant sets, longer lists of ports several rules.
+Words are in the order in which ``iptables-save`` tells them: addresses, interfaces and protocol
+first.
 """
 
 from __future__ import annotations
@@ -38,14 +40,21 @@ class Matches:
         self.version = version
         self.sets: dict[str, ConstantSet] = {}
 
-    def alternatives(self, match: Match) -> list[str]:
-        """Fragments of which any suffices. Raises NeverError when none could."""
+    def alternatives(self, match: Match, interfaces: str = "") -> list[str]:
+        """Fragments of which any suffices. Raises NeverError when none could.
+
+        ``interfaces``: words such as ``-i eth0``.
+        """
         if match.version is not None and match.version != self.version:
             raise NeverError
-        head = joined(
-            *self._icmp(match),
+        nets = [
             *self._nets("-s", "src", match.src_nets, match.not_src_nets),
             *self._nets("-d", "dst", match.dst_nets, match.not_dst_nets),
+        ]
+        addresses = [words for words in nets if not words.startswith("-m")]
+        head = joined(
+            *self._icmp(match),
+            *(words for words in nets if words.startswith("-m")),
             *self._members("src", match.src_sets, match.not_src_sets),
             *self._members("dst", match.dst_sets, match.not_dst_sets),
         )
@@ -58,7 +67,14 @@ class Matches:
                 *self._no_ports("dst", protocol, match.not_dst_ports, match.not_dst_named_ports),
             )
             found.extend(
-                joined(_protocolwords(protocol, match.not_protocol), head, unwanted, *pair)
+                joined(
+                    *addresses,
+                    interfaces,
+                    _protocolwords(protocol, match.not_protocol),
+                    head,
+                    unwanted,
+                    *pair,
+                )
                 for pair in itertools.product(source, target)
             )
         if not found:

@@ -129,11 +129,11 @@ class Renderer:
 
     def _conditions(self, condition: Condition, matches: Matches) -> list[str]:
         """The alternatives, any of which suffices."""
+        interfaces = joined(
+            f"-i {condition.in_interface.replace('*', '+')}" if condition.in_interface else "",
+            f"-o {condition.out_interface.replace('*', '+')}" if condition.out_interface else "",
+        )
         words: list[str] = []
-        if condition.in_interface:
-            words.append(f"-i {condition.in_interface.replace('*', '+')}")
-        if condition.out_interface:
-            words.append(f"-o {condition.out_interface.replace('*', '+')}")
         if condition.marked or condition.unmarked:
             value = self._bits(condition.marked)
             words.append(_mark_match(value, value | self._bits(condition.unmarked)))
@@ -150,8 +150,9 @@ class Renderer:
             words.append("-m rpfilter --validmark --invert")
         common = " ".join(words)
         if condition.packet is ANY_PACKET:  # most rules of an endpoint: there are many
-            return [common]
-        return [joined(packet, common) for packet in matches.alternatives(condition.packet)]
+            return [joined(interfaces, common)]
+        packets = matches.alternatives(condition.packet, interfaces)
+        return [joined(packet, common) for packet in packets]
 
     def _targets(self, action: Action) -> tuple[str, ...]:
         """What the action takes, each in a rule of its own under the same condition."""
@@ -175,7 +176,8 @@ class Renderer:
             case Drop():
                 return "-j DROP"
             case Reject():
-                return "-j REJECT"  # with ICMP port unreachable
+                kind = "icmp" if self.version == V4 else "icmp6"
+                return f"-j REJECT --reject-with {kind}-port-unreachable"
             case Return():
                 return "-j RETURN"
             case Jump(chain):
@@ -221,7 +223,12 @@ def _walk(index: Index) -> Iterator[ChainRule]:
 
 
 def quoted(text: str) -> str:
-    """``text`` as one word of a rule: what iptables-restore could misread becomes ``_``."""
+    """``text`` as one word of a rule: what iptables-restore could misread becomes ``_``.
+
+    In quotes where iptables-save has them.
+    """
+    if text.isascii() and text.replace("-", "_").isidentifier():
+        return text
     return (
         '"'
         + "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "_" for c in text)

@@ -76,11 +76,6 @@ class RenderedChain:
     constants: tuple[ConstantSet, ...] = ()
     sets: frozenset[str] = frozenset()
 
-    @property
-    def comments(self) -> tuple[str, ...]:
-        """By which the chain is recognised in the kernel."""
-        return tuple(rule.comment for rule in self.rules)
-
 
 @dataclass(frozen=True, slots=True)
 class _RenderedRule:

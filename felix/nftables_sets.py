@@ -19,7 +19,7 @@ from felix.nftables_matches import (
     set_declarations,
     set_name,
 )
-from kernel.nft_sets import NftSet, Range, key, ranges
+from kernel.nft_sets import ForeignElementError, NftSet, Range, key, ranges
 from kernel.nftables import Nftables, Transaction
 from policy.engine import SetDelta
 from policy.model import Member, NamedPortMember, SetKind
@@ -280,14 +280,24 @@ class NftablesSets:
             transaction.create_set(contents.declaration)
             transaction.add_keys(name, contents.keys)
             transaction.add_ranges(name, contents.spans)
-        elif contents.declaration.ranges:
-            actual = self._nftables.ranges(name)
-            transaction.delete_ranges(name, actual - contents.spans)
-            transaction.add_ranges(name, contents.spans - actual)
-        else:
-            keys = self._nftables.keys(name)
-            transaction.delete_keys(name, keys - contents.keys)
-            transaction.add_keys(name, contents.keys - keys)
+            return
+        spans, keys = self._elements(transaction, contents.declaration)
+        transaction.delete_ranges(name, spans - contents.spans)
+        transaction.add_ranges(name, contents.spans - spans)
+        transaction.delete_keys(name, keys - contents.keys)
+        transaction.add_keys(name, contents.keys - keys)
+
+    def _elements(
+        self, transaction: Transaction, declaration: NftSet
+    ) -> tuple[set[Range], set[bytes]]:
+        """The ranges or keys of a set. One with elements that we never make is emptied first."""
+        try:
+            if declaration.ranges:
+                return self._nftables.ranges(declaration.name), set()
+            return set(), self._nftables.keys(declaration.name)
+        except ForeignElementError:
+            transaction.flush_set(declaration.name)
+            return set(), set()
 
     def _change_ranges(self, transaction: Transaction, name: str) -> None:
         spans = self._spans.get(name)

@@ -24,7 +24,7 @@ from felix.nftables_renderer import (
 from felix.nftables_sets import NftablesSets
 from felix.settings import Settings
 from kernel.nft_expressions import interface_name
-from kernel.nft_sets import NftSet, Target
+from kernel.nft_sets import ForeignElementError, NftSet, Target
 from kernel.nftables import BaseChain, ChainState, Nftables, NftablesError, Transaction
 from policy.model import Direction, Member
 from reconcile.backoff import Backoff
@@ -78,7 +78,9 @@ class NftablesTable:
         self._users: dict[str, set[str]] = {}  # set -> the chains that look it up
         self._chains: dict[str, ChainState] = {}  # in the kernel
         self._targets: dict[str, dict[bytes, Target]] = {}  # of the maps in the kernel
+        self._foreign: set[str] = set()  # maps with elements that we never make
         self._exists = False
+        self._dormant = False
         self._dirty: set[str] = set()  # chains
         self._dirty_maps: set[str] = set()
         self._refused: dict[str, RenderedChain] = {}  # as which the kernel refused a chain
@@ -159,10 +161,11 @@ class NftablesTable:
     def read(self) -> None:
         """See what is in the kernel. Raises OSError."""
         state = self._nftables.read()
-        self._exists = bool(state.chains or state.sets) or self._nftables.exists()
-        self._chains = dict(state.chains)
+        self._exists, self._dormant = state.exists, state.dormant
+        self._chains = {name: self._recognise(name, found) for name, found in state.chains.items()}
         maps = {name for name, found in state.sets.items() if found.verdicts}
-        self._targets = {name: self._nftables.targets(name) for name in maps}
+        self._foreign.clear()
+        self._targets = {name: self._read_targets(name) for name in maps}
         self._sets.found({name: s for name, s in state.sets.items() if name not in maps})
         self._dirty = self._rendered.keys() | state.chains.keys()
         self._dirty_maps = self._maps.keys() | maps
@@ -220,6 +223,20 @@ class NftablesTable:
         for what, message in self.errors.items():
             yield f"nftables {self._nftables} {what}".rstrip(), message
 
+    def _recognise(self, name: str, found: ChainState) -> ChainState:
+        """What a chain is: if it is as it should be, just that, and not as the kernel tells it."""
+        if name not in self._rendered:
+            return found
+        wanted = self._state(name)
+        return wanted if found.is_as(wanted) else found
+
+    def _read_targets(self, name: str) -> dict[bytes, Target]:
+        try:
+            return self._nftables.targets(name)
+        except ForeignElementError:
+            self._foreign.add(name)
+            return {}
+
     def _make_renderer(self, settings: Settings) -> Renderer:
         return Renderer(self._version, settings.nftables, self._sets.holds_networks)
 
@@ -266,7 +283,7 @@ class NftablesTable:
             self._users.setdefault(name, set()).add(full)
 
     def _pending(self) -> bool:
-        return bool(self._dirty or self._dirty_maps) or self._sets.pending()
+        return bool(self._dormant or self._dirty or self._dirty_maps) or self._sets.pending()
 
     def _is_due(self, now: float) -> bool:
         """What failed waits for its time, but what is new doesn't wait for that."""
@@ -274,10 +291,24 @@ class NftablesTable:
 
     def _commit(self) -> int:
         """Build the transaction and have it carried out. Raises OSError."""
+        woken = self._wake()
         transaction = self._transaction()
         self._nftables.commit(transaction)
         self._committed()
-        return len(transaction.messages)
+        return woken + len(transaction.messages)
+
+    def _wake(self) -> int:
+        """Have packets see a table again that somebody else put to sleep.
+
+        In a transaction of its own: a kernel takes no base chain together with it.
+        """
+        if not self._dormant:
+            return 0
+        transaction = self._nftables.transaction()
+        transaction.create_table()
+        self._nftables.commit(transaction)
+        self._dormant = False
+        return 1
 
     def _commit_in_part(self) -> int:
         """As ``_commit``, but a chain that the kernel refuses stays as it is, or drops if new."""
@@ -319,10 +350,12 @@ class NftablesTable:
         for name in sorted(self._dirty_maps & self._maps.keys() - self._targets.keys()):
             transaction.create_set(self._maps[name][0])
         for name in sorted(changed):
-            if name in self._chains and self._chains[name].comments:
+            if name in self._chains and self._chains[name].rules:
                 transaction.flush_chain(name)
             transaction.append_rules(name, self._wanted(name).rules)
         for name in sorted(self._dirty_maps & self._maps.keys()):
+            if name in self._foreign:
+                transaction.flush_set(name)
             wanted, present = self._maps[name][1], self._targets.get(name, {})
             unlike = [k for k, target in present.items() if wanted.get(k) != target]
             transaction.delete_keys(name, unlike)
@@ -343,9 +376,11 @@ class NftablesTable:
             return False
         if name in self._refused and name in self._chains:
             return False
-        present = self._chains.get(name)
-        wanted = ChainState(self._bases.get(name), self._wanted(name).comments)
-        return present != wanted
+        return self._chains.get(name) != self._state(name)
+
+    def _state(self, name: str) -> ChainState:
+        """How a chain is to be in the kernel."""
+        return ChainState(self._bases.get(name), self._wanted(name).rules)
 
     def _wanted(self, name: str) -> RenderedChain:
         """A chain as it is to be: one that was refused drops."""
@@ -360,11 +395,12 @@ class NftablesTable:
             if name not in self._rendered:
                 self._chains.pop(name, None)
             elif self._differs(name):
-                self._chains[name] = ChainState(self._bases.get(name), self._wanted(name).comments)
+                self._chains[name] = self._state(name)
         for name in self._dirty_maps & self._maps.keys():
             self._targets[name] = dict(self._maps[name][1])
         for name in self._targets.keys() - self._maps.keys():
             del self._targets[name]
+        self._foreign.clear()
         self._exists = True
         self._dirty.clear()
         self._dirty_maps.clear()

@@ -2,8 +2,9 @@
 
 See iptables(8), iptables-restore(8). Ours are the chains whose names begin with a prefix
 and the rules with a comment ``cali:`` and sixteen characters, a hash of the rule and of
-all before it in its chain. So a restarted agent sees from the comments alone what is
-right. No other chain is changed but for the rules we insert, and no other rule is.
+all before it in its chain. So a restarted agent sees from the kernel alone what is right:
+a rule is ours as long as the hash of what it says is that in its comment. No other chain is
+changed but for the rules we insert, and no other rule is.
 
 With the nft backend a change right after another waits some ten milliseconds: the kernel
 first lets go of the rules that the earlier one removed. So gather changes into one update.
@@ -14,9 +15,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import socket
 import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from kernel.netns import in_namespace
@@ -29,7 +32,12 @@ BACKENDS = ("nft", "legacy")
 _TABLES = ("filter", "nat", "raw", "mangle", "security")
 _SAVE_SECONDS = 60
 _ATTEMPTS = 3
-_OURS = re.compile(r'--comment "?cali:([A-Za-z0-9_-]{16})"?(?= |$)')
+_OURS = re.compile(r'-m comment --comment "?cali:([A-Za-z0-9_-]{16})"?(?: |$)')
+_PROTOCOL = re.compile(r"((?:(?:! )?-[sdio] [^ ]+ )*(?:! )?-p )([^ ]+)")
+# Those that iptables knows by itself.
+_PROTOCOLS = {"tcp": 6, "udp": 17, "udplite": 136, "sctp": 132, "icmp": 1, "ipv6-icmp": 58}
+# In the place of the hash of a rule that says something else than we wrote.
+ALTERED = "altered"
 
 Fragments = tuple[str, ...]
 
@@ -68,11 +76,13 @@ class TableState:
 
     ``chains`` are ours; ``inserted`` are the others: the builtin ones, and more where a
     rule of ours is found. ``policies`` are those of the builtin ones, such as ``DROP``.
+    ``dormant``: no packet sees the table (nft variant only).
     """
 
     chains: dict[str, tuple[str, ...]]
     inserted: dict[str, tuple[str, ...]]
     policies: dict[str, str] = field(default_factory=dict)
+    dormant: bool = False
 
     def update_to(
         self,
@@ -218,6 +228,10 @@ class IptablesTable:
         self._restore = Restore(f"{command}-restore", netns_fd=netns_fd)
         # Other chains than ours, as last seen: (hash, text) of each rule. None: not known
         self._hooks: dict[str, list[tuple[str, str]]] | None = None
+        # What this iptables makes of fragments that it doesn't tell as they were written, and
+        # the chains where that may be so.
+        self._told_as: dict[str, str] = {}
+        self._doubtful: set[str] = set()
 
     def __str__(self) -> str:
         return f"{_COMMANDS[self.family]}-{self.backend} table {self.table}"
@@ -238,8 +252,33 @@ class IptablesTable:
         Raises IptablesError, also where another program keeps rules that only nft(8) can
         show.
         """
-        chains: dict[str, list[str]] = {}
-        hooks: dict[str, list[tuple[str, str]]] = {}
+        rules, policies = self._rules()
+        self._doubtful.clear()
+        marks = {name: self._marks(name, each) for name, each in rules.items()}
+        ours = {name for name in rules if name.startswith(self._prefix)}
+        hooks = rules.keys() - ours
+        self._hooks = {name: list(zip(marks[name], rules[name], strict=True)) for name in hooks}
+        return TableState(
+            {name: marks[name] for name in rules if name in ours},
+            {name: marks[name] for name in rules if name in hooks},
+            policies,
+            self.backend == "nft" and self._is_dormant(),
+        )
+
+    def wake(self) -> None:
+        """Have packets see the table again. Raises NftablesError."""
+        with Nftables(self.family, self.table, netns_fd=self._netns_fd) as table:
+            transaction = table.transaction()
+            transaction.create_table()
+            table.commit(transaction)
+
+    def _is_dormant(self) -> bool:
+        with Nftables(self.family, self.table, netns_fd=self._netns_fd) as table:
+            return table.dormant()
+
+    def _rules(self) -> tuple[dict[str, list[str]], dict[str, str]]:
+        """The rules of our chains and of those we hook into, and the policies of the latter."""
+        rules: dict[str, list[str]] = {}
         policies: dict[str, str] = {}
         for line in _run(self._save, self._netns_fd).splitlines():
             if line.startswith("# Table") and "incompatible" in line:
@@ -248,23 +287,30 @@ class IptablesTable:
             if line.startswith(":"):
                 name, policy, _ = line[1:].split(" ", 2)
                 if name.startswith(self._prefix):
-                    chains[name] = []
+                    rules[name] = []
                 elif policy != "-":
-                    hooks[name] = []
+                    rules[name] = []
                     policies[name] = policy
             elif line.startswith("-A "):
                 name, _, rule = line[3:].partition(" ")
-                found = _OURS.search(rule)
-                if name in chains:
-                    chains[name].append(found[1] if found else "")
-                else:
-                    hooks.setdefault(name, []).append((found[1] if found else "", rule))
-        self._hooks = hooks
-        return TableState(
-            {name: tuple(hashes) for name, hashes in chains.items()},
-            {name: tuple(mark for mark, _ in rules) for name, rules in hooks.items()},
-            policies,
-        )
+                rules.setdefault(name, []).append(rule)
+        return rules, policies
+
+    def _marks(self, chain: str, rules: Sequence[str]) -> tuple[str, ...]:
+        """The hash of each rule of ours that says what we wrote; ``ALTERED`` of another."""
+        found = [_OURS.search(rule) for rule in rules]
+        said = [_said(rule, ours) for rule, ours in zip(rules, found, strict=True) if ours]
+        hashes = iter(rule_hashes(chain, [self._told_as.get(text, text) for text in said]))
+        marks = []
+        for ours in found:
+            if ours is None:
+                marks.append("")
+                continue
+            is_right = next(hashes) == ours[1]
+            marks.append(ours[1] if is_right else ALTERED)
+            if not is_right:
+                self._doubtful.add(chain)
+        return tuple(marks)
 
     def apply(self, update: TableUpdate) -> None:
         """Do the whole update in one transaction; an inserted rule in place is left alone.
@@ -283,9 +329,31 @@ class IptablesTable:
                 self._hooks = None
                 if attempt == _ATTEMPTS:
                     raise self._explain(error, lines) from error
+        self._learn(update)
         if self._hooks is not None:
             for name in update.insert.keys() | update.append.keys():
                 self._remember(name, update.insert.get(name, ()), update.append.get(name, ()))
+
+    def _learn(self, update: TableUpdate) -> None:
+        """See how this iptables tells what was just written where a rule seemed altered.
+
+        Another version may say the same in other words; else the rule would be put right again
+        and again.
+        """
+        written = {**update.replace}
+        for name in update.insert.keys() | update.append.keys():
+            written[name] = (*update.insert.get(name, ()), *update.append.get(name, ()))
+        doubtful = self._doubtful & written.keys()
+        if not doubtful:
+            return
+        rules, _ = self._rules()
+        for name in doubtful:
+            ours = [(rule, _OURS.search(rule)) for rule in rules.get(name, ())]
+            said = [_said(rule, found) for rule, found in ours if found]
+            if len(said) == len(written[name]):
+                pairs = zip(said, written[name], strict=True)
+                self._told_as.update(pair for pair in pairs if pair[0] != pair[1])
+        self._doubtful -= doubtful
 
     def _render(self, update: TableUpdate) -> Iterator[str]:
         for name in (*update.replace, *update.delete):
@@ -360,6 +428,27 @@ def _commented(chain: str, fragments: Sequence[str]) -> list[str]:
         f'-m comment --comment "cali:{mark}" {fragment}'
         for mark, fragment in zip(rule_hashes(chain, fragments), fragments, strict=True)
     ]
+
+
+def _said(rule: str, ours: re.Match[str]) -> str:
+    """A rule that iptables-save tells as we write it.
+
+    That is, without our comment, with protocols by number and no escaped apostrophes.
+    """
+    text = (rule[: ours.start()] + rule[ours.end() :]).rstrip().replace("\\'", "'")
+    protocol = _PROTOCOL.match(text)
+    if protocol is None or protocol[2].isdigit():
+        return text
+    return f"{protocol[1]}{_protocol_number(protocol[2])}{text[protocol.end() :]}"
+
+
+@lru_cache
+def _protocol_number(name: str) -> str:
+    """By the name in ``/etc/protocols``, where iptables has it from; else the name."""
+    try:
+        return str(_PROTOCOLS.get(name) or socket.getprotobyname(name))
+    except OSError:
+        return name
 
 
 def _in_place(present: Sequence[str], chain: str, insert: Fragments, append: Fragments) -> bool:

@@ -65,6 +65,7 @@ _ELEMENTS = 3
 _ELEMENT_KEY = 1
 _ELEMENT_DATA = 2
 _ELEMENT_FLAGS = 3
+_ELEMENT_EXPRESSIONS = (7, 11)
 
 _BE32 = struct.Struct(">I")
 _BULK_BYTES = 60_000  # an attribute holds at most 64 KiB
@@ -252,13 +253,23 @@ def _is_end(element: bytes) -> bool:
 _END_HEADER = number(_ELEMENT_FLAGS, _INTERVAL_END)[:4]
 
 
+class ForeignElementError(ValueError):
+    """A set holds what is made here never: an element for all other keys, or one with statements.
+
+    (``*``, ``10.0.0.1 limit rate 1/second``.)
+    """
+
+
 def parse_elements(bodies: Iterable[bytes]) -> Iterator[tuple[bytes, bool, Target | None]]:
-    """(key, whether it is an end, what a map says) of every element in a dump's bodies."""
+    """(key, whether it is an end, what a map says) of every element in a dump's bodies.
+
+    Raises ForeignElementError.
+    """
     for body in bodies:
         for _, element in attribute_list(attributes(body, 4).get(_ELEMENTS, b"")):
             found = attributes(element)
-            if _ELEMENT_KEY not in found:
-                continue  # the catch-all element, which we never make
+            if _ELEMENT_KEY not in found or not found.keys().isdisjoint(_ELEMENT_EXPRESSIONS):
+                raise ForeignElementError(element.hex())
             raw = attributes(found[_ELEMENT_KEY])[1]
             end = found.get(_ELEMENT_FLAGS, bytes(4))[3] & _INTERVAL_END != 0
             data = found.get(_ELEMENT_DATA)

@@ -24,7 +24,7 @@ from kernel.netlink import (
     nested,
     text,
 )
-from kernel.nft_expressions import number
+from kernel.nft_expressions import alike, number, uncounted
 from kernel.nft_sets import (
     NftSet,
     Range,
@@ -51,12 +51,11 @@ _NEW_ELEMENTS, _GET_ELEMENTS, _DELETE_ELEMENTS = (_SUBSYSTEM | n for n in (12, 1
 _GET_GENERATION = _SUBSYSTEM | 16
 _BATCH_BEGIN = 0x10
 _BATCH_END = 0x11
-_BATCH_GENERATION = 1
 
 _NLM_F_APPEND = 0x800
-_ERESTART = 85  # the generation is another one
 
-_TABLE_NAME = 1
+_TABLE_NAME, _TABLE_FLAGS = 1, 2
+_DORMANT = 1  # NFT_TABLE_F_DORMANT
 _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_TYPE = 1, 3, 4, 5, 7
 _HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
 _RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS, _RULE_USERDATA = 1, 2, 4, 7
@@ -67,6 +66,8 @@ _GENERATION_ID = 1
 _FAMILIES = {V4: 2, V6: 10}
 _HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 _HOOK_NAMES = {code: name for name, code in _HOOKS.items()}
+_POLICIES = {"drop": 0, "accept": 1}  # NF_DROP, NF_ACCEPT
+_POLICY_NAMES = {code: name for name, code in _POLICIES.items()}
 
 # One transaction is one datagram.
 _SEND_BUFFER = 256 << 20
@@ -85,21 +86,18 @@ class NftablesError(OSError):
         self.refused = refused
 
 
-class GenerationError(NftablesError):
-    """Somebody else changed nftables since the generation that was given."""
-
-
 @dataclass(frozen=True, slots=True)
 class BaseChain:
     """Where the kernel hands packets to a chain. ``kind`` is ``filter``, ``nat`` or ``route``.
 
-    ``hook`` is as nft(8) writes it; lower priorities come first. Packets that meet the chain's
-    end are accepted.
+    ``hook`` is as nft(8) writes it; lower priorities come first. ``policy``, ``accept`` or
+    ``drop``, is what becomes of packets that meet the chain's end.
     """
 
     kind: str
     hook: str
     priority: int
+    policy: str = "accept"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +110,34 @@ class NftRule:
 
 @dataclass(frozen=True, slots=True)
 class ChainState:
-    """A chain in the kernel: its hook if it has one, and the comments of its rules, in order."""
+    """A chain in the kernel: its hook if it has one, and its rules in order, as it tells them."""
 
     base: BaseChain | None
-    comments: tuple[str, ...]
+    rules: tuple[NftRule, ...]
+
+    def is_as(self, sent: ChainState) -> bool:
+        """Whether it is the chain that was sent, however the kernel writes it."""
+        return (
+            self.base == sent.base
+            and len(self.rules) == len(sent.rules)
+            and all(
+                told.comment == rule.comment and alike(rule.expressions, told.expressions)
+                for told, rule in zip(self.rules, sent.rules, strict=True)
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class TableState:
-    """What is in a table, but the elements of sets. ``generation`` is of before the reading."""
+    """What is in a table, but the elements of sets.
 
-    generation: int
+    ``exists``: it is there; ``dormant``: but no packet sees it.
+    """
+
     chains: Mapping[str, ChainState]
     sets: Mapping[str, NftSet]
+    exists: bool = True
+    dormant: bool = False
 
 
 @dataclass(slots=True)
@@ -144,8 +157,8 @@ class Transaction:
         return bool(self.messages)
 
     def create_table(self) -> None:
-        """``add table``; one that is there stays."""
-        self._add(_NEW_TABLE, NLM_F_CREATE, b"", f"table {self.table}")
+        """``add table``; one that is there stays, and is dormant no more."""
+        self._add(_NEW_TABLE, NLM_F_CREATE, number(_TABLE_FLAGS, 0), f"table {self.table}")
 
     def delete_table(self) -> None:
         """``delete table``, with all that is in it."""
@@ -156,7 +169,7 @@ class Transaction:
         body = attribute_text(_CHAIN_NAME, name)
         if base is not None:
             hook = number(_HOOK_NUMBER, _HOOKS[base.hook]) + number(_HOOK_PRIORITY, base.priority)
-            body += nested(_CHAIN_HOOK, hook) + number(_CHAIN_POLICY, 1)
+            body += nested(_CHAIN_HOOK, hook) + number(_CHAIN_POLICY, _POLICIES[base.policy])
             body += attribute_text(_CHAIN_TYPE, base.kind)
         self._add(_NEW_CHAIN, NLM_F_CREATE, body, f"chain {name}")
 
@@ -258,27 +271,19 @@ class Nftables:
         """An empty transaction."""
         return Transaction(self.version, self.name)
 
-    def commit(self, transaction: Transaction, generation: int | None = None) -> None:
-        """Carry out the transaction; given a generation, only if it is still that one.
-
-        Raises GenerationError, NftablesError; then nothing was done.
-        """
+    def commit(self, transaction: Transaction) -> None:
+        """Carry out the transaction. Raises NftablesError; then nothing was done."""
         if not transaction:
             return
-        expected = b"" if generation is None else number(_BATCH_GENERATION, generation)
-        begin = Message(_BATCH_BEGIN, 0, _BATCH_HEADER + expected)
+        begin = Message(_BATCH_BEGIN, 0, _BATCH_HEADER)
         end = Message(_BATCH_END, 0, _BATCH_HEADER)
         failures = self._socket.atomic([begin, *transaction.messages, end])
         if not failures:
             self.commits += 1
             return
-        code = failures[0].errno
-        if code == _ERESTART:
-            why = "somebody else changed nftables meanwhile"
-            raise GenerationError(code, str(self), (("generation", why),))
         subjects = [str(self), *transaction.subjects, str(self)]
         refused = tuple((subjects[failure.index], failure.message) for failure in failures)
-        raise NftablesError(code, str(self), refused)
+        raise NftablesError(failures[0].errno, str(self), refused)
 
     def generation(self) -> int:
         """The number of the last transaction of anybody, in this network namespace."""
@@ -287,46 +292,56 @@ class Nftables:
 
     def exists(self) -> bool:
         """Whether the table is there."""
-        try:
-            self._socket.request(Message(_GET_TABLE, 0, self._head + self._named))
-        except FileNotFoundError:
-            return False
-        return True
+        return self._table() is not None
+
+    def dormant(self) -> bool:
+        """Whether it is there, but no packet sees it (``flags dormant``)."""
+        found = self._table() or {}
+        return int.from_bytes(found.get(_TABLE_FLAGS, b""), "big") & _DORMANT != 0
 
     def read(self) -> TableState:
         """The chains and sets of the table; none if it is not there."""
-        generation = self.generation()
         if not self.exists():
-            return TableState(generation, {}, {})
-        comments = self._comments()
+            return TableState({}, {}, exists=False)
+        rules = self._rules()
         chains: dict[str, ChainState] = {}
         for found in self._dump(_GET_CHAIN):
             name = text(found[_CHAIN_NAME])
-            base = _parse_base(found)
-            chains[name] = ChainState(base, tuple(comments.get(name, ())))
+            chains[name] = ChainState(_parse_base(found), tuple(rules.get(name, ())))
         sets = [parse_declaration(found) for found in self._dump(_GET_SET)]
-        return TableState(generation, chains, {each.name: each for each in sets})
+        return TableState(chains, {each.name: each for each in sets}, dormant=self.dormant())
 
     def keys(self, set_name: str) -> set[bytes]:
-        """The elements of a plain set. Raises FileNotFoundError without such a set."""
+        """The elements of a plain set.
+
+        Raises FileNotFoundError without such a set, ForeignElementError.
+        """
         return {raw for raw, _, _ in parse_elements(self._element_bodies(set_name))}
 
     def ranges(self, set_name: str) -> set[Range]:
-        """The elements of a set of ranges. Raises FileNotFoundError without such a set."""
+        """The elements of a set of ranges. Raises as ``keys`` does."""
         return parse_ranges(parse_elements(self._element_bodies(set_name)))
 
     def targets(self, map_name: str) -> dict[bytes, Target]:
-        """The elements of a verdict map. Raises FileNotFoundError without such a map."""
+        """The elements of a verdict map. Raises as ``keys`` does."""
         found = parse_elements(self._element_bodies(map_name))
         return {raw: target for raw, _, target in found if target is not None}
 
-    def _comments(self) -> dict[str, list[str]]:
-        """The comments of all rules by chain, in order."""
-        comments: dict[str, list[str]] = {}
+    def _table(self) -> dict[int, bytes] | None:
+        try:
+            found = self._socket.request(Message(_GET_TABLE, 0, self._head + self._named))
+        except FileNotFoundError:
+            return None
+        return attributes(found, 4)
+
+    def _rules(self) -> dict[str, list[NftRule]]:
+        """All rules by chain, in order."""
+        rules: dict[str, list[NftRule]] = {}
         for found in self._dump(_GET_RULE):
             comment = _parse_comment(found.get(_RULE_USERDATA, b""))
-            comments.setdefault(text(found[_RULE_CHAIN]), []).append(comment)
-        return comments
+            rule = NftRule(uncounted(found.get(_RULE_EXPRESSIONS, b"")), comment)
+            rules.setdefault(text(found[_RULE_CHAIN]), []).append(rule)
+        return rules
 
     def _dump(self, kind: int) -> list[dict[int, bytes]]:
         """What a dump tells of this table; the kernel may tell of others, too."""
@@ -356,6 +371,7 @@ def _parse_base(found: Mapping[int, bytes]) -> BaseChain | None:
         text(found[_CHAIN_TYPE]),
         _HOOK_NAMES[int.from_bytes(hook[_HOOK_NUMBER], "big")],
         int.from_bytes(hook[_HOOK_PRIORITY], "big", signed=True),
+        _POLICY_NAMES[int.from_bytes(found[_CHAIN_POLICY], "big")],
     )
 
 

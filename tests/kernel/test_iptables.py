@@ -206,17 +206,17 @@ def test_a_rule_that_says_something_else_under_its_comment_is_not_ours(world: Wo
 def test_a_rule_that_iptables_tells_in_other_words_is_written_again_only_once(
     world: World,
 ) -> None:
-    chains = {"cali-a": ("-j DROP", "-p tcp -s 10.0.0.0/8 -j DROP", "-j REJECT")}
-    if world.table.family == 6:
-        chains = {"cali-a": ("-j DROP", "-p tcp -s fd00:0::/16 -j DROP", "-j REJECT")}
+    net = "10.0.0.0/8" if world.table.family == 4 else "fd00::/16"
+    own = {"cali-a": ("-j DROP", f"-p tcp -s {net} -j DROP", "-j REJECT")}
+    chains = {**CHAINS, **own}
     world.become(chains)
-    assert world.table.read().update_to(chains, INSERT, APPEND).replace == chains
+    assert world.table.read().update_to(chains, INSERT, APPEND) == TableUpdate(replace=own)
     world.become(chains)
     assert not world.table.read().update_to(chains, INSERT, APPEND)
     rule = world.rules("cali-a")[2].removeprefix("-A cali-a ")
     changed = re.sub("-j .*", "-j ACCEPT", rule)
     run(world.namespace, world.command, "-R", "cali-a", "3", *shlex.split(changed))
-    assert world.table.read().update_to(chains, INSERT, APPEND).replace == chains
+    assert world.table.read().update_to(chains, INSERT, APPEND) == TableUpdate(replace=own)
 
 
 def test_a_table_that_sleeps_is_woken(namespace: Namespace) -> None:
