@@ -11,6 +11,7 @@ BIRD User's Guide, chapters 3, 5 and 6.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,6 +165,12 @@ def _kernel(version: int, metric: int) -> str:
         "  import none; export where source = RTS_INHERIT;\n"
         "}\n"
     )
+
+
+def kernel_metrics(text: str) -> tuple[tuple[int, int], ...]:
+    """IP version and metric of what a configuration has BIRD write into the kernel."""
+    found = re.findall(r"protocol kernel kernel([46]) \{[^}]*\bmetric (\d+);", text)
+    return tuple((int(version), int(metric)) for version, metric in found)
 
 
 def _statics(version: int, base: Mapping[Net, Announcement]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from api.net import Net
 from bird_glue.announcement import Announcements
-from bird_glue.bird_config import protocol_name, render, unspeakable
+from bird_glue.bird_config import kernel_metrics, protocol_name, render, unspeakable
 from bird_glue.bird_routes import parse_routes, why_filtered
 from bird_glue.bird_status import ProtocolStatus, error_in_words, parse_protocols
 from bird_glue.birdc import Birdc, BirdError, Line, RefusedError
@@ -43,7 +43,10 @@ _EXPLAINED = 1000  # prefixes of a peer that are refused, at most
 
 
 class BirdEngine:
-    """The engine BIRD, its files in ``run_dir``."""
+    """The engine BIRD, its files in ``run_dir``.
+
+    ``former_metrics``: IP version and metric of the routes it wrote for an earlier agent.
+    """
 
     name = BIRD
     programs = True
@@ -67,6 +70,7 @@ class BirdEngine:
         self._problem = ""
         self._seen: dict[str, ProtocolStatus] = {}
         self._seen_at = 0.0
+        self.former_metrics: tuple[tuple[int, int], ...] = ()
 
     @property
     def problem(self) -> str:
@@ -98,6 +102,8 @@ class BirdEngine:
     def adopt(self, now: float) -> None:
         """Find the BIRD that an earlier agent started. Raises OSError."""
         self._process = Bird.find(self._run_dir)
+        if self._path.exists():
+            self.former_metrics = kernel_metrics(self._path.read_text())
         self._started = now
         self._stale = True  # whatever it runs on
         if self._process:

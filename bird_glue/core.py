@@ -365,7 +365,7 @@ class Core:
             ),
             pools=self._pools,
             blocks=self._blocks,
-            metrics=local.priorities,
+            metrics=local.metrics,
             ignored_interfaces=local.ignored_interfaces,
             receive_limit=self._resting.limit,
         )
@@ -418,7 +418,7 @@ class Core:
             self._hold_until = now + HOLD_SECONDS
             self.session(Restarted(), now)
         if self._engine.programs:
-            self._fib.give()
+            self._fib.give(self._engines.former_metrics)
         elif self._engines.bird_was_here:
             self._fib.take_back()
 

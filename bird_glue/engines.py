@@ -23,7 +23,8 @@ class Engines:
 
     def __init__(self, run_dir: Path, sink: Callable[[FromRelay], object]) -> None:
         self._run_dir = run_dir
-        engines: tuple[Engine, ...] = (Speaker(run_dir, sink), BirdEngine(run_dir))
+        self._bird = BirdEngine(run_dir)
+        engines: tuple[Engine, ...] = (Speaker(run_dir, sink), self._bird)
         self._engines = {engine.name: engine for engine in engines}
         self.current = engines[0]
 
@@ -31,6 +32,11 @@ class Engines:
     def bird_was_here(self) -> bool:
         """Whether BIRD has run since the machine was started, and may have left routes."""
         return (self._run_dir / "bird.pid").exists()
+
+    @property
+    def former_metrics(self) -> tuple[tuple[int, int], ...]:
+        """IP version and metric of the routes that BIRD wrote for an earlier agent."""
+        return self._bird.former_metrics
 
     def adopt(self, now: float) -> None:
         """Find the daemon that an earlier agent started. Raises OSError."""

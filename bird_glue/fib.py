@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 _RETRY_FIRST = 0.5
 _RETRY_LONGEST = 30.0
+_LEFT_SECONDS = 60.0  # for BIRD to write a route with another metric
 
 
 def plan_routes(
@@ -90,12 +91,21 @@ class Fib:
         self._given = False  # BIRD writes what is learned
         self._adopting = False  # routes that BIRD has left are ours
         self._fresh = True  # neither has been said yet
+        # of routes that BIRD wrote before it was told of another metric: IP version, metric
+        self._former: set[tuple[int, int]] = set()
+        self._left: dict[RouteKey, Route] = {}  # those
+        self._left_until: float | None = None
         self.holding = True
         self.unread = True
 
-    def give(self) -> None:
-        """BIRD writes what is learned, from here on, and has what is there already."""
+    def give(self, former: Iterable[tuple[int, int]] = ()) -> None:
+        """BIRD writes what is learned, from here on, and has what is there already.
+
+        ``former``: IP version and metric of what it wrote for an earlier agent.
+        """
         if not self._given:
+            self._former.update(former)
+            self.unread |= bool(self._former)
             self._given, self._adopting, self.holding = True, False, False
             self._fresh = False
             self._mark(self._wanted.values())
@@ -124,7 +134,8 @@ class Fib:
         return frozenset(self._metrics.values() if self._given else ())
 
     def _has_metric(self, route: Route) -> bool:
-        return route.metric == self._metrics[route.net.version]
+        version, metric = route.net.version, route.metric
+        return metric == self._metrics[version] or (version, metric) in self._former
 
     @property
     def errors(self) -> Mapping[RouteKey, str]:
@@ -154,6 +165,9 @@ class Fib:
         } | {net: learned_route(net, hops, metrics[net.version]) for net, hops in ways.items()}
         self._mark(self._static.values())
         if (pools, metrics) != (self._pools, self._metrics):
+            if self._given and metrics != self._metrics:
+                self._former.update(self._metrics.items())
+                self.unread = True
             self._pools = pools
             self._metrics = metrics
             self._mark(self._wanted.values())
@@ -202,12 +216,16 @@ class Fib:
                 left = self._routes.read(version=version, protocol=PROTO_BIRD)
                 self._actual |= {k: route for k, route in left.items() if self._has_metric(route)}
         self.unread = False
+        if self._given:
+            self._read_left()
         self._dirty.update(self._actual)
         self._mark(self._wanted.values())
         self._mark(self._static.values())
 
     def apply(self, now: float) -> None:
         """Bring the kernel to what it should be. What it refuses is tried again later."""
+        if self._given and self._former:
+            self._remove_left(now)
         keys = self._dirty.union(self._backoff.due(now))
         self._dirty = set()
         if not keys:
@@ -229,6 +247,29 @@ class Fib:
             if self._errors.get(key) != str(error):
                 _log.warning("route not programmed: %s", error)
             self._errors[key] = str(error)
+
+    def _read_left(self) -> None:
+        """See which routes of BIRD have a metric that it is not to use any more."""
+        self._former.difference_update(self._metrics.items())
+        self._left = {}
+        for version in {version for version, _ in self._former}:
+            found = self._routes.read(version=version, protocol=PROTO_BIRD)
+            left = {k: r for k, r in found.items() if (version, r.metric) in self._former}
+            written = {r.net for r in found.values() if r.metric == self._metrics[version]}
+            replaced = {k: r for k, r in left.items() if r.net in written}
+            if replaced:
+                self._routes.apply(Plan(delete=replaced))
+            self._left |= {k: r for k, r in left.items() if k not in replaced}
+        if not self._left:
+            self._former.clear()
+            self._left_until = None
+
+    def _remove_left(self, now: float) -> None:
+        """What BIRD has not written anew is to go as well, in time."""
+        self._left_until = self._left_until or now + _LEFT_SECONDS
+        if now >= self._left_until:
+            self._routes.apply(Plan(delete=self._left))
+        self.unread = True  # until there is nothing left
 
     def clear(self) -> None:
         """Remove all that is ours."""

@@ -83,6 +83,16 @@ class Local:
         """The AS number of this node."""
         return self.node.asn
 
+    @property
+    def metrics(self) -> dict[int, int]:
+        """Of the routes that BGP writes, by IP version. IPv6 has no metric 0: a route for which
+        none is asked, of a pod or by hand, gets 1024, and must come before those of BGP.
+        """
+        return {
+            V4: self.priorities[V4],
+            V6: max(self.priorities[V6], DEFAULT_PRIORITY) + 1,
+        }
+
 
 def cluster_node(node: Node, cluster: Cluster) -> ClusterNode:
     """What matters here of a Node."""

@@ -11,7 +11,7 @@ import pytest
 from api.net import V4, V6, Net, parse_net
 from bird_glue.advertise import Speaking
 from bird_glue.announcement import Announcement
-from bird_glue.bird_config import divide, protocol_name, render, unspeakable
+from bird_glue.bird_config import divide, kernel_metrics, protocol_name, render, unspeakable
 from bird_glue.config import Listen, Neighbor
 from bird_glue.decision import Guard, Session
 from bird_glue.engine import Intent
@@ -77,6 +77,7 @@ WANTED = {
 
 def test_bird_takes_it(tmp_path: Path) -> None:
     text = render(intent(), WANTED, tmp_path)
+    assert kernel_metrics(text) == ((V4, 1024), (V6, 2048))
     path = tmp_path / "bird.conf"
     path.write_text(text)
     result = subprocess.run(

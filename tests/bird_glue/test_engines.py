@@ -310,7 +310,7 @@ def test_mesh_of_engines(tmp_path: Path, others: tuple[str, str]) -> None:
             protocol = {"exabgp": "179", "bird": "bird"}[engines[n]]
             for m in {0, 1, 2} - {n}:
                 four = [f"10.1.{m}.0/26 via {hosts[m]} dev eth0 metric 1024"]
-                six = f"2001:db8:1{m}::/122 via 2001:db8::{m + 1} dev eth0 metric 1024 pref medium"
+                six = f"2001:db8:1{m}::/122 via 2001:db8::{m + 1} dev eth0 metric 1025 pref medium"
                 eventually(partial(learned, node, f"10.1.{m}.0/26", protocol, four), 20)
                 eventually(partial(learned, node, f"2001:db8:1{m}::/122", protocol, [six]), 20)
         assert all(pods[a].reaches(f"10.1.{b}.5") for a in range(3) for b in range(3))

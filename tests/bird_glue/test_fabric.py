@@ -42,8 +42,8 @@ def test_mesh_of_three_nodes(tmp_path: Path) -> None:
         peers = [node.peer(host) for node in nodes for host in hosts]
         assert {peer.received for peer in peers if peer} == {1}
         over_ipv6 = [
-            "blackhole 2001:db8:10::/122 dev lo metric 1024 pref medium",
-            "2001:db8:11::/122 via 2001:db8::2 dev eth0 metric 1024 pref medium",
+            "blackhole 2001:db8:10::/122 dev lo metric 1025 pref medium",
+            "2001:db8:11::/122 via 2001:db8::2 dev eth0 metric 1025 pref medium",
         ]
         eventually(lambda: nodes[0].routes(family="-6") == over_ipv6)
         assert {peer.type for peer in peers if peer} == {"node-to-node mesh"}

@@ -219,3 +219,28 @@ def test_what_bird_left_and_nobody_tells_any_more_goes(kernel: Kernel) -> None:
     fib.release()
     fib.apply(0)
     assert kernel.routes("bird") == []
+
+
+def test_what_bird_wrote_with_another_metric_goes_once_it_is_written_anew(kernel: Kernel) -> None:
+    """Of an agent before us, say, that used another one; others' routes stay."""
+    for net, metric in ((NET, "512"), (OTHER, "512"), (NET, "32")):
+        words = (str(net), "via", "10.0.0.1", "proto", "bird", "metric", metric)
+        kernel.ip("route", "add", *words)
+    fib = kernel.fib()
+    fib.give([(V4, 512), (V6, 1024)])
+    fib.read()
+    fib.apply(0)
+    assert fib.unread
+    assert len(kernel.routes("bird")) == 3
+    kernel.ip("route", "add", str(NET), "via", "10.0.0.1", "proto", "bird", "metric", "1024")
+    fib.read()
+    fib.apply(1)
+    old = "10.51.0.0/24 via 10.0.0.1 dev eth0 metric 512"
+    theirs = "10.50.0.0/24 via 10.0.0.1 dev eth0 metric 32"
+    assert kernel.routes("bird") == [VIA_A, theirs, old]
+    fib.read()
+    fib.apply(100)  # it was not written anew
+    fib.read()
+    fib.apply(100)
+    assert not fib.unread
+    assert kernel.routes("bird") == [VIA_A, theirs]
