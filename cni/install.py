@@ -35,7 +35,9 @@ CONFIGURATION = "10-manx.conflist"
 
 _CLIENT = Path(__file__).parent / "client"
 _FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra")
-_COMPILERS = ("cc", "gcc", "clang")
+# musl first: a static program of glibc spends 0.12 ms on asking the CPU what it can, which in a
+# virtual machine the hypervisor answers; half of what the whole client takes.
+_COMPILERS = ("musl-gcc", "cc", "gcc", "clang")
 _COMPILE_SECONDS = 60
 _VERSION_SECONDS = 10
 _COMMON = "1.0.0"  # of the spec: what every runtime in use speaks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 
 from tests.cni.rig import Rig, build_client, running
 
+_MUSL = ["musl-gcc"] if shutil.which("musl-gcc") else []
 
-@pytest.fixture(scope="session", params=["c", "python"])
+
+@pytest.fixture(scope="session", params=["c", *_MUSL, "python"])
 def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plugin's executable: each test runs with both."""
+    """The plugin's executable: each test runs with all."""
     return build_client(request.param, tmp_path_factory.mktemp("client"))
 
 

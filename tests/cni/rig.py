@@ -298,11 +298,15 @@ class Felix:
 
 
 def build_client(kind: str, directory: Path, *flags: str) -> Path:
-    """The plugin's executable, ``c`` or ``python``; warnings of the compiler are errors."""
+    """The plugin's executable, ``python`` or what a compiler makes: ``c``, or ``musl-gcc``.
+
+    Warnings of the compiler are errors.
+    """
     path = directory / f"manx-{kind}"
     nowhere = Path("/run/manx/nobody-listens-here.sock")
-    if kind == "c":
-        data = install.compiled("cc", nowhere, ("-Werror", *flags))
+    if kind != "python":
+        compiler = "cc" if kind == "c" else kind
+        data = install.compiled(compiler, nowhere, ("-Werror", *flags))
     else:
         data = install.interpreted(nowhere)
     path.write_bytes(data)
