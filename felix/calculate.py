@@ -22,7 +22,8 @@ from felix.overlay import Encapsulation, Overlay
 from felix.policies import DRAFTS, POLICIES, profile_keys
 from felix.ruleset import VERSIONS, Ruleset
 from felix.settings import CLUSTER, NODE_PREFIX, Settings, settings
-from felix.snapshot import PodView, Snapshot, Workload
+from felix.snapshot import PodView, Snapshot
+from felix.workloads import Workload
 from policy import selector
 from policy.engine import Changes, Engine, Profile
 from policy.model import Endpoint, EndpointId, Member, PolicyId
@@ -348,7 +349,7 @@ class Calculator:
 
     def _own_interface(self, id: EndpointId, workload: Workload) -> str:
         """The workload's interface; empty when it is another node's, or no workload's by name."""
-        if workload.node != self._node:
+        if workload.node != self._node or not workload.interface:
             return ""
         if not self._settings.is_workload(workload.interface):
             prefixes = " or ".join(self._settings.interface_prefixes)

@@ -1,7 +1,8 @@
 """What the datastore says, as compact values in typed tables, and what changed in it.
 
-An object that can't be read becomes a problem, and what stands in its place fails closed: an
-endpoint that is not there drops, a policy denies wherever it would apply (``felix.closed``).
+An object that can't be read becomes a problem, and what stands in its place fails closed: a pod
+gets no connectivity (``felix.workloads``), a policy denies wherever it would apply
+(``felix.closed``).
 So the result depends on the objects as they are now, never on what they were before.
 """
 
@@ -10,19 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from api.bgp import BGPConfiguration
-from api.endpoint import WorkloadEndpoint, WorkloadEndpointSpec
 from api.errors import InvalidObjectError
-from api.fields import protocol_number
 from api.ipam import BlockAffinity
 from api.ippool import IPPool
 from api.kubernetes import Pod
 from api.net import Net, parse_interface, parse_net
 from api.node import Node
 from api.policy import Tier
-from api.registry import dump, parse_as
+from api.registry import parse_as
 from datastore.interface import JSON, Key
 from felix.closed import closed_policy, tier_as_far_as_readable
 from felix.hosts import (
@@ -33,7 +32,6 @@ from felix.hosts import (
     read_set,
     set_as_far_as_readable,
 )
-from felix.names import is_interface
 from felix.overlay import Encapsulation, Host, Pool, tunnel_mac
 from felix.policies import (
     DRAFTS,
@@ -44,15 +42,12 @@ from felix.policies import (
     read_slice,
 )
 from felix.settings import Configuration, read_configuration
-from policy import convert, labels
+from felix.workloads import Workload, read_workload, workload_as_far_as_readable
+from policy import convert
 from policy.engine import Profile
 from policy.model import NamedPort, ServiceSlice
 
 T = TypeVar("T")
-
-_WORKLOAD_FIELDS = frozenset(
-    field.alias or name for name, field in WorkloadEndpointSpec.model_fields.items()
-)
 
 # What others refer to comes first, which saves work at the start.
 KINDS = (
@@ -84,27 +79,6 @@ KINDS = (
 )
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """A WorkloadEndpoint. ``nets`` are /32 and /128.
-
-    ``sources``: what it may send with besides its own addresses, where the settings permit.
-    ``nats``: addresses by which it is reached from outside, each with the one of its own.
-    """
-
-    node: str
-    orchestrator: str
-    pod: str
-    interface: str
-    container: str
-    nets: tuple[Net, ...]
-    sources: tuple[Net, ...]
-    nats: tuple[tuple[Net, Net], ...]
-    labels: tuple[tuple[str, str], ...]
-    profiles: tuple[str, ...]
-    ports: tuple[NamedPort, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +148,7 @@ class Snapshot:
                 if key.name == "default":
                     self.locked = _is_locked(value)
             case "WorkloadEndpoint":
-                self._put(self.workloads, key, value, read_workload)
+                self._put(self.workloads, key, value, read_workload, workload_as_far_as_readable)
             case "Pod":
                 self._put(self.pods, key, value, _read_pod)
             case "Namespace" | "ServiceAccount" | "Profile":
@@ -275,62 +249,6 @@ def _parsed(key: Key, value: JSON, model: type[T]) -> T:
     parsed = parse_as(key.kind, value)
     assert isinstance(parsed, model)
     return parsed
-
-
-def read_workload(key: Key, value: JSON) -> Workload:
-    """The hot one: thousands come at the start, so what is written plainly is read plainly.
-
-    Raises InvalidObjectError.
-    """
-    try:
-        return _plain_workload(key, value)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        # Invalid, or written in a way only the model understands.
-        return _plain_workload(key, dump(_parsed(key, value, WorkloadEndpoint)))
-
-
-def _plain_workload(key: Key, value: JSON) -> Workload:
-    metadata, spec = value["metadata"], value["spec"]
-    unknown = spec.keys() - _WORKLOAD_FIELDS
-    if unknown:
-        raise ValueError(unknown)
-    nets = tuple(parse_net(text) for text in spec.get("ipNetworks") or ())
-    interface = _text(spec["interfaceName"])
-    if not all(net.is_host for net in nets) or not (interface == "*" or is_interface(interface)):
-        raise ValueError(nets, interface)
-    own = {_text(name): _text(label) for name, label in (metadata.get("labels") or {}).items()}
-    # Where an endpoint comes from is not for it to choose.
-    own[labels.NAMESPACE] = key.namespace
-    if spec.get("orchestrator"):
-        own[labels.ORCHESTRATOR] = _text(spec["orchestrator"])
-    return Workload(
-        node=_text(spec.get("node")),
-        orchestrator=_text(spec.get("orchestrator")),
-        pod=_text(spec.get("pod")),
-        interface=interface,
-        container=_text(spec.get("containerID")),
-        nets=nets,
-        sources=tuple(parse_net(text) for text in spec.get("allowSpoofedSourcePrefixes") or ()),
-        nats=tuple(
-            (parse_net(nat["externalIP"]), parse_net(nat["internalIP"]))
-            for nat in spec.get("ipNATs") or ()
-        ),
-        labels=tuple(sorted(own.items())),
-        profiles=tuple(_text(name) for name in spec.get("profiles") or ()),
-        ports=tuple(
-            NamedPort(_text(port["name"]), protocol_number(port["protocol"]), int(port["port"]))
-            for port in spec.get("ports") or ()
-            if port.get("name")
-        ),
-    )
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise TypeError(value)
-    return value
 
 
 def _read_pod(key: Key, value: JSON) -> PodView:

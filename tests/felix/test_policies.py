@@ -171,6 +171,36 @@ def test_a_broken_network_set_keeps_what_can_be_read() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("wrong", "connected"),
+    [
+        ({"weather": "fine"}, True),
+        ({"weather": "fine", "mac": 5, "qosControls": {"newer": 1}}, True),
+        ({"profiles": "kns.default"}, False),
+        ({"profiles": [7]}, False),
+        ({"ipNetworks": ["10.0.0.1/32", "10.1.0.0/16", 4]}, False),
+        ({"ports": [{"name": "http", "protocol": "TCP", "port": 70000}]}, False),
+        ({"interfaceName": "a b"}, False),
+        ({"containerID": []}, False),
+    ],
+)
+def test_an_endpoint_that_cannot_be_read_stays_known_to_others(
+    wrong: JSON, connected: bool
+) -> None:
+    """What denies those that it selects goes on to; itself it is closed if it must be."""
+    for selector in ({"selector": "app == 'a'"}, {"namespaceSelector": "team == 'red'"}):
+        rule = {**DENY, "source": {"nets": ["10.0.0.1/32"], **selector}}
+        policy = of(
+            "GlobalNetworkPolicy", "g", {"ingress": [rule, ALLOW], "selector": "app == 'b'"}
+        )
+        run_ = fed(policy, workload("a", "10.0.0.1", **wrong))
+        assert not allows(run_, "10.0.0.1", B)
+        assert (A in run_.calculator.engine.endpoints) is connected
+        assert (A in run_.calculator.places) is connected
+        ((name, _),) = run_.calculator.problems(run_.snapshot)
+        assert name == f"WorkloadEndpoint(default/{A.name})"
+
+
 def test_a_broken_host_endpoint_still_guards_its_host() -> None:
     spec = {"node": NODE, "interfaceName": "eth0", "ports": "none", "profiles": ["kns.default"]}
     run_ = fed(of("HostEndpoint", "host", spec))
@@ -266,7 +296,13 @@ def test_a_tier_that_cannot_be_read_still_denies_before_others(
     assert len(list(run_.calculator.problems(run_.snapshot))) >= 1
 
 
-@pytest.mark.parametrize("value", [{}, {"spec": 5}, {"spec": []}, {"metadata": [], "spec": {}}])
+_ODD: JSON = {"ports": [[], {"name": [], "port": 1e400}], "profiles": {}, "labels": {1: 2}}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{}, {"spec": 5}, {"spec": []}, {"metadata": [], "spec": {}}, {"metadata": _ODD, "spec": _ODD}],
+)
 @pytest.mark.parametrize("kind", sorted({*KINDS} & {key.kind for key, _ in SCENARIO}))
 def test_anything_may_be_stored(kind: str, value: JSON) -> None:
     snapshot, key = Snapshot(), Key(kind, "x", "default" if KINDS[kind].namespaced else "")

@@ -214,6 +214,6 @@ def test_an_endpoint_may_be_written_in_any_case_and_can_not_choose_its_namespace
     assert not snapshot.dirty
     value["spec"]["ipNetworks"] = ["10.0.0.0/24"]
     snapshot.update(key, value)
-    assert key not in snapshot.workloads and "ipNetworks" in snapshot.problems[key]
+    assert not snapshot.workloads[key].interface and "ipNetworks" in snapshot.problems[key]
     snapshot.update(key, None)
     assert snapshot.problems == {}
