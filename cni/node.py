@@ -11,7 +11,7 @@ What concerns one interface of the node happens one after the other, all else si
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -24,6 +24,7 @@ from cni.delegate import Delegate, Lease
 from cni.errors import invalid_environment
 from cni.features import Families, Features
 from cni.reaper import Reaper
+from cni.turns import Turns
 from cni.wiring import Sockets, Wire
 from datastore.interface import Datastore
 from ipam.allocator import Allocator
@@ -70,9 +71,9 @@ class Node:
     """The attachments of one node. Its namespace is that of the thread that makes it.
 
     ``follow``: what every ADD looks at is remembered between ``start`` and ``stop``, which is
-    for stores that take longer to ask than to follow. ``before_waiting`` is called by a thread
-    that is about to wait for others, or for the kernel to delete an interface. All methods may
-    raise StoreError and OSError.
+    for stores that take longer to ask than to follow. A thread that is about to wait for others,
+    or for the kernel to delete an interface, gives up its turn. All methods may raise StoreError
+    and OSError.
     """
 
     def __init__(
@@ -81,14 +82,15 @@ class Node:
         name: str,
         *,
         follow: bool = False,
-        before_waiting: Callable[[], object] = lambda: None,
+        turns: Turns | None = None,
     ) -> None:
         self.cluster = Cluster(store, name, follow=follow)
         self.sockets = Sockets()
         self._allocator = Allocator(store, name, follow=follow)
         self._pools = Pools(store)
-        self._locks = KeyedLocks(before_waiting)
-        self._reaper = Reaper(before_waiting)
+        self._turns = turns or Turns(1)
+        self._locks = KeyedLocks(self._turns.give_up)
+        self._reaper = Reaper(self._turns.give_up)
 
     def start(self) -> None:
         """Start what works in the background."""
@@ -241,6 +243,10 @@ class Node:
                 addresses = ", ".join(map(str, released)) or "none of IPAM's"
                 _log.info("%s: interface %s is gone; released %s", attachment, interface, addresses)
 
+    def claimed_blocks(self) -> Collection[Net]:
+        """The blocks of all nodes."""
+        return self._allocator.claimed()
+
     def remove_interface(self, link: Link) -> None:
         """Delete an interface of the node, whosever it is."""
         with self._locks.hold(link.name):
@@ -291,7 +297,7 @@ class Node:
         if lease:
             wire = replace(wire, routes=lease.routes)
         ends = self._create(host, netns_fd, wire)
-        wiring.configure(host, netns_fd, wire, ends)
+        wiring.configure(host, netns_fd, wire, ends, self._turns.aside())
         if wire.forwarding:
             wiring.allow_forwarding(netns_fd, wire)
         endpoint = workload_endpoint(
@@ -364,11 +370,11 @@ class Node:
         """The pair; an interface of a container before us gives way."""
         try:
             try:
-                return wiring.create(host, netns_fd, wire)
+                return wiring.create(host, netns_fd, wire, self._turns.aside())
             except wiring.HostInterfaceExistsError as leftover:
                 _log.info("%s; it is of %r and gives way", leftover, leftover.link.alias)
                 self._reaper.remove(leftover.link.index)
-            return wiring.create(host, netns_fd, wire)
+            return wiring.create(host, netns_fd, wire, self._turns.aside())
         except wiring.ContainerInterfaceExistsError:
             raise invalid_environment(
                 "CNI_IFNAME", wire.interface, "expected a name that is free in the container"

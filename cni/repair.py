@@ -17,12 +17,16 @@ from cni.attachment import Attachment, from_alias, from_allocation
 from cni.node import Node, is_wired
 from datastore.interface import Key
 from ipam.audit import Finding
-from ipam.audit_kernel import audit_kernel, interface_prefixes
+from ipam.audit_kernel import audit_kernel, audit_learned, interface_prefixes
 from ipam.inventory import User
 from ipam.orphans import delete_orphans
 from ipam.reading import users_on
 from ipam.records import Records
 from kernel.links import Link, Links
+
+# Looks from one at what BGP told to the next: that may be much, and who else has a pool is no
+# matter of a minute.
+_BETWEEN = 10
 
 _log = logging.getLogger(__name__)
 
@@ -75,8 +79,11 @@ class Patrol:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._found: frozenset[Finding] = frozenset()
+        self._looks = 0
         self._lost: frozenset[tuple[Key, str]] = frozenset()
+        self._found: list[Finding] = []
+        self._shared: list[Finding] = []  # at the last look at what BGP told
+        self._standing: list[Finding] = []  # of these, those that were found before, too
 
     def look(self) -> list[Finding]:
         """In what kernel and datastore disagree, now as at the last look.
@@ -90,10 +97,15 @@ class Patrol:
         users = users_on(store, name)
         if "WorkloadEndpoint" not in store.given:
             self._take_back_lost(users)
+        if self._looks % _BETWEEN == 0:
+            shared = audit_learned(store, self._node.claimed_blocks)
+            self._standing = [finding for finding in shared if finding in self._shared]
+            self._shared = shared
+        self._looks += 1
         found = audit_kernel(users, name, interface_prefixes(store, name))
         standing = [finding for finding in found if finding in self._found]
-        self._found = frozenset(found)
-        return standing
+        self._found = found
+        return [*standing, *self._standing]
 
     def _take_back_lost(self, users: Collection[User]) -> None:
         links = _links(self._node)

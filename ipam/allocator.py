@@ -233,6 +233,11 @@ class Allocator:
         """The addresses a handle holds, of both families."""
         return self._holdings.held(handle)
 
+    def claimed(self) -> set[Net]:
+        """All blocks that anybody claims, perhaps as they were a moment ago."""
+        self._view.refresh()
+        return self._view.all_claimed()
+
     def _assign_specific(self, address: Net, pool: Pool, wanted: Wanted) -> Assignment:
         strict = self._view.configuration().strict_affinity
         only_for = wanted.owner.affinity if strict else None

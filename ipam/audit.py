@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain, pairwise
@@ -15,6 +15,8 @@ from itertools import chain, pairwise
 from api.net import Net, format_address
 from datastore.interface import Datastore
 from ipam.inventory import Allocation, Inventory, User, allocations_of, host_of
+from ipam.overlaps import of_other_clusters, overlapping, shared
+from ipam.pools import Pool
 from ipam.reading import read
 from ipam.records import CONFIRMED
 
@@ -41,6 +43,10 @@ class Fault(StrEnum):
     NO_POOL = "block outside all pools"
     GONE_NODE = "node that is gone"
     GONE_POD = "endpoint of a pod that is gone"
+    POOL_OVERLAP = "overlapping pools"
+    NODE_RANGE = "pool over addresses of nodes"
+    SERVICE_RANGE = "pool over addresses of services"
+    SHARED = "pool of another cluster, too"
     ROUTE = "kernel route"
     INTERFACE = "kernel interface"
 
@@ -110,6 +116,7 @@ def audit(inventory: Inventory) -> list[Finding]:
                 _blocks(inventory),
                 _nodes(inventory),
                 _pods(inventory),
+                _pools(inventory),
             )
         )
     )
@@ -241,6 +248,29 @@ def _pods(inventory: Inventory) -> Iterator[Finding]:
         held = ", ".join(map(_text, user.addresses)) or "no address"
         message = f"has {held}, and there is no Pod {namespace}/{name}"
         yield Finding(Fault.GONE_POD, str(user.key), message)
+
+
+def _pools(inventory: Inventory) -> Iterator[Finding]:
+    for one, other in overlapping(inventory.pools):
+        message = f"{one.net} shares addresses with {other.net} of IPPool {other.name}"
+        yield Finding(Fault.POOL_OVERLAP, f"IPPool({one.name})", message)
+    for pool in inventory.pools:
+        for fault, ranges in (
+            (Fault.NODE_RANGE, inventory.node_ranges),
+            (Fault.SERVICE_RANGE, inventory.service_ranges),
+        ):
+            for range_ in shared(pool.net, ranges, load_balancers="LoadBalancer" in pool.uses):
+                message = f"{pool.net} shares addresses with {range_.net}, {range_.use}"
+                yield Finding(fault, f"IPPool({pool.name})", message)
+    yield from shared_pools(inventory.pools, inventory.blocks, inventory.announced)
+
+
+def shared_pools(
+    pools: Iterable[Pool], blocks: Collection[Net], announced: Iterable[tuple[str, Net]]
+) -> Iterator[Finding]:
+    """See ``overlaps.of_other_clusters``."""
+    for pool, message in of_other_clusters(pools, blocks, announced):
+        yield Finding(Fault.SHARED, f"IPPool({pool.name})", message)
 
 
 def _matches(allocation: Allocation, user: User) -> bool:

@@ -1,19 +1,22 @@
-"""What a node's kernel has, against what the datastore says of the node's pods."""
+"""What a node's kernel has, against what the datastore says of the node's pods, and of pools."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from api.net import V4, V6, Net, format_address
 from datastore.interface import Datastore, Key, NotFoundError, part
-from ipam.audit import Fault, Finding
+from ipam.audit import Fault, Finding, shared_pools
 from ipam.inventory import User
+from ipam.pools import Pools
+from ipam.records import Records
 from kernel.links import Links
 from kernel.netlink import NetlinkSocket
-from kernel.routes import PROTO_FELIX, Routes
+from kernel.routes import PROTO_BGP, PROTO_BIRD, PROTO_FELIX, Routes
 
 _PREFIX = "cali"  # of the node's ends of pods' interfaces, unless the FelixConfiguration says
 _DIGITS = 11  # of a hash, behind it
+_READ = 64  # blocks at most that are looked up to see if they are ours
 
 
 def interface_prefixes(store: Datastore, node: str) -> tuple[str, ...]:
@@ -47,6 +50,48 @@ def audit_kernel(users: Iterable[User], node: str, prefixes: Sequence[str]) -> l
         }
     of_node = [user for user in users if user.node == node]
     return sorted(set(disagreements(of_node, prefixes, links.values(), routes)))
+
+
+def learned_routes() -> list[tuple[str, Net]]:
+    """What BGP peers announce, by whom: the kernel's routes of protocol bgp and bird.
+
+    ``ip route show proto bgp``, of the network namespace we are in. Raises OSError.
+    """
+    with NetlinkSocket() as socket:
+        found = [
+            route
+            for version in (V4, V6)
+            for protocol in (PROTO_BGP, PROTO_BIRD)
+            for route in Routes(socket).read(version=version, protocol=protocol).values()
+        ]
+    return [
+        (f"the next hop {format_address(route.net.version, gateway)}", route.net)
+        for route in found
+        if route.hops and (gateway := route.hops[0].gateway) is not None
+    ]
+
+
+def audit_learned(store: Datastore, claimed: Callable[[], Collection[Net]]) -> list[Finding]:
+    """Pools that peers of this node announce addresses of, which nobody here has claimed.
+
+    ``claimed``: all blocks that somebody claims. Raises StoreError, InvalidObjectError, OSError.
+    """
+    announced = learned_routes()
+    pools = Pools(store).all() if announced else []
+    inside = [each for each in announced if any(pool.net.contains(each[1]) for pool in pools)]
+    if not inside:
+        return []
+    ours = set(claimed())
+    # A borrowed address may lie in a block of nobody, which nobody claims.
+    unclaimed = {
+        pool.block_of(net)
+        for _, net in inside
+        for pool in pools
+        if net.is_host and pool.net.contains(net) and pool.block_of(net) not in ours
+    }
+    records = Records(store)
+    ours |= {net for net in sorted(unclaimed)[:_READ] if records.block(net) is not None}
+    return sorted(set(shared_pools(pools, ours, inside)))
 
 
 def disagreements(

@@ -15,6 +15,7 @@ from functools import cached_property
 from api.net import Net
 from datastore.interface import Key
 from ipam.block import WINDOWS_RESERVED, Block
+from ipam.overlaps import Range
 from ipam.pools import Pool
 from ipam.records import Affinity, Handle, Stored
 
@@ -99,7 +100,8 @@ class Inventory:
     """One reading. ``handles`` by id; ``affinities``: those of nodes; ``nodes``: their names.
 
     ``pods``: namespace and name of all that Kubernetes has; None where it can't be asked, or the
-    endpoints are made of them.
+    endpoints are made of them. ``announced``: routes
+    that BGP peers told, each with who did.
     """
 
     blocks: Mapping[Net, Stored[Block]]
@@ -112,6 +114,9 @@ class Inventory:
     unreadable: Sequence[Unreadable] = ()
     half_deleted: Sequence[Key] = field(default_factory=list)
     pods: frozenset[tuple[str, str]] | None = None
+    node_ranges: Sequence[Range] = ()
+    service_ranges: Sequence[Range] = ()
+    announced: Sequence[tuple[str, Net]] = ()
 
     @property
     def blind(self) -> bool:

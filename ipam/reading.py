@@ -7,7 +7,8 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from api import pods
@@ -24,6 +25,7 @@ from datastore.interface import (
 )
 from ipam.block import Block
 from ipam.inventory import Allocation, Inventory, Unreadable, User
+from ipam.overlaps import learned_routes, node_ranges, service_addresses, service_ranges
 from ipam.pools import Pools
 from ipam.records import CONFIRMED, Affinity, Handle, Stored
 
@@ -50,7 +52,8 @@ def read(store: Datastore, kubernetes: Datastore | None = None) -> Inventory:
     handles = {stored.thing.id: stored for stored in reader.all("IPAMHandle", _handle)}
     affinities = reader.all("BlockAffinity", _affinity)
     users = reader.users()
-    nodes = reader.all("Node", _tunnels, user=True)
+    node_entries = store.list("Node").entries
+    nodes = reader.converted(node_entries, _tunnels, user=True)
     names = {node.key.name for node in nodes}
     # one that can't be read is there all the same
     names |= {each.key.name for each in reader.unreadable if each.key.kind == "Node"}
@@ -65,6 +68,12 @@ def read(store: Datastore, kubernetes: Datastore | None = None) -> Inventory:
         unreadable=reader.unreadable,
         half_deleted=reader.half_deleted,
         pods=reader.pods,
+        node_ranges=list(node_ranges(entry.value for entry in node_entries)),
+        service_ranges=[
+            *service_ranges(reader.values("BGPConfiguration")),
+            *service_addresses(reader.values("Service")),
+        ],
+        announced=list(learned_routes(reader.values("CalicoNodeStatus"), datetime.now(UTC))),
     )
 
 
@@ -157,8 +166,12 @@ class _Reader:
             found += self.all("WorkloadEndpoint", _endpoint, user=True)
         return [user for user in found if user is not None]
 
+    def values(self, kind: str) -> Iterator[JSON]:
+        """All objects of a kind as they are."""
+        return (entry.value for entry in self._of(kind).list(kind).entries)
+
     def _of(self, kind: str) -> Datastore:
-        return self._kubernetes if kind == "Pod" else self._store
+        return self._kubernetes if kind in ("Pod", "Service") else self._store
 
     def _converted(self, entry: Entry, convert: Callable[[Entry], T], user: bool) -> list[T]:
         spec = entry.value.get("spec")

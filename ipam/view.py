@@ -105,6 +105,13 @@ class View:
         """All blocks that anybody claims; None when it is not at hand: see ``Records.claimed``."""
         return self._claimed if self.remembers else None
 
+    def all_claimed(self) -> set[Net]:
+        """The same, read where it is not at hand."""
+        if not self.remembers:
+            return self._records.claimed()
+        with self._lock:
+            return set(self._claimed)
+
     @property
     def given_up(self) -> int:
         """How many claims were given up, by anybody, since the start."""

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from api.net import format_address
-from ipam.audit import Fault, Finding, leaks, standing
-from ipam.audit_kernel import audit_kernel, interface_prefixes
+from ipam.audit import Fault, Finding, leaks, shared_pools, standing
+from ipam.audit_kernel import audit_kernel, interface_prefixes, learned_routes
 from ipam.inventory import Inventory
 from manxctl import ipam_report
-from manxctl.options import environment, open_store
+from manxctl.options import environment, open_kubernetes, open_store
 
 
 @click.command("check")
@@ -25,19 +25,25 @@ from manxctl.options import environment, open_store
     metavar="FILE",
     help="Write a report, for manxctl ipam release --from-report.",
 )
-@click.option("--kernel", is_flag=True, help="On a node: compare with its interfaces and routes.")
+@click.option(
+    "--kernel", is_flag=True, help="On a node: compare with its interfaces and routes, BGP's too."
+)
 def check(show_all_ips: bool, show_problem_ips: bool, output: Path | None, kernel: bool) -> None:
-    """Compare blocks, handles, claims, endpoints, pods, nodes, pools and reservations.
+    """Compare blocks, handles, claims, endpoints, pods, nodes, pools, reservations and routes.
 
     What is found is looked at twice, so what is under way is no finding. Exits with 1 when
     something is wrong. Nothing is changed.
     """
-    with open_store() as store:
-        inventory, findings = standing(store)
+    with open_store() as store, open_kubernetes() as kubernetes:
+        inventory, findings = standing(store, kubernetes)
         if kernel:
             node = environment().node
             prefixes = interface_prefixes(store, node)
-            findings = sorted([*findings, *audit_kernel(inventory.users, node, prefixes)])
+            of_kernel = [
+                *audit_kernel(inventory.users, node, prefixes),
+                *shared_pools(inventory.pools, inventory.blocks, learned_routes()),
+            ]
+            findings = sorted({*findings, *of_kernel})
         if output is not None:
             cluster = ipam_report.cluster_of(store)
             found = leaks(inventory, findings)

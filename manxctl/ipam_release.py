@@ -18,7 +18,7 @@ from ipam.inventory import Allocation, Inventory
 from ipam.reading import read
 from manxctl import ipam_report
 from manxctl.ipam_show import address_of
-from manxctl.options import open_store
+from manxctl.options import open_kubernetes, open_store
 
 # An ADD that is under way has an address already that nobody uses yet.
 _SETTLED = timedelta(minutes=1)
@@ -46,13 +46,13 @@ def release(ips: tuple[str, ...], path: Path | None, force: bool) -> None:
     if bool(ips) == (path is not None):
         raise click.UsageError("one of --ip and --from-report is needed")
     wanted = [address_of(ip, "--ip") for ip in ips]
-    with open_store() as store:
-        inventory = read(store)
+    with open_store() as store, open_kubernetes() as kubernetes:
+        inventory = read(store, kubernetes)
         if path is None:
             leaks = [[each] for net in wanted if (each := _given(inventory, net))]
         else:
             leaks = list(_of_report(store, path, force=force).leaks)
-        refused = [_release(store, inventory, leak, force=force) for leak in leaks]
+        refused = [_release(store, kubernetes, inventory, leak, force=force) for leak in leaks]
     if any(refused):
         raise SystemExit(1)
 
@@ -84,7 +84,12 @@ def _of_report(store: Datastore, path: Path, *, force: bool) -> ipam_report.Repo
 
 
 def _release(
-    store: Datastore, inventory: Inventory, leak: Sequence[Allocation], *, force: bool
+    store: Datastore,
+    kubernetes: Datastore | None,
+    inventory: Inventory,
+    leak: Sequence[Allocation],
+    *,
+    force: bool,
 ) -> bool:
     """Give back what one handle holds, all or nothing; whether that was refused."""
     texts = ", ".join(_text(each.address) for each in leak)
@@ -100,7 +105,7 @@ def _release(
                 sequences={a.address: a.sequence for a in leak if a.sequence is not None},
             )
         else:
-            released = release_unused(store, allocator, list(leak))
+            released = release_unused(store, allocator, list(leak), kubernetes)
     except (IpamError, InvalidObjectError, ReleaseError) as error:
         click.echo(f"{texts}: not released: {error}", err=True)
         return True

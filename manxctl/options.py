@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -47,6 +48,23 @@ def open_store() -> Iterator[Datastore]:
         yield store
     finally:
         store.close()
+
+
+@contextmanager
+def open_kubernetes() -> Iterator[Datastore | None]:
+    """The Kubernetes whose nodes and pods count, where MANX_KUBERNETES names one."""
+    from datastore.connect import connect
+
+    url = os.environ.get("MANX_KUBERNETES")
+    try:
+        store = connect(url) if url else None
+    except ValueError as error:
+        raise click.ClickException(f"MANX_KUBERNETES: {error}") from error
+    try:
+        yield store
+    finally:
+        if store is not None:
+            store.close()
 
 
 def file_options(*, required: bool = True) -> Callable[[F], F]:

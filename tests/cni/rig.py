@@ -315,14 +315,14 @@ def build_client(kind: str, directory: Path, *flags: str) -> Path:
 
 
 @contextmanager
-def running(client: Path, *, pool: str = POOL) -> Iterator[Rig]:
-    """A node whose daemon serves, for the block."""
+def running(client: Path, *, pool: str = POOL, **variables: str) -> Iterator[Rig]:
+    """A node whose daemon serves, with these in its environment, for the block."""
     # a short path: that of a Unix socket has at most 107 bytes
     with tempfile.TemporaryDirectory(prefix="manx-cni-") as directory:
         rig = Rig(Path(directory), client)
         try:
             rig.create("IPPool", "pods", spec={"cidr": pool})
-            rig.start()
+            rig.start(**variables)
             yield rig
         finally:
             rig.close()

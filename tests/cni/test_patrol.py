@@ -9,23 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from api.net import parse_net
 from cni import findings
 from datastore.interface import Key
 from kernel.links import Links, delete_link, link_set, veth
 from kernel.netlink import NetlinkSocket
 from kernel.netns import Namespace
+from kernel.routes import PROTO_BGP, Hop, Route, route_add
 from tests.cni.rig import Container, Rig, configuration, running
 from tests.support.netns import eventually
 
+QUARTERS = [parse_net(f"10.65.0.{number}/26") for number in (0, 64, 128, 192)]
 PATROL = {"MANX_PATROL_SECONDS": "0.1"}
 
 
 @pytest.fixture
 def node(c_client: Path) -> Iterator[Rig]:
     """A node whose daemon looks ten times a second."""
-    with running(c_client) as rig:
-        rig.kill()
-        rig.start(**PATROL)
+    with running(c_client, **PATROL) as rig:
         yield rig
 
 
@@ -172,3 +173,22 @@ def test_stray_interfaces_are_told_of(node: Rig) -> None:
     with NetlinkSocket(netns_fd=node.namespace.fd) as netlink:
         assert netlink.batch([delete_link(Links(netlink).get("tap1").index)]) == []
     eventually(lambda: told(node) == [])
+
+
+def test_another_cluster_in_our_pool_is_told_of(node: Rig) -> None:
+    """By what a peer announces: a range of the pool that is no block of ours."""
+    ours = node.container()
+    node.add(ours)
+    with NetlinkSocket(netns_fd=node.namespace.fd) as netlink:
+        assert netlink.batch([veth("up0", "up1")]) == []
+        hop = Hop(Links(netlink).get("up0").index, parse_net("172.31.1.1").address, onlink=True)
+        theirs = Route(parse_net("10.65.0.0/24"), (hop,), protocol=PROTO_BGP)
+        assert netlink.batch([route_add(theirs)]) == []
+        looks(node)
+        assert told(node) == []  # it holds a block of ours: one who sums up what we announce
+        (block,) = (entry.value["spec"]["cidr"] for entry in node.store.list("IPAMBlock").entries)
+        other = next(net for net in QUARTERS if str(net) != block)
+        assert netlink.batch([route_add(theirs.to(other))]) == []
+    eventually(lambda: len(told(node)) == 1, 20)
+    assert f"IPPool(pods): the next hop 172.31.1.1 announces {other}, which" in told(node)[0]
+    node.delete(ours)

@@ -15,14 +15,20 @@ from datastore.interface import Key
 from datastore.sqlite import SqliteDatastore
 from ipam.allocator import Allocator
 from ipam.audit import Fault, Finding, audit, leaks, standing
-from ipam.audit_kernel import audit_kernel, disagreements, interface_prefixes
+from ipam.audit_kernel import (
+    audit_kernel,
+    audit_learned,
+    disagreements,
+    interface_prefixes,
+)
 from ipam.block import Block
 from ipam.inventory import User
 from ipam.reading import read
 from ipam.records import CONFIRMED, PENDING, Records
-from kernel.links import veth
+from kernel.links import Links, link_up, veth
 from kernel.netlink import NetlinkSocket
 from kernel.netns import Namespace, inside
+from kernel.routes import PROTO_BGP, PROTO_BIRD, Hop, Route, route_add, route_delete
 from tests.controllers.world import (
     add_nodes,
     assign,
@@ -332,6 +338,34 @@ def test_a_real_kernel(cluster: SqliteDatastore, namespace: Namespace) -> None:
             assert socket.batch([veth("cali0123456789a", "peer0")]) == []
         kinds = [finding.fault for finding in kernel_faults(cluster)]
     assert kinds == [Fault.ROUTE, Fault.ROUTE]
+
+
+def test_what_bgp_told_this_node(cluster: SqliteDatastore, namespace: Namespace) -> None:
+    """A route into a pool that leads to no block of ours, borrowed addresses among them."""
+    nobodys = parse_net("10.0.0.224/28")
+    new_block(cluster, nobodys, None)
+    ours = [*blocks(cluster), parse_net("10.0.0.225"), parse_net("192.0.2.0/26")]
+    theirs = parse_net("10.0.0.240/28")
+    gateways = {4: parse_net("172.31.1.1"), 6: parse_net("fd99::1")}
+    allocator = Allocator(cluster, "n1")
+    with inside(namespace.fd), NetlinkSocket() as socket:
+        assert socket.batch([veth("up0", "up1")]) == []
+        index = Links(socket).get("up0").index
+
+        def learned(net: Net, protocol: int) -> Route:
+            hop = Hop(index, gateways[net.version].address, onlink=True)
+            return Route(net, (hop,), protocol=protocol)
+
+        routes = [learned(net, PROTO_BGP) for net in ours]
+        assert socket.batch([*map(route_add, routes), link_up(index)]) == []
+        assert audit_learned(cluster, allocator.claimed) == []
+        for protocol in (PROTO_BGP, PROTO_BIRD):
+            route = learned(theirs, protocol)
+            assert socket.batch([route_add(route)]) == []
+            (finding,) = audit_learned(cluster, allocator.claimed)
+            assert socket.batch([route_delete(route)]) == []
+    assert (finding.fault, finding.subject) == (Fault.SHARED, "IPPool(four)")
+    assert finding.message.startswith("the next hop 172.31.1.1 announces 10.0.0.240/28, which no")
 
 
 def kernel_faults(store: SqliteDatastore) -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,39 @@ def test_check(cluster: SqliteDatastore, run: Run) -> None:
     release(cluster, "n1", "gone", "c2")
     result = run("ipam", "check")
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "no problems")
+
+
+def test_check_beside_a_kubernetes(
+    cluster: SqliteDatastore, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MANX_KUBERNETES: its pods count, one that has no address yet among them."""
+    with closing(SqliteDatastore(tmp_path / "kubernetes.db")) as kubernetes:
+        put(kubernetes, "KubernetesNode", "n1", {})
+        put(kubernetes, "Pod", "gone", {"nodeName": "n1"}, namespace="shop")
+        monkeypatch.setenv("MANX_KUBERNETES", f"sqlite://{tmp_path}/kubernetes.db")
+        result = run("ipam", "check", "--show-problem-ips")
+        assert result.exit_code == 1
+        assert "leaked address" not in result.stdout
+        assert "has 10.0.0." in result.stdout
+        assert "and there is no Pod shop/web" in result.stdout
+        address = text(leaked(cluster)[0])
+        refused = run("ipam", "release", "--ip", address)
+        assert "its holder may be there" in refused.stderr
+        put(kubernetes, "Pod", "web", {"nodeName": "n1"}, namespace="shop")
+        assert run("ipam", "check").exit_code == 0
+        monkeypatch.setenv("MANX_KUBERNETES", "mysql://x")
+        assert "MANX_KUBERNETES" in run("ipam", "check").stderr
+
+
+def test_check_says_which_ranges_others_have(cluster: SqliteDatastore, run: Run) -> None:
+    release(cluster, "n1", "gone", "c2")
+    assert run("ipam", "check").exit_code == 0
+    put(cluster, "IPPool", "wide", {"cidr": "10.0.0.0/8"})  # as kubectl does, which asks nobody
+    result = run("ipam", "check", "--show-problem-ips")
+    assert result.exit_code == 1
+    assert "IPPool(four): 10.0.0.0/24 shares addresses with 10.0.0.0/8 of IPPool wide" in (
+        result.stdout
+    )
 
 
 def test_release_what_a_report_shows(cluster: SqliteDatastore, run: Run, report: Path) -> None:
