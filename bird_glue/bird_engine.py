@@ -8,6 +8,7 @@ protocol in the file; ``birdc configure`` leaves the others alone.
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 import subprocess
 import time
@@ -34,6 +35,8 @@ _WATCH_SECONDS = 0.5  # between two looks whether it lives
 _PAUSE_SECONDS = 0.3  # between two configurations; what changes meanwhile is loaded together
 _START_SECONDS = 10.0
 _HEALTHY_SECONDS = 30.0  # one that ran for so long starts the back-off anew
+_PROVEN_SECONDS = 5.0  # one that ends earlier has not worked
+_MOST_FAILURES = 3  # in a row, until the other engine is taken
 _STOP_SECONDS = 3.0
 _CHECK_SECONDS = 30.0
 _FRESH_SECONDS = 0.2  # that an answer about sessions counts for
@@ -64,6 +67,7 @@ class BirdEngine:
         self._next = 0.0
         self._started = 0.0
         self._backoff: Backoff[str] = Backoff(0.1, 10.0)
+        self._failures = 0
         self._rejected: dict[Net, str] = {}
         self._leaving = False
         self._dead: dict[Net, str] = {}  # those that have not come back, and why
@@ -145,6 +149,7 @@ class BirdEngine:
                 self._load(intent, self._birdc)
         except (OSError, RefusedError) as error:
             self._failed(f"BIRD can't be configured: {error}")
+            self._failures += self._process is None
             self._backoff.failed("start", now)
             self._next = now + 1.0
         except BirdError as error:
@@ -254,14 +259,44 @@ class BirdEngine:
         self._stale = False
         self._problem = ""
 
+    def refusal(self, intent: Intent) -> str:
+        """Why BIRD would not run on this; empty if it would."""
+        if self._failures >= _MOST_FAILURES:
+            return (
+                f"a BIRD that stays up: it ended {self._failures} times in a row: {self._problem}"
+            )
+        if shutil.which("bird") is None:
+            return "BIRD 2 on this machine (Debian package bird2)"
+        try:
+            self._rendered(intent)
+        except OSError as error:
+            return f"a BIRD that takes its configuration: {error}"
+        return ""
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it was started again and again in vain."""
+        return self._failures >= _MOST_FAILURES
+
+    def forgive(self) -> None:
+        """Forget what was in vain."""
+        self._failures = 0
+
     def _write(self, intent: Intent) -> None:
         """Put the file in place, less sessions that BIRD would refuse. Raises OSError."""
+        text = self._rendered(intent)
+        new = self._path.with_suffix(".new")
+        _write_private(new, text)
+        new.replace(self._path)
+
+    def _rendered(self, intent: Intent) -> str:
+        """The file, less sessions that BIRD would refuse. Raises OSError."""
         found = {address: unspeakable(neighbor) for address, neighbor in intent.neighbors.items()}
         self._rejected = {address: why for address, why in found.items() if why}
         intent = _without(intent, self._rejected.keys())
         text = render(intent, self._wanted, self._run_dir)
-        if self._path.exists() and self._path.read_text() == text:
-            return
+        if self._path.exists() and self._path.read_text() == text and self._process:
+            return text
         if error := self._error_in(text):
             for address in intent.neighbors:
                 alone = _without(intent, intent.neighbors.keys() - {address})
@@ -270,9 +305,7 @@ class BirdEngine:
             text = render(_without(intent, self._rejected.keys()), self._wanted, self._run_dir)
             if error := self._error_in(text):
                 raise OSError(error)
-        new = self._path.with_suffix(".new")
-        _write_private(new, text)
-        new.replace(self._path)
+        return text
 
     def _error_in(self, text: str) -> str:
         """What ``bird -p`` says; empty if all is well."""
@@ -293,7 +326,8 @@ class BirdEngine:
             path.unlink()
         if result.returncode == 0:
             return ""
-        return "; ".join(result.stderr.split("\n")[:_LAST_WORDS]).strip("; ")
+        words = "; ".join(result.stderr.split("\n")[:_LAST_WORDS]).strip("; ")
+        return words or f"bird -p ends with {result.returncode}"
 
     def _end(self, why: str, now: float) -> list[EngineEvent]:
         """BIRD is gone, or no good any more: see that it is gone, and forget it."""
@@ -302,6 +336,7 @@ class BirdEngine:
         if self._process.ended() and (words := self._last_words()):
             problem += f": {words}"
         self._failed(problem)
+        self._failures = 0 if now - self._started > _PROVEN_SECONDS else self._failures + 1
         if now - self._started > _HEALTHY_SECONDS:
             self._backoff.succeeded("start")
         else:

@@ -2,12 +2,13 @@
 
 The annotation ``projectcalico.org/BGPEngine`` of the BGPConfiguration ``node.<name>``, else of
 ``default``, else the environment says ``exabgp``, ``bird`` or ``auto``. With ``auto`` it is
-ExaBGP, but BIRD on a reflector with many clients, which costs ExaBGP and us seconds.
+ExaBGP, but BIRD on a reflector with many clients, which costs ExaBGP and us seconds. A BIRD
+that doesn't take its configuration, or doesn't stay up, is not chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from api.errors import Problem
@@ -18,6 +19,7 @@ ANNOTATION = "projectcalico.org/BGPEngine"
 AUTO = "auto"
 CHOICES = (AUTO, EXABGP, BIRD)
 MANY_CLIENTS = 50
+FEW_CLIENTS = 40  # that it doesn't change with every node that comes and goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,19 @@ class Choice:
     problems: tuple[ObjectProblem, ...] = ()
 
 
-def choose(cluster: Cluster, node: str, default: str, *, clients: int, has_bird: bool) -> Choice:
-    """The engine of a node. ``default``: of the environment; ``clients``: that it reflects to."""
+def choose(
+    cluster: Cluster,
+    node: str,
+    default: str,
+    *,
+    clients: int,
+    current: str,
+    why_not_bird: Callable[[], str],
+) -> Choice:
+    """The engine of a node. ``default``: of the environment; ``clients``: that it reflects to.
+
+    ``current``: the one it has. ``why_not_bird``: what BIRD lacks to run; empty if it would.
+    """
     problems = []
     for name, text in (*_wishes(cluster, node), ("", default)):
         owner = ("BGPConfiguration", name) if name else ("Node", node)
@@ -40,11 +53,12 @@ def choose(cluster: Cluster, node: str, default: str, *, clients: int, has_bird:
             continue
         wanted = text
         if text == AUTO:
-            wanted = BIRD if clients > MANY_CLIENTS else EXABGP
+            many = clients > MANY_CLIENTS or (current == BIRD and clients >= FEW_CLIENTS)
+            wanted = BIRD if many else EXABGP
             where, text = "spec.bgp.routeReflectorClusterID", f"{clients} clients"
             owner = ("Node", node)
-        if wanted == BIRD and not has_bird:
-            problem = Problem(where, text, "BIRD 2 on this machine (Debian package bird2)")
+        if wanted == BIRD and (why := why_not_bird()):
+            problem = Problem(where, text, why)
             problems.append(ObjectProblem(*owner, problem))
             wanted = EXABGP
         return Choice(wanted, tuple(problems))

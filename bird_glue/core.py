@@ -8,7 +8,6 @@ works out what changed and brings the speaker and the kernel towards it.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +17,10 @@ from api.errors import Problem
 from api.net import V4, Net, format_address, host_net
 from bird_glue.adj_rib_in import AdjRibIn
 from bird_glue.advertise import LearnedRoute, Speaking, announcements, own_routes
-from bird_glue.choice import choose
+from bird_glue.choice import Choice, choose
 from bird_glue.decision import Guard, Session
 from bird_glue.detector import Detector, Failure, Watch, failure
-from bird_glue.engine import Engine, EngineEvent, Intent, Restarted
+from bird_glue.engine import EXABGP, Engine, EngineEvent, Intent, Restarted
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.keepsake import Keepsake
@@ -181,6 +180,10 @@ class Core:
             if self._workload_peers:  # their routes lead to pods
                 self._rib.set_topology(self._topology)
         if not topology.same(self._topology):
+            for peer in tuple(self._routes.peers):
+                before, after = self._topology.resolve(peer), topology.resolve(peer)
+                if before and before.direct and not (after and after.direct):
+                    self._routes.unplugged(peer)
             self._topology = topology
             self._rib.set_topology(topology)
             self._fib.set_topology(topology)
@@ -264,6 +267,7 @@ class Core:
             self._advertise(self._local)
         for event in self._engine.step(now):
             self.session(event, now)
+        self._configure_due |= self._engines.hopeless
 
     def next_due(self, now: float) -> float | None:
         """When to call ``reconcile`` though nothing happens."""
@@ -369,7 +373,7 @@ class Core:
             ignored_interfaces=local.ignored_interfaces,
             receive_limit=self._resting.limit,
         )
-        self._choose_engine(cluster, local, now)
+        self._choose_engine(cluster, intent, now)
         self._routes.set_peers({} if self._engine.programs else intent.sessions)
         if self._topology.configure(self._sessions.ways, local.ignored_interfaces):
             self._rib.set_topology(self._topology)
@@ -403,17 +407,25 @@ class Core:
         self._engine.configure(intent)
         self._advertise_due = True
 
-    def _choose_engine(self, cluster: Cluster, local: Local, now: float) -> None:
+    def _choose_engine(self, cluster: Cluster, intent: Intent, now: float) -> None:
         """Have the one that is wanted run, and know who writes learned routes."""
-        clients = sum(peer.cluster_id is not None for peer in self._sessions.peers.values())
+        nodes = {host: n.name for n in cluster.nodes.values() for host, _ in node_addresses(n)}
+        clients = {
+            nodes.get(address, address)
+            for address, peer in self._sessions.peers.items()
+            if peer.cluster_id is not None
+        }
         choice = choose(
             cluster,
             self._node,
             self._default_engine,
-            clients=clients,
-            has_bird=shutil.which("bird") is not None,
+            clients=len(clients),
+            current=self._engine.name,
+            why_not_bird=lambda: self._engines.why_not_bird(intent),
         )
         self._problems += choice.problems
+        if choice == Choice(EXABGP):
+            self._engines.forgive()
         if self._engines.choose(choice.engine):
             self._hold_until = now + HOLD_SECONDS
             self.session(Restarted(), now)

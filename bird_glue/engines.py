@@ -1,6 +1,7 @@
 """Both engines, of which one runs.
 
-To change over, the daemon that runs is ended as if it had crashed: peers with graceful restart
+To change over, the daemon that runs is ended, once the other is known to take its
+configuration, as if it had crashed: peers with graceful restart
 keep our routes, the kernel keeps theirs, and the other daemon says that it has restarted.
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from bird_glue.bird_engine import BirdEngine
 from bird_glue.channel import FromRelay
-from bird_glue.engine import Engine
+from bird_glue.engine import Engine, Intent
 from bird_glue.speaker import Speaker
 
 _log = logging.getLogger(__name__)
@@ -45,15 +46,31 @@ class Engines:
             if engine.pid is not None:
                 self.current = engine
 
+    def why_not_bird(self, intent: Intent) -> str:
+        """What BIRD lacks to run on this; empty where it would, or runs."""
+        if self.current is self._bird and not self._bird.hopeless:
+            return "" if self._bird.pid is not None else self._bird.refusal(intent)
+        return self._bird.refusal(intent)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether the current one was started again and again in vain."""
+        return self.current is self._bird and self._bird.hopeless
+
+    def forgive(self) -> None:
+        """Nobody wants BIRD any more: who does so later may have mended it."""
+        self._bird.forgive()
+
     def choose(self, name: str) -> bool:
-        """Change over to an engine. Returns whether another one ran until now."""
+        """Change over to an engine. Returns whether it was another one until now."""
         wanted = self._engines[name]
+        changed = self.current is not wanted
         ran = [other for other in self._engines.values() if other is not wanted and other.pid]
         for other in ran:
             _log.info("changing over from %s to %s", other.name, name)
             other.abandon()
         self.current = wanted
-        return bool(ran)
+        return changed or bool(ran)
 
     def close(self) -> None:
         """Let go of the daemon, which goes on."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from api.bgp import BGPConfiguration
-from bird_glue.choice import ANNOTATION, MANY_CLIENTS, Choice, choose
+from bird_glue.choice import ANNOTATION, FEW_CLIENTS, MANY_CLIENTS, Choice, choose
 from bird_glue.settings import Cluster
+
+LACKS = "BIRD 2 on this machine"
 
 
 def configuration(name: str, text: str) -> BGPConfiguration:
@@ -17,11 +19,23 @@ def configuration(name: str, text: str) -> BGPConfiguration:
 
 
 def chosen(
-    *, default: str = "auto", clients: int = 0, has_bird: bool = True, **annotations: str
+    *,
+    default: str = "auto",
+    clients: int = 0,
+    current: str = "exabgp",
+    lacks: str = "",
+    **annotations: str,
 ) -> Choice:
     names = {"cluster": "default", "node": "node.n1", "other": "node.n2"}
     found = {names[key]: configuration(names[key], text) for key, text in annotations.items()}
-    return choose(Cluster({}, {}, found), "n1", default, clients=clients, has_bird=has_bird)
+    return choose(
+        Cluster({}, {}, found),
+        "n1",
+        default,
+        clients=clients,
+        current=current,
+        why_not_bird=lambda: lacks,
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,6 +44,9 @@ def chosen(
         (chosen(), "exabgp"),
         (chosen(clients=MANY_CLIENTS), "exabgp"),
         (chosen(clients=MANY_CLIENTS + 1), "bird"),
+        (chosen(clients=MANY_CLIENTS, current="bird"), "bird"),
+        (chosen(clients=FEW_CLIENTS, current="bird"), "bird"),
+        (chosen(clients=FEW_CLIENTS - 1, current="bird"), "exabgp"),
         (chosen(clients=MANY_CLIENTS + 1, default="exabgp"), "exabgp"),
         (chosen(default="bird"), "bird"),
         (chosen(default="bird", cluster="exabgp"), "exabgp"),
@@ -43,13 +60,13 @@ def test_who_says_something_first(choice: Choice, engine: str) -> None:
 
 
 def test_wishes_that_cannot_be_are_named() -> None:
-    without = chosen(cluster="bird", has_bird=False)
+    without = chosen(cluster="bird", lacks=LACKS)
     assert without.engine == "exabgp"
     assert str(without.problems[0]) == (
         f"BGPConfiguration default: metadata.annotations[{ANNOTATION}]: 'bird': "
-        "BIRD 2 on this machine (Debian package bird2)"
+        "BIRD 2 on this machine"
     )
-    many = chosen(clients=99, has_bird=False)
+    many = chosen(clients=99, lacks=LACKS)
     assert many.engine == "exabgp"
     assert "Node n1: spec.bgp.routeReflectorClusterID: '99 clients'" in str(many.problems[0])
     wrong = chosen(node="frr", cluster="bird")

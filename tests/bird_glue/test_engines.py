@@ -288,6 +288,58 @@ def test_an_agent_that_dies_while_engines_change(rack: Rack) -> None:
     assert (inward.lost, outward.lost) == (0, 0)
 
 
+BROKEN = {
+    # says no at once; takes the configuration, and ends as soon as it runs
+    "refuses": "#!/bin/sh\necho 'not today' >&2\nexit 1\n",
+    "ends": "#!/bin/sh\ncase \"$*\" in *-p*) exit 0;; esac\necho 'no such luck' >&2\nexit 1\n",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_bird_that_does_not_work_takes_nothing_along(tmp_path: Path, how: str) -> None:
+    """ExaBGP stays, or comes back; no packet is lost; what is wrong is said."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "bird").write_text(BROKEN[how])
+    (programs / "bird").chmod(0o755)
+    with world(tmp_path) as made:
+        node, tor, outside = made.node("n1"), made.bird("tor"), made.host("outside")
+        connect(node.namespace, "eth0", tor.namespace, "n1", ["172.31.1.11/24", f"{TOR}/24"])
+        connect(outside.namespace, "eth0", tor.namespace, "up", [f"{OUTSIDE}/24", "192.0.2.1/24"])
+        outside.run("ip", "route", "add", "default", "via", "192.0.2.1")
+        made.pod(node, "pod", POD)
+        set_engine(made, "exabgp")
+        made.store.put("IPPool", "plain", cidr="10.1.0.0/16")
+        made.store.put("BGPPeer", "tor", peerIP=TOR, asNumber=65001)
+        made.store.node("n1", "172.31.1.11/24")
+        made.store.block("n1", BLOCK)
+        tor.start(tor_configuration())
+        node.start(PATH=f"{programs}:{os.environ['PATH']}")
+        eventually(lambda: node.established(TOR) and tor.blocks() == {BLOCK}, 20)
+        eventually(lambda: node.route_to("192.0.2.0/24") != "")
+        exabgp = node.exabgp()
+        with Ping(outside, POD) as ping:
+            set_engine(made, "bird")
+
+            def said() -> bool:
+                status = node.status()
+                words = "".join(status.problems) if status else ""
+                return (
+                    f"metadata.annotations[{ANNOTATION}]: 'bird'" in words
+                    and {"refuses": "not today", "ends": "no such luck"}[how] in words
+                )
+
+            eventually(said, 30)
+            eventually(lambda: node.established(TOR), 20)
+            eventually(lambda: tor.blocks() == {BLOCK})
+            status = node.status()
+            assert status
+            assert status.engine == "exabgp"
+            assert (node.exabgp() == exabgp) == (how == "refuses")
+        assert ping.lost == 0
+        assert node.route_to("192.0.2.0/24") != ""
+
+
 @pytest.mark.parametrize("others", [("bird", "bird"), ("exabgp", "bird")], ids="-".join)
 def test_mesh_of_engines(tmp_path: Path, others: tuple[str, str]) -> None:
     """Both families; one restarts and loses nothing, one goes for good."""
