@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from api.net import V4, V6, Net, format_address
+from api.pods import DEFAULT_PREFIX
 from datastore.interface import Datastore, Key, NotFoundError, part
 from ipam.audit import Fault, Finding, shared_pools
 from ipam.inventory import User
@@ -14,8 +15,6 @@ from kernel.links import Links
 from kernel.netlink import NetlinkSocket
 from kernel.routes import PROTO_BGP, PROTO_BIRD, PROTO_FELIX, Routes
 
-_PREFIX = "cali"  # of the node's ends of pods' interfaces, unless the FelixConfiguration says
-_DIGITS = 11  # of a hash, behind it
 _READ = 64  # blocks at most that are looked up to see if they are ours
 
 
@@ -32,7 +31,7 @@ def interface_prefixes(store: Datastore, node: str) -> tuple[str, ...]:
         text = str(part(value, "spec").get("interfacePrefix") or "")
         if prefixes := tuple(filter(None, map(str.strip, text.split(",")))):
             return prefixes
-    return (_PREFIX,)
+    return (DEFAULT_PREFIX,)
 
 
 def audit_kernel(users: Iterable[User], node: str, prefixes: Sequence[str]) -> list[Finding]:
@@ -110,7 +109,7 @@ def disagreements(
     for user in users:
         if not user.interface:
             continue
-        name = _interface(user, prefixes, there)
+        name = user.interface
         known.add(name)
         if name not in there:
             if user.addresses:
@@ -130,14 +129,6 @@ def disagreements(
     for net, name in routes.items():
         if net.is_host and name.startswith(begins) and net not in expected:
             yield Finding(Fault.ROUTE, _text(net), f"is routed to {name}, and of no endpoint there")
-
-
-def _interface(user: User, prefixes: Sequence[str], there: Collection[str]) -> str:
-    """The node's end. A Pod does not say its name, which then follows from that of the pod."""
-    if user.key.kind != "Pod":
-        return user.interface
-    names = [prefix + user.interface[-_DIGITS:] for prefix in prefixes]
-    return next((name for name in names if name in there), names[0])
 
 
 def _text(address: Net) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from api.names import cidr_name, interface_name
 from api.net import Net, parse_net
+from api.pods import INTERFACE_PREFIX
 from datastore.interface import Key
 from datastore.sqlite import SqliteDatastore
 from ipam.allocator import Allocator
@@ -22,7 +22,6 @@ from ipam.audit_kernel import (
     interface_prefixes,
 )
 from ipam.block import Block
-from ipam.inventory import User
 from ipam.reading import read
 from ipam.records import CONFIRMED, PENDING, Records
 from kernel.links import Links, link_up, veth
@@ -388,22 +387,25 @@ def test_other_prefixes_of_interfaces(cluster: SqliteDatastore, namespace: Names
         assert "tap2" in strays
 
 
-def test_a_pod_of_kubernetes_has_the_interface_of_its_name() -> None:
-    """A Pod does not say what its interface is called; before its ADD there need be none."""
-    user = User(
-        Key("Pod", "web", "shop"),
-        "n1",
-        (),
-        ("shop", "web"),
-        "",
-        interface_name("cali", "shop", "web"),
-    )
-    net = parse_net("10.0.0.1")
-    other = interface_name("tap", "shop", "web")
-    prefixes = ("cali", "tap")
-    assert list(disagreements([user], prefixes, [], {})) == []
-    assert list(disagreements([user], prefixes, [other], {})) == []
-    wired = replace(user, addresses=(net,))
-    assert list(disagreements([wired], prefixes, [other], {net: other})) == []
-    (finding,) = disagreements([wired], ("tap",), [user.interface], {})
-    assert finding.message == f"has no interface {other}"
+def test_a_pod_of_kubernetes_says_how_its_interface_begins(
+    cluster: SqliteDatastore, namespace: Namespace
+) -> None:
+    """Where there is no other endpoint. Before its ADD it need have no interface, and may."""
+    for node in ("n1", "n2"):
+        release(cluster, node, f"web-{node}", f"c-{node}")
+        forget(cluster, node, f"web-{node}", f"c-{node}")
+    put(cluster, "FelixConfiguration", "default", {"interfacePrefix": "tap"})
+    put(cluster, "Pod", "web", {"nodeName": "n1"}, namespace="shop")
+    name = interface_name("tap", "shop", "web")
+    entry = cluster.get(Key("Pod", "web", "shop"))
+    with inside(namespace.fd):
+        assert kernel_faults(cluster) == []
+        annotations = {"cni.projectcalico.org/podIP": "10.0.0.1/32", INTERFACE_PREFIX: "tap"}
+        entry.value["metadata"]["annotations"] = annotations
+        cluster.update(entry.key, entry.value)
+        (finding,) = kernel_faults(cluster)
+        assert finding.message == f"has no interface {name}"
+        with NetlinkSocket() as socket:
+            assert socket.batch([veth(name, "peer1")]) == []
+        (finding,) = kernel_faults(cluster)
+        assert finding.message == f"has no route to 10.0.0.1 by {name}"
