@@ -41,6 +41,7 @@ class PeerState:
     ended: set[int] = field(default_factory=set)
     settles: float | None = None  # when a peer that marks no end counts as complete
     dead: bool = False  # as BFD saw it, since it was up
+    unplugged: bool = False  # its link was down since it was up
     external: bool = False  # it was over eBGP when it was wanted last
 
     def complete(self, now: float) -> bool:
@@ -93,7 +94,7 @@ class AdjRibIn:
         graceful = peer.graceful
         marks_end = bool(graceful and graceful.families)
         peer.up = True
-        peer.dead = False
+        peer.dead = peer.unplugged = False
         peer.ended.clear()
         peer.settles = None if marks_end else now + UNMARKED_SECONDS
         if peer.stale and not peer.ours:
@@ -118,7 +119,7 @@ class AdjRibIn:
             self._drop_unwanted(address)
             return
         kept: frozenset[int] = frozenset()
-        if graceful and peer.graceful:
+        if graceful and peer.graceful and not peer.unplugged:
             kept = peer.graceful.families
         self._forget(address, [net for net in peer.nets if net.version not in kept])
         seconds = peer.graceful.seconds if peer.graceful else 0
@@ -138,6 +139,16 @@ class AdjRibIn:
             peer.deadline = None
             peer.dead = True
         return peer.up
+
+    def unplugged(self, address: Net) -> None:
+        """The link to the peer is down. When it is back the session may go on as if nothing had
+        been; but one that ended then, or had before, may have done so because the whole machine
+        went, with all that its kernel knew: packets are not sent there on an earlier word.
+        """
+        if peer := self.peers.get(address):
+            peer.unplugged = True
+            if not peer.up:
+                self._forget(address, tuple(peer.stale))
 
     def restarted(self, now: float) -> None:
         """Our end of all sessions is gone and will come back: keep what was told."""

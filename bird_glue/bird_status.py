@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from bird_glue.birdc import Line
 from bird_glue.config import Neighbor
-from bird_glue.words import notification
+from bird_glue.words import notification, same_router_id
 
 _TABLE = 1002  # NAME PROTO TABLE STATE SINCE INFO
 _DETAIL = 1006
@@ -57,6 +57,7 @@ _NOTIFICATIONS = {
 }
 _NUMBERS = re.compile(r"(\d+)\.(\d+)$")
 _WRONG_AS = (2, 2)
+_BAD_ROUTER_ID = (2, 3)
 _STATES = {"Down": "Idle", "Close": "Idle", "Passive": "Active"}  # ours for BIRD's
 _RECEIVED, _OURS, _SOCKET = "Received: ", "BGP Error: ", "Socket: "
 
@@ -140,5 +141,7 @@ def error_in_words(error: str, neighbor: Neighbor) -> str:
             return f"wrong AS number: the peer is not AS {neighbor.remote_as}, as is configured"
         if code == _WRONG_AS:
             return f"the peer refuses us: wrong AS number, we are AS {neighbor.local_as}"
+        if code == _BAD_ROUTER_ID and neighbor.remote_as == neighbor.local_as:
+            return same_router_id(neighbor.router_id)
         return f"{who}: {notification(*code) if code else text}"
     return error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from api.net import Net, format_address
 from bird_glue.config import Neighbor
 from bird_glue.messages import Connected, Down, Notified, Opened, SessionEvent, Up
-from bird_glue.words import notification
+from bird_glue.words import notification, same_router_id
 
 ESTABLISHED = "Established"
 _COLLISION = "closing outgoing connection as we have another incoming"
@@ -18,6 +18,7 @@ _CEASE = 6
 _CEASE_COLLISION = 7
 _HOLD_TIMER = (4, 0)
 _WRONG_AS = (2, 2)
+_BAD_ROUTER_ID = (2, 3)
 
 
 @dataclass(slots=True)
@@ -141,6 +142,9 @@ class Tracker:
             )
         if code == _WRONG_AS and not notified.sent:
             return f"the peer refuses us: wrong AS number, we are AS {neighbor.local_as}"
+        opened = session.opened
+        if code == _BAD_ROUTER_ID and (not opened or opened.router_id == neighbor.router_id):
+            return same_router_id(neighbor.router_id)
         words = notification(*code)
         if code == _HOLD_TIMER and notified.sent:
             return f"{words}: nothing heard from the peer for {neighbor.hold_seconds} s or less"

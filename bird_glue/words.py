@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from api.net import V4, format_address
+
 _CODES = {
     1: "message header error",
     2: "OPEN message error",
@@ -52,3 +54,9 @@ def notification(code: int, subcode: int) -> str:
     """What a NOTIFICATION says: ``wrong AS number``."""
     words = _SUBCODES.get((code, subcode)) or _CODES.get(code)
     return words or f"error {code}/{subcode}"
+
+
+def same_router_id(router_id: int) -> str:
+    """Why an OPEN is refused for its BGP identifier, in one AS (RFC 6286 2.2)."""
+    shown = format_address(V4, router_id)
+    return f"the peer has our router ID, {shown}: each needs one of its own"

@@ -223,3 +223,17 @@ def test_another_as_has_no_say_in_what_is_preferred_here() -> None:
     internal.up(PEER, 0)
     internal.updated(told)
     assert attributes_of(internal) == [INTERNAL]
+
+
+def test_routes_go_when_the_session_and_the_link_have_gone() -> None:
+    """Whichever goes first; a link that merely flaps ends nothing."""
+    routes = established(KEEPING)
+    routes.unplugged(PEER)
+    assert held(routes) == {ONE, TWO}
+    routes.down(PEER, 10, graceful=True)
+    assert held(routes) == set()
+    come_up(routes, 20, KEEPING, ONE)
+    routes.down(PEER, 30, graceful=True)
+    assert held(routes) == {ONE}
+    routes.unplugged(PEER)
+    assert held(routes) == set()
