@@ -174,8 +174,15 @@ class _Table:
     def _placed(
         self, hooks: dict[str, Fragments]
     ) -> tuple[dict[str, Fragments], dict[str, Fragments]]:
-        """Hooks as what to insert and what to append."""
-        return ({}, hooks) if self._append else (hooks, {})
+        """Hooks as what to insert and what to append.
+
+        Who translates the source first has the say about it: there, ours comes after others'.
+        """
+        insert, append = {}, {}
+        for place, rules in hooks.items():
+            is_last = self._append or (self._kind, place) == (chains.Table.NAT, "POSTROUTING")
+            (append if is_last else insert)[place] = rules
+        return insert, append
 
     def _apply(self, plan: Plan[str, Hashes]) -> dict[str, Exception]:
         """In one transaction. A chain that iptables refuses is left as it is, or drops if new."""

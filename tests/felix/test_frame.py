@@ -82,6 +82,34 @@ def test_nat_outgoing_is_behind_the_nodes_address(world: Gateway) -> None:
         assert seen_as(world.pod.netns, world.near, NEAR[version])[0] == NODE[version]
 
 
+def test_others_who_translate_the_source_come_first(world: Gateway) -> None:
+    """As whom a packet goes out is said by who says so; ours is what is left."""
+    variant = "legacy" if world.backend.endswith("legacy") else "nft"
+    chosen = {4: f"{NODE[4].rpartition('.')[0]}.78", 6: f"{NODE[6]}78"}
+    rules = {}
+    for version, command in ((4, f"iptables-{variant}"), (6, f"ip6tables-{variant}")):
+        run(world.node.netns, "ip", "address", "add", chosen[version], "dev", "eth0")
+        rules[command] = f"-p tcp --dport {PORT} -d {NEAR[version]} -j SNAT".split()
+        rules[command] += ["--to-source", chosen[version]]
+        run(world.node.netns, command, "-t", "nat", "-A", "POSTROUTING", *rules[command])
+    world.enforce(*pools())
+    for version in (4, 6):
+        assert seen_as(world.pod.netns, world.near, NEAR[version])[0] == chosen[version]
+        assert seen_as(world.pod.netns, world.far, FAR[version])[0] != POD[version]
+    for command, rule in rules.items():
+        # It comes behind ours again, until the next look.
+        for verb in ("-D", "-A"):
+            run(world.node.netns, command, "-t", "nat", verb, "POSTROUTING", *rule)
+    world.brain.read()
+    world.brain.enforce()
+    for version in (4, 6):
+        assert seen_as(world.pod.netns, world.near, NEAR[version])[0] == chosen[version]
+    for command, rule in rules.items():
+        run(world.node.netns, command, "-t", "nat", "-D", "POSTROUTING", *rule)
+    for address in chosen.values():
+        run(world.node.netns, "ip", "address", "del", address, "dev", "eth0")
+
+
 def test_nat_outgoing_as_configured(world: Gateway) -> None:
     own = f"{NODE[4].rpartition('.')[0]}.77"
     run(world.node.netns, "ip", "address", "add", f"{own}/32", "dev", "eth0")
