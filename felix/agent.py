@@ -80,6 +80,7 @@ class Agent:
         self._connections: Connections | None = None
         self._ends_forbidden = ends_forbidden(os.environ)
         self._backend: backends.Backend | None = None
+        self._unmet = ""  # why another is not the one that is asked for
         self._remains: list[str] | None = None  # of other backends; None: not looked for yet
         self._follower = Follower(store, KINDS, self._queue.put)
         self._registrar = Registrar(store, environment.node, self._address, self._queue.put)
@@ -91,6 +92,7 @@ class Agent:
         self._drift = Drift(self._queue.put)
         self._addresses_changed = True
         self._backoff: Backoff[str] = Backoff()
+        self._wish: Backoff[str] = Backoff()  # for another backend
         self._failure: str | None = None
         self._started = _now()
         self._last_apply: dict[str, Any] | None = None
@@ -127,7 +129,7 @@ class Agent:
                 self._take(self._queue.get_nowait())
         except queue.Empty:
             pass
-        if self._in_sync and not self._snapshot.locked and not self._stopping:
+        if self._in_sync and not self._stopping:
             self._work(time.monotonic())
         # After the work, so that an answer speaks of all that was told before the question.
         while self._asked:
@@ -135,9 +137,9 @@ class Agent:
 
     def _pause(self) -> float | None:
         """Seconds until something is due by itself; None: nothing is."""
-        if not self._in_sync or self._snapshot.locked:
+        if not self._in_sync or (self._snapshot.locked and self._dataplane is None):
             return None
-        times = [self._drift.next_due(), self._backoff.next_due()]
+        times = [self._drift.next_due(), self._backoff.next_due(), self._wish.next_due()]
         if self._dataplane is not None and not len(self._backoff):
             times.append(self._dataplane.next_retry())
             if self._connections is not None:
@@ -182,21 +184,28 @@ class Agent:
         if len(self._backoff) and not self._backoff.due(now):
             return
         try:
-            self._calculate()
-            self._apply(now)
-            self._announcer.tell(self._is_enforced)
-            self._review(now)
+            if not self._snapshot.locked:
+                self._calculate(now)
+            if self._dataplane is not None:  # also while locked: strangers don't know of it
+                if self._wish.due(now):
+                    self._follow_backend(now)
+                self._apply(now)
+                self._announcer.tell(self._is_enforced)
+                self._review(now)
         except Exception as error:
             # Nothing is certain now: begin anew, from the snapshot and from what the kernel has.
             _log.exception("what is enforced stays; beginning anew")
             self._failure = f"{type(error).__name__}: {error}"
             self._backoff.failed("work", now)
-            self._abandon()
+            if self._snapshot.locked:
+                self._drift.doubt()  # the snapshot is to wait
+            else:
+                self._abandon()
         else:
             self._failure = None
             self._backoff.succeeded("work")
 
-    def _calculate(self) -> None:
+    def _calculate(self, now: float) -> None:
         moved = False
         if self._addresses_changed and self._calculator.wants_addresses(self._snapshot):
             moved = self._calculator.set_host_addresses(host_addresses())
@@ -205,37 +214,71 @@ class Agent:
             return
         before = self._calculator.registration
         delta = self._calculator.calculate(self._snapshot)
-        settings = self._calculator.settings
         if self._dataplane is None or self._connections is None:
-            self._backend = backends.choose(settings, self._backend)
-            self._dataplane = Dataplane(self._make_enforcer(self._backend))
+            self._dataplane = Dataplane(self._first_enforcer(now))
             self._connections = Connections(self._calculator, ends_forbidden=self._ends_forbidden)
+            self._dataplane.want(delta)
         else:
             self._connections.note(delta)
-        self._dataplane.want(delta)
-        if delta.settings is not None:
-            self._follow_backend(backends.choose(settings, self._backend))
+            self._dataplane.want(delta)
+            if delta.settings is not None:
+                self._follow_backend(now)
         self._announcer.want(delta.endpoints)
         registration = self._calculator.registration
         if registration is not None and registration != before:
             self._registrar.want(registration)
 
-    def _make_enforcer(self, backend: backends.Backend) -> Enforcer:
-        _log.info("policy is enforced by %s", backend.value)
-        self._remains = None
+    def _first_enforcer(self, now: float) -> Enforcer:
         calculator = self._calculator
-        enforcer = backends.make(backend, calculator.settings, calculator.ruleset.members)
-        self._drift.follow(enforcer)
+        self._backend, enforcer, refused = backends.make_any(
+            calculator.settings, self._backend, calculator.ruleset.members
+        )
+        self._note_wish(refused, now)
+        self._begin_with(enforcer)
         return enforcer
 
-    def _follow_backend(self, backend: backends.Backend) -> None:
-        """Have another enforcer do all the work, if it is to be another."""
+    def _follow_backend(self, now: float) -> None:
+        """Have another enforcer do all the work, if it is to be another and can be had."""
         assert self._dataplane is not None
-        if backend is not self._backend:
-            enforcer = self._make_enforcer(backend)
-            enforcer.want(self._calculator.ruleset.everything())
-            self._dataplane.switch(enforcer)
-            self._backend = backend
+        settings, ruleset = self._calculator.settings, self._calculator.ruleset
+        try:
+            backend = backends.choose(settings, self._backend)
+            if backend is self._backend:
+                self._note_wish(None, now)
+                return
+            enforcer = backends.make(backend, settings, ruleset.members)
+            try:
+                enforcer.want(ruleset.everything())
+                enforcer.read()
+            except BaseException:
+                enforcer.close()
+                raise
+        except backends.FAILURES as error:
+            self._note_wish(error, now)
+            return
+        self._note_wish(None, now)
+        self._dataplane.switch(enforcer)
+        self._backend = backend
+        self._begin_with(enforcer)
+
+    def _begin_with(self, enforcer: Enforcer) -> None:
+        assert self._backend is not None
+        _log.info("policy is enforced by %s", self._backend.value)
+        self._remains = None
+        self._drift.follow(enforcer)
+
+    def _note_wish(self, refused: Exception | None, now: float) -> None:
+        """Whether the backend that is asked for could be had."""
+        if refused is None:
+            self._unmet = ""
+            self._wish.succeeded("backend")
+            return
+        assert self._backend is not None
+        unmet = f"{refused}; policy is enforced by {self._backend.value}"
+        if unmet != self._unmet:
+            _log.warning("the backend that is asked for can't be had: %s", unmet)
+        self._unmet = unmet
+        self._wish.failed("backend", now)
 
     def _settle_others(self) -> None:
         """What another backend left goes once this one's work stands."""
@@ -336,6 +379,8 @@ class Agent:
             yield "felix", self._failure
         if self._snapshot.locked:
             yield "ClusterInformation(default)", _LOCKED
+        if self._unmet:
+            yield "FelixConfiguration nftablesMode, iptablesBackend", self._unmet
         if self._registration_problem:
             yield f"Node({self._environment.node})", self._registration_problem
         yield from self._calculator.problems(self._snapshot)

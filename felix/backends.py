@@ -36,6 +36,9 @@ _PAUSE = 0.02
 
 _log = logging.getLogger(__name__)
 
+# What it says of an enforcer that can't be had.
+FAILURES = (OSError, IptablesError)
+
 # What a kernel without nf_tables says.
 _UNKNOWN = (errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.ENOENT, errno.EINVAL)
 
@@ -53,7 +56,9 @@ _NAMES = {backend: variant for variant, backend in _VARIANTS.items()}
 
 
 def choose(settings: Settings, current: Backend | None) -> Backend:
-    """nftables, unless the settings or the kernel will not have it. Raises OSError.
+    """nftables, unless the settings or the kernel will not have it.
+
+    Raises OSError, IptablesError where iptables is asked for and can't be found out about.
 
     ``nftablesMode`` Auto: an ``iptablesBackend`` that names a variant asks for iptables. Where
     either variant will do, ``current`` stays.
@@ -73,8 +78,30 @@ def choose(settings: Settings, current: Backend | None) -> Backend:
 def make(backend: Backend, settings: Settings, members: Members) -> Enforcer:
     """An enforcer that wants nothing yet. Raises OSError."""
     if backend is Backend.NFTABLES:
+        if not _has_nftables():
+            raise OSError(errno.EPROTONOSUPPORT, "this kernel has no nftables")
         return NftablesDataplane(settings, members)
     return IptablesDataplane(settings, members, _NAMES[backend])
+
+
+def make_any(
+    settings: Settings, current: Backend | None, members: Members
+) -> tuple[Backend, Enforcer, Exception | None]:
+    """The enforcer that is asked for or, where it can't be had, another; and why.
+
+    Raises OSError, IptablesError where none can be had.
+    """
+    try:
+        wanted = choose(settings, current)
+        return wanted, make(wanted, settings, members), None
+    except FAILURES as error:
+        refused = error
+    for backend in Backend:
+        try:
+            return backend, make(backend, settings, members), refused
+        except FAILURES as error:
+            _log.info("nor can %s be had: %s", backend.value, error)
+    raise refused
 
 
 def settle_others(backend: Backend, settings: Settings) -> list[str]:

@@ -24,7 +24,17 @@ from kernel.netns import Namespace, inside
 from kernel.nftables import Nftables
 from policy.model import Member
 from tests.felix.enforcers import ENFORCERS, Enforcer
-from tests.felix.world import Flow, Listener, Pod, cluster, felix_configuration, is_dropped, policy
+from tests.felix.world import (
+    V3,
+    Flow,
+    Listener,
+    Pod,
+    cluster,
+    felix_configuration,
+    is_dropped,
+    policy,
+    reaches,
+)
 from tests.support.netns import eventually, run
 
 CHAIN = "cali-tw-"
@@ -242,6 +252,32 @@ def test_what_a_stranger_changes_is_put_right(
         assert arrived >= (set(range(good.sent)) if lossless else after)
     with Listener(world.web.netns, 80):
         assert is_dropped(world.guest.netns, address, 80)
+    assert world.node.errors() == {}
+
+
+def test_it_is_put_right_while_the_datastore_is_locked(world: World) -> None:
+    """What is moved takes its time, and strangers know nothing of it."""
+    before = world.kernel()
+    info = {
+        "apiVersion": V3,
+        "kind": "ClusterInformation",
+        "metadata": {"name": "default"},
+        "spec": {"datastoreReady": False},
+    }
+    lock = world.node.put(info)
+    world.node.settle()
+    delete_everything_of_ours(world)
+    eventually(lambda: world.is_mended(before), 20)
+    ignored = world.node.put(policy("ignored", selector="all()"))
+    world.node.settle()
+    world.shell("ip route del 10.0.0.1")
+    eventually(lambda: world.is_mended(before), 20)
+    with Listener(world.web.netns, 80):
+        assert is_dropped(world.guest.netns, world.web.address, 80)
+        assert reaches(world.client.netns, world.web.address, 80)
+    for key in (ignored, lock):
+        world.node.delete(key)
+    world.node.settle()
     assert world.node.errors() == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -10,11 +11,14 @@ from kernel.netns import Namespace
 from tests.felix.world import (
     V3,
     Flow,
+    Listener,
     Node,
     cluster,
     felix_configuration,
     global_policy,
+    is_dropped,
     policy,
+    reaches,
 )
 from tests.support.netns import connect, eventually, fresh_namespace, run
 
@@ -115,3 +119,45 @@ def test_enforcers_take_over_from_each_other() -> None:
         assert node.errors() == {}
         for pod in pods.values():
             pod.netns.close()
+
+
+def test_a_backend_that_cannot_be_had_holds_up_no_policy() -> None:
+    """No programs of iptables here: what enforces goes on to, until there are."""
+    with cluster("node1") as (node,):
+        pods = {
+            name: node.pod(name, address, labels={"app": name})
+            for name, address in (("web", WEB[4]), ("client", CLIENT[4]))
+        }
+        deny = policy("web", selector="app == 'web'", types=["Ingress"])
+        node.start(hide="/usr/sbin")
+        what = "FelixConfiguration nftablesMode, iptablesBackend"
+        with Listener(pods["web"].netns, 80):
+            for chosen in ("legacy", "nft"):
+                assert reaches(pods["client"].netns, WEB[4], 80)
+                wish = felix_configuration(f"node.{node.name}", **CHOICES[chosen])
+                node.put(wish)
+                key = node.put(deny)
+                node.settle()
+                assert is_dropped(pods["client"].netns, WEB[4], 80)
+                run(node.netns, "nft", "delete", "table", "ip", "calico")
+                eventually(lambda: is_dropped(pods["client"].netns, WEB[4], 80))
+                assert "install the package iptables" in node.errors()[what]
+                assert "enforced by nftables" in node.errors()[what]
+                node.delete(key)
+                node.settle()
+            node.kill()
+            node.put(deny)
+            node.start(hide="/usr/sbin")  # nor is there one to keep
+            assert is_dropped(pods["client"].netns, WEB[4], 80)
+            assert what in node.errors()
+            assert node.agent is not None
+            run_in_mounts_of(node.agent.pid, "umount", "/usr/sbin")
+            eventually(lambda: present(node) == {("nft", 4), ("nft", 6)}, 30)
+            assert is_dropped(pods["client"].netns, WEB[4], 80)
+            assert what not in node.errors()
+        for pod in pods.values():
+            pod.netns.close()
+
+
+def run_in_mounts_of(pid: int, *command: str) -> None:
+    subprocess.run(["nsenter", "--mount", "--target", str(pid), *command], check=True)

@@ -221,8 +221,11 @@ class Node:
         with NetlinkSocket(netns_fd=self.netns.fd) as netlink:
             assert netlink.batch([link_up(1)]) == []
 
-    def start(self, *, wait: bool = True, **more: str) -> None:
-        """Start the agent, and wait until it enforces. ``more`` are environment variables."""
+    def start(self, *, wait: bool = True, hide: str = "", **more: str) -> None:
+        """Start the agent, and wait until it enforces. ``more`` are environment variables.
+
+        It finds nothing in the directory ``hide``, until somebody unmounts what hides it.
+        """
         environment = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),
@@ -235,9 +238,11 @@ class Node:
         if self.address is not None:
             environment["MANX_NODE_IP"] = self.address
         with inside(self.netns.fd), self.log.open("ab") as log:
-            self.agent = subprocess.Popen(
-                [sys.executable, "-m", "felix"], env=environment, stderr=log, cwd=ROOT
-            )
+            command = [sys.executable, "-m", "felix"]
+            if hide:
+                script = f'mount -t tmpfs none {hide} && exec "$@"'
+                command = ["unshare", "--mount", "sh", "-c", script, "-", *command]
+            self.agent = subprocess.Popen(command, env=environment, stderr=log, cwd=ROOT)
         if wait:
             self.wait_ready()
 
