@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import struct
+from collections.abc import Mapping
 from typing import NamedTuple, Self
 
 from api.net import V4, V6, Net, format_address
@@ -63,6 +64,7 @@ _RTA_PRIORITY = 6
 _RTA_PREFSRC = 7
 _RTA_MULTIPATH = 9
 _RTA_TABLE = 15
+_RTA_VIA = 18  # a gateway of another family: struct rtvia
 
 _RTNH_F_ONLINK = 4
 _RTM_F_CLONED = 0x200
@@ -75,21 +77,24 @@ _RTMSG = struct.Struct("=BBBBBBBBI")
 _DESTINATION_V4, _DESTINATION_V6 = struct.Struct("=HH4s"), struct.Struct("=HH16s")
 _RTNEXTHOP = struct.Struct("=HBBi")  # length, flags, weight - 1, ifindex
 _FAMILY = {V4: 2, V6: 10}
+_VIA_V6 = struct.pack("=H", _FAMILY[V6])
 _VERSION = {2: V4, 10: V6}
 
 
 class Hop(NamedTuple):
     """Where a route leads: an interface and, unless the destination is on it, a gateway.
 
-    ``gateway`` is an address of the route's IP version. ``onlink``: the gateway is
-    reachable on the interface whatever the interface's addresses say. ``weight`` is the
-    share among several hops, 1 to 256.
+    ``gateway`` is an address of the route's IP version, or, ``via_v6``, an IPv6 address whatever
+    that is (``ip route add 10.0.0.0/8 via inet6 fe80::1 dev …``; BGP learns such by RFC 8950).
+    ``onlink``: the gateway is reachable on the interface whatever the interface's addresses
+    say. ``weight`` is the share among several hops, 1 to 256.
     """
 
     ifindex: int
     gateway: int | None = None
     onlink: bool = False
     weight: int = 1
+    via_v6: bool = False
 
 
 class RouteKey(NamedTuple):
@@ -116,7 +121,8 @@ class Route(_RouteFields):
 
     ``scope`` None means what ip-route(8) would choose. ``metric`` 0 is the kernel's
     default (for IPv6 that is 1024). Fields that mean the same are made equal, so that a
-    route read back equals the one written: IPv6 has no scopes, hops have no order.
+    route read back equals the one written: IPv6 has no scopes, its gateways are all IPv6, hops
+    have no order.
 
     A tuple, because there are thousands: it is made and compared at C speed. ``_replace``
     takes what it is given as it is.
@@ -140,6 +146,7 @@ class Route(_RouteFields):
             scope = SCOPE_GLOBAL
             if metric == _V6_DEFAULT_METRIC:
                 metric = 0
+            hops = tuple(hop._replace(via_v6=False) if hop.via_v6 else hop for hop in hops)
         elif scope is None:
             scope = _default_scope(kind, hops)
         if len(hops) > 1:
@@ -162,7 +169,9 @@ class Route(_RouteFields):
             if len(self.hops) > 1:
                 words.append("nexthop")
             if hop.gateway is not None:
-                words += ("via", format_address(self.net.version, hop.gateway))
+                version = V6 if hop.via_v6 else self.net.version
+                words += ("via", *(("inet6",) if hop.via_v6 else ()))
+                words.append(format_address(version, hop.gateway))
             words += ("dev", f"#{hop.ifindex}")
             if hop.onlink:
                 words.append("onlink")
@@ -310,6 +319,8 @@ def _tail(
 def _hop_attributes(version: int, hop: Hop) -> bytes:
     if hop.gateway is None:
         return b""
+    if hop.via_v6 and version == V4:
+        return attribute(_RTA_VIA, _VIA_V6 + Net(V6, hop.gateway, 0).packed())
     return attribute(_RTA_GATEWAY, Net(version, hop.gateway, 0).packed())
 
 
@@ -331,13 +342,7 @@ def parse_route(body: bytes) -> Route | None:
     if _RTA_MULTIPATH in found:
         hops = _parse_hops(found[_RTA_MULTIPATH])
     elif _RTA_OIF in found and name not in _WITHOUT_DEVICE:  # the kernel gives IPv6 ones lo
-        hops = (
-            Hop(
-                u32(found[_RTA_OIF]),
-                _address(found.get(_RTA_GATEWAY)),
-                bool(flags & _RTNH_F_ONLINK),
-            ),
-        )
+        hops = (_parse_hop(u32(found[_RTA_OIF]), found, flags),)
     return Route(
         net=Net(version, int.from_bytes(found.get(_RTA_DST, b""), "big"), length),
         hops=hops,
@@ -356,10 +361,17 @@ def _parse_hops(data: bytes) -> tuple[Hop, ...]:
     while offset + _RTNEXTHOP.size <= len(data):
         length, flags, weight, ifindex = _RTNEXTHOP.unpack_from(data, offset)
         inner = dict(attribute_list(data[offset + _RTNEXTHOP.size : offset + length]))
-        gateway = _address(inner.get(_RTA_GATEWAY))
-        hops.append(Hop(ifindex, gateway, bool(flags & _RTNH_F_ONLINK), weight + 1))
+        hops.append(_parse_hop(ifindex, inner, flags, weight + 1))
         offset += (length + 3) & ~3
     return tuple(hops)
+
+
+def _parse_hop(ifindex: int, found: Mapping[int, bytes], flags: int, weight: int = 1) -> Hop:
+    onlink = bool(flags & _RTNH_F_ONLINK)
+    via = found.get(_RTA_VIA, b"")
+    if via.startswith(_VIA_V6):
+        return Hop(ifindex, _address(via[len(_VIA_V6) :]), onlink, weight, via_v6=True)
+    return Hop(ifindex, _address(found.get(_RTA_GATEWAY)), onlink, weight)
 
 
 def _address(data: bytes | None) -> int | None:

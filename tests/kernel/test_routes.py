@@ -82,6 +82,7 @@ def example_routes(net: Net2, version: int) -> list[Route]:
     host = 32 if version == 4 else 128
     one, two, three = (net.hop(version, number) for number in (0, 1, 2))
     source = parse_net("10.0.0.1" if version == 4 else "fd00::1").address
+    over_v6 = [net.hop(6, number)._replace(via_v6=True) for number in (0, 1)]
     return [
         Route(prefix(version, 1, host), (Hop(net.devices[0]),)),
         Route(prefix(version, 2, host - 6), (one,)),
@@ -94,6 +95,8 @@ def example_routes(net: Net2, version: int) -> list[Route]:
         Route(prefix(version, 8, host - 6), (one,), source=source),
         Route(prefix(version, 9, host - 6), (one._replace(onlink=True),)),
         Route(Net(version, 0, 0), (one,), metric=5),
+        Route(prefix(version, 10, host - 6), (over_v6[0],)),
+        Route(prefix(version, 11, host - 6), (over_v6[1], one)),
     ]
 
 
@@ -114,6 +117,15 @@ def test_every_route_can_become_every_other(net: Net2, version: int) -> None:
         for after in variants:
             net.become(before)
             net.become(after)
+
+
+def test_an_ipv4_route_by_an_ipv6_gateway(net: Net2) -> None:
+    gateway = parse_net("fd00:0:1::9")
+    route = Route(prefix(4, 1, 26), (Hop(net.devices[1], gateway.address, via_v6=True),))
+    net.become(route)
+    shown = run(net.namespace, "ip", "-4", "route", "show", str(route.net)).stdout
+    assert "via inet6 fd00:0:1::9 dev up1" in shown
+    assert "via inet6 fd00:0:1::9" in str(route)
 
 
 class Drawn(NamedTuple):
