@@ -16,7 +16,7 @@ from api.policy import Rule, Tier
 from api.profile import DEFAULT_ALLOW
 from datastore.interface import Key
 from felix import names
-from felix.desired import Delta, Device, Local, Registration, SetKey
+from felix.desired import UNLIMITED, Delta, Device, Limits, Local, Registration, SetKey
 from felix.hosts import ALL_INTERFACES, HostPlace, resolve
 from felix.overlay import Encapsulation, Overlay
 from felix.policies import DRAFTS, POLICIES, profile_keys
@@ -45,6 +45,7 @@ class _Place:
     interface: str
     sources: tuple[Net, ...]
     nats: tuple[tuple[Net, Net], ...]
+    limits: Limits
     pod: Key
 
     @property
@@ -101,6 +102,7 @@ class Calculator:
         self._blocks: dict[Key, tuple[str, Net]] = {}
         self._misnamed: dict[EndpointId, str] = {}
         self._unallowed: set[EndpointId] = set()  # that want to send with more than they may
+        self._limits: dict[str, Limits] = {}  # of interfaces that have any
         self._tunnel: tuple[Net | None, Device | None] = (None, None)
         self._own_sets: dict[SetKey, frozenset[Member]] = {}
         self._fresh = True
@@ -338,7 +340,7 @@ class Calculator:
             interface = self._own_interface(id, workload)
             sources = self._sources(id, workload) if interface else ()
             nats = self._nats(workload, nets) if interface else ()
-            after = _Place(workload.node, nets, interface, sources, nats, pod_key)
+            after = _Place(workload.node, nets, interface, sources, nats, workload.limits, pod_key)
             self._places[id] = after
             if interface:
                 delta.endpoints[id] = Local(interface, workload.container)
@@ -397,6 +399,13 @@ class Calculator:
             if self._ruleset.set_sources(interface, sources):
                 delta.loose[interface] = bool(sources)
             self._ruleset.set_nats(interface, place.nats if place else ())
+            limits = place.limits if place else UNLIMITED
+            if self._limits.get(interface, UNLIMITED) != limits:
+                delta.limits[interface] = limits
+                if limits == UNLIMITED:
+                    del self._limits[interface]
+                else:
+                    self._limits[interface] = limits
         for net in self._addresses.dirty:
             owner = self._addresses.holder(net)
             wanted = self._places[owner].interface if owner else None

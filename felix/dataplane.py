@@ -89,6 +89,8 @@ class Dataplane:
             self._network.want_remote(net, remote)
         for interface, loose in delta.loose.items():
             self._network.want_loose(interface, loose)
+        for interface, limits in delta.limits.items():
+            self._network.want_limits(interface, limits)
         for address, behind in delta.pods.items():
             self._network.want_pod(address, behind)
 

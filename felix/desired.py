@@ -58,6 +58,27 @@ class Local:
     container: str
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """``rate`` and ``peak`` in bits a second, ``burst`` in bits, ``least`` in bytes; 0: none."""
+
+    rate: int
+    burst: int = 0
+    peak: int = 0
+    least: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of what a workload receives, and of what it sends; None: it may have all there is."""
+
+    ingress: Limit | None = None
+    egress: Limit | None = None
+
+
+UNLIMITED = Limits()
+
+
 @dataclass(slots=True)
 class Delta:
     """What is wanted now and was not before; None: no longer wanted. What is absent stays.
@@ -72,6 +93,7 @@ class Delta:
     pods: dict[Net, str | None] = field(default_factory=dict)  # address -> interface
     endpoints: dict[EndpointId, Local | None] = field(default_factory=dict)  # of this node
     loose: dict[str, bool] = field(default_factory=dict)  # interface -> may send with others'
+    limits: dict[str, Limits] = field(default_factory=dict)  # interface -> its bandwidth
     remotes: dict[Net, Remote | None] = field(default_factory=dict)
     peers: dict[str, Peer | None] = field(default_factory=dict)
     tunnel: tuple[Net | None, Device | None] | None = None

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from api.net import V4, V6, Net
-from felix.desired import Device
+from felix.bandwidth import Bandwidth
+from felix.desired import Device, Limits
 from felix.overlay import Peer, Remote
 from felix.tables import Table
 from felix.tunnel import Tunnel
@@ -63,6 +64,7 @@ class Network:
         self._routes: Table[RouteKey, Route] = Table(self._apply_routes)
         self._settings: Table[Path, str] = Table(_apply_settings)
         self._tunnel = Tunnel(self._socket)
+        self._bandwidth = Bandwidth(self._socket)
 
     def close(self) -> None:
         """Let go of the socket. What is in the kernel stays."""
@@ -78,6 +80,7 @@ class Network:
         self._want_routes((*self._pods, *self._remotes))
         self._routes.found(self._read_routes())
         self._settings.found(_read_settings(self._settings.desired))
+        self._bandwidth.read(self._links)
 
     def want_forwarding(self, versions: Iterable[int]) -> None:
         """Forward packets of these IP versions (``sysctl net.ipv4.ip_forward=1``)."""
@@ -105,6 +108,11 @@ class Network:
         Which sources exactly it may use is then for the chains to say.
         """
         (self._loose.add if loose else self._loose.discard)(interface)
+        self._want_interface(interface)
+
+    def want_limits(self, interface: str, limits: Limits) -> None:
+        """How much a pod's interface may carry."""
+        self._bandwidth.want(interface, limits)
         self._want_interface(interface)
 
     def want_remote(self, net: Net, remote: Remote | None) -> None:
@@ -153,7 +161,8 @@ class Network:
         steps = self._tunnel.apply(now)
         if self._tunnel.index != index:
             self._want_routes(self._remotes)
-        return steps + self._settings.apply(now) + self._routes.apply(now)
+        steps += self._settings.apply(now) + self._bandwidth.table.apply(now)
+        return steps + self._routes.apply(now)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(object, what is wrong) of everything that is not as it should be."""
@@ -173,6 +182,7 @@ class Network:
     def _retried(self) -> Iterator[Table[Any, Any]]:
         yield from self._tunnel.tables()
         yield self._settings
+        yield self._bandwidth.table
         yield self._routes
 
     def _lost(self) -> bool:
@@ -230,7 +240,7 @@ class Network:
             for link in self._links.values()
             if link.running
             and link.name not in self._pods_of
-            and link.kind != "vxlan"
+            and link.kind not in ("vxlan", "ifb")
             and link.name != LOOPBACK
         )
         return min(others, default=0)
@@ -240,6 +250,7 @@ class Network:
         wanted = interface in self._pods_of and not self.waiting(interface)
         mode = _LOOSE if interface in self._loose else _STRICT
         self._settings.want(_reverse_path(interface), mode if wanted else None)
+        self._bandwidth.place(interface, self._links[interface] if wanted else None)
 
     def _want_routes(self, nets: Iterable[Net]) -> None:
         for net in nets:

@@ -18,6 +18,7 @@ from api.net import Net, parse_net
 from api.pods import namespace_profile
 from api.registry import dump, parse_as
 from datastore.interface import JSON, Key
+from felix.desired import UNLIMITED, Limit, Limits
 from felix.names import is_interface
 from policy import labels
 from policy.model import NamedPort
@@ -51,6 +52,7 @@ class Workload:
     labels: tuple[tuple[str, str], ...]
     profiles: tuple[str, ...]
     ports: tuple[NamedPort, ...]
+    limits: Limits = UNLIMITED
 
 
 def read_workload(key: Key, value: JSON) -> Workload:
@@ -121,7 +123,21 @@ def _plain_workload(key: Key, value: JSON) -> Workload:
         labels=_labels(key, own, _text(spec.get("orchestrator"))),
         profiles=tuple(_text(name) for name in _list(spec.get("profiles"))),
         ports=tuple(_port(port) for port in _list(spec.get("ports")) if port.get("name")),
+        limits=_limits(spec["qosControls"]) if spec.get("qosControls") else UNLIMITED,
     )
+
+
+def _limits(controls: Any) -> Limits:
+    """Those of bandwidth."""
+    return Limits(_limit(controls, "ingress"), _limit(controls, "egress"))
+
+
+def _limit(controls: Any, direction: str) -> Limit | None:
+    names = ("Bandwidth", "Burst", "Peakrate", "Minburst")
+    numbers = [controls.get(direction + name) or 0 for name in names]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(numbers)
+    return Limit(*numbers) if numbers[0] else None
 
 
 def _text(value: Any) -> str:

@@ -227,6 +227,13 @@ def veth(
     return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL | NLM_F_ECHO, body)
 
 
+def ifb(name: str) -> Message:
+    """A device that sends to itself, for what must wait on arrival (``ip link add type ifb``)."""
+    info = nested(_IFLA_LINKINFO, attribute(_IFLA_INFO_KIND, b"ifb"))
+    body = _header(0) + attribute_text(_IFLA_IFNAME, name) + info
+    return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
+
+
 def link_set(
     index: int,
     *,
