@@ -29,10 +29,9 @@ from reconcile.backoff import Backoff
 # after this time, seconds; Python's default of 5 ms is five times a whole ADD.
 _SWITCH_INTERVAL = 0.0005
 
-# On a file of this machine a request is hardly anything but work, and some are enough to have one
-# compute while the others wait for the kernel's lock. (Measured, 50 ADDs at once: 3 are too few
-# beside others who change interfaces, 6 to 12 alike, 64 take twice as long.) Other stores are what
-# most wait for most of the time.
+# On a file of this machine a request is hardly anything but work: one computes while the others are
+# in the kernel, where they may have to wait for its lock. Other stores are what most wait for most
+# of the time.
 _LOCAL = "sqlite:"
 _TURNS = 12
 
@@ -54,8 +53,8 @@ def run(environment: Environment) -> None:
     stop = threading.Event()
     store = connect(environment.datastore)
     local = environment.datastore.startswith(_LOCAL)
-    turns = Turns(_TURNS if local else WORKERS)
-    node = Node(store, environment.node, follow=not local, before_waiting=turns.give_up)
+    turns = Turns(_TURNS, alone=True) if local else Turns(WORKERS)
+    node = Node(store, environment.node, follow=not local, turns=turns)
     enforcement = Enforcement(environment.run_dir)
     plugin = Plugin(node, enforcement, turns.give_up)
     server = Server(socket_path(environment), plugin.handle, turns)

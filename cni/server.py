@@ -128,10 +128,12 @@ class Server:
     def _serve(self, conversation: _Conversation) -> None:
         try:
             if request := self._receive(conversation.connection):
+                self._turns.compute()
                 try:
                     self._handler(request, conversation.reply)
                 finally:
                     request.close()
+                    self._turns.rest()
             else:
                 conversation.end()
         except Exception:

@@ -66,6 +66,8 @@ _ANYWHERE = "192.0.0.8"  # RFC 7600, IPv4 dummy address: nobody has it, or a rou
 _IP_MTU = 14  # linux/in.h
 _LARGEST_MTU = 65535  # of a veth; loopback has one byte more
 
+_HERE = contextlib.nullcontext()
+
 Step = tuple[object, Message]  # what a message is about, for the error
 
 
@@ -136,8 +138,13 @@ class Sockets:
             self._idle.pop().close()
 
 
-def create(host: NetlinkSocket, netns_fd: int, wire: Wire) -> Ends:
-    """Make the pair, in group ``UNFINISHED``.
+def create(
+    host: NetlinkSocket,
+    netns_fd: int,
+    wire: Wire,
+    aside: contextlib.AbstractContextManager[None] = _HERE,
+) -> Ends:
+    """Make the pair, in group ``UNFINISHED``; ``aside``: where the kernel is waited for.
 
     Raises HostInterfaceExistsError, ContainerInterfaceExistsError, OSError.
     """
@@ -151,7 +158,9 @@ def create(host: NetlinkSocket, netns_fd: int, wire: Wire) -> Ends:
         group=UNFINISHED,
     )
     try:
-        return parse_ends(host.request(pair))
+        with aside:
+            body = host.request(pair)
+        return parse_ends(body)
     except OSError as error:
         if error.errno != errno.EEXIST:
             raise OSError(error.errno, f"veth {wire.host_interface}: {error.strerror}") from error
@@ -161,11 +170,18 @@ def create(host: NetlinkSocket, netns_fd: int, wire: Wire) -> Ends:
         raise ContainerInterfaceExistsError(wire.interface) from error
 
 
-def configure(host: NetlinkSocket, netns_fd: int, wire: Wire, ends: Ends) -> None:
-    """Everything else, at both ends of the pair. Raises OSError."""
+def configure(
+    host: NetlinkSocket,
+    netns_fd: int,
+    wire: Wire,
+    ends: Ends,
+    aside: contextlib.AbstractContextManager[None] = _HERE,
+) -> None:
+    """Everything else, at both ends of the pair; ``aside`` as for ``create``. Raises OSError."""
     _do(host, _node_steps(wire, ends.index))
-    with NetlinkSocket(netns_fd=netns_fd) as container:
-        _do(container, _container_steps(wire, ends.peer_index))
+    steps = _container_steps(wire, ends.peer_index)
+    with NetlinkSocket(netns_fd=netns_fd) as container, aside:
+        _do(container, steps)
 
 
 def allow_forwarding(netns_fd: int, wire: Wire) -> None:
