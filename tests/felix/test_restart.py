@@ -261,8 +261,12 @@ def test_pools_make_nat_rules_and_their_end_removes_them(world: World) -> None:
 
 
 def _settled(world: World) -> str:
-    """Everything of ours, once sets that were in use until just now are gone."""
+    """Everything of ours, once sets that were in use until just now are gone.
+
+    And once flows have been looked at: what of them is ended, or may go on, is written, too.
+    """
     world.node.settle()
+    eventually(lambda: not world.node.status()["flows"]["reviewing"])
     if world.enforcer.iptables:
         wanted: int = world.node.status()["sets"]
         eventually(lambda: len(world.enforcer.sets(world.node)) == wanted)
