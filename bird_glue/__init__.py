@@ -12,6 +12,6 @@ Not inside: pod policy.
   ``announcer``
 - ``bird_engine`` and what it is made of: ``process``, ``birdc``, and the modules named ``bird_…``
 - ``detector`` and its program ``bfd_main``, ``bfd``: peers that are dead, seen at once
-- ``tracker``, ``words``, ``peerstatus``, ``status``: what people see
+- ``tracker``, ``drops``, ``words``, ``peerstatus``, ``status``: what people see
 - ``watch``, ``ways``, ``keepsake``, ``core``, ``agent``: the kernel's side, the whole, the loop
 """

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from bird_glue.birdc import Line
 from bird_glue.config import Neighbor
-from bird_glue.words import notification, same_router_id
+from bird_glue.words import notification, refused, same_router_id
 
 _TABLE = 1002  # NAME PROTO TABLE STATE SINCE INFO
 _DETAIL = 1006
@@ -60,6 +60,7 @@ _WRONG_AS = (2, 2)
 _BAD_ROUTER_ID = (2, 3)
 _STATES = {"Down": "Idle", "Close": "Idle", "Passive": "Active"}  # ours for BIRD's
 _RECEIVED, _OURS, _SOCKET = "Received: ", "BGP Error: ", "Socket: "
+_REFUSED = "Socket: Connection refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +111,11 @@ def _protocol(head: str, details: list[str]) -> ProtocolStatus:
             fields.setdefault(name, value.strip())
     state = fields.get("BGP state", "Down")
     since = _SINCE.search(head)
-    routes = _ROUTES.search(fields.get("Routes", ""))
-    counts = [int(number or 0) for number in routes.groups()] if routes else [0, 0, 0, 0]
+    counts = [0, 0, 0, 0]
+    for line in details:  # of each channel
+        if line.startswith("Routes:") and (routes := _ROUTES.search(line)):
+            numbers = [int(number or 0) for number in routes.groups()]
+            counts = [sum(pair) for pair in zip(counts, numbers, strict=True)]
     return ProtocolStatus(
         name=head.split()[0],
         state=_STATES.get(state, state),
@@ -127,8 +131,10 @@ def _protocol(head: str, details: list[str]) -> ProtocolStatus:
 def error_in_words(error: str, neighbor: Neighbor) -> str:
     """What ended a session or an attempt, in the words that are used for either engine.
 
-    Of connections that can't be made it says nothing: why is found out otherwise.
+    Of other connections that can't be made it says nothing: why is found out otherwise.
     """
+    if error == _REFUSED:
+        return refused(neighbor.address, neighbor.port)
     if error.startswith(_SOCKET):
         return ""
     for prefix, who in ((_RECEIVED, "the peer says"), (_OURS, "sent")):

@@ -20,6 +20,7 @@ from bird_glue.advertise import LearnedRoute, Speaking, announcements, own_route
 from bird_glue.choice import Choice, choose
 from bird_glue.decision import Guard, Session
 from bird_glue.detector import Detector, Failure, Watch, failure
+from bird_glue.drops import Drops
 from bird_glue.engine import EXABGP, Engine, EngineEvent, Intent, Restarted
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
@@ -95,6 +96,7 @@ class Core:
         self._resources = Resources(node, pod_cidrs=pod_cidrs)
         self._routes = AdjRibIn()
         self._rib = Rib(self._routes)
+        self._drops = Drops()
         self._tracker = Tracker(self._diagnose)
         self._statuses = PeerStatuses(self._routes, self._rib, fib, self._tracker, detector)
         self._topology = Topology()
@@ -174,6 +176,7 @@ class Core:
 
     def set_topology(self, topology: Topology) -> None:
         """The kernel's routes or addresses are these."""
+        self._drops.look()
         if topology.pods != self._topology.pods:
             self._topology.pods, self._topology.names = topology.pods, topology.names
             self._advertise_due = True
@@ -355,6 +358,7 @@ class Core:
                     frozenset((local.asn, neighbor.local_as)),
                     max(0, self._sessions.peers[address].allowed_own_as),
                     self._sessions.filters[address],
+                    neighbor.extended_next_hop,
                 )
                 for address, neighbor in neighbors.items()
             },
@@ -484,6 +488,7 @@ class Core:
             filters=self._sessions.filters[address],
             communities=local.communities,
             workload=peer.type is PeerType.WORKLOAD,
+            ipv4_priority=local.priorities[V4] if neighbor.extended_next_hop else None,
         )
 
     def _tells_on(self, local: Local) -> bool:
@@ -515,7 +520,10 @@ class Core:
         for hop in resolution.hops if resolution else ():
             if hop.gateway is not None and self._silent(host_net(peer.version, hop.gateway)):
                 return f"no answer from {format_address(peer.version, hop.gateway)} on its link"
-        return ""
+        self._drops.look()
+        neighbor = self._sessions.neighbors.get(peer)
+        why = self._drops.why(neighbor) if neighbor else ""
+        return why and f"no answer from {address}; {why}"
 
     def status(self) -> BgpStatus:
         """What there is to tell."""

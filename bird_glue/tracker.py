@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from api.net import Net, format_address
 from bird_glue.config import Neighbor
 from bird_glue.messages import Connected, Down, Notified, Opened, SessionEvent, Up
-from bird_glue.words import notification, same_router_id
+from bird_glue.words import notification, refused, same_router_id
 
 ESTABLISHED = "Established"
 _COLLISION = "closing outgoing connection as we have another incoming"
 _LOST = "connection lost"
 _CHANGED = "its settings changed"  # exabgp_main says it in these words, too
+_UNSAID = ("", _LOST, _CHANGED)  # why a session ended, not why there is none since
 _CEASE = 6
 _CEASE_COLLISION = 7
 _HOLD_TIMER = (4, 0)
@@ -55,15 +56,14 @@ class Tracker:
     def get(self, peer: Net) -> Tracked:
         """What is known of a peer's session."""
         found = self._sessions[peer]
-        if found.state == ESTABLISHED or found.info:
+        if found.state == ESTABLISHED or found.info not in _UNSAID:
             return found
         neighbor = self._neighbors[peer]
-        if neighbor.passive:
-            info = "waiting for the peer to call"
-        else:
-            address = format_address(*peer[:2])
-            info = self._diagnose(peer) or f"calling {address} port {neighbor.port}: no answer yet"
-        return Tracked(found.state, found.since, info)
+        info = "waiting for the peer to call"
+        if not neighbor.passive:
+            info = f"calling {format_address(*peer[:2])} port {neighbor.port}: no answer yet"
+        why = self._diagnose(peer)
+        return Tracked(found.state, found.since, why or found.info or info)
 
     def note(self, event: SessionEvent) -> None:
         """Something happened."""
@@ -123,12 +123,8 @@ class Tracker:
             return "the peer closed the connection after OPEN"
         if event.reason != "closing connection":
             return event.reason
-        address = format_address(*event.peer[:2])
-        neighbor = self._neighbors[event.peer]
-        return self._diagnose(event.peer) or (
-            f"connection to {address} port {neighbor.port} refused, or closed at once: "
-            "it doesn't speak BGP there, or doesn't know us as a peer"
-        )
+        port = self._neighbors[event.peer].port
+        return self._diagnose(event.peer) or refused(event.peer, port)
 
     def _notification(self, session: Tracked, notified: Notified) -> str:
         neighbor = self._neighbors[notified.peer]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from api.net import V4, format_address
+from api.net import V4, Net, format_address
 
 _CODES = {
     1: "message header error",
@@ -60,3 +60,11 @@ def same_router_id(router_id: int) -> str:
     """Why an OPEN is refused for its BGP identifier, in one AS (RFC 6286 2.2)."""
     shown = format_address(V4, router_id)
     return f"the peer has our router ID, {shown}: each needs one of its own"
+
+
+def refused(peer: Net, port: int) -> str:
+    """Why a connection to a peer is not made."""
+    return (
+        f"connection to {format_address(*peer[:2])} port {port} refused, or closed at once: "
+        "it doesn't speak BGP there, or doesn't know us as a peer"
+    )

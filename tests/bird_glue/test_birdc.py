@@ -137,7 +137,12 @@ def test_routes_and_why_they_were_refused(path: Path) -> None:
     ("error", "words"),
     [
         ("", ""),
-        ("Socket: Connection refused", ""),
+        ("Socket: Connection closed", ""),
+        (
+            "Socket: Connection refused",
+            "connection to 10.0.0.2 port 179 refused, or closed at once: "
+            "it doesn't speak BGP there, or doesn't know us as a peer",
+        ),
         ("Received: Administrative shutdown", "the peer says: administrative shutdown"),
         ("Received: 6.10", "the peer says: BFD down"),
         ("Received: Bad peer AS", "the peer refuses us: wrong AS number, we are AS 64512"),

@@ -117,7 +117,7 @@ def test_blocks_are_told_routes_learned_and_packets_flow(rack: Rack) -> None:
     assert rack.outside.reaches(POD)
     assert rack.pod.reaches(OUTSIDE)
     assert f"blackhole {BLOCK} metric 1024" in rack.node.routes("proto 179")
-    eventually(lambda: (seen := rack.node.peer(TOR)) is not None and seen.announced == 1)
+    eventually(lambda: bool((p := rack.node.peer(TOR)) and p.announced == 1 and p.received == 2))
     peer, status = rack.node.peer(TOR), rack.node.status()
     assert peer
     assert status

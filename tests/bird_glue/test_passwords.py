@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
+from api.net import parse_net
+from bird_glue.config import Neighbor
+from bird_glue.drops import Drops
 from tests.bird_glue.world import BIRD_COMMON, BIRD_SESSION, Bird, Node, World, world
 from tests.support.netns import connect, eventually
 
@@ -93,10 +97,52 @@ def test_rotated_one_at_a_time(racks: Racks) -> None:
     assert (node.run_dir / "exabgp.conf").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_wrong_password_makes_no_session(racks: Racks) -> None:
+@pytest.mark.parametrize("engine", ["exabgp", "bird"])
+def test_a_wrong_password_makes_no_session_and_is_named(racks: Racks, engine: str) -> None:
+    """Wrong, missing there, missing here; and TTL security at one end. As the kernel counts."""
+    node, store, tor = racks.node, racks.world.store, racks.tors["tor1"]
+    address = TORS["tor1"][0]
+
+    def info() -> str:
+        return peer.info if (peer := node.peer(address)) else ""
+
     racks.world.secret("bgp", tor1="wrong", tor2="first-tor2")
-    racks.node.start()
-    eventually(lambda: racks.node.established(TORS["tor2"][0]))
-    peer = racks.node.peer(TORS["tor1"][0])
+    node.start(MANX_BGP_ENGINE=engine)
+    eventually(lambda: node.established(TORS["tor2"][0]), 20)
+    another = "packets signed with another TCP-MD5 password come to this node and are dropped"
+    eventually(lambda: info() == f"no answer from {address}; {another}", 20)
+    peer = node.peer(address)
     assert peer
     assert peer.state != "Established"
+
+    plain = {"peerIP": address, "asNumber": 65001, "sourceAddress": "None"}
+    store.put("BGPPeer", "tor1", **plain)
+    eventually(lambda: "packets with a TCP-MD5 signature come to this node" in info(), 20)
+
+    tor.configure(configuration("tor1", "x").replace('password "x";', ""))
+    eventually(lambda: node.established(address), 30)
+    store.put("BGPPeer", "tor1", **plain, ttlSecurity=1)
+    eventually(lambda: "packets with a lower TTL than ttlSecurity allows" in info(), 20)
+
+
+def test_a_signature_that_is_missing_is_named_when_it_rose_lately(tmp_path: Path) -> None:
+    path = tmp_path / "netstat"
+
+    def counted(failures: int, missing: int) -> None:
+        names = "TcpExt: SyncookiesSent TCPMD5NotFound TCPMD5Failure"
+        path.write_text(f"{names}\nTcpExt: 1 {missing} {failures}\nIpExt: A\nIpExt: 1\n")
+
+    local, peer = (parse_net(text) for text in TORS["tor1"])
+    secret = Neighbor(peer, local, 65001, 64512, 1, password=b"x")
+    counted(5, 7)
+    drops = Drops(path)
+    drops.look(1)
+    assert drops.why(secret, 1) == ""  # of a time before us
+    counted(5, 8)
+    drops.look(100)
+    assert "without a TCP-MD5 signature" in drops.why(secret, 101)
+    assert drops.why(replace(secret, password=b""), 101) == ""
+    assert drops.why(secret, 300) == ""
+    path.unlink()
+    drops.look(301)  # a kernel that doesn't count
+    assert Drops(path).why(secret, 301) == ""

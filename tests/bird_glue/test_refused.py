@@ -11,7 +11,16 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from api.net import V4, V6, Net, parse_net
-from tests.bird_glue.rawpeer import MED, UPDATE, RawPeer, message, number, preference, update
+from tests.bird_glue.rawpeer import (
+    MED,
+    NOTIFICATION,
+    UPDATE,
+    RawPeer,
+    message,
+    number,
+    preference,
+    update,
+)
 from tests.bird_glue.world import Node, Station, world
 from tests.support.netns import connect, eventually
 
@@ -247,3 +256,28 @@ def test_another_as_has_no_say_in_what_is_preferred_here(siege: Siege, words: Wo
 def hops(route: str) -> set[str]:
     """The gateways of a route as text."""
     return set(re.findall(r"via (\S+)", route))
+
+
+def test_hold_times_that_are_refused_are_named(siege: Siege) -> None:
+    """A second or two is no hold time (RFC 4271 4.2); and a peer may not like ours."""
+
+    def said(words: str) -> bool:
+        return (peer := siege.node.peer(FOUR.hostile)) is not None and words in peer.info
+
+    def calls(hold: int, more: bytes, words: str) -> None:
+        def called() -> bool:
+            with RawPeer(siege.outside.namespace, FOUR.hostile, FOUR.own, ASN, hold=hold) as peer:
+                peer.send(more)
+                assert peer.ended.wait(10)
+            return said(words)
+
+        eventually(called, 20)  # one call may meet the end of the last
+
+    calls(2, b"", "sent: unacceptable hold time")
+    calls(90, message(NOTIFICATION, b"\2\6"), "the peer says: unacceptable hold time")
+
+
+def test_a_closed_port_is_named(siege: Siege) -> None:
+    """Nobody listens there."""
+    words = f"connection to {FOUR.friend} port 179 refused, or closed at once"
+    eventually(lambda: words in (p.info if (p := siege.node.peer(FOUR.friend)) else ""), 30)
