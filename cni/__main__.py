@@ -68,7 +68,7 @@ def daemon() -> None:
     "--usual-chain/--no-usual-chain",
     default=True,
     show_default=True,
-    help="After those run bandwidth and portmap (host ports), where they are installed.",
+    help="After those run portmap (host ports), where it is installed.",
 )
 @click.option(
     "--keep",

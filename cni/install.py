@@ -48,7 +48,6 @@ _TYPE = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")  # the name of an executable
 _SOCKET_PATH = re.compile(r"/[a-zA-Z0-9_./-]{1,106}")
 
 _USUAL: tuple[Mapping[str, Any], ...] = (
-    {"type": "bandwidth", "capabilities": {"bandwidth": True}},
     {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True},
 )
 
@@ -94,11 +93,11 @@ def install(
 
 
 def usual_chain(bin_dir: Path, chain: Iterable[str]) -> list[str]:
-    """What follows where it is installed: the reference plugins ``bandwidth`` and ``portmap``.
+    """What follows where it is installed: the reference plugin ``portmap``.
 
-    They do something for pods that ask for it (``kubernetes.io/ingress-bandwidth``,
-    ``hostPort``), of which the runtime tells them. None that ``chain`` has already. Raises
-    ValueError for a ``chain`` that is none.
+    It does something for pods that ask for it (``hostPort``), of which the runtime tells it. Not
+    ``bandwidth``: felix limits what pods ask for, and only one can do that. None that ``chain``
+    has already. Raises ValueError for a ``chain`` that is none.
     """
     present = {_chained(text)["type"] for text in chain}
     return [

@@ -20,7 +20,10 @@ from cni.enforcement import MOST_WAITING, SOCKET, Enforcement
 from cni.errors import NOT_AVAILABLE, TRY_AGAIN_LATER
 from cni.server import WORKERS
 from datastore.interface import Key
+from kernel.links import Links
+from kernel.netlink import NetlinkSocket
 from kernel.netns import inside
+from kernel.qdiscs import Qdiscs
 from tests.cni.rig import Container, Felix, Rig, configuration, running
 from tests.support.netns import eventually
 
@@ -157,6 +160,28 @@ def test_more_wait_for_a_hanging_felix_than_there_are_workers(rig: Rig, felix: F
         rig.end(process).ok()
     for process in [rig.begin("DEL", pod) for pod in pods]:
         rig.end(process).ok()
+
+
+def test_bandwidth_is_limited_when_the_add_returns(rig: Rig) -> None:
+    annotations = {
+        "kubernetes.io/ingress-bandwidth": "8M",
+        "qos.projectcalico.org/egressBandwidth": "16M",
+    }
+    rig.create("Pod", "limited", "red", metadata={"annotations": annotations})
+    pod = rig.container("limited")
+    rig.add(pod, **WAIT)
+    with NetlinkSocket(netns_fd=rig.namespace.fd) as netlink:
+        found = Qdiscs(netlink).buckets()
+    assert found.pop(rig.link(pod)).rate == 1_000_000
+    assert [bucket.rate for bucket in found.values()] == [2_000_000]
+    rig.delete(pod)
+
+    def gone() -> bool:
+        with NetlinkSocket(netns_fd=rig.namespace.fd) as netlink:
+            return not any(link.kind == "ifb" for link in Links(netlink).read().values())
+
+    eventually(gone)
+    rig.store.delete(Key("Pod", "limited", "red"))
 
 
 def test_a_restart_in_the_middle_of_waiting(rig: Rig, felix: Felix) -> None:

@@ -165,7 +165,7 @@ def test_settings_that_are_wrong(tmp_path: Path, wrong: str, said: str) -> None:
 
 
 def test_the_usual_chain(tmp_path: Path) -> None:
-    """Host ports and bandwidth, where the runtime has the plugins for them, each once."""
+    """Host ports, where the runtime has the plugin for them, once."""
     bin_dir, conf_dir = tmp_path / "bin", tmp_path / "net.d"
     directories = ("--bin-dir", str(bin_dir), "--conf-dir", str(conf_dir))
 
@@ -179,16 +179,12 @@ def test_the_usual_chain(tmp_path: Path) -> None:
     assert chained() == []
     for plugin in ("portmap", "bandwidth", "tuning"):
         (bin_dir / plugin).symlink_to(f"/usr/lib/cni/{plugin}")
-    assert [plugin["capabilities"] for plugin in chained()] == [
-        {"bandwidth": True},
-        {"portMappings": True},
-    ]
+    assert [plugin["capabilities"] for plugin in chained()] == [{"portMappings": True}]
     assert chained("--no-usual-chain") == []
     own = ("--chain", '{"type": "tuning"}', "--chain", '{"type": "portmap", "snat": false}')
     assert [(plugin["type"], plugin.get("snat")) for plugin in chained(*own)] == [
         ("tuning", None),
         ("portmap", False),
-        ("bandwidth", None),
     ]
 
 
