@@ -20,6 +20,7 @@ from contextlib import closing, suppress
 from datastore.interface import JSON, Key
 from felix.calculate import Calculator
 from felix.conntrack import Connections
+from felix.drift import WATCHED
 from felix.nftables_dataplane import TABLE
 from felix.snapshot import Snapshot
 from kernel import nft_expressions as nft
@@ -162,10 +163,10 @@ def _others_commits() -> dict[str, float]:
         for turn in range(ROUNDS):
             alone, own_cpu = _commits(other, 3 * turn)
             # Not heard in this process, where the two sides would wait for each other.
-            monitor = TableMonitor(TABLE, (), _unexpected)
+            monitor = TableMonitor(WATCHED, (), _unexpected)
             told, _ = _commits(other, 3 * turn + 1)
             monitor.stop()
-            with TableMonitor(TABLE, (), _unexpected):
+            with TableMonitor(WATCHED, (), _unexpected):
                 _, heard_cpu = _commits(other, 3 * turn + 2)
             ratios.append(told / alone)
             cpu.append(heard_cpu - own_cpu)

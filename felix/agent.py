@@ -161,7 +161,7 @@ class Agent:
             case AddressEvent():
                 self._addresses_changed = True
             case TableChanged():
-                self._drift.suspect()
+                self._drift.suspect(item)
             case RegistrationProblem(text):
                 self._registration_problem = text
             case StatusRequest():
@@ -296,12 +296,12 @@ class Agent:
         assert self._dataplane is not None and self._connections is not None
         assert self._backend is not None
         look = self._drift.look(self._dataplane, now)
-        if look.planned and (self._remains or self._backend is backends.Backend.NFTABLES):
+        if look.beside:
             self._remains = None  # to be tried again, and others may have come
         self._drift.plan(self._calculator.settings, self._backend, now)
         begin = time.perf_counter()
         changes = self._dataplane.apply(now)
-        if changes and any(look):
+        if changes and (look.planned or look.suspicious):
             self._connections.doubt()
         if changes and look.suspicious:
             _log.warning("somebody else changed what enforces policy; did %d changes", changes)

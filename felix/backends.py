@@ -4,9 +4,9 @@ The new one stands beside the old one, then the old one's tables go: while both 
 packet must please both, and they say the same.
 
 A packet must please everybody else's tables, too. Where iptables drops what no rule of its
-FORWARD chain accepts, as Docker makes it do, nobody there speaks for pods while nftables
-enforces; so there, behind all others' rules, stand two of ours that accept what comes from pods
-and goes to them: nftables has the say about it.
+FORWARD chain accepts, as Docker makes it do, nobody there speaks for pods while nftables, or the
+other variant of iptables, enforces; so there, behind all others' rules, stand two of ours that
+accept what comes from pods and goes to them: who enforces has the say about it.
 """
 
 from __future__ import annotations
@@ -107,13 +107,12 @@ def make_any(
 def settle_others(backend: Backend, settings: Settings) -> list[str]:
     """Remove what other backends left in the kernel; what could not be, in words.
 
-    While nftables enforces, see to it that iptables lets pods' packets pass.
+    See to it that iptables, in the variants that don't enforce, lets pods' packets pass.
     """
-    beside = backend is Backend.NFTABLES
     removals: dict[Backend, Callable[[], list[str]]] = {
         Backend.NFTABLES: _remove_nftables,
-        Backend.IPTABLES_NFT: lambda: _settle_iptables("nft", settings, beside=beside),
-        Backend.IPTABLES_LEGACY: lambda: _settle_iptables("legacy", settings, beside=beside),
+        Backend.IPTABLES_NFT: lambda: _settle_iptables("nft", settings, backend),
+        Backend.IPTABLES_LEGACY: lambda: _settle_iptables("legacy", settings, backend),
     }
     problems = []
     for other, remove in removals.items():
@@ -168,17 +167,19 @@ def _unhook(table: Nftables) -> None:
     table.commit(transaction)
 
 
-def _settle_iptables(variant: str, settings: Settings, *, beside: bool) -> list[str]:
-    """Have an enforcer want nothing more than what stands beside nftables; it finds the rest."""
+def _settle_iptables(variant: str, settings: Settings, backend: Backend) -> list[str]:
+    """Have an enforcer want no more than what stands beside the real one; it finds the rest."""
     iptables = IptablesDataplane(settings, _no_members, variant)
+    nftables = backend is Backend.NFTABLES
+    manner = settings.nftables if nftables else settings.iptables
     try:
-        if beside:
+        if not manner.returns:
             iptables.want(_passage(variant, settings))
         iptables.read()
         if iptables.apply_chains(0.0):
             _log.info("changed what is ours in iptables-%s beside the enforcer", variant)
         # The sets of the iptables variants are the same ones, and the enforcer's own.
-        for attempt in range(_ATTEMPTS if beside else 0):
+        for attempt in range(_ATTEMPTS if nftables else 0):
             iptables.trim_sets(float(attempt))
             if iptables.next_retry() is None:
                 break
@@ -198,11 +199,11 @@ def _passage(variant: str, settings: Settings) -> Delta:
         *(ChainRule(Accept(), Condition(out_interface=interface)) for interface in pods),
     )
     for version in VERSIONS:
-        if _drops_forwarded(version, variant) and not settings.nftables.returns:
+        if _drops_forwarded(version, variant):
             key = ChainKey(version, Table.FILTER, names.FORWARD)
             delta.chains[key] = Chain(names.FORWARD, rules)
             hook = HookKey(version, Hook(Table.FILTER, "FORWARD"))
-            delta.hooks[hook] = ChainRule(Jump(names.FORWARD), comment="nftables has judged")
+            delta.hooks[hook] = ChainRule(Jump(names.FORWARD), comment="Judged elsewhere")
     return delta
 
 

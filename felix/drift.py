@@ -1,8 +1,9 @@
 """When to see again what is in the kernel, in case a stranger changed it.
 
-All of it every so often, as the settings say; and what enforces policy as soon as the kernel tells
-that somebody else changed it, which it does of nftables. Who changes it again and again does not
-keep us from other work: there is a pause after each look.
+All of it every so often, as the settings say; and what enforces policy, and where others drop what
+they don't know, as soon as the kernel tells that somebody else changed it, which it does of
+nftables and of the nft variant of iptables. Who changes it again and again does not keep us from
+other work: there is a pause after each look.
 """
 
 from __future__ import annotations
@@ -11,21 +12,32 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from felix import names
 from felix.backends import Backend
 from felix.dataplane import Dataplane, Enforcer
+from felix.iptables_dataplane import IptablesDataplane
 from felix.nftables_dataplane import TABLE, NftablesDataplane
 from felix.settings import Settings
-from kernel.nft_monitor import TableChanged, TableMonitor
+from kernel.nft_monitor import TableChanged, TableMonitor, Watched
 
 _PAUSE = 1.0  # s, at least, from one look that a stranger caused to the next
 _SHARE = 10  # and so many times as long as the look took
+_PAUSE_BESIDE = 3.0  # s, from one look at others' tables to the next
+
+# Of the nft variant of iptables: where others drop what they don't know, and we let pods pass.
+_BESIDE = Watched("filter", ("FORWARD", names.FORWARD))
+WATCHED = (Watched(TABLE), _BESIDE)  # while nftables enforces
 
 
 class Look(NamedTuple):
-    """What was looked at: what it was time for, and what somebody else was told to have changed."""
+    """What was looked at: what it was time for, and what somebody else was told to have changed.
+
+    ``beside``: others' tables are to be looked at (``backends.settle_others``).
+    """
 
     planned: bool
     suspicious: bool
+    beside: bool = False
 
 
 class Drift:
@@ -36,9 +48,11 @@ class Drift:
         self._monitor: TableMonitor | None = None
         self._everything = False
         self._suspicion = False
+        self._beside = False
         self._next_policy: float | None = None  # monotonic seconds; None: never
         self._next_network: float | None = None
         self._resume = 0.0
+        self._resume_beside = 0.0
 
     def close(self) -> None:
         """Hear no more."""
@@ -50,8 +64,14 @@ class Drift:
         """This one enforces from now on; nothing is known of what is there."""
         self.close()
         self._everything = True
+        watched: tuple[Watched, ...] = ()
+        ports: frozenset[int] = frozenset()
         if isinstance(enforcer, NftablesDataplane):
-            self._monitor = TableMonitor(TABLE, enforcer.ports, self._tell)
+            watched, ports = WATCHED, enforcer.ports
+        elif isinstance(enforcer, IptablesDataplane) and enforcer.variant == "legacy":
+            watched = (_BESIDE,)
+        if watched:
+            self._monitor = TableMonitor(watched, ports, self._tell)
             self._monitor.start()
 
     def doubt(self) -> None:
@@ -63,13 +83,21 @@ class Drift:
         """Whether everything is to be looked at."""
         return self._everything
 
-    def suspect(self) -> None:
-        """Somebody else changed what enforces policy."""
-        self._suspicion = True
+    def suspect(self, change: TableChanged) -> None:
+        """Somebody else changed what enforces policy, or what stands beside it."""
+        if change.table == TABLE:
+            self._suspicion = True
+        else:
+            self._beside = True
 
     def next_due(self) -> float | None:
         """When ``look`` has something to do, in monotonic seconds."""
-        times = [self._next_policy, self._next_network, self._resume if self._suspicion else None]
+        times = [
+            self._next_policy,
+            self._next_network,
+            self._resume if self._suspicion else None,
+            self._resume_beside if self._beside else None,
+        ]
         return min((moment for moment in times if moment is not None), default=None)
 
     def look(self, dataplane: Dataplane, now: float) -> Look:
@@ -88,7 +116,11 @@ class Drift:
         if network and not everything:
             dataplane.read_network()
         self._everything = False
-        return Look(everything or policy or network, suspicious)
+        planned = everything or policy or network
+        beside = planned or (self._beside and now >= self._resume_beside)
+        if beside:
+            self._resume_beside, self._beside = now + _PAUSE_BESIDE, False
+        return Look(planned, suspicious, beside)
 
     def plan(self, settings: Settings, backend: Backend, now: float) -> None:
         """When to look next, now that it was looked at all that was due."""

@@ -178,7 +178,8 @@ class _Table:
 
         Who translates the source first has the say about it: there, ours comes after others'.
         """
-        insert, append = {}, {}
+        insert: dict[str, Fragments] = {}
+        append: dict[str, Fragments] = {}
         for place, rules in hooks.items():
             is_last = self._append or (self._kind, place) == (chains.Table.NAT, "POSTROUTING")
             (append if is_last else insert)[place] = rules
@@ -219,6 +220,7 @@ class IptablesDataplane:
 
     def __init__(self, settings: Settings, members: Members, variant: str) -> None:
         """``variant`` is ``nft`` or ``legacy``."""
+        self.variant = variant
         self._sets = IptablesSets(members)
         self._tables = {
             (version, kind): _Table(

@@ -30,7 +30,8 @@ BACKENDS = {
     "iptables": Backend.IPTABLES_NFT,
     "iptables-legacy": Backend.IPTABLES_LEGACY,
 }
-VARIANTS = ("nft", "legacy")
+ENFORCING = {"nft": Backend.IPTABLES_NFT, "legacy": Backend.IPTABLES_LEGACY}
+VARIANTS = tuple(ENFORCING)
 SERVICE = {4: "10.96.0.10", 6: "fd96::10"}
 
 
@@ -82,35 +83,37 @@ COMMIT
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_docker_drops_what_it_does_not_know_but_not_pods(world: Gateway, variant: str) -> None:
-    """With nftables, what others drop by a rule stays dropped: their rules come first."""
+    """What others drop by a rule stays dropped where ours doesn't enforce: there it comes last."""
     docker(world.node, variant)
     before = theirs(world.node, variant)
     world.enforce(from_near(4), from_near(6))
     _settle(world)
-    if world.backend == "nftables" or world.backend.endswith("legacy") == (variant == "legacy"):
-        assert allowed(world.near, POD, 80) and allowed(world.pod.netns, FAR, 80)
+    assert allowed(world.near, POD, 80) and allowed(world.pod.netns, FAR, 80)
     assert dropped(world.far, POD, 80), "policy has its say"
     assert dropped(world.near, FAR, 80), "and Docker about all others"
-    if world.backend == "nftables":
+    if BACKENDS[world.backend] is not ENFORCING[variant]:
         assert dropped(world.near, POD, 22)
     assert theirs(world.node, variant) == before
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_what_lets_pods_pass_is_there_only_where_it_is_needed(variant: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "variant"),
+    [(b, v) for b in BACKENDS for v in VARIANTS if BACKENDS[b] is not ENFORCING[v]],
+)
+def test_what_lets_pods_pass_is_there_only_where_it_is_needed(backend: str, variant: str) -> None:
     with ExitStack() as stack:
-        world = Gateway("nftables", stack)
+        world = Gateway(backend, stack)
+        before = _tables(world.node, variant)
         _settle(world)
-        for command in ("iptables", "ip6tables"):
-            listed = run(world.node.netns, f"{command}-nft-save").stdout
-            assert listed == "", "no table that nobody had"
+        assert _tables(world.node, variant) == before, "no table that nobody had"
         docker(world.node, variant)
         assert dropped(world.near, POD)
         _settle(world)
         assert allowed(world.near, POD)
         last = run(world.node.netns, f"iptables-{variant}", "-S", "FORWARD").stdout.splitlines()[-1]
         assert "cali-FORWARD" in last
-        world.enforce(felix_configuration("default", nftablesFilterAllowAction="Return"))
+        own = "nftables" if backend == "nftables" else "iptables"
+        world.enforce(felix_configuration("default", **{f"{own}FilterAllowAction": "Return"}))
         _settle(world)
         assert dropped(world.near, POD), "who lets others decide lets them decide"
         world.enforce(felix_configuration("default"))
@@ -122,18 +125,40 @@ def test_what_lets_pods_pass_is_there_only_where_it_is_needed(variant: str) -> N
         assert allowed(world.near, POD)
 
 
-def test_the_agent_sees_docker_come() -> None:
+@pytest.mark.parametrize("choice", [{}, {"iptablesBackend": "Legacy"}])
+def test_the_agent_sees_docker_come(choice: dict[str, str]) -> None:
+    """At once, without looking every so often."""
     with cluster("node1", addresses=("172.31.0.1/24",)) as (node,), fresh_namespace() as near:
         connect(node.netns, "eth0", near, "eth0", [f"{NODE[4]}/24", f"{NEAR[4]}/24"])
         run(near, "ip", "route", "add", "default", "via", NODE[4])
-        node.put(felix_configuration("default", nftablesRefreshInterval="1s"))
+        refresh = dict.fromkeys(("nftables", "ipsets", "route"), "0s")
+        spec = {f"{what}RefreshInterval": interval for what, interval in refresh.items()}
+        node.put(felix_configuration("default", **spec, **choice))
         pod = node.pod("pod", POD[4])
         node.start()
         with Listener(pod.netns, 80):
             assert reaches(near, POD[4], 80)
             docker(node, "nft")
             eventually(lambda: reaches(near, POD[4], 80, patience=0.3) is not None)
+            for policy in ("ACCEPT", "DROP"):
+                run(node.netns, "iptables-nft", "-P", "FORWARD", policy)
+                stands = policy == "DROP"
+                eventually(lambda stands=stands: _is_passage(node) == stands)  # type: ignore[misc]
+            run(node.netns, "iptables-nft", "-F", "FORWARD")
+            eventually(lambda: reaches(near, POD[4], 80, patience=0.3) is not None)
         assert node.errors() == {}
+
+
+def _is_passage(node: Node) -> bool:
+    return "cali-FORWARD" in run(node.netns, "iptables-nft", "-S", "FORWARD").stdout
+
+
+def _tables(node: Node, variant: str) -> list[str]:
+    """Which tables there are."""
+    if variant == "nft":
+        return run(node.netns, "nft", "list", "tables").stdout.splitlines()
+    names = (f"/proc/thread-self/net/{kind}_tables_names" for kind in ("ip", "ip6"))
+    return [run(node.netns, "cat", name).stdout for name in names]
 
 
 def kube_proxy_iptables(node: Node, variant: str) -> None:

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 from kernel.netns import Namespace
-from kernel.nft_monitor import TableChanged, TableMonitor
+from kernel.nft_monitor import TableChanged, TableMonitor, Watched
 from kernel.nft_sets import ADDRESS4, NftSet
 from kernel.nftables import Nftables
 from tests.support.netns import eventually, run
 
 Told = queue.SimpleQueue[TableChanged]
+CALICO = Watched("calico")
+FILTER = Watched("filter", ("FORWARD",))
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def own(namespace: Namespace) -> Iterator[Nftables]:
 
 @pytest.fixture
 def monitor(namespace: Namespace, own: Nftables, told: Told) -> Iterator[None]:
-    with TableMonitor("calico", {own.port}, told.put, netns_fd=namespace.fd):
+    with TableMonitor((CALICO, FILTER), {own.port}, told.put, netns_fd=namespace.fd):
         yield
 
 
@@ -61,7 +63,7 @@ def test_a_strangers_changes_are_told(namespace: Namespace, own: Nftables, told:
     for command in STRANGERS:
         assert told.empty(), command
         run(namespace, "nft", "-f", "-", stdin=command.replace("; ", "\n") + "\n")
-        assert told.get(timeout=5) == TableChanged()
+        assert told.get(timeout=5) == TableChanged("calico")
         while not told.empty():
             told.get()
 
@@ -81,12 +83,28 @@ def test_own_changes_and_those_of_other_tables_are_no_news(
         lines = command.replace("\\;", "\0").replace("; ", "\n").replace("\0", ";")
         run(namespace, "nft", "-f", "-", stdin=lines + "\n")
     run(namespace, "nft", "add", "chain", "ip", "calico", "end")
-    assert told.get(timeout=5) == TableChanged()
+    assert told.get(timeout=5) == TableChanged("calico")
     assert told.empty()
 
 
+@pytest.mark.usefixtures("monitor")
+def test_of_a_chain_only_what_concerns_it_is_told(namespace: Namespace, told: Told) -> None:
+    run(namespace, "iptables-nft", "-N", "KUBE-FORWARD")
+    run(namespace, "ip6tables-nft", "-A", "OUTPUT", "-j", "ACCEPT")
+    assert told.empty()
+    for command in ("-A FORWARD -j KUBE-FORWARD", "-P FORWARD DROP", "-F FORWARD"):
+        run(namespace, "iptables-nft", "-A", "KUBE-FORWARD", "-j", "RETURN")
+        assert told.empty()
+        run(namespace, "iptables-nft", *command.split())
+        assert told.get(timeout=5) == TableChanged("filter")
+    while not told.empty():
+        told.get()
+    run(namespace, "nft", "delete", "table", "ip", "filter")
+    assert told.get(timeout=5) == TableChanged("filter")
+
+
 def test_what_could_not_be_told_may_have_been_news(namespace: Namespace, told: Told) -> None:
-    monitor = TableMonitor("calico", (), told.put, netns_fd=namespace.fd)
+    monitor = TableMonitor((CALICO,), (), told.put, netns_fd=namespace.fd)
     with Nftables(4, "other", netns_fd=namespace.fd) as other:
         transaction = other.transaction()
         transaction.create_table()
