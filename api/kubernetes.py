@@ -6,7 +6,7 @@ its author wrote.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
@@ -266,12 +266,17 @@ class NetworkPolicyEgressRule(Model):
 
 
 class KubernetesNetworkPolicySpec(Model):
-    """spec of a networking.k8s.io/v1 NetworkPolicy."""
+    """spec of a networking.k8s.io/v1 NetworkPolicy. ``policy_types`` is never empty."""
 
     pod_selector: LabelSelector = Field(default_factory=LabelSelector)
     policy_types: list[Literal["Ingress", "Egress"]] = Field(default_factory=list)
     ingress: list[NetworkPolicyIngressRule] = Field(default_factory=list)
     egress: list[NetworkPolicyEgressRule] = Field(default_factory=list)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Fill ``policy_types`` as the Kubernetes API server does."""
+        if not self.policy_types:
+            self.policy_types += ["Ingress", "Egress"] if self.egress else ["Ingress"]
 
 
 class KubernetesNetworkPolicy(Resource):

@@ -24,6 +24,8 @@ from api.net import parse_net
 
 RuleAction = Literal["Allow", "Deny", "Log", "Pass"]
 PolicyType = Literal["Ingress", "Egress"]
+# A policy's tier once more, as a label, where an API server's admission adds it.
+TIER_LABEL = "projectcalico.org/tier"
 ICMP_VERSIONS = {1: 4, 58: 6}  # protocol number -> IP version
 CATCH_ALL = frozenset((parse_net("0.0.0.0/0"), parse_net("::/0")))
 

@@ -140,7 +140,10 @@ class KubernetesDatastore:
         metadata = {k: v for k, v in _metadata(value).items() if k not in _SERVERS_OWN}
         path = collection(key.kind, key.namespace)
         created = self._send("POST", path, key, value | {"metadata": metadata})
-        return self._with_status(key, value, created)
+        try:
+            return self._with_status(key, value, created)
+        except (ConflictError, NotFoundError):  # others have changed it already
+            return self._with_first_status(key, value, created)
 
     def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
         """Replace an object, only at ``revision`` when one is given.
@@ -283,6 +286,22 @@ class KubernetesDatastore:
         whole = written.value | {"status": value["status"]}
         whole["metadata"] = whole["metadata"] | {"resourceVersion": written.revision}
         return self._send("PUT", f"{item(key)}/status", key, whole)
+
+    def _with_first_status(self, key: Key, value: JSON, created: Entry) -> Entry:
+        """Write the status of an object that was just made, unless somebody did meanwhile."""
+        for _ in range(_ATTEMPTS):
+            try:
+                found = self.get(key)
+                same = _metadata(found.value).get("uid") == _metadata(created.value).get("uid")
+                if found.value.get("status") or not same:
+                    return found
+                return self._with_status(key, value, found)
+            except ConflictError:
+                continue
+            except NotFoundError:
+                return created
+        times = f"changed by others {_ATTEMPTS} times in a row"
+        raise UnavailableError(f"{key}: was made, but for its status: {times}", key)
 
     def _update_slim(self, key: Key, value: JSON, revision: str | None) -> Entry:
         """Change only what differs: the rest of the object is not known here."""

@@ -11,6 +11,7 @@ programs understand it: agents keep what is in force and change nothing until it
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,6 +22,7 @@ import orjson
 from api import clusterinformation
 from api.errors import InvalidObjectError
 from api.kinds import CALICO, KINDS, key_parts
+from api.policy import TIER_LABEL
 from api.registry import dump, parse
 from datastore import calico_export
 from datastore.interface import (
@@ -32,6 +34,7 @@ from datastore.interface import (
     NotFoundError,
     StoreError,
     UnavailableError,
+    part,
 )
 
 CLUSTER = Key("ClusterInformation", "default")
@@ -45,6 +48,16 @@ _SERVERS_OWN = frozenset(
 _DERIVED_NODE_FIELDS = ("orchRefs", "addresses")
 # Those that others name come first; all others as api.kinds has them.
 _FIRST = ("Namespace", "ServiceAccount", "Tier", "IPPool", "Node", "KubernetesNode", "Pod")
+# Of the kinds that Kubernetes keeps itself, those that people write, as they write Calico's.
+_WRITTEN = frozenset(
+    (
+        *("KubernetesNetworkPolicy", "ClusterNetworkPolicy", "Secret"),
+        *("AdminNetworkPolicy", "BaselineAdminNetworkPolicy"),
+    )
+)
+# What API servers and kubectl add to objects, and says nothing that the rest doesn't.
+_LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+_NAMESPACE_LABEL = "kubernetes.io/metadata.name"
 # Who leads at the moment: nothing to move.
 _TRANSIENT = frozenset(("Lease",))
 
@@ -53,11 +66,11 @@ class Outcome(StrEnum):
     """What became of an object."""
 
     CREATED = "created"  # dry run: would be
-    UPDATED = "updated"  # dry run: would be; only views, in which nothing stood against it
+    UPDATED = "updated"  # dry run: would be; only with what was absent
     PRESENT = "present"  # the same was there
     CONFLICT = "conflict"  # another was there, which stays
     REFUSED = "refused"  # the store does not take it
-    LEFT_OUT = "left out"  # Kubernetes makes such objects, and has none of that name
+    LEFT_OUT = "left out"  # Kubernetes makes such objects, and has none of that name or another
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +123,7 @@ def export(store: Datastore) -> Iterator[bytes]:
         for entry in entries:
             yield orjson.dumps(entry.value) + b"\n"
         count += len(entries)
-        if kind not in store.given:
+        if is_written(store, kind):
             revisions[kind] = {entry.key: entry.revision for entry in entries}
     for kind, before in revisions.items():
         now = {entry.key: entry.revision for entry in store.list(kind).entries}
@@ -119,6 +132,11 @@ def export(store: Datastore) -> Iterator[bytes]:
             key = changed[0]
             raise ConflictError(f"{key}: changed during the export; export again", key)
     yield orjson.dumps({"end": count}) + b"\n"
+
+
+def is_written(store: Datastore, kind: str) -> bool:
+    """Whether people write the objects of a kind there: others come and go with the cluster."""
+    return kind not in store.given or kind in _WRITTEN
 
 
 def read(file: Iterable[bytes]) -> list[JSON]:
@@ -182,7 +200,7 @@ def _bring(store: Datastore, key: Key, value: JSON, dry_run: bool) -> Result:
     try:
         if key == CLUSTER:
             return _bring_cluster(store, value, dry_run)
-        if key.kind in store.given:
+        if not is_written(store, key.kind):
             return _bring_given(store, key, value, dry_run)
         found = _found(store, key)
         if found is None and not dry_run:
@@ -192,9 +210,11 @@ def _bring(store: Datastore, key: Key, value: JSON, dry_run: bool) -> Result:
                 found = _found(store, key)
         if found is None:
             return _planned(store, key, value) if dry_run else Result(key, Outcome.CREATED)
-        different = sorted(differences(value, found))
+        different = differences(value, found)
+        if different == {"status"} and not found.get("status"):
+            return _bring_status(store, key, value, dry_run)
         if different:
-            return Result(key, Outcome.CONFLICT, f"differs in {', '.join(different)}")
+            return Result(key, Outcome.CONFLICT, _told(different))
         return Result(key, Outcome.PRESENT)
     except UnavailableError:
         raise
@@ -212,6 +232,25 @@ def _planned(store: Datastore, key: Key, value: JSON) -> Result:
     except InvalidObjectError as error:
         return Result(key, Outcome.CREATED, f"although it is not valid: {error}")
     return Result(key, Outcome.CREATED)
+
+
+def _told(different: Iterable[str]) -> str:
+    return f"differs in {', '.join(sorted(different))}"
+
+
+def _bring_status(store: Datastore, key: Key, value: JSON, dry_run: bool) -> Result:
+    """Where it is written apart, an import that was killed may have left an object without."""
+    for _ in range(_ATTEMPTS):
+        entry = store.get(key)
+        if entry.value.get("status"):
+            break
+        try:
+            if not dry_run:
+                store.update(key, {**entry.value, "status": value["status"]}, entry.revision)
+        except ConflictError:
+            continue
+        return Result(key, Outcome.UPDATED)
+    return Result(key, Outcome.CONFLICT, _told(["status"]))
 
 
 def _bring_cluster(store: Datastore, value: JSON, dry_run: bool) -> Result:
@@ -236,10 +275,13 @@ def _bring_given(store: Datastore, key: Key, value: JSON, dry_run: bool) -> Resu
         except NotFoundError:
             return Result(key, Outcome.LEFT_OUT, "Kubernetes has no such object")
         if key.kind not in ("Node", "WorkloadEndpoint"):
-            return Result(key, Outcome.PRESENT)
+            others = differences(value, entry.value) - {"status"}
+            if not others:
+                return Result(key, Outcome.PRESENT)
+            return Result(key, Outcome.LEFT_OUT, f"Kubernetes' own stays; it {_told(others)}")
         merged, different = _merged(key, value, entry.value)
         if different:
-            return Result(key, Outcome.CONFLICT, f"differs in {', '.join(different)}")
+            return Result(key, Outcome.CONFLICT, _told(different))
         if merged == entry.value:
             return Result(key, Outcome.PRESENT)
         try:
@@ -294,7 +336,18 @@ def _comparable(value: JSON) -> JSON:
     except InvalidObjectError:
         value = dict(value)
     metadata = _own_metadata(value)
-    return {name: part for name, part in (value | {"metadata": metadata}).items() if part}
+    labels, annotations = part(metadata, "labels"), part(metadata, "annotations")
+    tier = part(value, "spec").get("tier") or "default"
+    added = {(TIER_LABEL, tier), (_NAMESPACE_LABEL, metadata.get("name"))}
+    metadata |= {
+        "labels": {name: text for name, text in labels.items() if (name, text) not in added},
+        "annotations": {k: text for k, text in annotations.items() if k != _LAST_APPLIED},
+    }
+    value |= {"metadata": {name: item for name, item in metadata.items() if item}}
+    if plain := part(value, "stringData"):  # of a Secret: what the API server makes of it
+        coded = {name: b64encode(str(text).encode()).decode() for name, text in plain.items()}
+        value |= {"data": part(value, "data") | coded, "stringData": None}
+    return {name: item for name, item in value.items() if item}
 
 
 def _own_metadata(value: JSON) -> JSON:

@@ -16,7 +16,7 @@ from api import networkset
 from api.fields import QUALIFIED_NAME
 from api.ippool import DEFAULT_BLOCK_SIZE
 from api.kinds import CALICO, KINDS
-from api.policy import BUILT_IN_TIERS
+from api.policy import BUILT_IN_TIERS, TIER_LABEL
 from manifests.cel import Rule, given
 from manifests.files import render
 
@@ -28,7 +28,6 @@ POLICIES = (
 )
 DRAFT = "StagedKubernetesNetworkPolicy"
 WRITES = ("CREATE", "UPDATE")
-TIER_LABEL = "projectcalico.org/tier"
 
 _API = "admissionregistration.k8s.io/v1"
 _RULES = (

@@ -19,7 +19,7 @@ from datastore.interface import (
     StoreError,
 )
 from datastore.kubernetes import KubernetesDatastore
-from datastore.kubernetes_client import ApiServer
+from datastore.kubernetes_client import ApiServer, KubernetesSettings
 from datastore.kubernetes_views import sources
 from felix import snapshot
 from ipam.allocator import Allocator
@@ -34,6 +34,7 @@ from tests.datastore.kubernetes_world import (
     make_pod,
     through,
 )
+from tests.support.front import Front
 from tests.support.kube import KubeApiserver
 from tests.support.relay import Relay
 
@@ -280,9 +281,8 @@ def test_what_a_node_claims_is_asked_for_alone(
     delete_if_there(store, *(entry.key for entry in store.list(kind).entries))
 
 
-def test_a_list_of_thousands_comes_in_parts(
-    server: KubeApiserver, store: KubernetesDatastore
-) -> None:
+def test_a_list_of_thousands_comes_in_parts(server: KubeApiserver, tmp_path: Path) -> None:
+    """Of 500, each asked for where the one before ended."""
     path = "/api/v1/namespaces/default/serviceaccounts"
     names = [f"part-{number:04}" for number in range(1200)]
 
@@ -295,5 +295,11 @@ def test_a_list_of_thousands_comes_in_parts(
         thread.start()
     for thread in threads:
         thread.join(60)
-    found = store.list("ServiceAccount", "default", prefix="part-")
+    front = Front(server)
+    settings = KubernetesSettings(str(front.kubeconfig(tmp_path / "fronted")))
+    with closing(KubernetesDatastore(settings)) as store:
+        found = store.list("ServiceAccount", "default", prefix="part-")
+    front.close()
     assert [entry.key.name for entry in found.entries] == names
+    assert [asked.query["limit"] for asked in front.asked] == ["500"] * 3
+    assert [bool(asked.query.get("continue")) for asked in front.asked] == [False, True, True]

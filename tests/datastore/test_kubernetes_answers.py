@@ -6,14 +6,16 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from api.errors import InvalidObjectError
+from api.kinds import CALICO
 from api.registry import parse_as
-from datastore import kubernetes_watch
-from datastore.interface import JSON, Entry, Key, UnavailableError
+from datastore import kubernetes, kubernetes_watch
+from datastore.interface import JSON, ConflictError, Entry, Key, UnavailableError
 from datastore.kubernetes import KubernetesDatastore
 from datastore.kubernetes_client import KubernetesSettings
 from tests.contracts.backends import policy, policy_key
@@ -25,7 +27,7 @@ from tests.datastore.kubernetes_world import (
     make,
     make_pod,
 )
-from tests.support.front import Asked, Front, Reply, event
+from tests.support.front import Asked, Front, Reply, event, status
 from tests.support.kube import KubeApiserver
 from tests.support.netns import eventually
 
@@ -203,4 +205,157 @@ def test_streams_that_are_short_but_bring_something_are_followed(
     # each goes on where the last one, or its bookmark, had come to
     reached = [asked.query["resourceVersion"] for asked in watches(front)]
     assert reached[1:31] == [str(first + number) for number in range(1, 31)]
+    assert {asked.query["allowWatchBookmarks"] for asked in watches(front)} == {"true"}
+    store.delete(key)
+
+
+# --- writes in two parts ---
+
+
+@pytest.mark.parametrize("meanwhile", ["labelled", "told", "made again", "deleted"])
+def test_an_object_that_others_change_before_its_status_is_written(
+    front: Front, distant: KubernetesDatastore, store: KubernetesDatastore, meanwhile: str
+) -> None:
+    """The API server takes the status by itself, at the revision of the object without it."""
+    key = Key("KubeControllersConfiguration", "k8s-store-status")
+    delete_if_there(store, key)
+    value = {"apiVersion": CALICO, "kind": key.kind, "metadata": {"name": key.name}}
+    value |= {"spec": {"controllers": {}}}
+    ours, theirs = ({"environmentVars": {"WHO": who}} for who in ("ours", "theirs"))
+
+    def change(asked: Asked) -> Reply | None:
+        if asked.path.endswith("/status"):
+            front.instead = lambda _: None
+            found = store.get(key).value
+            if meanwhile in ("made again", "deleted"):
+                store.delete(key)
+            if meanwhile == "made again":
+                store.create(key, value)
+            elif meanwhile == "labelled":
+                found["metadata"]["labels"] = {"changed": "meanwhile"}
+                store.update(key, found)
+            elif meanwhile == "told":
+                store.update(key, found | {"status": theirs})
+        return None
+
+    front.instead = change
+    written = distant.create(key, value | {"status": ours}).value
+    expected = {"labelled": ours, "told": theirs, "made again": None, "deleted": None}
+    assert written.get("status") == expected[meanwhile]
+    assert ("labels" in written["metadata"]) == (meanwhile == "labelled")
+    if meanwhile != "deleted":
+        assert store.get(key).value == written
+        store.delete(key)
+
+
+# --- a server that is busy ---
+
+
+@pytest.mark.parametrize("verb", ["read", "written"])
+def test_a_busy_server_is_asked_again_when_it_says_so(
+    front: Front, distant: KubernetesDatastore, store: KubernetesDatastore, verb: str
+) -> None:
+    """As priority and fairness answers: nothing was carried out, and how long to wait."""
+    key = policy_key("k8s-store-busy")
+    delete_if_there(store, key)
+    if verb == "read":
+        store.create(key, policy(key.name, 1))
+    busy = status(429, "TooManyRequests", "too many requests, please try again later")
+
+    def turned_away(asked: Asked) -> Reply | None:
+        return Reply(429, [busy], {"Retry-After": "1"}) if len(front.asked) <= 2 else None
+
+    front.instead = turned_away
+    found = distant.get(key) if verb == "read" else distant.create(key, policy(key.name, 1))
+    assert found == store.get(key)
+    times = [asked.at for asked in front.asked]
+    assert len(times) == 3
+    assert all(later - earlier >= 1 for earlier, later in pairwise(times))
+    store.delete(key)
+
+
+def test_a_server_that_stays_busy_is_an_outage(front: Front, distant: KubernetesDatastore) -> None:
+    """Asked again with a growing pause, where it names none, until the time-out."""
+    front.instead = lambda _: Reply(429, [status(429, "TooManyRequests", "not now")])
+    with pytest.raises(UnavailableError, match="429 not now"):
+        distant.get(policy_key("a"))
+    # 0.1 s, 0.2 s, … 1 s, each at least half, in 5 s
+    assert 3 <= len(front.asked) <= 14
+
+
+@pytest.mark.parametrize("code", [500, 503])
+def test_a_write_that_may_have_been_carried_out_is_not_repeated(
+    front: Front, distant: KubernetesDatastore, code: int
+) -> None:
+    front.instead = lambda _: Reply(code, [status(code, "InternalError", "etcd: time-out")])
+    with pytest.raises(UnavailableError, match="is not known: read again"):
+        distant.create(policy_key("a"), policy("a"))
+    assert len(front.asked) == 1
+
+
+# --- lists in parts, and deletions of what was read ---
+
+
+def test_a_list_that_is_forgotten_between_two_parts_begins_anew(
+    server: KubeApiserver,
+    front: Front,
+    distant: KubernetesDatastore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And what went meanwhile, after its part had come, is not in it."""
+    monkeypatch.setattr(kubernetes, "_PART", 2)
+    path = "/api/v1/namespaces/default/serviceaccounts"
+    names = [f"anew-{number}" for number in range(5)]
+    for name in names:
+        make(server, path, {"metadata": {"name": name}})
+    expired = status(410, "Expired", "The provided continue parameter is too old")
+    forgotten = 0
+
+    def forget(asked: Asked) -> Reply | None:
+        nonlocal forgotten
+        if "continue" not in asked.query or forgotten:
+            return None
+        forgotten += 1
+        assert server.request("DELETE", f"{path}/{names[0]}")[0] == 200
+        return Reply(410, [expired])
+
+    front.instead = forget
+    found = distant.list("ServiceAccount", "default", prefix="anew-")
+    assert [entry.key.name for entry in found.entries] == names[1:]
+    assert forgotten == 1
+    assert {asked.query["limit"] for asked in front.asked} == {"2"}
+    for name in names[1:]:
+        server.request("DELETE", f"{path}/{name}")
+
+
+def test_a_list_that_is_forgotten_again_and_again_is_an_outage(
+    front: Front, distant: KubernetesDatastore
+) -> None:
+    front.instead = lambda _: Reply(410, [status(410, "Expired", "too old")])
+    with pytest.raises(UnavailableError, match="forgot ServiceAccount while it was listed"):
+        distant.list("ServiceAccount")
+
+
+def test_what_is_deleted_is_the_object_that_was_read(
+    server: KubeApiserver, front: Front, distant: KubernetesDatastore, store: KubernetesDatastore
+) -> None:
+    """Also where another of that name has its revision, as after a restored backup."""
+    key = policy_key("k8s-store-again")
+    delete_if_there(store, key)
+    first = store.create(key, policy(key.name, 1))
+
+    def make_again(asked: Asked) -> Reply | None:
+        if asked.method != "DELETE":
+            return None
+        assert asked.body["preconditions"]["resourceVersion"] == first.revision
+        store.delete(key)
+        store.create(key, policy(key.name, 2))
+        only = {"preconditions": {"uid": asked.body["preconditions"]["uid"]}}
+        code, answer = server.request("DELETE", asked.path, only)
+        return Reply(code, [json.dumps(answer).encode()])
+
+    front.instead = make_again
+    with pytest.raises(ConflictError):
+        distant.delete(key, first.revision)
+    assert store.get(key).value["spec"]["order"] == 2
     store.delete(key)

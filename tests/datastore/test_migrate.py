@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from api.kinds import KINDS
 from api.net import parse_net
+from api.policy import TIER_LABEL
 from datastore import migrate
 from datastore.etcd import EtcdDatastore
 from datastore.etcd_client import EtcdSettings
@@ -22,9 +24,9 @@ from datastore.kubernetes_client import KubernetesSettings
 from datastore.migrate import Outcome
 from datastore.sqlite import SqliteDatastore
 from ipam.allocator import Allocator
-from tests.support.crds import install_crds
+from tests.support.crds import install_admission, install_crds
 from tests.support.etcd import Etcd
-from tests.support.kube import KubeApiserver
+from tests.support.kube import KubeApiserver, api_server
 from tests.support.netns import eventually
 
 CLUSTER_GUID = "0123456789abcdef0123456789abcdef"
@@ -37,10 +39,68 @@ def v3(kind: str, name: str, spec: JSON, namespace: str = "", **metadata: Any) -
     return Key(kind, name, namespace), value
 
 
+def with_status(object_: tuple[Key, JSON]) -> tuple[Key, JSON]:
+    condition = {
+        "type": "Allocatable",
+        "status": "True",
+        "reason": "Made",
+        "message": "",
+        "lastTransitionTime": "2030-01-31T12:00:00Z",
+    }
+    return object_[0], object_[1] | {"status": {"conditions": [condition]}}
+
+
+SUBJECT: JSON = {"namespaces": {"matchLabels": {"moving": "yes"}}}
+
+
+def policies_of_kubernetes() -> list[tuple[Key, JSON]]:
+    """What people write also where Kubernetes keeps it."""
+
+    def made(id_: str, name: str, spec: JSON, namespace: str = "") -> tuple[Key, JSON]:
+        key, value = v3(id_, name, spec, namespace)
+        kind = KINDS[id_]
+        return key, value | {"apiVersion": kind.api_version, "kind": kind.kind}
+
+    rule = {"name": "a", "action": "Deny", "from": [SUBJECT]}
+    return [
+        made("KubernetesNetworkPolicy", "none", {"podSelector": {}}, "moving"),
+        made(
+            "KubernetesNetworkPolicy",
+            "ports",
+            {"podSelector": {}, "egress": [{"ports": [{"port": 53}]}], "policyTypes": ["Egress"]},
+            "moving",
+        ),
+        made(
+            "ClusterNetworkPolicy",
+            "moving",
+            {
+                "tier": "Admin",
+                "priority": 7,
+                "subject": SUBJECT,
+                "ingress": [{"name": "a", "action": "Deny", "from": [SUBJECT]}],
+            },
+        ),
+        made(
+            "AdminNetworkPolicy", "moving", {"priority": 7, "subject": SUBJECT, "ingress": [rule]}
+        ),
+        made("BaselineAdminNetworkPolicy", "default", {"subject": SUBJECT, "ingress": [rule]}),
+    ]
+
+
+def secret(name: str, **fields: JSON) -> tuple[Key, JSON]:
+    metadata = {"name": name, "namespace": "moving"}
+    value = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque"}
+    return Key("Secret", name, "moving"), value | fields
+
+
 def fill(store: Datastore) -> None:
     """Objects of many sorts, also those that IPAM keeps."""
+    applied = {"kubectl.kubernetes.io/last-applied-configuration": "{}"}
     objects = [
-        v3("IPPool", "pods", {"cidr": "10.70.0.0/16"}, labels={"a": "b"}, uid="u-1"),
+        with_status(v3("IPPool", "pods", {"cidr": "10.70.0.0/16"}, labels={"a": "b"}, uid="u-1")),
+        v3("GlobalNetworkPolicy", "plain", {"selector": "all()"}, annotations=applied),
+        *policies_of_kubernetes(),
+        secret("bgp", data={"tor": "aGlkZGVu"}, stringData={"spine": "hidden, too"}),
         v3("Tier", "security", {"order": 5}),
         v3("GlobalNetworkPolicy", "security.all", {"tier": "security", "selector": "all()"}),
         v3("NetworkPolicy", "web", {"selector": "app == 'web'"}, "moving"),
@@ -57,9 +117,13 @@ def fill(store: Datastore) -> None:
 
 
 def contents(store: Datastore) -> dict[Key, JSON]:
-    """All objects that a store's users make."""
-    kinds = [kind for kind in migrate._in_order() if kind not in store.given]
-    return {entry.key: entry.value for kind in kinds for entry in store.list(kind).entries}
+    """All objects that a store's users make; of Kubernetes' own kinds, in our namespace."""
+    return {
+        entry.key: entry.value
+        for kind in migrate._in_order()
+        if migrate.is_written(store, kind)
+        for entry in store.list(kind, "moving" if kind in store.given else None).entries
+    }
 
 
 @pytest.fixture
@@ -88,6 +152,17 @@ def kubernetes(kube_apiserver: KubeApiserver) -> Iterator[KubernetesDatastore]:
         clear(store)
 
 
+@pytest.fixture
+def kubernetes_with_admission() -> Iterator[KubernetesDatastore]:
+    with api_server() as server:
+        install_crds(server)
+        install_admission(server)
+        server.request("POST", "/api/v1/namespaces", {"metadata": {"name": "moving"}})
+        settings = KubernetesSettings(str(server.kubeconfig))
+        with closing(KubernetesDatastore(settings)) as store:
+            yield store
+
+
 def clear(store: Datastore) -> None:
     for key in contents(store):
         store.delete(key)
@@ -112,8 +187,10 @@ def check_move(source: Datastore, target: Datastore, given: Collection[str] = ()
     assert Outcome.CREATED in {r.outcome for r in results}
     assert migrate.is_locked(target)
     again = migrate.import_all(target, objects)
-    assert {r.outcome for r in again} <= {Outcome.PRESENT, Outcome.LEFT_OUT}
+    assert {r.outcome for r in again} <= {Outcome.PRESENT, Outcome.LEFT_OUT}, again
     before, after = contents(source), contents(target)
+    if "Secret" in source.given:  # those of a whole cluster are not written down
+        before.pop(Key("Secret", "bgp", "moving"))
     assert before.keys() == {key for key in after if key.kind not in given}
     for key, value in before.items():
         assert not migrate.differences(value, after[key]), key
@@ -166,9 +243,78 @@ def test_from_kubernetes_to_etcd(
     assert {r.outcome for r in results} <= {Outcome.CREATED, Outcome.UPDATED}, results
     moved = contents(etcd_store)
     for key, value in contents(kubernetes).items():
-        assert not migrate.differences(value, moved[key]), key
+        assert key.kind == "Secret" or not migrate.differences(value, moved[key]), key
     assert Key("Profile", "kns.moving") in moved
     assert Key("Namespace", "moving") in moved
+
+
+def test_what_people_wrote_is_a_conflict_where_kubernetes_has_another(
+    kubernetes: KubernetesDatastore,
+) -> None:
+    written = [*policies_of_kubernetes(), secret("bgp", data={"tor": "aGlkZGVu"})]
+    for key, value in written:
+        kubernetes.create(key, value)
+    values = [value for _, value in written]
+    results = migrate.import_all(kubernetes, values)
+    assert {r.outcome for r in results} == {Outcome.PRESENT}, results
+    for value in values[:-1]:
+        value["spec"]["podSelector" if "podSelector" in value["spec"] else "subject"] = {
+            "matchLabels": {"another": "one"}
+        }
+    values[-1]["data"] = {"tor": "YW5vdGhlcg=="}
+    before = contents(kubernetes)
+    for dry_run in (True, False):
+        results = migrate.import_all(kubernetes, values, dry_run=dry_run)
+        assert {r.outcome for r in results} == {Outcome.CONFLICT}, results
+        assert [r.reason for r in results] == [
+            *("differs in spec" for _ in values[:-1]),
+            "differs in data",
+        ]
+    assert contents(kubernetes) == before
+
+
+def test_what_kubernetes_makes_itself_is_told_to_differ(kubernetes: KubernetesDatastore) -> None:
+    names = {"name": "moving", "labels": {"moving": "yes"}}
+    same = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "moving"}}
+    present, other, absent = migrate.import_all(
+        kubernetes,
+        [same, same | {"metadata": names}, same | {"metadata": {"name": "nowhere"}}],
+    )
+    assert present.outcome == Outcome.PRESENT
+    assert other.outcome == absent.outcome == Outcome.LEFT_OUT
+    assert other.reason == "Kubernetes' own stays; it differs in metadata"
+    assert absent.reason == "Kubernetes has no such object"
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_status_that_an_interrupted_import_did_not_come_to_is_brought(
+    kubernetes: KubernetesDatastore, dry_run: bool
+) -> None:
+    """It is written by itself, after the object, and the program may have ended in between."""
+    key, value = with_status(v3("IPPool", "pods", {"cidr": "10.70.0.0/16"}))
+    kubernetes.create(key, {name: part for name, part in value.items() if name != "status"})
+    (result,) = migrate.import_all(kubernetes, [value], dry_run=dry_run)
+    assert result.outcome == Outcome.UPDATED
+    assert ("status" in kubernetes.get(key).value) == (not dry_run)
+    if not dry_run:
+        (result,) = migrate.import_all(kubernetes, [value])
+        assert result.outcome == Outcome.PRESENT
+        value["status"]["conditions"][0]["status"] = "False"
+        (result,) = migrate.import_all(kubernetes, [value])
+        assert (result.outcome, result.reason) == (Outcome.CONFLICT, "differs in status")
+
+
+def test_into_kubernetes_with_its_admission_policies(
+    sqlite: SqliteDatastore, kubernetes_with_admission: KubernetesDatastore
+) -> None:
+    """Which add to what is written: run again, an import finds the same there all the same."""
+    check_move(sqlite, kubernetes_with_admission)
+    key = Key("GlobalNetworkPolicy", "plain")
+    policy = kubernetes_with_admission.get(key).value
+    assert policy["metadata"]["labels"] == {TIER_LABEL: "default"}
+    _, other = v3("GlobalNetworkPolicy", "plain", {"selector": "all()"}, labels={"a": "b"})
+    (result,) = migrate.import_all(kubernetes_with_admission, [other])
+    assert (result.outcome, result.reason) == (Outcome.CONFLICT, "differs in metadata")
 
 
 def test_nodes_and_endpoints_become_annotations(

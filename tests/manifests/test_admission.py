@@ -7,21 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import yaml
 
 from api.felix import FelixConfiguration
 from api.felix_defaults import DEFAULTS
 from api.kinds import KINDS, kind_of
 from api.metadata import ObjectMeta
+from api.policy import TIER_LABEL
 from api.registry import dump, parse
 from manifests import admission, crds
 from policy.selector import parse as parse_selector
 from tests.api.examples import EXAMPLES
 from tests.manifests.test_crds import UNSAID, refused_by_model, thing, url
 from tests.policy import vectors
-from tests.support.crds import install_crds
+from tests.support.crds import install_admission, install_crds
 from tests.support.kube import KubeApiserver, api_server
-from tests.support.netns import eventually
 
 _PATH = "/apis/admissionregistration.k8s.io/v1"
 
@@ -31,29 +30,8 @@ def server() -> Iterator[KubeApiserver]:
     """Its own: what is refused here is not refused to the tests of stores."""
     with api_server() as server:
         install_crds(server)
-        for file in sorted(admission.DIRECTORY.glob("*.yaml")):
-            for document in yaml.safe_load_all(file.read_text()):
-                resource = document["kind"].lower().replace("policy", "policies")
-                resource = resource.replace("policiesbinding", "policybindings")
-                path = f"{_PATH}/{resource}?fieldValidation=Strict"
-                code, answer = server.request("POST", path, document)
-                assert code == 201, answer
-        eventually(lambda: active(server), seconds=60)
+        install_admission(server)
         yield server
-
-
-def active(server: KubeApiserver) -> bool:
-    """Whether the last of both kinds is at work.
-
-    Until the defaults are, what checks their results may refuse the pool.
-    """
-    labelled = thing("NetworkSet", "x")
-    labelled["metadata"]["labels"] = {"projectcalico.org/namespace": "a"}
-    pool = thing("IPPool", "x", spec={"cidr": "10.0.0.0/16"})
-    if created(server, labelled)[0] != 422:
-        return False
-    code, stored = created(server, pool)
-    return code == 201 and "blockSize" in stored["spec"]
 
 
 def created(server: KubeApiserver, obj: dict[str, Any]) -> tuple[int, Any]:
@@ -118,7 +96,7 @@ def test_defaults_that_depend_on_other_fields_are_the_models(
     wanted = dump(parse(obj, selector=parse_selector))["spec"]
     assert {name: stored["spec"].get(name) for name in wanted} == wanted
     if obj["kind"] in admission.POLICIES:
-        assert stored["metadata"]["labels"] == {admission.TIER_LABEL: "default"}
+        assert stored["metadata"]["labels"] == {TIER_LABEL: "default"}
 
 
 def test_every_kind_is_stored_with_the_models_defaults(server: KubeApiserver) -> None:
@@ -212,12 +190,12 @@ def test_built_in_tiers_stay(server: KubeApiserver) -> None:
 def test_policy_moves_its_label_with_its_tier(server: KubeApiserver) -> None:
     kind = KINDS["GlobalNetworkPolicy"]
     obj = thing(kind.id, "moves", spec={"tier": ""})
-    obj["metadata"]["labels"] = {"team": "a", admission.TIER_LABEL: "lie"}
+    obj["metadata"]["labels"] = {"team": "a", TIER_LABEL: "lie"}
     code, stored = server.request("POST", url(kind), obj)
     assert code == 201, stored
     assert stored["spec"]["tier"] == "default"
-    assert stored["metadata"]["labels"] == {"team": "a", admission.TIER_LABEL: "default"}
+    assert stored["metadata"]["labels"] == {"team": "a", TIER_LABEL: "default"}
     stored["spec"]["tier"] = "security"
     code, changed = server.request("PUT", url(kind, name="moves"), stored)
     assert code == 200, changed
-    assert changed["metadata"]["labels"][admission.TIER_LABEL] == "security"
+    assert changed["metadata"]["labels"][TIER_LABEL] == "security"

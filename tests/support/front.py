@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,11 +23,13 @@ _HOPS_OWN = ("connection", "transfer-encoding", "content-length", "host")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request. ``query``: the first value of each parameter."""
+    """A request. ``query``: the first value of each parameter; ``at``: time.monotonic()."""
 
     method: str
     path: str
     query: Mapping[str, str]
+    body: Any
+    at: float
 
     @property
     def watches(self) -> bool:
@@ -107,7 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         parts = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
-        asked = Asked(self.command, parts.path, query)
+        content = json.loads(body) if body else None
+        asked = Asked(self.command, parts.path, query, content, time.monotonic())
         self.front.asked.append(asked)
         reply = self.front.instead(asked)
         if reply is not None:
