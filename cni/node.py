@@ -86,7 +86,7 @@ class Node:
     ) -> None:
         self.cluster = Cluster(store, name, follow=follow)
         self.sockets = Sockets()
-        self._allocator = Allocator(store, name, follow=follow)
+        self.allocator = Allocator(store, name, follow=follow)
         self._pools = Pools(store)
         self._turns = turns or Turns(1)
         self._locks = KeyedLocks(self._turns.give_up)
@@ -95,13 +95,13 @@ class Node:
     def start(self) -> None:
         """Start what works in the background."""
         self.cluster.memory.start()
-        self._allocator.start()
+        self.allocator.start()
         self._reaper.start()
 
     def stop(self) -> None:
         """Stop it again. Nothing may be attached or detached any more."""
         self._reaper.stop()
-        self._allocator.stop()
+        self.allocator.stop()
         self.cluster.memory.stop()
         self.sockets.close()
 
@@ -222,7 +222,7 @@ class Node:
                 return
             if link and link.alias in ("", attachment.alias):
                 return
-            for net in self._allocator.release(attachment.handle):
+            for net in self.allocator.release(attachment.handle):
                 _log.info("%s: released %s: nothing uses it", attachment, net)
 
     def repair_endpoint(self, attachment: Attachment) -> None:
@@ -239,13 +239,9 @@ class Node:
             if is_wired(attachment.endpoint_container_id, interface, links):
                 return
             if self.cluster.forget(attachment) is not None:
-                released = self._allocator.release(attachment.handle)
+                released = self.allocator.release(attachment.handle)
                 addresses = ", ".join(map(str, released)) or "none of IPAM's"
                 _log.info("%s: interface %s is gone; released %s", attachment, interface, addresses)
-
-    def claimed_blocks(self) -> Collection[Net]:
-        """The blocks of all nodes."""
-        return self._allocator.claimed()
 
     def remove_interface(self, link: Link) -> None:
         """Delete an interface of the node, whosever it is."""
@@ -311,6 +307,7 @@ class Node:
             endpoint["metadata"]["annotations"] = {ATTACHMENT: attachment.alias}
         self.cluster.record(attachment, endpoint)
         if not wiring.finish(host, ends.index):
+            self._turns.give_up()
             wiring.wait_for_carrier(host, ends.index)
         return Attached(wire, lease)
 
@@ -324,13 +321,13 @@ class Node:
         features = wanted.features
         for address in features.addresses:
             if address not in held:
-                self._allocator.assign_specific(address, attachment.handle, attributes)
+                self.allocator.assign_specific(address, attachment.handle, attributes)
         if features.addresses:
             return features.addresses
         namespace_labels = wanted.namespace.labels if wanted.namespace else None
         for version, pools in features.families:
             if all(net.version != version for net in held):
-                assignment = self._allocator.assign(
+                assignment = self.allocator.assign(
                     attachment.handle,
                     attributes,
                     version=version,
@@ -342,7 +339,7 @@ class Node:
         return tuple(sorted(addresses))
 
     def _addresses(self, attachment: Attachment) -> Addresses:
-        return tuple(sorted(self._allocator.addresses(attachment.handle)))
+        return tuple(sorted(self.allocator.addresses(attachment.handle)))
 
     def _wire(
         self, attachment: Attachment, name: str, addresses: Addresses, wanted: Wanted
@@ -364,7 +361,7 @@ class Node:
         if pattern := self.cluster.mtu_pattern():
             with self.sockets.borrow() as host:
                 mtu = wiring.smallest_mtu(host, pattern)
-        return (mtu or wiring.uplink_mtu()) - self.cluster.encapsulation_bytes()
+        return self.cluster.pod_mtu(mtu or wiring.uplink_mtu())
 
     def _create(self, host: NetlinkSocket, netns_fd: int, wire: Wire) -> Ends:
         """The pair; an interface of a container before us gives way."""
@@ -385,7 +382,7 @@ class Node:
         if endpoint is not None:
             name = endpoint.value["spec"].get("interfaceName", name)
         self._remove_wire(attachment, name, recorded=endpoint is not None)
-        self._allocator.release(attachment.handle)
+        self.allocator.release(attachment.handle)
         if delegate is not None:
             delegate.delete()
 

@@ -80,7 +80,7 @@ class Plugin:
         self._enforcement = enforcement
         self._before_waiting = before_waiting
         self._late = ThreadPoolExecutor(_TAKING_BACK, "cni-late")
-        self._ipam = IpamPlugin(node.cluster)
+        self._ipam = IpamPlugin(node.cluster, node.allocator)
         self._own_namespace = own_namespace()
 
     def close(self) -> None:

@@ -98,7 +98,7 @@ class Patrol:
         if "WorkloadEndpoint" not in store.given:
             self._take_back_lost(users)
         if self._looks % _BETWEEN == 0:
-            shared = audit_learned(store, self._node.claimed_blocks)
+            shared = audit_learned(store, self._node.allocator.claimed)
             self._standing = [finding for finding in shared if finding in self._shared]
             self._shared = shared
         self._looks += 1

@@ -278,11 +278,10 @@ def _matches(allocation: Allocation, user: User) -> bool:
     if user.key.kind == "Node":
         return not allocation.machine or allocation.machine == user.node
     if allocation.machine:
-        return False
+        return allocation.pod is not None and allocation.pod == user.pod
     if user.container and allocation.containers and allocation.workload:
         return user.container in allocation.containers
-    pod = (allocation.attribute("namespace"), allocation.attribute("pod"))
-    return user.pod is None or not pod[1] or user.pod == pod
+    return user.pod is None or allocation.pod is None or user.pod == allocation.pod
 
 
 def _parties(users: Iterable[User]) -> set[object]:

@@ -21,6 +21,7 @@ from ipam.records import Affinity, Handle, Stored
 
 _TUNNEL = re.compile(r"(?:ipip|vxlan|vxlan-v6|wireguard|wireguard-v6)-tunnel-addr-(.+)")
 _STAND_ALONE = "manx-ipam"  # what the CNI plugin of that name says of the addresses it gives
+_POD = "ipamPod"  # and of the pod that one is for
 _HOST = "host:"
 
 
@@ -46,12 +47,21 @@ class Allocation:
     def machine(self) -> str:
         """The node that holds it itself, and as long as there is that node; else empty.
 
-        For a tunnel, or as IPAM of another main plugin, of whose containers only it knows.
+        For a tunnel, or as IPAM of another main plugin, of whose containers only it knows; unless
+        they are of a pod, and Kubernetes can be asked for that.
         """
         found = _TUNNEL.fullmatch(self.handle)
         if found or self.attribute("type") == _STAND_ALONE:
             return self.attribute("node") or (found[1] if found else "")
         return ""
+
+    @property
+    def pod(self) -> tuple[str, str] | None:
+        """Namespace and name of the pod it is for, if that is known."""
+        if name := self.attribute("pod"):
+            return self.attribute("namespace"), name
+        namespace, _, name = self.attribute(_POD).partition("/")
+        return (namespace, name) if name else None
 
     @property
     def workload(self) -> bool:
@@ -69,8 +79,8 @@ class Allocation:
     @property
     def holder(self) -> str:
         """Who has it, for people: the handle, and the pod and node that are known of it."""
-        name, node = self.attribute("pod"), self.attribute("node")
-        pod = f" (pod {self.attribute('namespace')}/{name})" if name else ""
+        node = self.attribute("node")
+        pod = f" (pod {'/'.join(self.pod)})" if self.pod else ""
         return f"{self.handle or 'nobody known'}{pod}{f' on {node}' if node else ''}"
 
 
@@ -99,9 +109,8 @@ class Unreadable:
 class Inventory:
     """One reading. ``handles`` by id; ``affinities``: those of nodes; ``nodes``: their names.
 
-    ``pods``: namespace and name of all that Kubernetes has; None where it can't be asked, or the
-    endpoints are made of them. ``announced``: routes
-    that BGP peers told, each with who did.
+    ``pods``: namespace and name of all that Kubernetes has; None where it can't be asked.
+    ``announced``: routes that BGP peers told, each with who did.
     """
 
     blocks: Mapping[Net, Stored[Block]]
@@ -154,7 +163,7 @@ class Inventory:
         return frozenset(user.container for user in self.users if user.container)
 
     @cached_property
-    def _expecting(self) -> frozenset[tuple[str, tuple[str, str]]]:
+    def _expecting(self) -> frozenset[tuple[str, tuple[str, str] | None]]:
         return frozenset(
             (user.node, user.pod) for user in self.users if user.pod and not user.addresses
         )
@@ -168,11 +177,13 @@ class Inventory:
         if allocation.address in self.used:
             return False
         if allocation.machine:
-            return bool(self.nodes) and allocation.machine not in self.nodes
+            if not self.nodes:
+                return False
+            pod_gone = allocation.pod and self.pods is not None and allocation.pod not in self.pods
+            return allocation.machine not in self.nodes or bool(pod_gone)
         if not allocation.workload or allocation.containers & self._containers:
             return False
-        pod = (allocation.attribute("namespace"), allocation.attribute("pod"))
-        return (allocation.attribute("node"), pod) not in self._expecting
+        return (allocation.attribute("node"), allocation.pod) not in self._expecting
 
     def gone(self, nodes: set[str]) -> set[str]:
         """Those of the nodes that do not exist. When no node does, that is not believed."""

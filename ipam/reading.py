@@ -87,7 +87,8 @@ def users_of(
     reader = _Reader(store, kubernetes)
     found: list[User | None] = []
     if allocation.machine:
-        found += reader.one(Key("Node", allocation.machine), _tunnels)
+        if allocation.pod is None or reader.has_pod(*allocation.pod):
+            found += reader.one(Key("Node", allocation.machine), _tunnels)
     else:
         namespace, pod = allocation.attribute("namespace"), allocation.attribute("pod")
         if pod:
@@ -126,7 +127,7 @@ class _Reader:
     def __init__(self, store: Datastore, kubernetes: Datastore | None) -> None:
         self._store = store
         self._kubernetes = kubernetes or store
-        self._asks = kubernetes is not None and "WorkloadEndpoint" not in store.given
+        self._asks = kubernetes is not None or "WorkloadEndpoint" in store.given
         self.pods: frozenset[tuple[str, str]] | None = None
         self.unreadable: list[Unreadable] = []
         self.half_deleted: list[Key] = []
@@ -169,6 +170,10 @@ class _Reader:
     def values(self, kind: str) -> Iterator[JSON]:
         """All objects of a kind as they are."""
         return (entry.value for entry in self._of(kind).list(kind).entries)
+
+    def has_pod(self, namespace: str, name: str) -> bool:
+        """Whether there is that pod; so it may be where Kubernetes can't be asked."""
+        return not self._asks or bool(self.one(Key("Pod", name, namespace), lambda entry: entry))
 
     def _of(self, kind: str) -> Datastore:
         return self._kubernetes if kind in ("Pod", "Service") else self._store

@@ -16,12 +16,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cni.config import VALID_ATTACHMENTS
-from cni.errors import ADDRESSES, INTERNAL, INVALID_CONFIGURATION, NOT_AS_ADDED
+from cni.config import VALID_ATTACHMENTS, parse_call
+from cni.errors import (
+    ADDRESSES,
+    INTERNAL,
+    INVALID_CONFIGURATION,
+    NOT_AS_ADDED,
+    TRY_AGAIN_LATER,
+)
+from cni.ipam_plugin import IpamPlugin
+from cni.node import Node
 from datastore.interface import JSON
+from datastore.sqlite import SqliteDatastore
 from ipam.allocator import Allocator
+from kernel.links import delete_link
+from kernel.netlink import NetlinkSocket
 from kernel.netns import inside
 from tests.cni.rig import NETWORK, NODE, Answer, Container, Rig, configuration, running
+from tests.ipam.world import Interposed, add_pool, until
 
 REFERENCE = "/usr/lib/cni"
 VERSION = "1.0.0"  # the newest that Debian's plugins speak
@@ -159,6 +171,26 @@ def test_when_one_family_fails_the_other_is_released(call: Caller) -> None:
     assert answer.error == ADDRESSES
 
 
+def test_a_repeated_add_that_fails_takes_nothing_away(call: Caller) -> None:
+    """The container runs with what the first ADD gave; nobody else may have that."""
+    pod, path = call.rig.container(), call.rig.directory / "datastore.db"
+    result = call("ADD", pod, conf()).ok()
+    before = held(call.rig)
+    wanted = conf(assign_ipv6=True, ipv6_pools=["nowhere"])
+    assert call("ADD", pod, wanted).error == ADDRESSES
+    assert held(call.rig) == before
+    path.rename(path.with_suffix(".away"))
+    try:
+        assert call("ADD", pod, conf(assign_ipv6=True, ipv6_pools=["six"])).error == TRY_AGAIN_LATER
+    finally:
+        path.with_suffix(".away").rename(path)
+    assert held(call.rig) == before
+    both = call("ADD", pod, conf(assign_ipv6=True, ipv6_pools=["six"])).ok()
+    assert addresses(both)[0] == addresses(result)[0]
+    call("CHECK", pod, conf() | {"prevResult": both}).ok()
+    call("DEL", pod, conf()).ok()
+
+
 def test_no_container_gets_what_a_subnet_keeps(call: Caller) -> None:
     """Twelve containers, blocks of eight: never a first, second or last address of a block."""
     pods = [call.rig.container() for _ in range(12)]
@@ -195,6 +227,42 @@ def test_many_at_once(call: Caller) -> None:
     with ThreadPoolExecutor(16) as pool:
         released = list(pool.map(lambda pod: call("DEL", pod, conf()), pods))
     assert all(answer.code == 0 for answer in released)
+
+
+def test_what_an_add_reads(tmp_path: Path) -> None:
+    """Where the store is followed a further ADD lists nothing, however large the cluster is."""
+    seen = Interposed(SqliteDatastore(tmp_path / "datastore.db"))
+    add_pool(seen, "subnets", POOL, 29)
+    node = Node(seen, NODE, follow=True)
+    node.start()
+    try:
+        until(lambda: node.allocator.following)
+        plugin = IpamPlugin(node.cluster, node.allocator)
+
+        def add(number: int) -> Any:
+            environment = {
+                "CNI_COMMAND": "ADD",
+                "CNI_CONTAINERID": f"c{number}",
+                "CNI_IFNAME": "eth0",
+                "CNI_NETNS": "/x",
+            }
+            return plugin.answer(parse_call(environment, json.dumps(conf()).encode()))
+
+        assert add(0)["ips"][0]["address"].startswith("10.66.0.")
+        seen.reads = seen.writes = 0
+        seen.listed.clear()
+        add(1)
+        assert (seen.reads, seen.writes, seen.listed) == (1, 2, [])
+        given = {entry["address"] for number in range(2, 24) for entry in add(number)["ips"]}
+        assert len(given) == 22  # of several blocks
+        with ThreadPoolExecutor(8) as pool:
+            more = [answer["ips"][0]["address"] for answer in pool.map(add, range(24, 64))]
+        assert len(given | set(more)) == 62
+        ordinals = {int(text.split("/")[0].split(".")[3]) % 8 for text in (*given, *more)}
+        assert ordinals == {2, 3, 4, 5, 6}
+    finally:
+        node.stop()
+        seen.close()
 
 
 def test_gc_releases_what_is_not_listed(call: Caller) -> None:
@@ -288,3 +356,7 @@ def test_under_a_main_plugin(call: Caller, main: str) -> None:
     for pod in (one, two):
         call("DEL", pod, configured, main).ok()
     assert held(rig) == {}
+    if main == "bridge":
+        # it keeps its subnet, and the next client's containers may begin with another block
+        with NetlinkSocket(netns_fd=rig.namespace.fd) as netlink:
+            assert netlink.batch([delete_link(f"br-{main}")]) == []

@@ -14,7 +14,7 @@ from controllers.nodes import NodeCleaner
 from datastore.interface import Key
 from datastore.sqlite import SqliteDatastore
 from ipam.allocator import Allocator
-from ipam.collector import HaltedError
+from ipam.collector import Collector, HaltedError, Periods
 from ipam.reading import read
 from tests.controllers.world import Clock, add_nodes, assign, attachment, plug, put, record, remove
 from tests.ipam.world import add_pool, affinities, allocated, blocks, handles, overtaken_at
@@ -158,6 +158,45 @@ def plug_bare(store: SqliteDatastore, node: str, container: str) -> list[Net]:
     }
     put(store, "WorkloadEndpoint", key.name, spec, namespace=key.namespace)
     return [address]
+
+
+def stand_alone(store: SqliteDatastore, pod: str) -> Net:
+    """An address that ``manx-ipam`` gave to a container of another main plugin."""
+    attributes = {"node": "n1", "type": "manx-ipam", "ipamAttachment": f"net/c-{pod}/eth0"}
+    if pod:
+        attributes["ipamPod"] = f"shop/{pod}"
+    return Allocator(store, "n1").assign(f"net.c-{pod}", attributes).address
+
+
+def test_addresses_of_other_plugins_go_with_their_pods(
+    store: SqliteDatastore, kubernetes: SqliteDatastore
+) -> None:
+    """Where Kubernetes can be asked for those; else, and without one, with their node."""
+    clock = Clock()
+    housekeeping = Housekeeping(store, kubernetes, clock=clock)
+    blind = Housekeeping(store, clock=clock)
+    put(kubernetes, "Pod", "web", {"nodeName": "n1"}, namespace="shop")
+    gone, back = (stand_alone(store, pod) for pod in ("gone", "back"))
+    kept = [stand_alone(store, "web"), stand_alone(store, "")]
+    found = housekeeping.round(), housekeeping.round()
+    assert {finding.subject for finding in found[1].findings} == {
+        str(net).removesuffix("/32") for net in (gone, back)
+    }
+    assert "net.c-gone (pod shop/gone) on n1, which is not there" in str(found[1].findings)
+    status = {"phase": "Running", "podIP": str(kept[0]).removesuffix("/32")}
+    entry = kubernetes.get(Key("Pod", "web", "shop"))
+    kubernetes.update(entry.key, entry.value | {"status": status})  # it uses what it was given
+    blind.round()
+    clock.now += GRACE
+    assert blind.round().collected.addresses == []
+    collector = Collector(store, kubernetes, clock=clock)
+    collector.run(read(store, kubernetes), Periods())
+    clock.now += GRACE
+    old = read(store, kubernetes)
+    put(kubernetes, "Pod", "back", {"nodeName": "n1"}, namespace="shop")
+    assert collector.run(old, Periods()).addresses == [gone]
+    assert set(allocated(store)) == {back, *kept}
+    assert housekeeping.round().findings == []
 
 
 def test_a_pod_that_returns_or_is_replaced_keeps_its_endpoint(
