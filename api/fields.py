@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
-from api.net import Net, parse_interface, parse_net
+from api.net import Net, parse_as_number, parse_interface, parse_net
 
 _LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 LABEL_RE = re.compile(_LABEL)
@@ -276,21 +276,14 @@ Protocol = Annotated[int | str, BeforeValidator(_protocol)]
 
 
 def _as_number(value: object) -> int:
-    number = -1
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    elif isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value):
-        number = int(value)
-    elif isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}\.[0-9]{1,5}", value):
-        high, low = (int(part) for part in value.split("."))
-        if high < 1 << 16 and low < 1 << 16:
-            number = (high << 16) + low
-    if not 0 <= number < 1 << 32:
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    try:
+        return parse_as_number(text if isinstance(text, str) else "")
+    except ValueError:
         raise refuse(
             'an AS number from 0 to 4294967295, or in dotted form and in quotes, such as "1.10"'
             " (without them YAML reads the number 1.1)"
-        )
-    return number
+        ) from None
 
 
 AsNumber = Annotated[int, BeforeValidator(_as_number)]

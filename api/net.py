@@ -8,6 +8,7 @@ straight into netlink bytes. Text goes in and out at the edges, through ``parse_
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import NamedTuple
 
 V4 = 4
@@ -73,6 +74,20 @@ def parse_interface(text: str) -> tuple[Net, Net]:
         Net(version, int(interface.ip), bits),
         Net(version, int(interface.network.network_address), interface.network.prefixlen),
     )
+
+
+def parse_as_number(text: str) -> int:
+    """Parse an AS number: ``64512``, or dotted as in RFC 5396: ``1.10``. Raises ValueError."""
+    number = -1
+    if re.fullmatch(r"[0-9]{1,10}", text):
+        number = int(text)
+    elif re.fullmatch(r"[0-9]{1,5}\.[0-9]{1,5}", text):
+        high, low = (int(part) for part in text.split("."))
+        if high < 1 << 16 and low < 1 << 16:
+            number = (high << 16) + low
+    if not 0 <= number < 1 << 32:
+        raise ValueError(f"{text!r} is no AS number from 0 to 4294967295, nor one such as 1.10")
+    return number
 
 
 def _refuse_masks_and_zones(text: str) -> None:

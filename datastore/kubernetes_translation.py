@@ -7,8 +7,10 @@ libcalico-go/lib/backend/k8s (conversion, resources/node.go, resources/workloade
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from socket import AF_INET, inet_pton
 from typing import Any
 
@@ -17,7 +19,7 @@ import orjson
 from api import pods, qos
 from api.kinds import CALICO
 from api.names import workload_endpoint_name
-from api.net import parse_interface
+from api.net import parse_as_number, parse_interface
 from datastore.interface import JSON, Key
 
 ENDPOINT = "eth0"
@@ -48,6 +50,8 @@ _DIGITS = 11  # of a hash, at the end of an interface's name
 _NAME_PART = re.compile(r"(?:[^-]|--)+")  # of a WorkloadEndpoint's name
 
 _ALLOW = [{"action": "Allow"}]
+
+_log = logging.getLogger(__name__)
 # metadata that the view has in common with the object
 _IDENTITY = ("uid", "creationTimestamp", "generateName")
 
@@ -154,14 +158,24 @@ def node_of(kubernetes_node: JSON) -> JSON:
     for annotation, path in _NODE_FIELDS.items():
         if annotations.get(annotation):
             _set(node, path, annotations[annotation])
-    if annotations.get(_ASN, "").isdecimal():
-        _set(node, ("spec", "bgp", "asNumber"), int(annotations[_ASN]))
+    if (number := _as_number(metadata["name"], annotations.get(_ASN) or "")) is not None:
+        _set(node, ("spec", "bgp", "asNumber"), number)
     node["spec"]["orchRefs"] = [{"nodeName": metadata["name"], "orchestrator": pods.KUBERNETES}]
     if addresses := list(_node_addresses(node, kubernetes_node)):
         node["spec"]["addresses"] = addresses
     if cidrs := (kubernetes_node.get("spec") or {}).get("podCIDRs"):
         _set(node, ("status", "podCIDRs"), cidrs)
     return node
+
+
+@lru_cache(maxsize=10_000)  # each is complained about once
+def _as_number(node: str, text: str) -> int | None:
+    """The number in a node's annotation; None where there is none."""
+    try:
+        return parse_as_number(text) if text else None
+    except ValueError as error:
+        _log.warning("Node(%s): metadata.annotations[%s]: ignored: %s", node, _ASN, error)
+        return None
 
 
 def node_annotations(node: JSON, kubernetes_node: JSON) -> dict[str, str | None]:
@@ -174,8 +188,12 @@ def node_annotations(node: JSON, kubernetes_node: JSON) -> dict[str, str | None]
         for annotation, path in _NODE_FIELDS.items()
     }
     number = _at(node, ("spec", "bgp", "asNumber"))
-    result[_ASN] = None if number is None else str(number)
     metadata = node.get("metadata") or {}
+    told = (kubernetes_node["metadata"].get("annotations") or {}).get(_ASN) or ""
+    if number is not None:
+        result[_ASN] = str(number)
+    elif _as_number(kubernetes_node["metadata"]["name"], told) is not None or not told:
+        result[_ASN] = None  # one that is none is left for its author to put right
     inherited = kubernetes_node["metadata"].get("labels") or {}
     own = metadata.get("labels") or {}
     for label, value in own.items():

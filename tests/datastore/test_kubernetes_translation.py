@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from api import pods
 from api.names import workload_endpoint_name
 from api.net import parse_interface
-from api.registry import parse
+from api.registry import parse, parse_as
 from datastore.interface import JSON, Key
 from datastore.kubernetes_translation import (
     account_profile_of,
@@ -185,6 +185,38 @@ def test_nodes() -> None:
         },
     }
     parse(node)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1.10", 65546), ("0", 0), ("4294967295", 4294967295), ("65535.65535", 4294967295)],
+)
+def test_an_as_number_as_people_write_it(text: str, number: int) -> None:
+    node = with_as_number(text)
+    assert node_of(node)["spec"]["bgp"]["asNumber"] == number
+    assert node_annotations(node_of(node), node)["projectcalico.org/ASNumber"] == str(number)
+    assert node_annotations({"metadata": {"name": "n"}}, node)["projectcalico.org/ASNumber"] is None
+
+
+@pytest.mark.parametrize("text", ["99999999999", "4294967296", "٦٤٥١٣", "1.70000", "AS64513", "-1"])
+def test_what_is_no_as_number_is_reported_and_keeps_no_node_from_the_rest(
+    text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = with_as_number(text)
+    for _ in range(2):
+        parse_as("Node", node_of(node))
+        assert node_of(node)["spec"]["bgp"] == {"ipv4Address": "10.1.0.1/24"}
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "metadata.annotations[projectcalico.org/ASNumber]: ignored: " in told
+    assert repr(text) in told
+    # nor is it taken away when the node's addresses are written
+    assert "projectcalico.org/ASNumber" not in node_annotations(node_of(node), node)
+
+
+def with_as_number(text: str) -> JSON:
+    addresses = {"projectcalico.org/IPv4Address": "10.1.0.1/24"}
+    annotations = addresses | {"projectcalico.org/ASNumber": text}
+    return {"metadata": {"name": f"of-{text.encode().hex()}", "annotations": annotations}}
 
 
 def test_a_nodes_label_of_kubernetes_is_not_changed_behind_its_back() -> None:

@@ -372,7 +372,7 @@ def test_what_is_there_is_never_overwritten(
         results = migrate.import_all(etcd_store, objects, dry_run=dry_run)
         conflicts = {r.key: r.reason for r in results if r.outcome == Outcome.CONFLICT}
         assert conflicts == {
-            pool.key: "differs in metadata, spec",
+            pool.key: "differs in metadata, spec, status",
             migrate.CLUSTER: "differs in spec.clusterGUID",
         }
     assert etcd_store.get(pool.key) == pool
