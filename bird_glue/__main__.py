@@ -22,6 +22,7 @@ from bird_glue.agent import Agent, AlreadyRunningError
 from bird_glue.choice import AUTO
 from bird_glue.detector import Timing
 from bird_glue.limits import parse_limit
+from bird_glue.settings import parse_router_id
 from bird_glue.status import StatusError, leave
 from datastore.connect import connect
 from datastore.environment import Environment, configure_logging
@@ -51,7 +52,7 @@ def _run(environment: Environment) -> None:
         environment.node,
         environment.run_dir,
         connect(environment.datastore),
-        router_id=os.environ.get("MANX_ROUTER_ID", ""),
+        router_id=parse_router_id(os.environ.get("MANX_ROUTER_ID", "")),
         bfd=Timing.parse(os.environ.get("MANX_BFD", "")),
         receive_limit=parse_limit(os.environ.get("MANX_RECEIVE_LIMIT", "")),
         engine=os.environ.get("MANX_BGP_ENGINE", "") or AUTO,

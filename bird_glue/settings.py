@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -9,9 +10,10 @@ from dataclasses import dataclass, field
 
 from api.bgp import DEFAULT_AS_NUMBER, BGPConfiguration, BGPConfigurationSpec, BGPPeer
 from api.errors import Problem
-from api.net import V4, V6, Net, parse_interface, parse_net
+from api.net import V4, V6, Net, format_address, parse_interface, parse_net
 from api.node import Node
 
+_MULTICAST = 224 << 24
 DEFAULT_PRIORITY = 1024  # metric of learned routes, as in Calico
 
 
@@ -127,7 +129,7 @@ def local_settings(cluster: Cluster, name: str, router_id: str = "") -> Local | 
     """This node's settings; None while its Node object is missing.
 
     ``router_id``: an IPv4 address, ``hash`` (of the name), or empty for the node's IPv4
-    address, and the hash where it has none. Raises ValueError.
+    address, and the hash where it has none.
     """
     if name not in cluster.nodes:
         return None
@@ -171,6 +173,22 @@ def prefix_communities(cluster: Cluster, name: str) -> tuple[tuple[Net, tuple[st
             tuple(dict.fromkeys(values.get(text, text) for text in advertisement.communities)),
         )
         for advertisement in spec.prefix_advertisements
+    )
+
+
+def parse_router_id(text: str) -> str:
+    """MANX_ROUTER_ID: an IPv4 address that a machine may have (RFC 4271 4.2), ``hash``, or empty.
+
+    Raises ValueError.
+    """
+    if text in ("", "hash"):
+        return text
+    with contextlib.suppress(ValueError):
+        net = parse_net(text)
+        if net.version == V4 and net.is_host and 0 < net.address < _MULTICAST:
+            return format_address(*net[:2])
+    raise ValueError(
+        f"MANX_ROUTER_ID={text!r}: expected 0.0.0.1 to 223.255.255.255, or hash"
     )
 
 

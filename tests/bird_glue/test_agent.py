@@ -11,6 +11,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from bird_glue.settings import parse_router_id
 from bird_glue.status import StatusError, query
 from tests.bird_glue.world import world
 from tests.support.netns import connect, eventually
@@ -27,10 +28,10 @@ def ask(path: Path, line: bytes) -> dict[str, object]:
     return answer
 
 
-def program(run_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def program(run_dir: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "bird_glue", *arguments],
-        env={**os.environ, "MANX_RUN_DIR": str(run_dir), "MANX_NODENAME": "n1"},
+        env={**os.environ, "MANX_RUN_DIR": str(run_dir), "MANX_NODENAME": "n1", **env},
         capture_output=True,
         text=True,
         timeout=30,
@@ -86,3 +87,18 @@ def test_arguments(tmp_path: Path, argument: str, code: int) -> None:
     result = program(tmp_path, argument)
     assert result.returncode == code
     assert "manx-bird-glue leave" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["abc", "2001:db8::1", "0.0.0.0", "224.0.0.1", "10.0.0.0/24", "1"])
+def test_router_ids_that_are_none_end_it_before_anything_is_touched(
+    tmp_path: Path, text: str
+) -> None:
+    result = program(tmp_path, MANX_ROUTER_ID=text)
+    assert result.returncode == 1
+    assert f"MANX_ROUTER_ID={text!r}: expected 0.0.0.1 to 223" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "hash", "10.0.0.1", "223.255.255.255"])
+def test_router_ids(text: str) -> None:
+    assert parse_router_id(text) == text
