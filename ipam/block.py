@@ -158,6 +158,18 @@ class Block:
             (_handle(self.attributes[index]) or "").lower() == WINDOWS_RESERVED for index in used
         )
 
+    def owned_for(self, now: datetime) -> timedelta | None:
+        """How long it has had its owner; None where nobody can tell.
+
+        A time that makes no sense is as good as none; without a zone it is UTC.
+        """
+        if self.claimed is None:
+            return None
+        try:
+            return now - _time(str(self.claimed))
+        except ValueError:
+            return None
+
     @property
     def resting(self) -> bool:
         """Whether an address waits for the end of its cooldown."""

@@ -11,7 +11,7 @@ import itertools
 import random
 import time
 from collections.abc import Collection, Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from api.net import Net
 from ipam.block import Block, Cooldown
@@ -112,8 +112,8 @@ def deserted(block: Block, cooldown: Cooldown) -> str | None:
     """The node whose empty block it has been for so long that another may have it."""
     if block.affinity is None or not block.affinity.startswith(f"{HOST}:") or not block.empty:
         return None
-    claimed = block.claimed
-    if claimed is not None and cooldown.now - datetime.fromisoformat(claimed) < _RECLAIM_AFTER:
+    owned_for = block.owned_for(cooldown.now)
+    if owned_for is not None and owned_for < _RECLAIM_AFTER:
         return None
     return block.affinity.removeprefix(f"{HOST}:")
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from api.names import cidr_name
 from api.net import Net, parse_net
 from api.registry import parse_as
 from datastore.interface import JSON, ConflictError, Datastore, Entry, Key, UnavailableError
@@ -222,6 +223,31 @@ def test_empty_block_of_another_is_taken_over_after_a_minute(small: SqliteDatast
     assert str(found.block) == entry.value["spec"]["cidr"]
     assert {affinity.node for affinity in affinities(small)} == {"n1", "n2", "n4", "n5"}
     check_consistency(small)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "taken_over"),
+    [
+        ("yesterday", True),
+        (5, True),
+        ("2026-01-01T00:00:00", True),  # without a zone
+        ("2999-01-01T00:00:00", False),
+    ],
+)
+def test_times_of_claims_that_others_wrote(
+    small: SqliteDatastore, claimed: object, taken_over: bool
+) -> None:
+    """One that makes no sense is as good as none, and keeps nobody from an address."""
+    fill(small, "n1", 16)
+    emptied, *_ = blocks(small)
+    allocator = Allocator(small, "n2")
+    allocator.release_addresses([Net(4, emptied.address + number, 32) for number in range(4)])
+    entry = small.get(Key("IPAMBlock", cidr_name(emptied)))
+    entry.value["spec"]["affinityClaimTime"] = claimed
+    small.update(entry.key, entry.value)
+    given = allocator.assign("h", POD)
+    assert given.block == emptied
+    assert (blocks(small)[emptied].affinity == owner("n2")) == taken_over
 
 
 def test_limit_of_blocks_is_an_error_not_a_reason_to_borrow(small: SqliteDatastore) -> None:
