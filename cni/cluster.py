@@ -38,9 +38,11 @@ ATTACHMENT = "cni.manx.dev/attachment"
 
 _CLUSTER_INFORMATION = Key("ClusterInformation", "default")
 
-# What a tunnel adds to each packet, bytes: outer IP, UDP, VXLAN and Ethernet headers.
-_VXLAN_BYTES = {V4: 50, V6: 70}
-_IPIP_BYTES = 20
+# Where the FelixConfiguration says what a tunnel carries, and what it adds to each packet, bytes:
+# outer IP, UDP, VXLAN and Ethernet headers.
+_VXLAN = {V4: ("vxlanMTU", 50), V6: ("vxlanMTUV6", 70)}
+_IPIP = ("ipipMTU", 20)
+_LEAST_MTU, _LARGEST_MTU = 68, 65535
 _ATTEMPTS = 20
 
 
@@ -164,17 +166,35 @@ class Cluster:
         except ValidationError as error:
             raise CniError(INVALID_CONFIGURATION, f"{key}: {error}") from error
 
-    def encapsulation_bytes(self) -> int:
-        """By how much packets grow in the tunnels that pools may use; 0 without tunnels."""
-        sizes = [0]
+    def pod_mtu(self, uplink: int) -> int:
+        """What fits through the way out and all tunnels that pools may use. Raises CniError.
+
+        Of disabled pools, too: pods that have their addresses are still reached by them.
+        """
+        tunnels = set()
         for pool in self.memory.values("IPPool"):
             spec = part(pool, "spec")
             version = V6 if ":" in str(spec.get("cidr")) else V4
             if spec.get("vxlanMode", "Never") != "Never":
-                sizes.append(_VXLAN_BYTES[version])
+                tunnels.add(_VXLAN[version])
             if spec.get("ipipMode", "Never") != "Never":
-                sizes.append(_IPIP_BYTES)
-        return max(sizes)
+                tunnels.add(_IPIP)
+        return min(
+            (self._felix_mtu(field) or uplink - size for field, size in tunnels), default=uplink
+        )
+
+    def _felix_mtu(self, field: str) -> int:
+        """The MTU of a kind of tunnel, 0 where it is not set."""
+        name, text = self._felix_setting(field)
+        if not text:
+            return 0
+        if not text.isdecimal() or not _LEAST_MTU <= int(text) <= _LARGEST_MTU:
+            raise CniError(
+                INVALID_CONFIGURATION,
+                f"FelixConfiguration {name}: spec.{field}: {text!r}: expected {_LEAST_MTU} to"
+                f" {_LARGEST_MTU}",
+            )
+        return int(text)
 
     def endpoint(self, attachment: Attachment) -> Entry | None:
         """The WorkloadEndpoint under the attachment's name, whichever container it is of."""

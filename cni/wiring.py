@@ -62,8 +62,12 @@ _FORWARDING = {
     V6: ("net", "ipv6", "conf", "all", "forwarding"),
 }
 _HOST_CONF = {"rp_filter": 1, "forwarding": 1, "proxy_arp": 1}
-_ANYWHERE = "192.0.0.8"  # RFC 7600, IPv4 dummy address: nobody has it, or a route of its own to it
-_IP_MTU = 14  # linux/in.h
+# Nobody has these addresses, or a route of its own to them: RFC 7600, IPv4 dummy address; RFC 6666,
+# discard-only prefix. The options are IP_MTU in linux/in.h and IPV6_MTU in linux/in6.h.
+_PROBES = (
+    (socket.AF_INET, "192.0.0.8", socket.IPPROTO_IP, 14),
+    (socket.AF_INET6, "100::1", socket.IPPROTO_IPV6, 24),
+)
 _LARGEST_MTU = 65535  # of a veth; loopback has one byte more
 
 _HERE = contextlib.nullcontext()
@@ -181,7 +185,17 @@ def configure(
     _do(host, _node_steps(wire, ends.index))
     steps = _container_steps(wire, ends.peer_index)
     with NetlinkSocket(netns_fd=netns_fd) as container, aside:
-        _do(container, steps)
+        failed = container.batch([message for _, message in steps])
+    if not failed:
+        return
+    if V6 not in wire.versions or all(each.errno != errno.EACCES for each in failed):
+        raise failed[0].error(steps[failed[0].index][0])
+    # some runtimes make namespaces without IPv6
+    with inside(netns_fd):
+        for interface in ("all", wire.interface):
+            sysctl.write(("net", "ipv6", "conf", interface, "disable_ipv6"), "0")
+    with NetlinkSocket(netns_fd=netns_fd) as container:
+        _do(container, [steps[each.index] for each in failed])
 
 
 def allow_forwarding(netns_fd: int, wire: Wire) -> None:
@@ -230,17 +244,17 @@ def find(host: NetlinkSocket, name: str) -> Link | None:
 def uplink_mtu() -> int:
     """The MTU of the way out of the node that this thread is in; 1500 when there is none.
 
-    ``ip route get 192.0.0.8``: what a UDP socket that is connected, and sends nothing, is told
-    (ip(7), IP_MTU), at most what an interface can have. It takes a third of asking for the
-    route and then its interface, which every ADD would.
+    The smaller one where IPv4 and IPv6 have ways of their own. ``ip route get 192.0.0.8``: what
+    a UDP socket that is connected, and sends nothing, is told (ip(7), IP_MTU; ipv6(7)), at most
+    what an interface can have. It takes a third of asking for the route and then its interface,
+    which every ADD would.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((_ANYWHERE, 9))
-            mtu = probe.getsockopt(socket.IPPROTO_IP, _IP_MTU)
-        except OSError:
-            return DEFAULT_MTU
-    return min(mtu, _LARGEST_MTU)
+    found = []
+    for family, address, level, option in _PROBES:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))
+            found.append(probe.getsockopt(level, option))
+    return min(*found, _LARGEST_MTU) if found else DEFAULT_MTU
 
 
 def smallest_mtu(host: NetlinkSocket, pattern: re.Pattern[str]) -> int:

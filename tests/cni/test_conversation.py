@@ -15,7 +15,7 @@ from cni.config import VALID_ATTACHMENTS
 from cni.errors import NOT_AVAILABLE, TRY_AGAIN_LATER
 from datastore.interface import Key
 from kernel.netns import Namespace
-from tests.cni.rig import NODE, Container, Rig, configuration, sysctl
+from tests.cni.rig import NODE, Container, Rig, configuration, running, sysctl
 from tests.support.netns import connect, fresh_namespace, run
 
 VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]
@@ -317,7 +317,34 @@ def test_mtu_is_that_of_the_uplink_less_the_tunnel(rig: Rig) -> None:
         rig.create("IPPool", "tunnel", spec={"cidr": "10.66.0.0/24", "vxlanMode": "CrossSubnet"})
         assert rig.add(pod)["interfaces"][1]["mtu"] == 8950
         rig.delete(pod)
+        settings = {"vxlanMTU": 1400, "ipipMTU": 1300, "vxlanMTUV6": 0}
+        rig.create("FelixConfiguration", "default", spec=settings)
+        assert rig.add(pod)["interfaces"][1]["mtu"] == 1400
+        rig.delete(pod)
         rig.store.delete(Key("IPPool", "tunnel"))
+        assert rig.add(pod)["interfaces"][1]["mtu"] == 9000
+        rig.delete(pod)
+        rig.create("IPPool", "six", spec={"cidr": "fd00:66::/64", "vxlanMode": "Always"})
+        assert rig.add(pod)["interfaces"][1]["mtu"] == 8930
+        rig.delete(pod)
+        for kind, name in (("FelixConfiguration", "default"), ("IPPool", "six")):
+            rig.store.delete(Key(kind, name))
+
+
+def test_mtu_of_an_uplink_of_ipv6(c_client: Path) -> None:
+    """Where IPv4 has no way out, and where it has another."""
+    with running(c_client) as rig, fresh_namespace() as outside:
+        sysctl(rig.namespace, {"net/ipv6/conf/all/accept_dad": "0"})
+        for name, mtu in (("up0", "4000"), ("up1", "3000")):
+            connect(rig.namespace, name, outside, f"to-{name}", [])
+            run(rig.namespace, "ip", "link", "set", name, "mtu", mtu)
+        run(rig.namespace, "ip", "-6", "route", "add", "default", "dev", "up0")
+        pod = rig.container()
+        assert rig.add(pod)["interfaces"][1]["mtu"] == 4000
+        rig.delete(pod)
+        run(rig.namespace, "ip", "route", "add", "default", "dev", "up1")
+        assert rig.add(pod)["interfaces"][1]["mtu"] == 3000
+        rig.delete(pod)
 
 
 def test_mtu_is_the_smallest_of_the_interfaces_that_are_named(rig: Rig) -> None:

@@ -330,6 +330,28 @@ def test_forwarding_in_a_container(rig: Rig) -> None:
 
 
 @pytest.mark.usefixtures("pools")
+@pytest.mark.parametrize("which", ["all", "default"])
+def test_a_container_without_ipv6(rig: Rig, which: str) -> None:
+    """It is switched on where IPv6 is wanted, and left alone elsewhere."""
+    name = f"ipv6/conf/{which}/disable_ipv6"
+    one, two, plain = (rig.container() for _ in range(3))
+    for pod in (one, plain):
+        with inside(pod.namespace.fd):
+            Path("/proc/sys/net", name).write_text("1")
+    result = rig.add(one, ipam=BOTH)
+    rig.add(two, ipam=BOTH)
+    rig.add(plain)
+    with inside(rig.namespace.fd):
+        Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1")
+    assert two.pings(addresses(result)[1].split("/")[0])
+    assert rig.call("CHECK", one, configuration(ipam=BOTH, prevResult=result)).ok() is None
+    assert read(one, "ipv6/conf/eth0/disable_ipv6", "ipv6/conf/lo/disable_ipv6") == ["0", "0"]
+    assert read(plain, name) == ["1"]
+    for pod in (one, two, plain):
+        rig.delete(pod)
+
+
+@pytest.mark.usefixtures("pools")
 def test_ipv6_answers_at_once(rig: Rig) -> None:
     """No duplicate address detection, at either end, and no waiting for neighbours."""
     one, two = rig.container(), rig.container()
