@@ -16,6 +16,7 @@ from felix.dataplane import Members
 from felix.desired import Delta, SetKey
 from felix.index_keys import Indexes
 from felix.iptables_index import IptablesKeySets, Shape, can_hold, chain_of, keys_of, name_of
+from felix.iptables_order import Roles
 from felix.iptables_renderer import RenderedChain, Renderer
 from felix.iptables_sets import IptablesSets
 from felix.settings import Settings
@@ -42,6 +43,7 @@ class _Table:
         backend: str,
         renderer: Renderer,
         sets: IptablesSets,
+        roles: Roles,
         indexes: Indexes[Shape, str],
     ) -> None:
         self.rules: Table[str, Hashes] = Table(self._apply)
@@ -50,6 +52,7 @@ class _Table:
         self._iptables = IptablesTable(version, kind.value, backend)
         self._renderer = renderer
         self._sets = sets
+        self._roles = roles
         self._indexes = indexes
         self._lookups: dict[str, str] = {}  # indexes that are looked up in sets, by chain
         self._append = False
@@ -82,9 +85,11 @@ class _Table:
         if chain is not None:
             after = self._rendered[name] = self._render(chain)
         for rendered in after.values():
+            self._roles.come(rendered.fragments)
             for constant in rendered.sets:
                 self._sets.want_constant(self._version, constant)
         for rendered in before.values():
+            self._roles.go(rendered.fragments)
             for constant in rendered.sets:
                 self._sets.unwant_constant(self._version, constant)
         for gone in before.keys() - after.keys():
@@ -221,7 +226,8 @@ class IptablesDataplane:
     def __init__(self, settings: Settings, members: Members, variant: str) -> None:
         """``variant`` is ``nft`` or ``legacy``."""
         self.variant = variant
-        self._sets = IptablesSets(members)
+        self._roles = Roles()
+        self._sets = IptablesSets(members, self._roles)
         self._tables = {
             (version, kind): _Table(
                 version,
@@ -229,6 +235,7 @@ class IptablesDataplane:
                 variant,
                 Renderer(version, settings.iptables, kind),
                 self._sets,
+                self._roles,
                 Indexes(
                     version,
                     IptablesKeySets(version, self._sets),
@@ -281,7 +288,9 @@ class IptablesDataplane:
 
     def trim_sets(self, now: float) -> int:
         """Remove members and destroy sets."""
-        return self._sets.trim(now)
+        changes = self._sets.trim(now)
+        self._roles.gone()
+        return changes
 
     def enforces(self, interface: str) -> bool:
         """Whether the chains of a workload's interface stand, and packets are sent there."""

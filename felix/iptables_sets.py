@@ -14,6 +14,7 @@ from felix import names
 from felix.dataplane import Members
 from felix.desired import SetKey
 from felix.iptables_matches import ConstantSet
+from felix.iptables_order import Roles
 from kernel.ipsets import IpSet, IpSets, net_members, port_member
 from policy.engine import SetDelta
 from policy.model import Member, NamedPortMember, SetKind
@@ -38,8 +39,9 @@ class _Wanted:
 class IptablesSets:
     """The ipsets of both IP versions. ``errors`` are the sets that are not as they should be."""
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: Members, roles: Roles) -> None:
         self._ipsets = IpSets("cali")
+        self._roles = roles
         self._members = members
         self._wanted: dict[str, _Wanted] = {}
         self._uses: dict[str, int] = {}  # of constant sets, by chains
@@ -109,14 +111,14 @@ class IptablesSets:
         changes = sum(self._attempt(name, self._make, now) for name in self._compare)
         self._compare.clear()
         adding, self._add = self._add, {}
-        return changes + self._update({name: (texts, ()) for name, texts in adding.items()}, now)
+        in_turn = sorted(adding, key=self._roles.of)
+        return changes + self._update({name: (adding[name], ()) for name in in_turn}, now)
 
     def trim(self, now: float) -> int:
         """Remove the members that do not belong, and the sets that nobody wants."""
         removing, self._remove = self._remove, {}
-        changes = self._update(
-            {name: ((), texts) for name, texts in removing.items() if name in self._wanted}, now
-        )
+        in_turn = sorted(removing.keys() & self._wanted.keys(), key=self._roles.of, reverse=True)
+        changes = self._update({name: ((), removing[name]) for name in in_turn}, now)
         changes += sum(self._attempt(name, self._destroy, now) for name in self._doomed)
         self._doomed.clear()
         return changes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,9 +179,10 @@ class Change:
         """What happens to a packet at any moment of the change; None: it may differ.
 
         Where sets are not changed at once with the chains, a packet may see some of the new
-        members before the new chains, and some of the old ones after them. Where they are, one
-        that is on its way through the old chains may look into the new sets. What is asked about
-        in several tables may meet the old one here and the new one there.
+        members before the new chains, and some of the old ones after them: first of those that are
+        kept out, and last of those. Where they are, one that is on its way through the old chains
+        may look into the new sets. What is asked about in several tables may meet the old one here
+        and the new one there.
         """
         verdict = self.before.passes(probe)
         if verdict != self.after.passes(probe):
@@ -198,11 +199,12 @@ class Change:
         if self._atomic:
             yield self.before.with_sets(old | new)
             return
-        added, removed = self._differences(probe, old, new), self._differences(probe, new, old)
-        for some in _subsets(added):
-            yield self.before.with_sets(old | {id: {*old[id], *new[id]} for id in some})
-        for some in _subsets(removed):
-            yield self.after.with_sets(new | {id: {*old[id], *new[id]} for id in some})
+        roles = Roles(self.before.tables.policies.values(), self.after.tables.policies.values())
+        both = {id: {*old[id], *new[id]} for id in old.keys() & new.keys()}
+        for some in roles.prefixes(self._differences(probe, old, new)):
+            yield self.before.with_sets(old | {id: both[id] for id in some})
+        for some in roles.prefixes(self._differences(probe, new, old)):
+            yield self.after.with_sets(new | {id: both[id] for id in some})
 
     @staticmethod
     def _differences(
@@ -220,6 +222,38 @@ class Change:
             if any(net.contains(end) for net in nets for end in (*ends, first_pod)):
                 found.append(id)
         return sorted(found)
+
+
+class Roles:
+    """Whether sets keep their members out, let them in, or both, by policies before and after."""
+
+    def __init__(self, *policies: Iterable[CompiledPolicy]) -> None:
+        self._kept_out: set[str] = set()
+        self._let_in: set[str] = set()
+        for policy in itertools.chain(*policies):
+            for rule in (*(policy.ingress or ()), *(policy.egress or ())):
+                if policy.id.is_staged or rule.action is Action.LOG:
+                    continue
+                match = rule.match
+                wanted = {*match.src_sets, *match.dst_sets}
+                wanted |= {*match.src_named_ports, *match.dst_named_ports}
+                unwanted = {*match.not_src_sets, *match.not_dst_sets}
+                unwanted |= {*match.not_src_named_ports, *match.not_dst_named_ports}
+                if rule.action is Action.DENY:
+                    wanted, unwanted = unwanted, wanted
+                self._let_in |= wanted
+                self._kept_out |= unwanted
+
+    def prefixes(self, ids: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        """Of those sets, which may have members already or still, as they come or go by role."""
+        before: tuple[str, ...] = ()
+        for role in range(3):
+            own = tuple(id for id in ids if self._of(id) == role)
+            yield from (before + some for some in _subsets(own))
+            before += own
+
+    def _of(self, id: str) -> int:
+        return (id in self._let_in) + (id not in self._kept_out)
 
 
 def _subsets(ids: Sequence[str]) -> Iterator[tuple[str, ...]]:

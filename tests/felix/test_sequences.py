@@ -169,6 +169,41 @@ def test_addresses_move_from_set_to_set(traffic: Traffic, backend: Backend) -> N
         become(app, app)
 
 
+CROWD = [f"100.64.{number >> 8}.{number & 255}/32" for number in range(4000)]
+
+
+@pytest.mark.parametrize("backend", Backend)
+def test_who_is_kept_out_as_soon_as_let_in_never_passes(traffic: Traffic, backend: Backend) -> None:
+    """Nor who is let in no more as soon as kept out no more. Many come along, so that it takes."""
+    given = {key: objects.POOLS[key][0] for key in objects.GIVEN}
+    pods = [Key("WorkloadEndpoint", name, namespace) for namespace, name in objects.PODS]
+    rules = [
+        {"action": "Deny", "source": {"selector": "kept == 'out'"}},
+        {"action": "Allow", "source": {"selector": "let == 'in'"}},
+    ]
+    spec = {"selector": "has(role)", "types": ["Ingress"], "ingress": rules}
+    stranger = Probe(2, 1, UDP, 80)  # blue/a to red/b
+
+    def become(labels: dict[str, str]) -> None:
+        world = given | {
+            key: {"spec": {"labels": own, "account": None, "ports": []}}
+            for key, own in zip(pods, ({}, {"role": "x"}, labels), strict=True)
+        }
+        world[Key("GlobalNetworkPolicy", "p")] = global_policy("p", **spec)
+        world[Key("GlobalNetworkSet", "crowd")] = {
+            "kind": "GlobalNetworkSet",
+            "metadata": {"name": "crowd", "labels": labels},
+            "spec": {"nets": CROWD},
+        }
+        traffic.take(dict.fromkeys(traffic.world.keys() - world.keys()) | world)
+        assert not traffic.place.oracle.passes(stranger)
+
+    traffic.take(backend)
+    for _ in range(3):
+        become({"kept": "no"})
+        become({"kept": "out", "let": "in"})
+
+
 steps = st.one_of(
     st.lists(objects.changes(), min_size=1, max_size=3).map(dict),
     st.lists(objects.changes(), min_size=1, max_size=1).map(dict),
