@@ -22,8 +22,8 @@ def connect(url: str, env: Mapping[str, str] = os.environ) -> Datastore:
       ``user=NAME`` and ``timeout=SECONDS``. What the URL does not say comes from
       ``MANX_ETCD_CA``, ``_CERT``, ``_KEY``, ``_USER``; the password from ``MANX_ETCD_PASSWORD``
       or the file ``MANX_ETCD_PASSWORD_FILE`` alone.
-    - ``kubernetes://``: the cluster this pod runs in, or the one of ``KUBECONFIG`` or
-      ``~/.kube/config``; ``?kubeconfig=FILE&context=NAME`` name another.
+    - ``kubernetes://?kubeconfig=FILE&context=NAME``; without a file that of ``KUBECONFIG``, else
+      the cluster this pod runs in, else ``~/.kube/config``.
 
     Raises ValueError.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -50,18 +52,44 @@ def unlock(url: str | None) -> None:
 
 @migrate.command("export")
 @_URL
-@click.option("-f", "--filename", type=click.File("wb"), default="-", help="File to write.")
-def export(url: str | None, filename: BinaryIO) -> None:
-    """Write everything in the datastore, which must be locked, to a file (standard output)."""
+@click.option(
+    "-f",
+    "--filename",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    default="-",
+    help="File to write.",
+)
+def export(url: str | None, filename: str) -> None:
+    """Write everything in the datastore, which must be locked, to a file (standard output).
+
+    The passwords of BGP peers are in it, so only you may read the file.
+    """
     with _store(url) as store:
         if not moving.is_locked(store):
             raise click.ClickException(
                 "the datastore is not locked, so it may change meanwhile; run first:"
                 " manxctl datastore migrate lock"
             )
-        for line in moving.export(store):
-            filename.write(line)
-        filename.flush()
+        lines = moving.export(store)
+        try:
+            with _written(filename) as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise click.ClickException(f"{filename}: {error.strerror}") from error
+
+
+@contextmanager
+def _written(filename: str) -> Iterator[BinaryIO]:
+    """A file that its owner alone may read, also where there was one that others could."""
+    if filename == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    with os.fdopen(os.open(filename, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # and no terminal, nor /dev/null
+            os.fchmod(file.fileno(), 0o600)
+            file.truncate()
+        yield file
 
 
 @migrate.command("import")

@@ -51,6 +51,24 @@ def test_lock_export_import_unlock(run: Run, store: SqliteDatastore, tmp_path: P
     target.close()
 
 
+def test_an_export_is_for_its_owners_eyes(run: Run, store: SqliteDatastore, tmp_path: Path) -> None:
+    """There are passwords in it. Also where a file was that all could read, and a longer one."""
+    store.create(*pool("a", "10.0.0.0/16"))
+    run("datastore", "migrate", "lock")
+    new, old = tmp_path / "new", tmp_path / "old"
+    old.write_text("x" * 10_000)
+    old.chmod(0o644)
+    for file in (new, old):
+        assert run("datastore", "migrate", "export", "-f", file).exit_code == 0
+        assert file.stat().st_mode & 0o777 == 0o600
+    shown = run("datastore", "migrate", "export").stdout
+    assert new.read_text() == old.read_text() == shown
+    assert shown.endswith('{"end":2}\n')
+    nowhere = run("datastore", "migrate", "export", "-f", tmp_path / "no" / "where")
+    assert nowhere.exit_code == 1
+    assert "No such file or directory" in nowhere.output
+
+
 def test_a_file_that_is_no_export(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "pools.yaml"
     file.write_text("kind: IPPool\n")
