@@ -250,7 +250,11 @@ class Calculator:
         places = (NODE_PREFIX + self._node, CLUSTER)
         found = (snapshot.configurations.get(Key("FelixConfiguration", name)) for name in places)
         levels = [level for level in found if level is not None]
-        self._settings = settings([level.spec for level in levels])
+        chosen = next((level.forbidden_flows for level in levels if level.forbidden_flows), None)
+        self._settings = replace(
+            settings([level.spec for level in levels]),
+            ends_forbidden=None if chosen is None else chosen == "end",
+        )
         saying = (level for level in levels if level.unsure or level.spec.interface_prefix)
         self._unsure = next((level.unsure for level in saying), False)
         if self._unsure:

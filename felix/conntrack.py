@@ -99,7 +99,7 @@ class Connections:
     """Looks after the flows of local endpoints, in the calling thread's network namespace.
 
     Begins with what ``calculator`` has calculated, and all flows. ``ends_forbidden`` False: what
-    policy forbids is left to end by itself.
+    policy forbids is left to end by itself, unless the settings say otherwise.
     """
 
     def __init__(self, calculator: Calculator, *, ends_forbidden: bool = True) -> None:
@@ -152,6 +152,23 @@ class Connections:
                 self._known.add(net)
                 concerned.hosts.discard(net)  # nothing could pass before
 
+    def restore(self) -> None:
+        """Put back what a stranger took of what keeps ended flows ended."""
+        for version, ended in self._ended.items():
+            try:
+                begun = ended.restore()
+                found = [flow for own in begun if (flow := self._writer.find(own))]
+                self._writer.delete(found)
+            except OSError as error:
+                self._failed(error)
+                continue
+            if begun:
+                _log.warning(
+                    "somebody else let %d flows of IPv%d go on that policy ended: ended again",
+                    len(begun),
+                    version,
+                )
+
     def doubt(self) -> None:
         """Policy was not in force for a while: look at everybody's flows."""
         self._concerned.everybody = True
@@ -203,6 +220,12 @@ class Connections:
         return self._resume if self.reviewing else None
 
     @property
+    def ends_forbidden(self) -> bool:
+        """Whether what policy forbids is ended: as the settings say, or else the environment."""
+        configured = self._calculator.settings.ends_forbidden
+        return self._ends_forbidden if configured is None else configured
+
+    @property
     def reviewing(self) -> bool:
         """Whether flows are still to be looked at, or connections of addresses gone to be ended."""
         return self._review is not None or bool(self._concerned or self._gone)
@@ -229,8 +252,9 @@ class Connections:
         self._under_review = concerned
         if not in_force:
             self._unsure.merge(concerned)
-        if not self._ends_forbidden:
-            return False
+        if not self.ends_forbidden:
+            self._review = self._release()
+            return True
         if concerned.policies:
             bindings = self._calculator.engine.endpoints.items()
             users = (id for id, each in bindings if not concerned.policies.isdisjoint(_used(each)))
@@ -239,6 +263,12 @@ class Connections:
         self._judge.look_around()
         self._review = self._steps(concerned)
         return True
+
+    def _release(self) -> Iterator[None]:
+        """What was ended may go on."""
+        for ended in self._ended.values():
+            ended.release()
+            yield
 
     def _steps(self, concerned: _Concerned) -> Iterator[None]:
         judge = self._judge

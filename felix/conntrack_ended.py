@@ -12,12 +12,13 @@ both ends with their ports.
   (``nf_conntrack_udp_timeout_stream``). What is still sent then is a conversation of the server's.
 
 Or until policy allows it again. The table is there only while it is needed; a restarted agent
-finds it as it was.
+finds it as it was. What a stranger takes from it is put back from memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Set
+import time
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from api.net import V4, V6, host_net
@@ -25,11 +26,12 @@ from kernel import nft_expressions as nft
 from kernel.conntrack import Flow, Tuple
 from kernel.nft_expressions import Base, Compare, ConntrackState, Meta, Verdict
 from kernel.nft_sets import ADDRESS4, ADDRESS6, PORT, ForeignElementError, NftSet, key
-from kernel.nftables import BaseChain, Nftables, NftablesError, NftRule
+from kernel.nftables import BaseChain, ChainState, Nftables, NftablesError, NftRule, Transaction
 
 TABLE = "calico-ended"
 
 _MOST = 1 << 13
+_MARGIN = 1.0  # s, between our clock and the kernel's
 _AFTER_MANGLE = -149  # connection tracking is at -200
 _HOOKS = ("prerouting", "output")
 _FLAGS = 13  # offset in TCP's header
@@ -56,6 +58,8 @@ class Ended:
         self._nftables = Nftables(version, TABLE)
         self._version = version
         self._exists: bool | None = None  # None: not known
+        # What the kernel is to have, and when each will have gone by itself, in monotonic seconds.
+        self._held: dict[_Protocol, dict[bytes, float]] = {each: {} for each in _PROTOCOLS}
 
     def close(self) -> None:
         """Close the socket. What is in the kernel stays."""
@@ -76,68 +80,128 @@ class Ended:
         }
         if not any(keys.values()):
             return
+        if self._exists is None:
+            self._look()
         try:
-            self._add(keys)
+            self._insert(keys)
         except NftablesError:
-            # Perhaps somebody else removed it meanwhile.
-            self._exists = None
-            self._add(keys)
+            # There is none yet, or somebody else removed it, or more would not fit.
+            _, is_whole = self._look()
+            if is_whole:
+                self._insert(keys)
+            else:
+                self._write(keys)
+        now = time.monotonic()
+        for protocol, some in keys.items():
+            self._held[protocol] |= dict.fromkeys(some, now + protocol.seconds + _MARGIN)
 
     def review(self, is_forbidden: Callable[[Tuple], bool]) -> None:
         """Take out those whose client may speak to their server again. Raises OSError.
 
         They are asked about as their client began them.
         """
-        try:
-            self._review(is_forbidden)
-        except (NftablesError, FileNotFoundError):
-            # Some went by themselves meanwhile, or somebody else removed all of them.
-            self._exists = None
-            self._review(is_forbidden)
-        except ForeignElementError:
-            # Whom it stops now is somebody else's idea.
-            transaction = self._nftables.transaction()
-            transaction.delete_table()
-            self._nftables.commit(transaction)
-            self._exists = False
-
-    def _review(self, is_forbidden: Callable[[Tuple], bool]) -> None:
-        if self._exists is None:
-            self._exists = self._nftables.exists()
-        if not self._exists:
+        if self._exists is False and not any(self._held.values()):
             return
+        found, is_whole = self._look()
         transaction = self._nftables.transaction()
-        needed = False
-        for protocol in _PROTOCOLS:
-            keys = self._nftables.keys(protocol.name)
-            allowed = {key for key in keys if not is_forbidden(self._began(protocol, key))}
-            transaction.delete_keys(protocol.name, allowed)
-            needed = needed or allowed != keys
-        if not needed:
-            transaction = self._nftables.transaction()
-            transaction.delete_table()
-        self._nftables.commit(transaction)
-        self._exists = needed
+        for protocol, held in self._held.items():
+            allowed = {raw for raw in held if not is_forbidden(self._began(protocol, raw))}
+            self._held[protocol] = {raw: held[raw] for raw in held.keys() - allowed}
+            transaction.delete_keys(protocol.name, allowed & found[protocol])
+        try:
+            if is_whole and any(self._held.values()):
+                self._nftables.commit(transaction)
+                return
+        except NftablesError:
+            self._look()  # some went by themselves meanwhile, or somebody else removed them
+        self._write()
 
-    def _add(self, keys: Mapping[_Protocol, Set[bytes]]) -> None:
+    def release(self) -> None:
+        """Let all of them go on. Raises OSError."""
+        self.review(lambda began: False)
+
+    def restore(self) -> list[Tuple]:
+        """Put back what somebody else took away. Raises OSError.
+
+        Returns as what servers may have begun meanwhile what was ended.
+        """
+        if not any(self._held.values()):
+            return []
+        _, is_whole = self._look()
+        if is_whole:
+            return []
+        self._write()
+        own = (self._began(each, raw) for each, held in self._held.items() for raw in held)
+        return [Tuple(t.dst, t.src, t.protocol, t.dst_port, t.src_port) for t in own]
+
+    def _look(self) -> tuple[Mapping[_Protocol, set[bytes]], bool]:
+        """What the kernel has; and whether that is all there should be, as it was made.
+
+        What an agent before this one put there is remembered from now on.
+        """
+        state = self._nftables.read()
+        self._exists = state.exists
+        found: dict[_Protocol, set[bytes]] = {each: set() for each in _PROTOCOLS}
+        is_whole = state.exists and not state.dormant
+        try:
+            for protocol in _PROTOCOLS if state.exists else ():
+                found[protocol] = self._nftables.keys(protocol.name)
+        except (FileNotFoundError, ForeignElementError):
+            is_whole = False  # whom it stops now is somebody else's idea
+        now = time.monotonic()
+        for protocol, held in self._held.items():
+            # How long one of an earlier agent's will stay, nobody tells. It is long only of TCP.
+            until = now + _MARGIN + (protocol.seconds if protocol is _TCP else 0)
+            expected = {raw for raw, end in held.items() if end > now + 2 * _MARGIN}
+            is_whole = is_whole and expected <= found[protocol]
+            current = {raw: end for raw, end in held.items() if end > now}
+            self._held[protocol] = dict.fromkeys(found[protocol], until) | current
+        chains = self._chains()
+        return found, (
+            is_whole
+            and state.chains.keys() == chains.keys()
+            and all(state.chains[name].is_as(chain) for name, chain in chains.items())
+        )
+
+    def _insert(self, keys: Mapping[_Protocol, Collection[bytes]]) -> None:
         transaction = self._nftables.transaction()
-        if not self._exists:
-            address = ADDRESS4 if self._version == V4 else ADDRESS6
-            transaction.create_table()
-            for hook in _HOOKS:
-                transaction.create_chain(hook, BaseChain("filter", hook, _AFTER_MANGLE))
-                transaction.flush_chain(hook)
-            for protocol in _PROTOCOLS:
-                fields = (address, PORT, address, PORT)
-                wanted = NftSet(protocol.name, fields, size=_MOST, timeout=protocol.seconds)
-                transaction.create_set(wanted)
-                for hook in _HOOKS:
-                    rule = NftRule(self._rule(protocol), "Policy ended it")
-                    transaction.append_rules(hook, [rule])
         for protocol, some in keys.items():
             transaction.add_keys(protocol.name, some)
         self._nftables.commit(transaction)
-        self._exists = True
+
+    def _write(self, more: Mapping[_Protocol, Collection[bytes]] | None = None) -> None:
+        """The whole table, as it should be, and ``more`` in it; or none, if nothing would be."""
+        transaction = self._nftables.transaction()
+        if self._exists:
+            transaction.delete_table()
+        keys = {each: {*held, *(more or {}).get(each, ())} for each, held in self._held.items()}
+        needed = any(keys.values())
+        if needed:
+            self._create(transaction)
+            for protocol, some in keys.items():
+                transaction.add_keys(protocol.name, some)
+        self._nftables.commit(transaction)
+        self._exists = needed
+        now = time.monotonic()
+        for protocol, held in self._held.items():
+            self._held[protocol] = dict.fromkeys(held, now + protocol.seconds + _MARGIN)
+
+    def _create(self, transaction: Transaction) -> None:
+        address = ADDRESS4 if self._version == V4 else ADDRESS6
+        transaction.create_table()
+        for protocol in _PROTOCOLS:
+            fields = (address, PORT, address, PORT)
+            wanted = NftSet(protocol.name, fields, size=_MOST, timeout=protocol.seconds)
+            transaction.create_set(wanted)
+        for name, chain in self._chains().items():
+            transaction.create_chain(name, chain.base)
+            transaction.append_rules(name, chain.rules)
+
+    def _chains(self) -> dict[str, ChainState]:
+        rules = tuple(NftRule(self._rule(each), "Policy ended it") for each in _PROTOCOLS)
+        return {
+            hook: ChainState(BaseChain("filter", hook, _AFTER_MANGLE), rules) for hook in _HOOKS
+        }
 
     def _rule(self, protocol: _Protocol) -> bytes:
         """``ct state new tcp flags & (fin|syn|rst|ack) != syn … @tcp-connections counter drop``."""

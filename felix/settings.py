@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 
-from api.errors import InvalidObjectError
+from api.errors import InvalidObjectError, Problem
 from api.felix import FelixConfiguration, FelixConfigurationSpec, ProtoPort
 from api.felix_defaults import effective
 from api.fields import parse_port, protocol_number
@@ -23,6 +23,8 @@ from felix import names
 from policy.model import PortRange
 
 CLUSTER = "default"
+FORBIDDEN_FLOWS = "projectcalico.org/ForbiddenFlows"  # an annotation
+FORBIDDEN_FLOWS_CHOICES = ("end", "keep")
 NODE_PREFIX = "node."
 
 
@@ -58,11 +60,13 @@ class SettingsError(ValueError):
 class Configuration:
     """What can be used of a FelixConfiguration.
 
+    ``forbidden_flows`` is what its annotation says, one of ``FORBIDDEN_FLOWS_CHOICES``, if any.
     ``unsure``: its ``interfacePrefix`` can't be read, or not all of it. So interfaces of workloads
     may begin in yet another way, which is to be learnt from the workloads there are.
     """
 
     spec: FelixConfigurationSpec
+    forbidden_flows: str = ""
     unsure: bool = False
 
 
@@ -123,7 +127,8 @@ class Settings:
     ``iptables`` and ``nftables`` are for the enforcer of that name. ``refresh_…`` is how often, in
     seconds, what felix owns of each kind is compared with the kernel; 0 is never. ``vxlan_mtu`` 0
     is the uplink's less 50, ``vxlan_enabled`` None is as the pools need it. ``allow_sources``:
-    endpoints may send with the prefixes they list, besides their addresses.
+    endpoints may send with the prefixes they list, besides their addresses. ``ends_forbidden``:
+    connections that policy forbids are ended; None is as the environment says.
     """
 
     interface_prefixes: tuple[str, ...]
@@ -151,6 +156,7 @@ class Settings:
     nat_outgoing: NatOutgoing
     loop_prevention: LoopPrevention
     floating_ips: bool
+    ends_forbidden: bool | None = None
 
     def is_workload(self, interface: str) -> bool:
         """Whether an interface's name says that it belongs to a workload."""
@@ -213,10 +219,12 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
 
 def read_configuration(key: Key, value: JSON) -> tuple[Configuration, tuple[str, ...]]:
     """What can be used of it, and what is wrong with it. Never raises."""
+    chosen, wrong = _forbidden_flows(value)
+    problems = dict.fromkeys(wrong)
     try:
-        return Configuration(_checked(key, value)), ()
+        return Configuration(_checked(key, value), chosen), tuple(problems)
     except (InvalidObjectError, SettingsError) as error:
-        problems = {str(problem): None for problem in _problems(error)}
+        problems |= {str(problem): None for problem in _problems(error)}
     fields = value.get("spec") if isinstance(value, Mapping) else None
     unsure = fields is not None and not isinstance(fields, Mapping)
     kept: dict[str, object] = {}
@@ -234,7 +242,21 @@ def read_configuration(key: Key, value: JSON) -> tuple[Configuration, tuple[str,
                 continue
             spec = _checked(key, {"spec": kept | {field: attempt}})
         kept[field] = attempt
-    return Configuration(spec, unsure), tuple(problems)
+    return Configuration(spec, chosen, unsure), tuple(problems)
+
+
+def _forbidden_flows(value: object) -> tuple[str, tuple[str, ...]]:
+    """What the annotation says, and what is wrong with it."""
+    found: object = value
+    for name in ("metadata", "annotations"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping) or FORBIDDEN_FLOWS not in found:
+        return "", ()
+    choice = found[FORBIDDEN_FLOWS]
+    if choice in FORBIDDEN_FLOWS_CHOICES:
+        return str(choice), ()
+    where = f"metadata.annotations[{FORBIDDEN_FLOWS}]"
+    return "", (str(Problem(where, choice, " or ".join(FORBIDDEN_FLOWS_CHOICES))),)
 
 
 _PREFIX = "interfaceprefix"

@@ -22,6 +22,7 @@ from api.net import parse_net
 from api.registry import key_parts
 from datastore.interface import JSON, Key
 from felix.conntrack import Connections, ends_forbidden
+from felix.settings import FORBIDDEN_FLOWS
 from kernel.conntrack import Conntrack
 from kernel.netns import Namespace, inside
 from tests.felix.gateway import FAR, NEAR, NODE, POD, Gateway
@@ -54,13 +55,13 @@ class Watched(Gateway):
         self.clock = 0.0
         self.settle()
 
-    def enforce(self, *objects: JSON) -> None:
+    def enforce(self, *objects: JSON, readable: bool = True) -> None:
         for obj in objects:
             kind, namespace, name = key_parts(obj)
             self.put[Key(kind, name, namespace)] = None
             self.brain.snapshot.update(Key(kind, name, namespace), obj)
         brain = self.brain
-        assert not brain.snapshot.problems, brain.snapshot.problems
+        assert bool(brain.snapshot.problems) is not readable, brain.snapshot.problems
         with inside(self.node.netns.fd):
             delta = brain.calculator.calculate(brain.snapshot)
             self.connections.note(delta)
@@ -622,6 +623,45 @@ def test_an_agent_that_starts_ends_what_was_forbidden_meanwhile(
     settle(node)
     assert node.status()["flows"]["ended"] >= 2
     assert all_silent(peers)
+
+
+def test_whether_they_are_left_to_is_chosen_in_the_cluster(
+    agents: tuple[Node, Pod, Pod], connect: Connect
+) -> None:
+    node, web, client = agents
+    node.put(only("client"))
+    settle(node)
+    peers = connect(client.netns, web.netns, {4: web.address})
+    pushes = connect(client.netns, web.netns, {4: web.address}, pushes=True)
+    settings = felix_configuration(f"node.{node.name}")
+    for choice, has_ended in (("keep", False), ("end", True), ("keep", False)):
+        settings["metadata"]["annotations"] = {FORBIDDEN_FLOWS: choice}
+        node.put(settings)
+        node.put(only("other"))
+        settle(node)
+        if has_ended:
+            assert all_silent([*peers, *pushes])
+            assert "calico-ended" in run(node.netns, "nft", "list", "tables").stdout
+        else:
+            assert "calico-ended" not in run(node.netns, "nft", "list", "tables").stdout
+            assert all_live(pushes)
+    node.delete(Key("FelixConfiguration", f"node.{node.name}"))
+
+
+def test_what_was_ended_stays_so_when_a_stranger_flushes_all_rules(
+    agents: tuple[Node, Pod, Pod], connect: Connect
+) -> None:
+    node, web, client = agents
+    node.put(only("client"))
+    settle(node)
+    pushes = connect(client.netns, web.netns, {4: web.address}, pushes=True)
+    node.put(only("other"))
+    settle(node)
+    assert all_silent(pushes)
+    run(node.netns, "nft", "flush", "ruleset")
+    eventually(lambda: "calico-ended" in run(node.netns, "nft", "list", "tables").stdout)
+    settle(node)
+    assert all_silent(pushes)
 
 
 def test_connections_may_be_left_to_end_by_themselves(

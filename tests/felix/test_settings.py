@@ -13,6 +13,7 @@ from api.registry import parse_as
 from datastore.interface import JSON, Key
 from felix.closed import closed_policy
 from felix.settings import (
+    FORBIDDEN_FLOWS,
     Configuration,
     EndpointToHost,
     Failsafe,
@@ -82,7 +83,13 @@ def read(fields: Any, **more: Any) -> tuple[Configuration, str]:
 
 def test_one_bad_field_costs_only_itself() -> None:
     good = {"interfacePrefix": "eni", "failsafeInboundHostPorts": [], "nftablesMode": "Disabled"}
-    for bad in ({"futureField": 1}, {"vxlanPort": 0}, {"nftablesMarkMask": 1}, {"logPrefix": []}):
+    several: list[JSON] = [
+        {"futureField": 1},
+        {"vxlanPort": 0},
+        {"nftablesMarkMask": 1},
+        {"logPrefix": []},
+    ]
+    for bad in several:
         configuration, problems = read({**bad, **good})
         ((field, _),) = bad.items()
         own = settings([configuration.spec])
@@ -103,6 +110,15 @@ def test_what_is_beside_the_settings_costs_nothing() -> None:
         configuration, problems = read(fields, **more)
         assert configuration.spec.interface_prefix == "eni" and not configuration.unsure
         assert problems
+
+
+@pytest.mark.parametrize("choice", ["end", "keep", "no", 5])
+def test_what_becomes_of_forbidden_flows_is_chosen_by_an_annotation(choice: Any) -> None:
+    metadata = {"annotations": {FORBIDDEN_FLOWS: choice}}
+    for fields in ({}, {"futureField": 1}):
+        configuration, problems = read(fields, metadata=metadata)
+        assert configuration.forbidden_flows == (choice if choice in ("end", "keep") else "")
+        assert ("end or keep" in problems) is (choice not in ("end", "keep"))
 
 
 def test_of_ports_that_stay_reachable_those_count_that_can_be_read() -> None:
