@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from api.names import interface_name, workload_endpoint_name
 from datastore.interface import Key
@@ -61,10 +62,7 @@ class Attachment:
 
         An interface other than eth0 has a handle of its own: ``k8s-pod-network.0a1b….net1``.
         """
-        handle = f"{self.network}.{self.container_id}"
-        if self.ifname != DEFAULT_IFNAME:
-            handle += f".{self.ifname}"
-        return handle if _PLAIN_HANDLE.fullmatch(handle) else f"attachment.{_digest(self.alias)}"
+        return _handle(self.network, self.container_id, self.ifname)
 
     def attributes(self, node: str, timestamp: str) -> dict[str, str]:
         """What is recorded with its addresses: as in Calico, more where that does not say all."""
@@ -87,10 +85,7 @@ class Attachment:
 
     def endpoint_key(self, node: str) -> Key:
         """The key of its WorkloadEndpoint."""
-        name = workload_endpoint_name(
-            node, self.orchestrator, self.pod or self.endpoint_container_id, self.endpoint
-        )
-        return Key("WorkloadEndpoint", name, self.namespace or DEFAULT_NAMESPACE)
+        return _endpoint_key(self, node)
 
     def host_interface(self, prefix: str) -> str:
         """The name of the host's end; that of a pod's eth0 is as in Calico."""
@@ -106,7 +101,8 @@ class Attachment:
 
         Locally administered (IEEE 802-2014, 8.4).
         """
-        return ":".join(("02", *re.findall("..", _digest(self.alias)[:10])))
+        digest = hashlib.sha256(self.alias.encode()).digest()
+        return f"02:{digest[:5].hex(':')}"
 
 
 def from_alias(alias: str) -> Attachment | None:
@@ -127,6 +123,26 @@ def from_allocation(handle: str, attributes: Mapping[str, str]) -> Attachment | 
     if not pod or network != DEFAULT_NETWORK:
         return None
     return Attachment(network, container_id, DEFAULT_IFNAME, namespace, pod)
+
+
+# Each ADD asks for these several times.
+
+
+@lru_cache(maxsize=256)
+def _handle(network: str, container_id: str, ifname: str) -> str:
+    handle = f"{network}.{container_id}"
+    if ifname != DEFAULT_IFNAME:
+        handle += f".{ifname}"
+    if _PLAIN_HANDLE.fullmatch(handle):
+        return handle
+    return f"attachment.{_digest(Attachment(network, container_id, ifname).alias)}"
+
+
+@lru_cache(maxsize=256)
+def _endpoint_key(attachment: Attachment, node: str) -> Key:
+    of = attachment.pod or attachment.endpoint_container_id
+    name = workload_endpoint_name(node, attachment.orchestrator, of, attachment.endpoint)
+    return Key("WorkloadEndpoint", name, attachment.namespace or DEFAULT_NAMESPACE)
 
 
 def _digest(text: str) -> str:

@@ -11,6 +11,7 @@ What concerns one interface of the node happens one after the other, all else si
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ from kernel.netlink import NetlinkSocket
 Addresses = tuple[Net, ...]
 
 _USE = "Workload"
+_UPLINK_SECONDS = 0.01
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class Node:
         self._turns = turns or Turns(1)
         self._locks = KeyedLocks(self._turns.give_up)
         self._reaper = Reaper(self._turns.give_up)
+        self._uplink = 0, 0.0  # its MTU, and until when we take that for true
 
     def start(self) -> None:
         """Start what works in the background."""
@@ -293,7 +296,7 @@ class Node:
         if lease:
             wire = replace(wire, routes=lease.routes)
         ends = self._create(host, netns_fd, wire)
-        wiring.configure(host, netns_fd, wire, ends, self._turns.aside())
+        wiring.configure(host, netns_fd, wire, ends, self._turns.aside(), self.sockets.home)
         if wire.forwarding:
             wiring.allow_forwarding(netns_fd, wire)
         endpoint = workload_endpoint(
@@ -361,7 +364,16 @@ class Node:
         if pattern := self.cluster.mtu_pattern():
             with self.sockets.borrow() as host:
                 mtu = wiring.smallest_mtu(host, pattern)
-        return self.cluster.pod_mtu(mtu or wiring.uplink_mtu())
+        return self.cluster.pod_mtu(mtu or self._uplink_mtu())
+
+    def _uplink_mtu(self) -> int:
+        """As ``wiring.uplink_mtu``: of many ADDs at once not each looks."""
+        now = time.monotonic()
+        mtu, until = self._uplink
+        if now >= until:
+            mtu = wiring.uplink_mtu()
+            self._uplink = mtu, now + _UPLINK_SECONDS
+        return mtu
 
     def _create(self, host: NetlinkSocket, netns_fd: int, wire: Wire) -> Ends:
         """The pair; an interface of a container before us gives way."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import socket
 import time
@@ -43,7 +44,7 @@ from kernel.links import (
 )
 from kernel.neighbours import Neighbour, Neighbours, neighbour_replace
 from kernel.netlink import Message, NetlinkSocket
-from kernel.netns import inside
+from kernel.netns import inside, own_namespace
 from kernel.routes import PROTO_FELIX, SCOPE_LINK, Hop, Route, Routes, route_add, route_replace
 
 HOST_MAC = "ee:ee:ee:ee:ee:ee"
@@ -117,9 +118,13 @@ class ContainerInterfaceExistsError(Exception):
 
 
 class Sockets:
-    """Netlink sockets to the node's own namespace, kept open and lent to one thread each."""
+    """Netlink sockets to the node's own namespace, kept open and lent to one thread each.
+
+    ``home``: that namespace.
+    """
 
     def __init__(self) -> None:
+        self.home = own_namespace()
         self._idle: list[NetlinkSocket] = []
 
     @contextlib.contextmanager
@@ -137,9 +142,12 @@ class Sockets:
         self._idle.append(socket)
 
     def close(self) -> None:
-        """Close those that nobody has borrowed."""
+        """Close those that nobody has borrowed. Nothing may be asked of it any more."""
         while self._idle:
             self._idle.pop().close()
+        if self.home >= 0:
+            os.close(self.home)
+            self.home = -1
 
 
 def create(
@@ -180,11 +188,15 @@ def configure(
     wire: Wire,
     ends: Ends,
     aside: contextlib.AbstractContextManager[None] = _HERE,
+    home: int | None = None,
 ) -> None:
-    """Everything else, at both ends of the pair; ``aside`` as for ``create``. Raises OSError."""
+    """Everything else, at both ends of the pair; ``aside`` as for ``create``. Raises OSError.
+
+    ``home``: as for ``kernel.netns.inside``.
+    """
     _do(host, _node_steps(wire, ends.index))
     steps = _container_steps(wire, ends.peer_index)
-    with NetlinkSocket(netns_fd=netns_fd) as container, aside:
+    with NetlinkSocket(netns_fd=netns_fd, home_fd=home) as container, aside:
         failed = container.batch([message for _, message in steps])
     if not failed:
         return

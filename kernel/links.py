@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kernel.addresses import RTM_DELADDR, RTM_NEWADDR
 from kernel.netlink import (
@@ -61,6 +62,7 @@ _RTMGRP_LINK = 1
 _RTMGRP_ADDRESSES = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 
 _IFINFO = struct.Struct("=BxHiII")  # family, device type, index, flags, change mask
+_ANY = bytes(_IFINFO.size)
 _NUMBER = struct.Struct("=HHI")  # an attribute that holds one: length, type, value
 
 # linux/ip.h IPV4_DEVCONF_…: the names under /proc/sys/net/ipv4/conf/DEVICE/
@@ -205,11 +207,8 @@ def veth(
     returns the body for ``parse_link``: ``index`` is this end's, ``peer_index`` the
     peer's. ``up`` concerns this end; the kernel refuses to make the peer up.
     """
-    common = attribute_u32(_IFLA_NUM_TX_QUEUES, queues)
-    common += attribute_u32(_IFLA_NUM_RX_QUEUES, queues)
-    if mtu:
-        common += attribute_u32(_IFLA_MTU, mtu)
-    other = _IFINFO.pack(0, 0, 0, 0, 0) + attribute_text(_IFLA_IFNAME, peer) + common
+    common = _common(queues, mtu)
+    other = _ANY + attribute_text(_IFLA_IFNAME, peer) + common
     if peer_netns_fd is not None:
         other += attribute_u32(_IFLA_NET_NS_FD, peer_netns_fd)
     if peer_mac is not None:
@@ -232,6 +231,14 @@ def ifb(name: str) -> Message:
     info = nested(_IFLA_LINKINFO, attribute(_IFLA_INFO_KIND, b"ifb"))
     body = _header(0) + attribute_text(_IFLA_IFNAME, name) + info
     return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
+
+
+@lru_cache(maxsize=16)
+def _common(queues: int, mtu: int) -> bytes:
+    """What both ends of a pair have."""
+    common = attribute_u32(_IFLA_NUM_TX_QUEUES, queues)
+    common += attribute_u32(_IFLA_NUM_RX_QUEUES, queues)
+    return common + attribute_u32(_IFLA_MTU, mtu) if mtu else common
 
 
 def link_set(
@@ -269,7 +276,7 @@ def link_set(
         if value is not None:
             body += attribute_u32(kind, value)
     if inet_conf is not None:
-        body += _inet_conf(inet_conf)
+        body += _inet_conf(tuple(inet_conf.items()))
     return Message(RTM_NEWLINK, 0, body)
 
 
@@ -283,11 +290,12 @@ def set_group(index: int, group: int) -> Message:
     return link_set(index, group=group)
 
 
-def _inet_conf(values: Mapping[str, int]) -> bytes:
-    unknown = values.keys() - _INET_CONF.keys()
+@lru_cache(maxsize=64)
+def _inet_conf(values: tuple[tuple[str, int], ...]) -> bytes:
+    unknown = dict(values).keys() - _INET_CONF.keys()
     if unknown:
         raise ValueError(f"net.ipv4.conf: no such setting: {', '.join(sorted(unknown))}")
-    conf = (attribute_u32(_INET_CONF[name], value) for name, value in values.items())
+    conf = (attribute_u32(_INET_CONF[name], value) for name, value in values)
     return nested(_IFLA_AF_SPEC, nested(_AF_INET, nested(_IFLA_INET_CONF, *conf)))
 
 

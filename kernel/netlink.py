@@ -58,6 +58,7 @@ _INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter
 # Room in the receive buffer for an answer to every message of a window even if all fail.
 _WINDOW_MESSAGES = 1000
 _WINDOW_BYTES = 128 * 1024
+_FEW_MESSAGES = 64
 _BUFFER = 4 << 20
 _RECEIVE = 1 << 16  # the kernel fills at most half of it with one datagram of a dump
 # The kernel answers before send() returns; the limit only guards against a lost answer.
@@ -186,7 +187,8 @@ class NetlinkSocket:
 
     ``groups`` is the bit mask of multicast groups to hear. ``netns_fd`` is the network
     namespace to speak to, that of the calling thread by default; the socket keeps its
-    namespace wherever its user goes. ``send_buffer`` bounds the bytes of one datagram.
+    namespace wherever its user goes. ``home_fd``: see ``kernel.netns.inside``.
+    ``send_buffer`` bounds the bytes of one datagram.
     """
 
     def __init__(
@@ -195,9 +197,10 @@ class NetlinkSocket:
         *,
         groups: int = 0,
         netns_fd: int | None = None,
+        home_fd: int | None = None,
         send_buffer: int = _BUFFER,
     ) -> None:
-        with in_namespace(netns_fd):
+        with in_namespace(netns_fd, home_fd):
             self._socket = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
             )
@@ -263,10 +266,10 @@ class NetlinkSocket:
         """``batch``, which also returns what the kernel sent back for ``NLM_F_ECHO``."""
         failures: list[Failure] = []
         replies: list[Reply] = []
-        for window in _windows(messages):
-            sent = self._send(messages[window.start : window.stop])
+        for start, window in _windows(messages):
+            sent = self._send(window)
             for sequence, kind, flags, body in self._answers(sent):
-                index = window.start + sequence - sent.start
+                index = start + sequence - sent.start
                 if kind != NLMSG_ERROR:
                     replies.append(Reply(index, kind, body))
                 elif code := -_INT.unpack_from(body)[0]:
@@ -356,20 +359,23 @@ class NetlinkSocket:
         final = len(messages) - 1 if acknowledged is None else acknowledged
         for index, (kind, flags, body) in enumerate(messages):
             sequence += 1
-            flags |= NLM_F_REQUEST | (NLM_F_ACK if index == final else 0)
+            flags |= NLM_F_REQUEST | NLM_F_ACK if index == final else NLM_F_REQUEST
             length = 16 + len(body)
-            parts += (_HEADER.pack(length, kind, flags, sequence, 0), body, bytes(-length & 3))
+            parts += (_HEADER.pack(length, kind, flags, sequence, 0), body)
+            if length & 3:
+                parts.append(bytes(-length & 3))
         self._sequence = sequence if sequence < _SEQUENCE_RESTART else 0
         self._socket.send(b"".join(parts))
         return range(first, sequence + 1)
 
     def _answers(self, sent: range) -> Iterator[tuple[int, int, int, bytes]]:
         """(sequence, type, flags, body) of all answers, up to the one to the last message."""
+        first, last = sent.start, sent.stop - 1
         while True:
-            for sequence, kind, flags, body in self._read():
-                if sequence in sent:
-                    yield sequence, kind, flags, body
-                    if sequence == sent[-1] and kind == NLMSG_ERROR:
+            for answer in _messages(self._read_raw()):
+                if first <= answer[0] <= last:
+                    yield answer
+                    if answer[0] == last and answer[1] == NLMSG_ERROR:
                         return
 
     def stream(self, message: Message) -> Iterator[bytes]:
@@ -440,17 +446,21 @@ def _messages(data: bytes) -> list[tuple[int, int, int, bytes]]:
     return found
 
 
-def _windows(messages: Sequence[Message]) -> Iterator[range]:
-    """Index ranges of messages that go into one datagram."""
+def _windows(messages: Sequence[Message]) -> Iterator[tuple[int, Sequence[Message]]]:
+    """What goes into one datagram, and the index of its first message."""
+    if len(messages) <= _FEW_MESSAGES and sum(len(m.body) for m in messages) < _WINDOW_BYTES // 2:
+        if messages:
+            yield 0, messages
+        return
     start = size = 0
     for index, message in enumerate(messages):
         length = 16 + len(message.body) + 3
         if index - start == _WINDOW_MESSAGES or (index > start and size + length > _WINDOW_BYTES):
-            yield range(start, index)
+            yield start, messages[start:index]
             start, size = index, 0
         size += length
     if start < len(messages):
-        yield range(start, len(messages))
+        yield start, messages[start:]
 
 
 def _error_text(code: int, body: bytes, flags: int, kind: int = NLMSG_ERROR) -> str:

@@ -40,27 +40,32 @@ def own_namespace() -> int:
 
 
 @contextlib.contextmanager
-def inside(fd: int) -> Iterator[None]:
+def inside(fd: int, home: int | None = None) -> Iterator[None]:
     """The calling thread, and it alone, is in the namespace ``fd`` for the block.
+
+    ``home``: a descriptor of the thread's own namespace, where one is at hand.
 
     Sockets made and processes started within belong to that namespace. Never await or
     yield within. A thread that cannot come back would do to the wrong namespace what is
     meant for its own, so the process is aborted.
     """
-    home = own_namespace()
+    back = own_namespace() if home is None else home
     try:
         _setns(fd)
         try:
             yield
         finally:
-            _return_to(home)
+            _return_to(back)
     finally:
-        os.close(home)
+        if home is None:
+            os.close(back)
 
 
-def in_namespace(fd: int | None) -> contextlib.AbstractContextManager[None]:
-    """``inside(fd)``, or, for None, where the thread is."""
-    return contextlib.nullcontext() if fd is None else inside(fd)
+def in_namespace(
+    fd: int | None, home: int | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """``inside(fd, home)``, or, for None, where the thread is."""
+    return contextlib.nullcontext() if fd is None else inside(fd, home)
 
 
 def _return_to(home: int) -> None:

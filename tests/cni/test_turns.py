@@ -47,6 +47,7 @@ def test_one_computes_and_while_the_kernel_is_slow_the_others_do() -> None:
             begun.set()
             leave.wait(20)
         done.append("slow")
+        turns.timed(1)
         with turns.aside():  # now it is
             back.wait(20)
         done.append("back")
