@@ -198,16 +198,34 @@ def configure(
     steps = _container_steps(wire, ends.peer_index)
     with NetlinkSocket(netns_fd=netns_fd, home_fd=home) as container, aside:
         failed = container.batch([message for _, message in steps])
-    if not failed:
-        return
-    if V6 not in wire.versions or all(each.errno != errno.EACCES for each in failed):
-        raise failed[0].error(steps[failed[0].index][0])
-    # some runtimes make namespaces without IPv6
+        if failed and (V6 not in wire.versions or failed[0].errno != errno.EACCES):
+            raise failed[0].error(steps[failed[0].index][0])
+        if failed:  # some runtimes make namespaces without IPv6
+            _switch_ipv6_on(netns_fd, wire.interface)
+            _do(container, [steps[each.index] for each in failed])
+        if V6 in wire.versions:
+            _wait_for_ipv6(container, wire)
+
+
+def _switch_ipv6_on(netns_fd: int, name: str) -> None:
     with inside(netns_fd):
-        for interface in ("all", wire.interface):
+        for interface in ("all", name):
             sysctl.write(("net", "ipv6", "conf", interface, "disable_ipv6"), "0")
-    with NetlinkSocket(netns_fd=netns_fd) as container:
-        _do(container, [steps[each.index] for each in failed])
+
+
+def _wait_for_ipv6(container: NetlinkSocket, wire: Wire) -> None:
+    """Wait until the container takes packets for its IPv6 addresses. Raises OSError.
+
+    A worker of the kernel makes their local routes, which takes tens of milliseconds where
+    others keep the processors.
+    """
+    routes = Routes(container)
+    deadline = time.monotonic() + _CARRIER_SECONDS
+    for net in wire.addresses:
+        while net.version == V6 and not ((found := routes.lookup(net)) and found.kind == "local"):
+            if time.monotonic() > deadline:
+                raise OSError(errno.ETIMEDOUT, f"{net}: no local route in the container")
+            time.sleep(0.001)
 
 
 def allow_forwarding(netns_fd: int, wire: Wire) -> None:

@@ -363,6 +363,9 @@ def test_ipv6_answers_at_once(rig: Rig) -> None:
     assert own["prefixlen"] == 128
     with inside(rig.namespace.fd):
         Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1")
+    # even where the kernel's workers wait for a processor: the address is there already
+    local = two.run("ip", "-6", "route", "show", "table", "local").stdout
+    assert f"local {own['local']} dev eth0" in local
     # the first packet: ping gives up before a second would be sent
     address = addresses(result)[1].split("/")[0]
     assert one.run("ping", "-c1", "-w1", address).returncode == 0
