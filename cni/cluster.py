@@ -226,6 +226,10 @@ class Cluster:
             try:
                 found = self.store.get(key)
                 metadata = found.value.get("metadata", {}) | endpoint["metadata"]
+                if "annotations" not in endpoint["metadata"]:  # what it says is of that container
+                    others = part(metadata, "annotations")
+                    kept = {name: text for name, text in others.items() if name != ATTACHMENT}
+                    metadata = metadata | {"annotations": kept}
                 self.store.update(key, endpoint | {"metadata": metadata}, found.revision)
                 return
             except (NotFoundError, ConflictError):

@@ -6,6 +6,7 @@ demands; a known one of the wrong type or out of range is refused with code 7.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 
 M = TypeVar("M", bound=BaseModel)
+
+_log = logging.getLogger(__name__)
 
 
 def _switch(value: object) -> object:
@@ -236,12 +239,17 @@ class NetworkConfiguration(_Model):
     dns: Dns = Dns()
     container_settings: ContainerSettings = ContainerSettings()
     feature_control: FeatureControl = FeatureControl()
-    policy_setup_timeout_seconds: Annotated[int, Field(ge=0, le=LONGEST_WAIT)] = POLICY_WAIT
+    policy_setup_timeout_seconds: Annotated[int, Field(ge=0)] = POLICY_WAIT
     # A Result, RuntimeConfiguration and Arguments where they matter: not for a DEL.
     previous: Any = Field(default=None, alias="prevResult")
     runtime: Any = Field(default=None, alias="runtimeConfig")
     args: Any = None
     valid_attachments: list[ValidAttachment] | None = Field(default=None, alias=VALID_ATTACHMENTS)
+
+    @property
+    def policy_wait(self) -> int:
+        """Seconds that an ADD waits for the pod's policy; see ``LONGEST_WAIT``."""
+        return min(self.policy_setup_timeout_seconds, LONGEST_WAIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +330,15 @@ def parse_configuration(data: bytes, command: str) -> NetworkConfiguration:
             f"stdin: {type(document).__name__}: expected a JSON object, the network configuration",
         )
     _check_version(document.get("cniVersion", "0.1.0"), command)
-    return _validate(NetworkConfiguration, document)
+    parsed = _validate(NetworkConfiguration, document)
+    if parsed.policy_wait < parsed.policy_setup_timeout_seconds:
+        _log.warning(
+            "network %s: policy_setup_timeout_seconds: %d: an ADD waits for %d at most",
+            parsed.name,
+            parsed.policy_setup_timeout_seconds,
+            LONGEST_WAIT,
+        )
+    return parsed
 
 
 # Apart, since DELs may come with what each ADD returned.

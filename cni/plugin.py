@@ -139,7 +139,7 @@ class Plugin:
     ) -> _Added:
         wanted = self._wanted(call, attachment, delegate)
         attached = self._node.attach(attachment, netns_fd, wanted)
-        seconds = call.configuration.policy_setup_timeout_seconds
+        seconds = call.configuration.policy_wait
         dns = attached.lease.dns if attached.lease else {}
         answer = result(call, attached.wire, dns)
         return _Added(attachment, attached, wanted, seconds, answer)
@@ -277,7 +277,7 @@ class Plugin:
                 delegate.status()
             else:
                 self._node.require_pools(call.configuration.ipam.families)
-            seconds = call.configuration.policy_setup_timeout_seconds
+            seconds = call.configuration.policy_wait
             if seconds and not addresses_only:
                 self._require_felix(seconds)
         except (StoreError, IpamError, CniError) as error:

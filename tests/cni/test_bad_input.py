@@ -47,9 +47,9 @@ CONFIGURATIONS: dict[str, tuple[Any, int, list[str]]] = {
         ["feature_control.ip_addrs_no_ipam", "1"],
     ),
     "wait": (
-        configuration(policy_setup_timeout_seconds=61),
+        configuration(policy_setup_timeout_seconds=-1),
         7,
-        ["policy_setup_timeout_seconds", "61", "60"],
+        ["policy_setup_timeout_seconds", "-1", "0"],
     ),
     "dns": (configuration(dns={"nameservers": "1.1.1.1"}), 7, ["dns.nameservers", "1.1.1.1"]),
     "previous": (configuration(prevResult={"ips": {}}), 7, ["prevResult.ips", "{}"]),
@@ -178,7 +178,7 @@ DOCUMENTS = st.fixed_dictionaries(
         "cniVersion": st.sampled_from(["0.3.1", "1.0.0", "1.1.0"]),
         "name": st.just("k8s-pod-network"),
         # 0, or nothing that could be waited for: no felix is there
-        "policy_setup_timeout_seconds": st.just(0) | st.sampled_from([-1, 61, "1", None, True]),
+        "policy_setup_timeout_seconds": st.just(0) | st.sampled_from([-1, "1", None, True]),
     },
     optional={
         "type": JSON_VALUES,

@@ -124,6 +124,28 @@ def test_an_address_by_static(rig: Rig) -> None:
     rig.call("DEL", pod, conf).ok()
 
 
+def test_a_sandbox_with_addresses_of_its_own_takes_over(rig: Rig, data: Path) -> None:
+    """Nothing of the older one, whose addresses were another plugin's, stays on the endpoint."""
+    old, new = rig.container("web"), rig.container("web")
+    rig.call("ADD", old, host_local(data)).ok()
+    (endpoint,) = rig.endpoints().values()
+    assert old.id in str(endpoint["metadata"]["annotations"])
+    (name,) = rig.endpoints()
+    key = Key("WorkloadEndpoint", name, "red")
+    annotations = endpoint["metadata"]["annotations"] | {"someone": "else"}
+    rig.store.update(
+        key, endpoint | {"metadata": endpoint["metadata"] | {"annotations": annotations}}
+    )
+    rig.add(new)
+    (endpoint,) = rig.endpoints().values()
+    assert endpoint["spec"]["containerID"] == new.id
+    assert endpoint["metadata"]["annotations"] == {"someone": "else"}
+    rig.call("DEL", old, host_local(data)).ok()
+    assert len(rig.endpoints()) == 1
+    rig.delete(new)
+    assert leases(data) == set()
+
+
 def test_a_failed_add_gives_the_address_back(rig: Rig, data: Path) -> None:
     pod = rig.container()
     pod.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "other")

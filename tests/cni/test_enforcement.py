@@ -141,6 +141,14 @@ def test_felix_hangs(rig: Rig, felix: Felix) -> None:
     rig.delete(pod)
 
 
+def test_a_wait_that_is_too_long(rig: Rig) -> None:
+    """Calico's configurations may say any: it is as long as may be, and the log says so."""
+    pod = rig.container()
+    rig.add(pod, policy_setup_timeout_seconds=600)
+    assert "policy_setup_timeout_seconds: 600: an ADD waits for 60 at most" in rig.log()
+    rig.delete(pod)
+
+
 def test_more_wait_for_a_hanging_felix_than_there_are_workers(rig: Rig, felix: Felix) -> None:
     """Who waits occupies none, so all others are served."""
     standing = rig.container()
