@@ -262,3 +262,12 @@ def test_a_silent_client_holds_up_nobody(node: Rig) -> None:
     finally:
         for connection in silent:
             connection.close()
+
+
+def test_it_comes_before_other_programs(node: Rig) -> None:
+    """So pods and clients that keep the machine busy don't hold up those who wait for it."""
+    assert node.daemon is not None
+    expected = max(-20, os.getpriority(os.PRIO_PROCESS, 0) - 8)
+    threads = [int(path.name) for path in Path(f"/proc/{node.daemon.pid}/task").iterdir()]
+    assert len(threads) > 60
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {expected}
