@@ -118,7 +118,7 @@ class Judge:
             return False
         if self._evaluator is None:
             self._evaluator = Evaluator(self._calculator.engine)
-        return self._evaluator.decide(flow).action is Action.DENY
+        return self._evaluator.evaluate(flow).action is Action.DENY
 
     def _guard(self, workload: EndpointId | None, address: Net) -> EndpointId | None:
         """The host endpoint of the interface that an address is behind."""

@@ -101,8 +101,7 @@ class Step:
         return not staged and self.action in (Action.ALLOW, Action.DENY)
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """ALLOW or DENY; tier, policy and rule index of what decided; all that was looked at.
 
     ``policy`` None: the end of a tier or of the profiles decided or, where no step of the trace
@@ -141,11 +140,16 @@ def evaluate(tables: Tables, flow: Flow) -> Verdict:
                 break
             if early:
                 accepted.add(stage[:2])
+    return verdict_of(tuple(trace))
+
+
+def verdict_of(trace: tuple[Step, ...]) -> Verdict:
+    """What follows from all that was looked at."""
     last = next((step for step in reversed(trace) if step.decides), None)
     if last is None:
-        return Verdict(Action.ALLOW, "", None, None, tuple(trace))
+        return Verdict(Action.ALLOW, "", None, None, trace)
     action = Action.DENY if last.action is Action.DENY else Action.ALLOW
-    return Verdict(action, last.tier, last.policy, last.rule_index, tuple(trace))
+    return Verdict(action, last.tier, last.policy, last.rule_index, trace)
 
 
 EARLY = (Part.UNTRACKED, Part.PRE_DNAT)  # before destination NAT

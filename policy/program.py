@@ -1,50 +1,33 @@
-"""All that decides at an endpoint in one direction, so that it is decided in few steps.
+"""All rules asked at an endpoint in one direction, so that it is known at once which match.
 
-It is laid out as a row of lines in order: rules, and the ends of tiers among them. A condition on
-addresses or ports is met by some of them, which are the bits of an int. So for a packet the lines
-that match are the bits that its source, its destination and its ports have in common, and the
-lowest bit decides. Which bits an address, or a port, stands for is worked out once: addresses
-that are in the same sets share them, and so do ports between the same bounds.
+They are laid out in a row (``policy.walk``). A condition on addresses or ports is met by some of
+them, which are the bits of an int. So for a packet the rules that match are the bits that its
+source, its destination and its ports have in common. Which bits an address, or a port, stands for
+is worked out once: addresses that are in the same sets share them, and so do ports between the
+same bounds. What follows from the bits is worked out once for each that occur.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from api.net import BITS, V4, V6, Net
-from policy.evaluate import EARLY, Flow, Members, Stage, Tables, is_match, ports_match
-from policy.model import (
-    Action,
-    Direction,
-    EndpointBinding,
-    Match,
-    Member,
-    NamedPortMember,
-    Part,
-    PolicyId,
-    Rule,
-)
+from policy.evaluate import Flow, Members, is_match, ports_match
+from policy.model import Match, Member, NamedPortMember
+from policy.walk import Outcome, Row
 
 K = TypeVar("K")
+V = TypeVar("V")
 
 _MOST = 1 << 16  # remembered of one thing before all of it is forgotten
 
 # The sets that an address is in, and its IP version.
 _Class = frozenset[str | int]
 _NO_SETS: _Class = frozenset()
-
-
-class Decision(NamedTuple):
-    """A ``Verdict`` without its trace."""
-
-    action: Action
-    tier: str
-    policy: PolicyId | None
-    rule_index: int | None
 
 
 class Addresses:
@@ -125,50 +108,8 @@ class Addresses:
             self._shared.clear()
 
 
-class Line(NamedTuple):
-    """A rule, or the end of a tier. ``after``: where to go on when it passes."""
-
-    match: Match
-    decision: Decision | None
-    after: int
-
-
-def program_lines(tables: Tables, binding: EndpointBinding, stage: Stage) -> Iterator[Line]:
-    """All that decides, in order."""
-    direction, count = stage.direction, 0
-    for tier in binding.tiers:
-        ids = [id for id in tier.policies(direction) if not id.is_staged]
-        rules = [(id, rule) for id in ids for rule in _rules(tables, id, direction)]
-        end = ids and stage.part not in EARLY and tier.default_action is Action.DENY
-        count += len(rules) + bool(end)
-        for id, rule in rules:
-            yield _line(tier.name, id, rule, count)
-        if end:
-            yield Line(Match(), Decision(Action.DENY, tier.name, None, None), count)
-    if stage.part is not Part.NORMAL:
-        return
-    for id in binding.profiles:
-        own = _rules(tables, id, direction)
-        count += len(own)
-        for rule in own:
-            yield _line("", id, rule, count)
-    yield Line(Match(), Decision(Action.DENY, "", None, None), count + 1)
-
-
-def _rules(tables: Tables, id: PolicyId, direction: Direction) -> list[Rule]:
-    policy = tables.policies[id]
-    rules = policy.ingress if direction is Direction.INGRESS else policy.egress
-    return [rule for rule in rules or () if rule.action is not Action.LOG]
-
-
-def _line(tier: str, id: PolicyId, rule: Rule, after: int) -> Line:
-    if rule.action is Action.PASS:
-        return Line(rule.match, None, after)
-    return Line(rule.match, Decision(rule.action, tier, id, rule.index), after)
-
-
 class Program:
-    """The lines of one stage."""
+    """The rules of one stage."""
 
     __slots__ = (
         "_addresses",
@@ -179,23 +120,29 @@ class Program:
         "_by_ports",
         "_class_conditions",
         "_classes",
-        "_lines",
         "_named",
+        "_names",
         "_net_conditions",
+        "_outcomes",
         "_port_conditions",
+        "_row",
         "_sets",
         "_src_bounds",
     )
 
-    def __init__(self, lines: list[Line], addresses: Addresses) -> None:
-        self._lines = [
-            (line.match, _only_names(line.match), line.decision, -1 << line.after) for line in lines
-        ]
-        self._all = (1 << len(lines)) - 1
+    def __init__(self, row: Row, addresses: Addresses) -> None:
+        self._row = row
+        self._outcomes: dict[int, Outcome] = {}
         self._addresses, self._classes = addresses, addresses.classes
         self._sets = addresses.named
-        matches = [line.match for line in lines]
-        self._named = sum(1 << n for n, match in enumerate(matches) if _has_names(match))
+        matches = row.matches
+        self._all = (1 << len(matches)) - 1
+        self._named = {
+            1 << number: (match, _only_names(match))
+            for number, match in enumerate(matches)
+            if _has_names(match)
+        }
+        self._names = sum(self._named)
         self._class_conditions = (
             _conditions(matches, _source_sets),
             _conditions(matches, _destination_sets),
@@ -211,8 +158,8 @@ class Program:
         self._by_address: tuple[dict[Net, int], dict[Net, int]] = ({}, {})
         self._by_ports: dict[tuple[int | None, ...], int] = {}
 
-    def decide(self, flow: Flow) -> Decision | None:
-        """What decides; None: nothing does, the packet goes on."""
+    def evaluate(self, flow: Flow) -> Outcome:
+        """What is looked at, and what of it decides."""
         src, dst, classes = flow.src, flow.dst, self._classes
         by_source, by_destination = self._by_class
         if (of_source := classes.get(src)) is None:
@@ -239,25 +186,23 @@ class Program:
             lines &= self._lines_of_address(0, src, flow)
         if self._net_conditions[1]:
             lines &= self._lines_of_address(1, dst, flow)
-        named = self._named
-        while lines:
-            lowest = lines & -lines
-            match, names, decision, after = self._lines[lowest.bit_length() - 1]
-            if lowest & named:
-                if names:
-                    member = (dst, flow.protocol, dst_port)  # equal to a NamedPortMember
-                    matches = False
-                    for name in names:
-                        matches = matches or member in self._sets[name]
+        unsure = lines & self._names
+        while unsure:
+            line = unsure & -unsure
+            unsure ^= line
+            match, names = self._named[line]
+            if names:
+                member = (dst, flow.protocol, dst_port)  # equal to a NamedPortMember
+                for name in names:
+                    if member in self._sets[name]:
+                        break
                 else:
-                    matches = ports_match(match, flow, self._sets)
-                if not matches:
-                    lines ^= lowest
-                    continue
-            if decision is not None:
-                return decision
-            lines &= after
-        return None
+                    lines ^= line
+            elif not ports_match(match, flow, self._sets):
+                lines ^= line
+        if (outcome := self._outcomes.get(lines)) is None:
+            outcome = _remember(self._outcomes, lines, self._row.walk(lines))
+        return outcome
 
     def _lines_of_class(self, side: int, own: _Class) -> int:
         lines = self._all
@@ -290,15 +235,15 @@ class Program:
         return lines
 
 
-def _remember(table: dict[K, int], key: K, lines: int) -> int:
+def _remember(table: dict[K, V], key: K, value: V) -> V:
     if len(table) >= _MOST:
         table.clear()
-    table[key] = lines
-    return lines
+    table[key] = value
+    return value
 
 
 def _conditions(
-    matches: list[Match], aspect: Callable[[Match], Match]
+    matches: Sequence[Match], aspect: Callable[[Match], Match]
 ) -> tuple[tuple[Match, int], ...]:
     """The conditions of one aspect that lines have, each with its lines."""
     lines: dict[Match, int] = {}

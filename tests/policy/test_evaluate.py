@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from api.net import Net
 from policy.engine import UNPLACED, Engine
-from policy.evaluate import Flow, Verdict, evaluate
-from policy.evaluator import Decision, Evaluator
+from policy.evaluate import Flow, evaluate
+from policy.evaluator import Evaluator
 from policy.model import Action, EndpointId
 from tests.policy import strategies
 from tests.policy.naive import State
@@ -44,7 +44,7 @@ def test_agrees_with_a_naive_reading_of_the_objects(
     for flow in probes(state, random.Random(seed)):
         verdict = evaluate(engine, flow)
         assert (verdict.action is Action.ALLOW) is state.allows(flow), (flow, verdict)
-        assert evaluator.decide(flow) == decision(verdict), flow
+        assert evaluator.evaluate(flow) == verdict, flow
 
 
 @settings(max_examples=30, deadline=None)
@@ -66,7 +66,7 @@ def test_decisions_follow_changes(
             state.put(change.table, change.key, change.value)
         evaluator.update(engine.flush())
         for flow in probes(state, random.Random(seed)):
-            assert evaluator.decide(flow) == decision(evaluate(engine, flow)), flow
+            assert evaluator.evaluate(flow) == evaluate(engine, flow), flow
 
 
 @settings(max_examples=30, deadline=None)
@@ -89,10 +89,6 @@ def test_a_tier_of_which_nobody_knows_where_it_stands_opens_nothing(
             engine.flush()
             for flow in allowed:
                 assert evaluate(engine, flow).action is Action.ALLOW, (order, action, flow)
-
-
-def decision(verdict: Verdict) -> Decision:
-    return Decision(verdict.action, verdict.tier, verdict.policy, verdict.rule_index)
 
 
 def probes(state: State, chance: random.Random) -> Iterator[Flow]:
