@@ -141,7 +141,11 @@ def test_6_what_a_rule_without_namespace_selector_is_limited_to(place: Place) ->
     assert place.reached(B, A, NEAR, FAR)
 
 
-def test_7_missing_types(place: Place) -> None:
+def test_7_missing_types_mean_in_the_store_what_they_mean_in_the_api(place: Place) -> None:
+    """What Calico's API would have written, not both directions, as its Felix takes it.
+
+    Without ``mutating.yaml`` this is how what ``kubectl apply`` was given is stored.
+    """
     db = {"selector": "app == 'db'"}
     for spec, by, of in (
         ({}, (), (A, B, C, NEAR, FAR)),
