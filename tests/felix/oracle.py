@@ -175,6 +175,11 @@ class Change:
         self.before, self.after = before, after
         self._atomic = atomic
 
+    def lasting(self, probe: Probe) -> bool | None:
+        """What happens to a packet before and after; None: it differs."""
+        verdict = self.before.passes(probe)
+        return verdict if verdict == self.after.passes(probe) else None
+
     def steady(self, probe: Probe) -> bool | None:
         """What happens to a packet at any moment of the change; None: it may differ.
 
@@ -184,8 +189,8 @@ class Change:
         may look into the new sets. What is asked about in several tables may meet the old one here
         and the new one there.
         """
-        verdict = self.before.passes(probe)
-        if verdict != self.after.passes(probe):
+        verdict = self.lasting(probe)
+        if verdict is None:
             return None
         if self.before.is_early(probe) or self.after.is_early(probe):
             return None

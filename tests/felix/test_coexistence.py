@@ -242,9 +242,76 @@ def test_services_of_kube_proxy_obey_the_policy_of_their_pods(world: Gateway, mo
     assert _theirs_everywhere(world.node) == before
 
 
+def kube_proxy_ipvs(node: Node, variant: str) -> None:
+    """What kube-proxy has in mode ipvs, but for ipvs: addresses of services, ipsets, rules."""
+    for version, command, family in ((4, "iptables", "inet"), (6, "ip6tables", "inet6")):
+        service, pod = f"{SERVICE[version]},tcp:8080", f"{POD[version]},tcp:80,{POD[version]}"
+        name = "KUBE" if version == 4 else "KUBE-6"
+        sets = f"""create {name}-CLUSTER-IP hash:ip,port family {family}
+create {name}-LOOP-BACK hash:ip,port,ip family {family}
+create {name}-IPVS-IPS hash:ip family {family}
+create {name}-NODE-PORT-TCP bitmap:port range 0-65535
+add {name}-CLUSTER-IP {service}
+add {name}-LOOP-BACK {pod}
+add {name}-IPVS-IPS {SERVICE[version]}
+add {name}-NODE-PORT-TCP 30080
+"""
+        rules = f"""*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-NODE-PORT - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-POSTROUTING - [0:0]
+-A PREROUTING -j KUBE-SERVICES
+-A OUTPUT -j KUBE-SERVICES
+-A POSTROUTING -j KUBE-POSTROUTING
+-A KUBE-SERVICES -m set --match-set {name}-CLUSTER-IP dst,dst -j KUBE-MARK-MASQ
+-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODE-PORT
+-A KUBE-SERVICES -m set --match-set {name}-CLUSTER-IP dst,dst -j ACCEPT
+-A KUBE-NODE-PORT -p tcp -m set --match-set {name}-NODE-PORT-TCP dst -j KUBE-MARK-MASQ
+-A KUBE-MARK-MASQ -j MARK --or-mark 0x4000
+-A KUBE-POSTROUTING -m set --match-set {name}-LOOP-BACK dst,dst,src -j MASQUERADE
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --xor-mark 0x4000
+-A KUBE-POSTROUTING -j MASQUERADE --random-fully
+COMMIT
+*filter
+:KUBE-FORWARD - [0:0]
+:KUBE-IPVS-FILTER - [0:0]
+-A INPUT -j KUBE-IPVS-FILTER
+-A FORWARD -j KUBE-FORWARD
+-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT
+-A KUBE-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A KUBE-IPVS-FILTER -m set --match-set {name}-CLUSTER-IP dst,dst -j RETURN
+-A KUBE-IPVS-FILTER -m conntrack --ctstate NEW -m set --match-set {name}-IPVS-IPS dst -j REJECT
+COMMIT
+"""
+        run(node.netns, "ipset", "restore", stdin=sets)
+        run(node.netns, f"{command}-{variant}-restore", "--noflush", stdin=rules)
+        run(node.netns, "ip", "address", "add", SERVICE[version], "dev", "lo")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rules_of_kube_proxy_in_mode_ipvs_stand_beside_policy(world: Gateway, variant: str) -> None:
+    kube_proxy_ipvs(world.node, variant)
+    before = _theirs_everywhere(world.node)
+    world.enforce(from_near(4), from_near(6))
+    _settle(world)
+    world.brain.read()
+    world.brain.enforce()
+    assert allowed(world.near, POD) and dropped(world.far, POD)
+    # What ipvs does not take: their rules refuse it, and pods don't get to it anyway.
+    assert not any(reaches(world.far, SERVICE[version], 80) for version in (4, 6))
+    assert dropped(world.pod.netns, SERVICE, 8080)
+    world.clean()
+    assert allowed(world.far, POD)
+    assert _theirs_everywhere(world.node) == before
+
+
 def _theirs_everywhere(node: Node) -> list[str]:
     proxy = run(node.netns, "nft", "-s", "list", "table", "ip", "kube-proxy", check=False).stdout
-    return [proxy, *theirs(node, "nft"), *theirs(node, "legacy")]
+    sets = run(node.netns, "ipset", "save", "-sorted").stdout.splitlines()
+    of_others = [line.split(" initval")[0] for line in sets if "KUBE" in line]
+    return [proxy, *theirs(node, "nft"), *theirs(node, "legacy"), *of_others]
 
 
 def _settle(world: Gateway) -> None:
