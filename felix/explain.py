@@ -13,7 +13,8 @@ from api.errors import Problem
 from api.net import Net, format_address, parse_net
 from datastore.interface import JSON, Key
 from felix.calculate import Calculator
-from felix.settings import EndpointToHost
+from felix.rules import IPIP, UDP
+from felix.settings import CLUSTER, EndpointToHost, LoopPrevention, Settings
 from felix.snapshot import Snapshot
 from policy.evaluate import Flow, Verdict, evaluate
 from policy.model import Action, EndpointId
@@ -161,6 +162,8 @@ class Cluster:
         verdict = evaluate(calculator.engine, flow)
         settings = calculator.settings
         notes = tuple(self._notes(calculator, guard, question, node))
+        if sends and source.workload and (setting := _refuses(settings, question)):
+            return Leg(node, Verdict(Action.DENY, "", None, None, ()), setting, notes)
         if sends and source.workload and to_host and verdict.action is Action.ALLOW:
             after = settings.endpoint_to_host
             why = f"FelixConfiguration defaultEndpointToHostAction: {after.value}"
@@ -193,6 +196,17 @@ class Cluster:
     def _notes(
         self, calculator: Calculator, guard: EndpointId | None, question: Question, node: str
     ) -> Iterator[str]:
+        loops = calculator.settings.loop_prevention
+        services = self._snapshot.services.get(Key("BGPConfiguration", CLUSTER), ())
+        sends = question.source.node == node and question.source.workload
+        if sends and any(net.contains(question.target.address) for net in services):
+            dropped = ""
+            if loops is not LoopPrevention.DISABLED:
+                dropped = f"; if there is none, serviceLoopPrevention: {loops.value} stops it here"
+            yield (
+                "the target is an address of services (BGPConfiguration): of one that is there,"
+                f" policy sees the pod behind it{dropped}"
+            )
         if question.source.node == question.target.node and question.source.workload:
             return  # it passes no interface of the node but pods'
         for id, place in sorted(calculator.hosts.items()):
@@ -202,6 +216,16 @@ class Cluster:
                     f"HostEndpoint({id.name}) guards {where} of {node}: whether the packet"
                     " passes there is known on the node only"
                 )
+
+
+def _refuses(settings: Settings, question: Question) -> str:
+    """The setting for which what a workload sends is dropped before any policy; or nothing."""
+    if question.protocol == IPIP and not settings.allow_ipip:
+        return "FelixConfiguration allowIPIPPacketsFromWorkloads: false"
+    vxlan = (UDP, settings.vxlan_port)
+    if (question.protocol, question.port) == vxlan and not settings.allow_vxlan:
+        return "FelixConfiguration allowVXLANPacketsFromWorkloads: false"
+    return ""
 
 
 def _address(text: str) -> Net | None:

@@ -195,3 +195,29 @@ def test_neither_end_is_ours(run: Run) -> None:
     result = run("explain", "203.0.113.1", "203.0.113.2")
     assert result.stdout.splitlines()[-1] == "Allowed"
     assert "neither end is in this cluster" in result.stdout
+
+
+def test_encapsulation_by_a_pod_is_dropped_before_policy(run: Run) -> None:
+    for packet, setting in (
+        (("-p", "4789/UDP"), "allowVXLANPacketsFromWorkloads"),
+        (("--protocol", "4"), "allowIPIPPacketsFromWorkloads"),
+    ):
+        found = explain(run, "web", "front", *packet)
+        (node,) = found["nodes"]
+        assert (found["action"], node["steps"]) == ("Deny", [])
+        assert node["reason"] == f"FelixConfiguration {setting}: false"
+        assert explain(run, "203.0.113.9", "front", *packet)["action"] == "Allow", "not from a pod"
+        settings = thing("FelixConfiguration", "default", **{setting: True})
+        assert run("apply", "-f", "-", stdin=yaml.safe_dump(settings)).exit_code == 0
+        assert explain(run, "web", "front", *packet)["action"] == "Allow"
+        assert run("delete", "felixconfiguration", "default").exit_code == 0
+
+
+def test_addresses_of_services_are_pointed_out(run: Run) -> None:
+    services = thing("BGPConfiguration", "default", serviceClusterIPs=[{"cidr": "10.96.0.0/12"}])
+    assert run("apply", "-f", "-", stdin=yaml.safe_dump(services)).exit_code == 0
+    (node,) = explain(run, "web", "10.96.0.7", "-p", "80")["nodes"]
+    (note,) = node["notes"]
+    assert "an address of services" in note and "serviceLoopPrevention: Drop" in note
+    (node,) = explain(run, "web", "198.51.100.7", "-p", "80")["nodes"]
+    assert node["notes"] == []
