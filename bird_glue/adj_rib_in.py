@@ -47,7 +47,12 @@ class PeerState:
     def complete(self, now: float) -> bool:
         """Whether it is up and has told all it has, or is dead and has nothing to tell."""
         waited = self.settles is not None and now >= self.settles
-        return self.dead or (self.up and (waited or bool(self.ended)))
+        return self.dead or (self.up and (waited or self._all_ended()))
+
+    def _all_ended(self) -> bool:
+        if self.session and self.session.extended and self.graceful:
+            return self.ended >= self.graceful.families
+        return bool(self.ended)
 
 
 class AdjRibIn:
@@ -72,6 +77,9 @@ class AdjRibIn:
                 known.session = session
                 self.changed |= known.nets
                 if session is not None:
+                    if not session.extended:
+                        others = [net for net in known.nets if net.version != address.version]
+                        self._forget(address, others)
                     if session.external and not known.external:
                         self._without_internal(address)
                     known.external = session.external

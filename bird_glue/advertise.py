@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from api.net import Net
+from api.net import V4, Net
 from bird_glue.announcement import Announcement, Announcements
 from bird_glue.decision import Path, is_martian
 from bird_glue.filters import (
@@ -54,6 +54,8 @@ class Speaking:
 
     ``filters``: its BGPFilters. ``communities``: to add to prefixes inside of each.
     ``workload``: it is a workload of this node; what it says is told as if it were ours.
+    ``priority``: of routes of the session's IP version; ``ipv4_priority``: of IPv4 routes, if
+    they are told over an IPv6 session as well (RFC 8950).
     """
 
     asn: int
@@ -65,6 +67,13 @@ class Speaking:
     filters: tuple[Filter, ...] = ()
     communities: Communities = ()
     workload: bool = False
+    ipv4_priority: int | None = None
+
+    def versions(self, address: Net) -> tuple[int, ...]:
+        """The IP versions of routes that the peer with this address is told."""
+        if self.ipv4_priority is None:
+            return (address.version,)
+        return (address.version, V4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +117,17 @@ def announcements(
     """
     learned = tuple(learned)
     wanted: dict[Net, Announcements] = {}
-    alike: dict[tuple[int, Speaking], dict[Net, Announcement]] = {}
+    alike: dict[tuple[tuple[int, ...], Speaking], dict[Net, Announcement]] = {}
     for address, to in speaking.items():
-        how = address.version, to
+        versions = to.versions(address)
+        how = versions, to
         if how not in alike:
-            alike[how] = own_announcements(own, *how)
+            alike[how] = {}
+            for version in versions:
+                alike[how] |= own_announcements(own, version, to)
         told = {}
         for route in learned:
-            if route.net.version == address.version and route.path.peer != address:
+            if route.net.version in versions and route.path.peer != address:
                 found = learned_announcement(route, speaking[route.path.peer], to, cluster_id)
                 if found is not None:
                     told[route.net] = found
@@ -160,7 +172,10 @@ def own_announcements(
     routes: Iterable[OwnRoute], version: int, speaking: Speaking
 ) -> dict[Net, Announcement]:
     """The routes of this node, of one IP version, for one peer."""
-    normal = Attributes(origin=0, local_preference=HIGHEST_PREFERENCE - speaking.priority)
+    priority = speaking.priority
+    if version == V4 and speaking.ipv4_priority is not None:
+        priority = speaking.ipv4_priority
+    normal = Attributes(origin=0, local_preference=HIGHEST_PREFERENCE - priority)
     told: dict[Net, Announcement] = {}
     for route in routes:
         if route.net.version != version or not (route.told or speaking.filters):
@@ -208,6 +223,8 @@ def learned_announcement(
     if leaving is None:
         return None
     own_hop = to.next_hop_self or (to.external and not to.next_hop_keep) or learned.workload
+    if route.path.next_hop.version != route.net.version and to.ipv4_priority is None:
+        own_hop = True  # an IPv6 address, which can't be told over an IPv4 session
     if to.external:
         leaving = replace(leaving, local_preference=None, med=None, originator=None, clusters=())
     elif leaving.local_preference is None:

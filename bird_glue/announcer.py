@@ -19,7 +19,16 @@ from dataclasses import dataclass, field
 from api.net import V4, Net, format_address
 from bird_glue.announcement import Announcement, Announcements
 from bird_glue.dialogue import Dialogue, Result
-from bird_glue.messages import Down, EndOfRib, Hello, Segment, SessionEvent, Up, Updated
+from bird_glue.messages import (
+    Down,
+    EndOfRib,
+    Hello,
+    Opened,
+    Segment,
+    SessionEvent,
+    Up,
+    Updated,
+)
 
 _PER_LINE = 20
 # ExaBGP compares each peer that a command names with each that it has
@@ -44,7 +53,8 @@ class Told:
     retry: float = 0.0
     stale: bool = True
     end_asked: float | None = None
-    end_sent: bool = False
+    end_sent: set[int] = field(default_factory=set)  # IP versions
+    extended: bool = False  # it takes IPv4 routes with IPv6 next hops
 
 
 @dataclass(slots=True)
@@ -63,18 +73,21 @@ class Announcer:
         self._told: dict[Net, Told] = {}
         self._wanted: Mapping[Net, Announcements] | None = None
         self._fronts: Mapping[Net, int | None] = {}
+        self._extended: Mapping[Net, Net] = {}
         self._mark_end = False
 
     def want(
         self,
         wanted: Mapping[Net, Announcements],
         fronts: Mapping[Net, int | None],
+        extended: Mapping[Net, Net],
         *,
         mark_end: bool,
     ) -> None:
         """Per peer the prefixes and their attributes; peers that are not in it: nothing.
 
-        ``fronts``: per peer the AS number that eBGP puts in front of a path.
+        ``fronts``: per peer the AS number that eBGP puts in front of a path. ``extended``: for
+        peers over IPv6 that are told IPv4 routes, too, our address there (RFC 8950).
         """
         same: dict[tuple[int, int], bool] = {}  # most peers share what they are told
         for peer, told in self._told.items():
@@ -89,6 +102,7 @@ class Announcer:
                 told.stale = True
         self._wanted = wanted
         self._fronts = fronts
+        self._extended = extended
         self._mark_end = mark_end
 
     def forget(self) -> None:
@@ -107,7 +121,9 @@ class Announcer:
             case Up():
                 told.up = told.stale = True
                 told.announced = dict.fromkeys(told.announced)
-                told.end_asked, told.end_sent = None, False
+                told.end_asked, told.end_sent = None, set()
+            case Opened(extended_next_hop=extended):
+                told.extended = extended
             case Down(removed=removed):
                 told.up = False
                 told.on_wire.clear()
@@ -116,8 +132,8 @@ class Announcer:
             case Updated(sent=True, withdrawn=withdrawn, announced=announced):
                 told.on_wire.difference_update(withdrawn)
                 told.on_wire.update(net for net, _ in announced)
-            case EndOfRib(sent=True):
-                told.end_sent = True
+            case EndOfRib(sent=True, version=version):
+                told.end_sent.add(version)
 
     def sent(self, peer: Net) -> int:
         """How many prefixes a peer was sent."""
@@ -136,10 +152,14 @@ class Announcer:
         ends: dict[str, Command] = {}  # after the routes
         for peer, told in self._told.items():
             if told.up and not told.pending and told.retry <= now:
+                versions = self._versions(peer, told)
                 if told.stale or told.retry:
-                    self._collect(peer, told, self._wanted.get(peer, {}), commands)
-                if peer in self._wanted and self._mark_end and not told.end_sent:
-                    _collect_end(peer, told, now, ends)
+                    wanted = self._wanted.get(peer, {})
+                    if peer in self._extended and V4 not in versions:
+                        wanted = {net: way for net, way in wanted.items() if net.version != V4}
+                    self._collect(peer, told, wanted, commands)
+                if peer in self._wanted and self._mark_end and not told.end_sent >= versions:
+                    _collect_end(peer, told, versions, now, ends)
         for text, command in (commands | ends).items():
             for names, peers in _addressed(command.peers, everyone):
                 self._ask(dialogue, f"{names} {text}", command, peers)
@@ -147,22 +167,32 @@ class Announcer:
     def next_due(self) -> float | None:
         """When ``step`` has something to do though nothing happens."""
         due = []
-        for told in self._told.values():
+        for peer, told in self._told.items():
             if told.up and not told.pending:
                 if told.retry:
                     due.append(told.retry)
-                if told.end_asked is not None and not told.end_sent:
+                if told.end_asked is not None and not told.end_sent >= self._versions(peer, told):
                     due.append(told.end_asked + _RETRY_SECONDS)
         return min(due, default=None)
+
+    def _versions(self, peer: Net, told: Told) -> frozenset[int]:
+        """The IP versions of routes that a peer is told."""
+        both = told.extended and peer in self._extended
+        return frozenset((peer.version, V4) if both else (peer.version,))
 
     def _collect(
         self, peer: Net, told: Told, wanted: Announcements, commands: dict[str, Command]
     ) -> None:
         told.retry = 0.0
         told.stale = False
+        if peer not in self._extended:  # ExaBGP forgot them with the family
+            known = told.announced.items()
+            told.announced = {net: way for net, way in known if net.version == peer.version}
         for announcement, nets in _missing(wanted, told.announced):
             prefixes = " ".join(map(str, nets))
-            attributes = attribute_words(announcement, self._fronts.get(peer))
+            # what ExaBGP would take for itself in an IPv4 route is its router ID
+            own = self._extended.get(peer) if nets[0].version == V4 else None
+            attributes = attribute_words(announcement, self._fronts.get(peer), own)
             text = f"announce attributes {attributes} nlri {prefixes}"
             commands.setdefault(text, Command(nets, announcement)).peers.append(peer)
         for nets in _batches([net for net in told.announced if net not in wanted]):
@@ -189,11 +219,14 @@ class Announcer:
         dialogue.ask(line, finish)
 
 
-def _collect_end(peer: Net, told: Told, now: float, ends: dict[str, Command]) -> None:
+def _collect_end(
+    peer: Net, told: Told, versions: frozenset[int], now: float, ends: dict[str, Command]
+) -> None:
     if told.end_asked is None or now >= told.end_asked + _RETRY_SECONDS:
         told.end_asked = now
-        family = "ipv4 unicast" if peer.version == V4 else "ipv6 unicast"
-        ends.setdefault(f"announce eor {family}", Command()).peers.append(peer)
+        for version in sorted(versions - told.end_sent):
+            text = f"announce eor ipv{version} unicast"
+            ends.setdefault(text, Command()).peers.append(peer)
 
 
 def _addressed(peers: list[Net], everyone: Collection[Net]) -> Iterator[tuple[str, list[Net]]]:
@@ -209,20 +242,22 @@ def _addressed(peers: list[Net], everyone: Collection[Net]) -> Iterator[tuple[st
 def _missing(
     wanted: Announcements, announced: Mapping[Net, Announcement | None]
 ) -> list[tuple[Announcement, tuple[Net, ...]]]:
-    """(announcement, prefixes that share it) still to be told, in portions."""
-    groups: dict[Announcement, list[Net]] = {}
+    """(announcement, prefixes that share it) still to be told, in portions of an IP version."""
+    groups: dict[tuple[Announcement, int], list[Net]] = {}
     for net, announcement in wanted.items():
         if announced.get(net) != announcement:
-            groups.setdefault(announcement, []).append(net)
-    return [(found, part) for found, nets in groups.items() for part in _batches(nets)]
+            groups.setdefault((announcement, net.version), []).append(net)
+    return [(found, part) for (found, _), nets in groups.items() for part in _batches(nets)]
 
 
-def attribute_words(announcement: Announcement, front: int | None) -> str:
-    """The attributes as ExaBGP's command line takes them; ``front``: our AS number, to eBGP.
+def attribute_words(announcement: Announcement, front: int | None, own: Net | None = None) -> str:
+    """The attributes as ExaBGP's command line takes them; ``front``: our AS number, to eBGP;
+    ``own``: our address, where ExaBGP wouldn't find it by itself.
 
     ExaBGP sends a path that is spelt out as it is; without one it puts our AS in by itself.
     """
-    next_hop, attributes = announcement
+    next_hop = announcement.next_hop or own
+    attributes = announcement.attributes
     words = ["next-hop", "self" if next_hop is None else format_address(*next_hop[:2])]
     words += ["origin", _ORIGINS[attributes.origin]]
     if attributes.local_preference is not None:
@@ -230,8 +265,8 @@ def attribute_words(announcement: Announcement, front: int | None) -> str:
     if attributes.med is not None:
         words += ["med", str(attributes.med)]
     if attributes.as_path:
-        own = () if front is None else (Segment("as-sequence", (front,)),)
-        words += _as_path((*own, *attributes.as_path))
+        first = () if front is None else (Segment("as-sequence", (front,)),)
+        words += _as_path((*first, *attributes.as_path))
     for name, communities in (
         ("community", attributes.communities),
         ("large-community", attributes.large_communities),

@@ -86,16 +86,29 @@ def render(intent: Intent, wanted: Mapping[Net, Announcements], run_dir: Path) -
         f"  interface {direct};\n"
         "}\n"
     ]
+    owns: dict[int, Own] = {}
     for version in _VERSIONS:
         parts.append(forbidden(intent.guard, version))
         parts.append(pool_functions(intent.pools, version))
         parts.append(_kernel(version, intent.metrics[version]))
-        told = {peer: routes for peer, routes in wanted.items() if peer.version == version}
-        own = divide(told, intent.speaking)
-        parts.append(_statics(version, own.base))
+        owns[version] = divide(_of_version(wanted, intent.neighbors, version), intent.speaking)
+        parts.append(_statics(version, owns[version].base))
         parts.append(_ways(intent.neighbors.values(), version))
-        parts.append(_sessions(intent, version, own))
-    return "".join(parts)
+    return "".join([*parts, _sessions(intent, owns)])
+
+
+def _of_version(
+    wanted: Mapping[Net, Announcements], neighbors: Mapping[Net, Neighbor], version: int
+) -> dict[Net, Announcements]:
+    """Own routes of one IP version, per peer that is told any of it."""
+    found: dict[Net, Announcements] = {}
+    for peer, routes in wanted.items():
+        neighbor = neighbors.get(peer)
+        if neighbor is not None and neighbor.extended_next_hop:
+            found[peer] = {net: route for net, route in routes.items() if net.version == version}
+        elif peer.version == version:
+            found[peer] = routes
+    return found
 
 
 def unspeakable(neighbor: Neighbor) -> str:
@@ -213,20 +226,23 @@ def _attributes(announcement: Announcement) -> Iterable[str]:
         yield f"bgp_large_community.add({community(value)});"
 
 
-def _sessions(intent: Intent, version: int, own: Own) -> str:
+def _sessions(intent: Intent, owns: Mapping[int, Own]) -> str:
     filters: dict[str, str] = {}
     protocols = []
-    for address, neighbor in intent.neighbors.items():
-        if address.version == version:
-            to, reflects = intent.speaking[address], intent.guard.cluster_id is not None
-            session, different = intent.sessions[address], own.different.get(address, {})
+    reflects = intent.guard.cluster_id is not None
+    for address, neighbor in sorted(intent.neighbors.items()):
+        to, session = intent.speaking[address], intent.sessions[address]
+        channels = []
+        for version in neighbor.versions:
+            different = owns[version].different.get(address, {})
             accepted = import_body(session, version, workload=to.workload)
-            told = export_body(to, neighbor.local, different, reflects=reflects)
+            told = export_body(to, neighbor.local, version, different, reflects=reflects)
             names = (
                 _filter(filters, f"accepted_v{version}", accepted),
                 _filter(filters, f"told_v{version}", told),
             )
-            protocols.append(_session(intent, neighbor, *names))
+            channels.append(_channel(intent, neighbor, version, *names))
+        protocols.append(_session(intent, neighbor, channels))
     return "".join([*filters.values(), *protocols])
 
 
@@ -241,16 +257,16 @@ def _filter(filters: dict[str, str], kind: str, lines: list[str]) -> str:
 def export_body(
     to: Speaking,
     local: Net,
+    version: int,
     different: Mapping[Net, Announcement | None],
     *,
     reflects: bool,
 ) -> list[str]:
     """The filter for what a peer is told; see ``advertise.learned_announcement``.
 
-    ``local``: where we speak from. ``different``: what it is told of own routes, where most
-    are told something else. ``reflects``: this node is a route reflector.
+    ``local``: where we speak from; ``version``: of the routes. ``different``: what it is told
+    of own routes, where most are told something else. ``reflects``: this node is a route reflector.
     """
-    version = local.version
     lines = [
         "if source = RTS_STATIC then {",
         *_differences(different),
@@ -295,8 +311,8 @@ def _differences(different: Mapping[Net, Announcement | None]) -> list[str]:
     return lines
 
 
-def _session(intent: Intent, neighbor: Neighbor, accepted: str, told: str) -> str:
-    address, version = neighbor.address, neighbor.address.version
+def _session(intent: Intent, neighbor: Neighbor, channels: Iterable[str]) -> str:
+    address = neighbor.address
     to = intent.speaking[address]
     listen = intent.listen
     lines = [
@@ -309,8 +325,6 @@ def _session(intent: Intent, neighbor: Neighbor, accepted: str, told: str) -> st
         # loops are looked for in the filter, which also knows the node's other AS number
         "allow local as; med metric on;",
     ]
-    if neighbor.password:
-        lines.append(f'password "{neighbor.password.decode("ascii")}";')
     if neighbor.ttl_security:
         lines.append("ttl security on;")
     if neighbor.password:
@@ -323,13 +337,19 @@ def _session(intent: Intent, neighbor: Neighbor, accepted: str, told: str) -> st
         lines.append(f"rr cluster id {format_address(V4, intent.guard.cluster_id)};")
         if to.cluster_id is not None:
             lines.append("rr client;")
+    return block(f"protocol bgp {protocol_name(address)}", [*lines, *channels])
+
+
+def _channel(intent: Intent, neighbor: Neighbor, version: int, accepted: str, told: str) -> str:
+    to = intent.speaking[neighbor.address]
     channel = f"import keep filtered; import filter {accepted}; export filter {told};"
     channel += f" gateway recursive; igp table igp{version};"
+    if version != neighbor.address.version:
+        channel += f" extended next hop; igp table igp{neighbor.address.version};"
     if to.next_hop_self or (to.external and not to.next_hop_keep):
         channel += " next hop self;"
     elif to.next_hop_keep:
         channel += " next hop keep;"
     if intent.receive_limit:
         channel += f" receive limit {intent.receive_limit} action restart;"
-    lines.append(f"ipv{version} {{ {channel} }};")
-    return block(f"protocol bgp {protocol_name(address)}", lines)
+    return f"ipv{version} {{ {channel} }};"

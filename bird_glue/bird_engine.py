@@ -24,6 +24,7 @@ from bird_glue.bird_routes import parse_routes, why_filtered
 from bird_glue.bird_status import ProtocolStatus, error_in_words, parse_protocols
 from bird_glue.birdc import Birdc, BirdError, Line, RefusedError
 from bird_glue.channel import FromRelay
+from bird_glue.config import Neighbor
 from bird_glue.engine import BIRD, EngineEvent, Intent, Report, Restarted
 from bird_glue.process import Bird
 from reconcile.backoff import Backoff
@@ -199,7 +200,7 @@ class BirdEngine:
                 received=seen.imported + seen.filtered,
                 used=seen.preferred,
                 # until it has recovered nothing of it goes to the kernel
-                installed=self._installed(name, address.version) if up and not recovering else 0,
+                installed=self._installed(name, neighbor) if up and not recovering else 0,
                 refused=self._refused(address, seen),
             )
         return reports
@@ -392,11 +393,14 @@ class BirdEngine:
         found = (why_filtered(route, peer, session, guard) or _REFUSED for route in routes)
         return dict(Counter(found))
 
-    def _installed(self, name: str, version: int) -> int:
+    def _installed(self, name: str, neighbor: Neighbor) -> int:
         """How many routes of a peer the kernel gets."""
-        answer = self._ask(f"show route count protocol {name} export kernel{version}")
-        words = answer[0].split() if answer else []
-        return int(words[0]) if words and words[0].isdigit() else 0
+        found = 0
+        for version in neighbor.versions:
+            answer = self._ask(f"show route count protocol {name} export kernel{version}")
+            words = answer[0].split() if answer else []
+            found += int(words[0]) if words and words[0].isdigit() else 0
+        return found
 
 
 def _without(intent: Intent, addresses: Set[Net]) -> Intent:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from api.net import BITS, Net, format_address
+from api.net import BITS, V4, Net, format_address
 from bird_glue.decision import MARTIANS, Guard, Session
 from bird_glue.filters import (
     AddCommunity,
@@ -53,7 +53,9 @@ def forbidden(guard: Guard, version: int) -> str:
     lines = [f"if net ~ {prefix_set(patterns)} then return true;"]
     if hosts:
         lines.append(f"if bgp_next_hop ~ [ {hosts} ] then return true;")
-    never = " || ".join(f"bgp_next_hop ~ {net}" for net in NO_HOPS if net.version == version)
+    never = " || ".join(  # IPv4 routes may have IPv6 next hops (RFC 8950)
+        f"bgp_next_hop ~ {net}" for net in NO_HOPS if version == V4 or net.version == version
+    )
     lines.append(f"if {never} then return true;")
     lines.append(f"if net.len = {bits} && net.ip = bgp_next_hop then return true;")
     lines.append("return false;")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from api.net import V4, Net, format_address
+from api.net import V4, V6, Net, format_address
 
 DEFAULT_PORT = 179
 DEFAULT_HOLD_SECONDS = 90
@@ -27,7 +27,8 @@ class Neighbor:
     """One session, ready to be run.
 
     ``ttl_security``: hops between us and the peer (RFC 5082). ``reachable_by``: the gateway
-    that alone leads to the peer.
+    that alone leads to the peer. ``extended_next_hop``: a session over IPv6 that carries IPv4
+    routes as well (RFC 8950).
     """
 
     address: Net
@@ -42,6 +43,12 @@ class Neighbor:
     ttl_security: int | None = None
     password: bytes = field(default=b"", repr=False)
     reachable_by: Net | None = None
+    extended_next_hop: bool = False
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """IP versions of the routes it carries."""
+        return (V6, V4) if self.extended_next_hop else (self.address.version,)
 
     @property
     def external(self) -> bool:
@@ -99,7 +106,6 @@ def _neighbor(neighbor: Neighbor, templates: dict[str, str]) -> str:
 
 
 def _template(neighbor: Neighbor) -> str:
-    version = neighbor.address.version
     lines = [
         f'description "{_MARK}"',
         f"router-id {format_address(V4, neighbor.router_id)}",
@@ -122,10 +128,12 @@ def _template(neighbor: Neighbor) -> str:
         lines.append(f"outgoing-ttl {_MAX_TTL}")
         lines.append(f"incoming-ttl {_MAX_TTL + 1 - neighbor.ttl_security}")
     body = "".join(f"{line};\n" for line in lines)
-    family = "ipv4 unicast" if version == V4 else "ipv6 unicast"
+    families = " ".join(f"ipv{version} unicast;" for version in neighbor.versions)
+    extended = "nexthop { ipv4 unicast ipv6; }\n" if neighbor.extended_next_hop else ""
     return (
         f"{body}"
-        f"family {{ {family}; }}\n"
+        f"family {{ {families} }}\n"
+        f"{extended}"
         "capability {\n"
         "asn4 enable;\n"
         "route-refresh enable;\n"

@@ -54,12 +54,14 @@ class Session:
 
     ``external``: over eBGP. ``own_asns``: the AS numbers this node goes by; ``allowed``: how
     often they may be in an AS path all the same. ``filters``: the BGPFilters of the peer.
+    ``extended``: an IPv6 session with IPv4 routes as well (RFC 8950).
     """
 
     external: bool
     own_asns: frozenset[int]
     allowed: int = 0
     filters: tuple[Filter, ...] = ()
+    extended: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
-from api.net import V4, V6, Net, host_net
+from api.net import V4, V6, Net
 from bird_glue.nexthops import Topology
 from bird_glue.pools import Pools
 from bird_glue.rib import Selection
@@ -292,8 +292,8 @@ class Fib:
     def _leads_somewhere(self, route: Route) -> bool:
         """Whether all gateways are on connected subnets with a carrier."""
         version = route.net.version
-        gateways = [hop.gateway for hop in route.hops if hop.gateway is not None]
-        found = [self._topology.resolve(host_net(version, gateway)) for gateway in gateways]
+        gateways = [hop.next_hop(version) for hop in route.hops]
+        found = [self._topology.resolve(gateway) for gateway in gateways if gateway is not None]
         return all(resolution is not None and resolution.direct for resolution in found)
 
     def next_retry(self) -> float | None:

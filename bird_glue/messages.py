@@ -122,13 +122,17 @@ class GracefulRestart:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The peer's OPEN message. ``asn`` is the four-byte one where the peer has it."""
+    """The peer's OPEN message. ``asn`` is the four-byte one where the peer has it.
+
+    ``extended_next_hop``: it takes IPv4 routes with IPv6 next hops (RFC 8950).
+    """
 
     peer: Net
     asn: int
     hold_time: int
     router_id: int
     graceful_restart: GracefulRestart | None
+    extended_next_hop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +294,7 @@ def _open(peer: Net, time: float, neighbor: Json) -> Event | None:
         int(message["hold_time"]),
         parse_prefix(message["router_id"]).address,
         _graceful_restart(capabilities.get("64")),
+        "ipv4/unicast/ipv6" in capabilities.get("5", {}).get("conversion", ()),
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Generic, NamedTuple, TypeVar
 
-from api.net import BITS, V4, V6, Net, host_net, parse_net
+from api.net import BITS, V4, V6, Net, parse_net
 from bird_glue.messages import is_link_local
 from kernel.routes import PROTO_BGP, PROTO_FELIX, Hop, Route
 
@@ -155,13 +155,8 @@ class Topology:
     def neighbours(self, hosts: Iterable[Net]) -> frozenset[Net]:
         """Those of the addresses that are on connected subnets, and so the kernel's gateways."""
         subnets = [net for net in self.subnets if net.length]
-        gateways = (
-            host_net(net.version, hop.gateway)
-            for net, _, hops in self._facts
-            for hop in hops
-            if hop.gateway is not None
-        )
-        found = {*hosts, *gateways}
+        gateways = (hop.next_hop(net.version) for net, _, hops in self._facts for hop in hops)
+        found = {*hosts, *(gateway for gateway in gateways if gateway is not None)}
         return frozenset(host for host in found if any(net.contains(host) for net in subnets))
 
     def resolve(self, host: Net) -> Resolution | None:
@@ -175,16 +170,22 @@ class Topology:
             found_by = self.resolve(self._ways[host])
             return None if found_by is None else Resolution(found_by.hops, False, host)
         if host in self.pods:
-            return Resolution((Hop(self.pods[host].ifindex, host.address),), True, host)
+            return Resolution((_to(host, self.pods[host].ifindex),), True, host)
         found = self._table.match(host)
         if found is None or found[1].kind != "unicast":
             return None
         via, route = found
         if _connected(route.hops):
             usable = (hop for hop in route.hops if hop.ifindex not in self._ignored)
-            hops = tuple(Hop(hop.ifindex, host.address) for hop in usable)
+            hops = tuple(_to(host, hop.ifindex) for hop in usable)
             return Resolution(hops, True, via) if hops else None
+        if host.version == V6:  # said of each hop, as the route may be one of IPv4
+            return Resolution(tuple(hop._replace(via_v6=True) for hop in route.hops), False, via)
         return Resolution(route.hops, False, via)
+
+
+def _to(host: Net, ifindex: int) -> Hop:
+    return Hop(ifindex, host.address, via_v6=host.version == V6)
 
 
 def _connected(hops: tuple[Hop, ...]) -> bool:

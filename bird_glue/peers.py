@@ -27,6 +27,8 @@ from bird_glue.workloads import Workload
 from policy.selector import SelectorError
 from policy.selector import parse as parse_selector
 
+# IPv4 routes over IPv6 sessions as well (RFC 8950), which Calico's API has no field for
+EXTENDED_NEXT_HOP = "projectcalico.org/ExtendedNextHop"
 _VERSIONS = (V4, V6)
 
 
@@ -47,7 +49,8 @@ class Peer:
     speak from (None: the kernel's choice). ``local_as`` overrides the node's.
     ``is_node``: the peer is a node of this cluster. ``cluster_id``: routes are reflected to
     this client under that id. ``owner`` is the object that asked for it (kind, name).
-    ``interface``: of a workload of this node, which leads to it.
+    ``interface``: of a workload of this node, which leads to it. ``extended_next_hop``: over
+    IPv6, with IPv4 routes as well.
     """
 
     address: Net
@@ -70,6 +73,7 @@ class Peer:
     filters: tuple[str, ...] = ()
     password: SecretKey | None = None
     interface: str = ""
+    extended_next_hop: bool = False
 
 
 def desired_peers(
@@ -299,7 +303,24 @@ class _Peers:
             reachable_by=parse_net(spec.reachable_by) if spec.reachable_by else None,
             filters=tuple(spec.filters),
             password=_password(spec.password),
+            extended_next_hop=self._extended_next_hop(peer, address),
         )
+
+    def _extended_next_hop(self, peer: BGPPeer, address: Net) -> bool:
+        text = peer.metadata.annotations.get(EXTENDED_NEXT_HOP, "false")
+        expected = ""
+        if text not in ("true", "false"):
+            expected = "true or false"
+        elif text == "true" and peer.spec.peer_ip and address.version == V4:
+            expected = (
+                "false: it is about IPv4 routes over IPv6, and spec.peerIP is an IPv4 address"
+            )
+        if expected:
+            problem = Problem(f"metadata.annotations[{EXTENDED_NEXT_HOP}]", text, expected)
+            found = ObjectProblem("BGPPeer", peer.name, problem)
+            if found not in self._problems:
+                self._problems.append(found)
+        return text == "true" and address.version == V6
 
     def _problem(self, peer: BGPPeer, field: str, value: object, expected: str) -> None:
         problem = Problem(f"spec.{field}", value, expected)

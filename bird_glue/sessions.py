@@ -115,6 +115,7 @@ def _neighbor(peer: Peer, local: Local, source: Net, password: bytes) -> Neighbo
         ttl_security=peer.ttl_security,
         password=password,
         reachable_by=peer.reachable_by,
+        extended_next_hop=peer.extended_next_hop,
     )
 
 

@@ -105,7 +105,12 @@ class Speaker:
                 address: neighbor.local_as if neighbor.external else None
                 for address, neighbor in self._file.neighbors.items()
             }
-            self._announcer.want(wanted, fronts, mark_end=mark_end)
+            extended = {
+                address: neighbor.local
+                for address, neighbor in self._file.neighbors.items()
+                if neighbor.extended_next_hop
+            }
+            self._announcer.want(wanted, fronts, extended, mark_end=mark_end)
 
     @property
     def recovering(self) -> bool:
@@ -124,7 +129,7 @@ class Speaker:
     def leave(self) -> None:
         """Take back all that was announced; see ``left``."""
         self._leaving = True
-        self._announcer.want({}, {}, mark_end=False)
+        self._announcer.want({}, {}, {}, mark_end=False)
 
     def handle(self, message: FromRelay, now: float) -> list[EngineEvent]:
         """Take in what came; returns what it says about sessions."""

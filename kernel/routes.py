@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from typing import NamedTuple, Self
 
-from api.net import V4, V6, Net, format_address
+from api.net import V4, V6, Net, format_address, host_net
 from kernel.netlink import (
     NLM_F_CREATE,
     NLM_F_EXCL,
@@ -95,6 +95,12 @@ class Hop(NamedTuple):
     onlink: bool = False
     weight: int = 1
     via_v6: bool = False
+
+    def next_hop(self, version: int) -> Net | None:
+        """The gateway as a /32 or /128, in a route of this IP version; None without one."""
+        if self.gateway is None:
+            return None
+        return host_net(V6 if self.via_v6 else version, self.gateway)
 
 
 class RouteKey(NamedTuple):

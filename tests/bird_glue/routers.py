@@ -19,7 +19,9 @@ SHARED, SHARED_SIX, LOOP = "192.0.2.0/24", "2001:db8:5::/48", "10.99.0.0/16"
 class Uplink:
     """One router: number ``n`` of the rack, and how it is set now.
 
-    ``asn`` and ``router_id`` are its own unless they are given.
+    ``asn`` and ``router_id`` are its own unless they are given. ``forwards``: its kernel does so
+    while its BGP restarts, and it says so (which only FRR has a setting for). ``extended``: one
+    session, over IPv6, with IPv4 routes in it as well.
     """
 
     n: int
@@ -30,6 +32,8 @@ class Uplink:
     ttl_security: bool = False
     limit: int = 0
     bfd: bool = False
+    forwards: bool = True
+    extended: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "asn", self.asn or 65000 + self.n)
@@ -66,7 +70,7 @@ class TopOfRack(Router):
     """What tests ask of any router."""
 
     def begin(self, uplink: Uplink, *, graceful: bool = False) -> None:
-        """Start it, or start it again. ``graceful``: as one whose kernel forwards all along."""
+        """Start it, or start it again. ``graceful``: as one that was there a moment ago."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -101,10 +105,14 @@ template bgp node {{
   connect delay time 0; connect retry time 1; error wait time 1, 2;
   {options}
 }}
+{four}
+protocol bgp six from node {{ local {six} as {asn}; neighbor {node_six} as {peer_as};
+  {more}
+  ipv6 {{ import all; export all; next hop self; {limit} }}; }}
+"""
+_BIRD_FOUR = """
 protocol bgp four from node {{ local {address} as {asn}; neighbor {node} as {peer_as};
   ipv4 {{ import all; export all; next hop self; {limit} }}; }}
-protocol bgp six from node {{ local {six} as {asn}; neighbor {node_six} as {peer_as};
-  ipv6 {{ import all; export all; next hop self; {limit} }}; }}
 """
 
 
@@ -116,8 +124,19 @@ class BirdRouter(Bird, TopOfRack):
         options += "ttl security on; " if uplink.ttl_security else ""
         options += "bfd on;" if uplink.bfd else ""
         self.stop()
+        limit = f"import limit {uplink.limit} action disable;" if uplink.limit else ""
+        four = _BIRD_FOUR.format(
+            address=uplink.address,
+            asn=uplink.asn,
+            node=uplink.node,
+            peer_as=uplink.peer_as,
+            limit=limit,
+        )
+        more = "ipv4 { import all; export all; next hop self; extended next hop; };"
         text = _BIRD.format(
             router_id=uplink.router_id,
+            four="" if uplink.extended else four,
+            more=more if uplink.extended else "",
             own=uplink.own[0],
             own_six=uplink.own[1],
             asn=uplink.asn,
@@ -125,13 +144,11 @@ class BirdRouter(Bird, TopOfRack):
             shared_six=SHARED_SIX,
             loop=LOOP,
             node_as=NODE_AS,
-            address=uplink.address,
             six=uplink.six,
-            node=uplink.node,
             node_six=uplink.node_six,
             peer_as=uplink.peer_as,
             options=options,
-            limit=f"import limit {uplink.limit} action disable;" if uplink.limit else "",
+            limit=limit,
         )
         self.start(text, *(("-R",) if graceful else ()))
 
@@ -166,7 +183,7 @@ router bgp {asn}
   network {own} route-map OWN
   network {shared}
   network {loop} route-map LOOP
-  neighbor {node} activate
+  neighbor {over} activate
 {limit}
  exit-address-family
  address-family ipv6 unicast
@@ -197,7 +214,10 @@ class FrrRouter(Frr, TopOfRack):
         limits = ["", ""]
         if uplink.limit:
             limits = [f"  neighbor {node} maximum-prefix {uplink.limit}" for node in both]
+        if uplink.extended:
+            options.append(f" neighbor {uplink.node_six} capability extended-nexthop")
         text = _FRR.format(
+            over=uplink.node_six if uplink.extended else uplink.node,
             asn=uplink.asn,
             router_id=uplink.router_id,
             node=uplink.node,
@@ -210,7 +230,7 @@ class FrrRouter(Frr, TopOfRack):
             shared_six=SHARED_SIX,
             loop=LOOP,
             node_as=NODE_AS,
-            graceful=" bgp graceful-restart preserve-fw-state" if graceful else "",
+            graceful=" bgp graceful-restart preserve-fw-state" if uplink.forwards else "",
             limit=limits[0],
             limit_six=limits[1],
         )
@@ -270,10 +290,14 @@ class GobgpRouter(TopOfRack):
         self._client = str(programs / "gobgp")
         path = self.directory / "gobgpd.yaml"
         config = {"as": uplink.asn, "router-id": uplink.router_id}
-        neighbors = [
-            self._neighbor(uplink, uplink.node, "ipv4-unicast"),
-            self._neighbor(uplink, uplink.node_six, "ipv6-unicast"),
-        ]
+        if uplink.extended:
+            both = self._neighbor(uplink, uplink.node_six, "ipv4-unicast", "ipv6-unicast")
+            neighbors = [both]
+        else:
+            neighbors = [
+                self._neighbor(uplink, uplink.node, "ipv4-unicast"),
+                self._neighbor(uplink, uplink.node_six, "ipv6-unicast"),
+            ]
         path.write_text(yaml.safe_dump({"global": {"config": config}, "neighbors": neighbors}))
         options = ("-r",) if graceful else ()
         self.daemon = Process(
@@ -287,10 +311,10 @@ class GobgpRouter(TopOfRack):
         self._add("ipv4", SHARED)
         self._add("ipv6", SHARED_SIX)
 
-    def _neighbor(self, uplink: Uplink, address: str, family: str) -> dict[str, object]:
+    def _neighbor(self, uplink: Uplink, address: str, *families: str) -> dict[str, object]:
         limit = {"prefix-limit": {"config": {"max-prefixes": uplink.limit}}}
         graceful = {"mp-graceful-restart": {"config": {"enabled": True}}}
-        safi = {"config": {"afi-safi-name": family}} | graceful
+        safis = [{"config": {"afi-safi-name": family}} | graceful for family in families]
         neighbor: dict[str, object] = {
             "config": {
                 "neighbor-address": address,
@@ -301,7 +325,7 @@ class GobgpRouter(TopOfRack):
                 "config": {"connect-retry": 1, "hold-time": 30, "idle-hold-time-after-reset": 1}
             },
             "graceful-restart": {"config": {"enabled": True, "restart-time": 60}},
-            "afi-safis": [safi | (limit if uplink.limit else {})],
+            "afi-safis": [safi | (limit if uplink.limit else {}) for safi in safis],
         }
         if uplink.ttl_security:
             neighbor["ttl-security"] = {"config": {"enabled": True, "ttl-min": 255}}

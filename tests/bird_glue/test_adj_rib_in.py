@@ -237,3 +237,20 @@ def test_routes_go_when_the_session_and_the_link_have_gone() -> None:
     assert held(routes) == {ONE}
     routes.unplugged(PEER)
     assert held(routes) == set()
+
+
+def test_ipv4_routes_of_an_ipv6_session_go_with_the_wish_for_them() -> None:
+    peer, six = parse_net("fd00::1"), parse_net("fd50::/64")
+    routes = AdjRibIn()
+    routes.set_peers({peer: Session(True, frozenset((64512,)), extended=True)})
+    both = GracefulRestart(30, False, frozenset((4, 6)), frozenset((4, 6)))
+    routes.opened(Opened(peer, 65001, 90, 1, both))
+    routes.up(peer, 0)
+    for net in (ONE, six):
+        routes.updated(Updated(peer, False, (), (Announced(net, peer),), Attributes()))
+    routes.end_of_rib(peer, 6)
+    assert not routes.complete(1)
+    routes.end_of_rib(peer, 4)
+    assert routes.complete(1)
+    routes.set_peers({peer: Session(True, frozenset((64512,)))})
+    assert held(routes) == {six}

@@ -363,5 +363,5 @@ def test_exports(stage: Namespace, tmp_path: Path, version: int, data: st.DataOb
                 )
         expected.append(told)
     local = parse_net("172.31.1.11" if version == V4 else "fd00::11")
-    bodies = [export_body(peer, local, {}, reflects=reflects) for peer in peers]
+    bodies = [export_body(peer, local, version, {}, reflects=reflects) for peer in peers]
     compare(stage, tmp_path, configuration(version, drawn, bodies), expected)

@@ -295,7 +295,7 @@ def test_peers_that_are_told_the_same_are_told_at_once(running: Running, missing
         for peer in peers:
             announcer.note(Up(peer, 0))
         wanted = {net: Announcement(None, Attributes(origin=0))}
-        announcer.want(dict.fromkeys(peers, wanted), {}, mark_end=True)
+        announcer.want(dict.fromkeys(peers, wanted), {}, {}, mark_end=True)
         announcer.step(dialogue, 0, peers + [parse_net("10.0.1.0")] * missing)
         tails = ["announce attributes next-hop self origin igp nlri 10.8.0.0/26"] * (1 + missing)
         tails += ["announce eor ipv4 unicast"] * (1 + missing)
