@@ -26,7 +26,8 @@ from felix.iptables_dataplane import IptablesDataplane
 from felix.nftables_dataplane import TABLE, NftablesDataplane
 from felix.ruleset import VERSIONS
 from felix.settings import NftablesMode, Settings
-from kernel.iptables import IptablesError, IptablesTable, detect_backend, exists
+from kernel.iptables import IptablesTable
+from kernel.iptables_variants import IptablesError, detect_backend, exists
 from kernel.nftables import Nftables
 from policy.model import Member
 

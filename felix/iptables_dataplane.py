@@ -21,7 +21,8 @@ from felix.iptables_renderer import RenderedChain, Renderer
 from felix.iptables_sets import IptablesSets
 from felix.settings import Settings
 from felix.tables import Table
-from kernel.iptables import IptablesError, IptablesTable, TableUpdate, exists, rule_hashes
+from kernel.iptables import IptablesTable, TableUpdate, rule_hashes
+from kernel.iptables_variants import IptablesError, exists
 from policy.engine import SetDelta
 from policy.model import Direction, Member
 from reconcile.plan import Plan

@@ -16,21 +16,16 @@ import base64
 import hashlib
 import re
 import socket
-import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
-from kernel.netns import in_namespace
+from kernel.iptables_variants import BACKENDS, COMMANDS, IptablesError, detect_backend, run_program
 from kernel.nftables import Nftables
-from kernel.restore import Restore, RestoreError, find_program, has_program
+from kernel.restore import Restore, RestoreError, find_program
 
 CHAIN_NAME_LIMIT = 28  # characters
-_COMMANDS = {4: "iptables", 6: "ip6tables"}
-BACKENDS = ("nft", "legacy")
 _TABLES = ("filter", "nat", "raw", "mangle", "security")
-_SAVE_SECONDS = 60
 _ATTEMPTS = 3
 _OURS = re.compile(r'-m comment --comment "?cali:([A-Za-z0-9_-]{16})"?(?: |$)')
 _PROTOCOL = re.compile(r"((?:(?:! )?-[sdio] [^ ]+ )*(?:! )?-p )([^ ]+)")
@@ -112,91 +107,6 @@ class TableState:
         )
 
 
-class IptablesError(Exception):
-    """iptables refused an update; the table is as it was.
-
-    ``chain`` and ``rule`` are those at fault, empty where iptables does not say.
-    """
-
-    def __init__(self, message: str, chain: str = "", rule: str = "") -> None:
-        super().__init__(message)
-        self.chain = chain
-        self.rule = rule
-
-
-def detect_backend(netns_fd: int | None = None) -> str:
-    """``nft`` or ``legacy``: what already holds more rules in the namespace.
-
-    Where neither holds more, what the plain ``iptables`` command is; where only one is
-    installed, that one. Raises FileNotFoundError, IptablesError.
-    """
-    installed = [name for name in BACKENDS if has_program(f"iptables-{name}-restore")]
-    if len(installed) == 1:
-        return installed[0]
-    nft = sum(_count_rules(f"{command}-nft-save", netns_fd) for command in _COMMANDS.values())
-    legacy = sum(
-        _count_rules(f"{command}-legacy-save", netns_fd)
-        for command in _COMMANDS.values()
-        if _has_legacy_tables(command, netns_fd)
-    )
-    if nft != legacy:
-        return "nft" if nft > legacy else "legacy"
-    return "legacy" if "legacy" in _run([find_program("iptables"), "--version"], None) else "nft"
-
-
-def _count_rules(program: str, netns_fd: int | None) -> int:
-    output = _run([find_program(program)], netns_fd)
-    return sum(line.startswith("-A") for line in output.splitlines())
-
-
-def _has_legacy_tables(command: str, netns_fd: int | None) -> bool:
-    """Whether there are any: merely asking legacy iptables for one would make it."""
-    kind = command.removesuffix("tables")
-    with in_namespace(netns_fd):
-        try:
-            return bool(Path(f"/proc/thread-self/net/{kind}_tables_names").read_text())
-        except FileNotFoundError:
-            return False  # the kernel module is not loaded
-
-
-def _run(command: Sequence[str], netns_fd: int | None) -> str:
-    with in_namespace(netns_fd):
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="surrogateescape",
-        )
-    with process:
-        try:
-            output, errors = process.communicate(timeout=_SAVE_SECONDS)
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode != 0:
-        raise IptablesError(f"{' '.join(command)}: exit {process.returncode}: {errors.strip()}")
-    return output
-
-
-def exists(family: int, table: str, backend: str) -> bool:
-    """Whether a table is there, in the network namespace of the calling thread.
-
-    Merely asking legacy iptables for one would make it, and have packets pass it.
-    """
-    if backend == "nft":
-        with Nftables(family, table) as found:
-            return found.exists()
-    names = Path(
-        "/proc/thread-self/net", f"{_COMMANDS[family].removesuffix('tables')}_tables_names"
-    )
-    try:
-        return table in names.read_text().split()
-    except FileNotFoundError:
-        return False  # the kernel module is not loaded
-
-
 class IptablesTable:
     """One table of one family and backend (``nft``, ``legacy``, ``auto``: what is in use).
 
@@ -214,7 +124,7 @@ class IptablesTable:
         prefix: str = "cali-",
         netns_fd: int | None = None,
     ) -> None:
-        if family not in _COMMANDS or table not in _TABLES:
+        if family not in COMMANDS or table not in _TABLES:
             raise ValueError(f"iptables family {family}, table {table!r}: 4 or 6, {_TABLES}")
         if backend not in (*BACKENDS, "auto"):
             raise ValueError(f"iptables backend {backend!r}: nft, legacy or auto")
@@ -223,7 +133,7 @@ class IptablesTable:
         self.backend = detect_backend(netns_fd) if backend == "auto" else backend
         self._prefix = prefix
         self._netns_fd = netns_fd
-        command = f"{_COMMANDS[family]}-{self.backend}"
+        command = f"{COMMANDS[family]}-{self.backend}"
         self._save = (find_program(f"{command}-save"), "-t", table)
         self._restore = Restore(f"{command}-restore", netns_fd=netns_fd)
         # Other chains than ours, as last seen: (hash, text) of each rule. None: not known
@@ -234,7 +144,7 @@ class IptablesTable:
         self._doubtful: set[str] = set()
 
     def __str__(self) -> str:
-        return f"{_COMMANDS[self.family]}-{self.backend} table {self.table}"
+        return f"{COMMANDS[self.family]}-{self.backend} table {self.table}"
 
     def __enter__(self) -> IptablesTable:
         return self
@@ -280,7 +190,7 @@ class IptablesTable:
         """The rules of our chains and of those we hook into, and the policies of the latter."""
         rules: dict[str, list[str]] = {}
         policies: dict[str, str] = {}
-        for line in _run(self._save, self._netns_fd).splitlines():
+        for line in run_program(self._save, self._netns_fd).splitlines():
             if line.startswith("# Table") and "incompatible" in line:
                 # said with exit code 0 and instead of everything else
                 raise IptablesError(f"{self}: cannot be read: {line[2:]}")

@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 
 from kernel.iptables import (
     ALTERED,
-    IptablesError,
     IptablesTable,
     TableState,
     TableUpdate,
-    detect_backend,
     rule_hashes,
 )
+from kernel.iptables_variants import IptablesError, detect_backend
 from kernel.netns import Namespace, inside
 from tests.support.netns import connect, eventually, fresh_namespace, run
 

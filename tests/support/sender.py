@@ -47,15 +47,12 @@ def main(state: str, *courses: str) -> None:
     """Send for ever."""
     memory = mmap.mmap(int(state), mmap.PAGESIZE)
     parent = os.getppid()
-    senders = []
+    senders: list[tuple[socket.socket, tuple[str, int], Syn | None]] = []
     for course in courses:
         fd, address, port, *source = course.split(",")
         own = socket.socket(fileno=int(fd))
-        if source:
-            syn = Syn(address, int(port), source[0], int(source[1]))
-            senders.append((own, (address, 0), syn))
-        else:
-            senders.append((own, (address, int(port)), None))
+        syn = Syn(address, int(port), source[0], int(source[1])) if source else None
+        senders.append((own, (address, 0 if syn else int(port)), syn))
     number = 0
     while os.getppid() == parent:
         if memory[SENDING]:
