@@ -351,5 +351,5 @@ def _channel(intent: Intent, neighbor: Neighbor, version: int, accepted: str, to
     elif to.next_hop_keep:
         channel += " next hop keep;"
     if intent.receive_limit:
-        channel += f" receive limit {intent.receive_limit} action restart;"
+        channel += f" receive limit {intent.receive_limit} action disable;"
     return f"ipv{version} {{ {channel} }};"

@@ -25,7 +25,7 @@ from bird_glue.bird_status import ProtocolStatus, error_in_words, parse_protocol
 from bird_glue.birdc import Birdc, BirdError, Line, RefusedError
 from bird_glue.channel import FromRelay
 from bird_glue.config import Neighbor
-from bird_glue.engine import BIRD, EngineEvent, Intent, Report, Restarted
+from bird_glue.engine import BIRD, EngineEvent, Intent, Report, Restarted, TooMany
 from bird_glue.process import Bird
 from reconcile.backoff import Backoff
 
@@ -40,6 +40,8 @@ _PROVEN_SECONDS = 5.0  # one that ends earlier has not worked
 _MOST_FAILURES = 3  # in a row, until the other engine is taken
 _STOP_SECONDS = 3.0
 _CHECK_SECONDS = 30.0
+_LIMITS_SECONDS = 1.0  # between two looks for peers that told too much
+_OVER = "Route limit exceeded"  # in BIRD's words
 _FRESH_SECONDS = 0.2  # that an answer about sessions counts for
 _LAST_WORDS = 3  # lines
 _REFUSED = "refused by a rule of this node or a BGPFilter"
@@ -75,6 +77,7 @@ class BirdEngine:
         self._problem = ""
         self._seen: dict[str, ProtocolStatus] = {}
         self._seen_at = 0.0
+        self._limits_at = 0.0
         self.former_metrics: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -148,6 +151,7 @@ class BirdEngine:
             if self._stale and now >= self._next:
                 self._next = now + _PAUSE_SECONDS
                 self._load(intent, self._birdc)
+            return self._too_many(intent, now)
         except (OSError, RefusedError) as error:
             self._failed(f"BIRD can't be configured: {error}")
             self._failures += self._process is None
@@ -282,6 +286,15 @@ class BirdEngine:
     def forgive(self) -> None:
         """Forget what was in vain."""
         self._failures = 0
+
+    def _too_many(self, intent: Intent, now: float) -> list[EngineEvent]:
+        """The peers whose sessions BIRD has ended because they told too much."""
+        if not intent.receive_limit or now < self._limits_at:
+            return []
+        self._limits_at = now + _LIMITS_SECONDS
+        names = {protocol_name(address): address for address in intent.neighbors}
+        ended = (line.split()[0] for line in self._ask('show protocols "peer_*"') if _OVER in line)
+        return [TooMany(names[name]) for name in ended if name in names]
 
     def _write(self, intent: Intent) -> None:
         """Put the file in place, less sessions that BIRD would refuse. Raises OSError."""

@@ -21,12 +21,12 @@ from bird_glue.choice import Choice, choose
 from bird_glue.decision import Guard, Session
 from bird_glue.detector import Detector, Failure, Watch, failure
 from bird_glue.drops import Drops
-from bird_glue.engine import EXABGP, Engine, EngineEvent, Intent, Restarted
+from bird_glue.engine import EXABGP, Engine, EngineEvent, Intent, Restarted, TooMany
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.keepsake import Keepsake
 from bird_glue.limits import Resting
-from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated
+from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated, is_link_local
 from bird_glue.nexthops import Topology
 from bird_glue.peers import Peer, PeerType, desired_peers
 from bird_glue.peerstatus import PeerStatuses
@@ -198,6 +198,9 @@ class Core:
             self._routes.restarted(now)
             self._tracker.lost_all(time.time())
             return
+        if isinstance(event, TooMany):
+            self._rest(event.peer, now)
+            return
         self._tracker.note(event)
         match event:
             case Opened():
@@ -238,8 +241,9 @@ class Core:
         why = self._resting.send(peer, now)
         _log.error("%s: %s", format_address(*peer[:2]), why)
         self._tracker.failed(peer, why)
-        self._routes.failed(peer, independent=True)
-        self._engine.fail(peer, why)
+        if not self._engine.programs:  # else it has ended the session itself
+            self._routes.failed(peer, independent=True)
+            self._engine.fail(peer, why)
         self._configure_due = True
 
     def reconcile(self, now: float) -> None:
@@ -367,8 +371,9 @@ class Core:
                 local.router_id,
                 local.node.cluster_id,
                 self._blocks,
-                hosts,
-                self._topology.subnets,
+                # each pod's link has its own link-local ones, which no route goes to anyhow
+                frozenset(host for host in hosts if not is_link_local(host)),
+                frozenset(net for net in self._topology.subnets if not is_link_local(net)),
                 self._neighbours(cluster),
             ),
             pools=self._pools,

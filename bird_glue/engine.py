@@ -52,7 +52,14 @@ class Restarted:
     """The engine has ended, and with it all sessions; it will be started again."""
 
 
-EngineEvent = SessionEvent | Restarted
+@dataclass(frozen=True, slots=True)
+class TooMany:
+    """A peer told more than ``Intent.receive_limit``; the engine has ended the session."""
+
+    peer: Net
+
+
+EngineEvent = SessionEvent | Restarted | TooMany
 
 
 @dataclass(frozen=True, slots=True)

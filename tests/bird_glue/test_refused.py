@@ -25,6 +25,7 @@ from tests.bird_glue.world import Node, Station, world
 from tests.support.netns import connect, eventually
 
 ASN, FRIENDLY_ASN = 65066, 65077
+LIMIT = 1000
 END_OF_RIB = {
     V4: message(UPDATE, b"\0\0\0\0"),
     V6: message(UPDATE, b"\0\0\0\x06\x80\x0f\x03\0\x02\x01"),
@@ -66,16 +67,23 @@ class Siege:
     outside: Station
 
     def call(self, words: Words, own: str, asn: int) -> RawPeer:
-        """A session; the first call may still meet the end of the last one."""
-        for _ in range(10):
+        """A session; the first calls may still meet the end of the last one."""
+        made: list[RawPeer] = []
+
+        def called() -> bool:
+            eventually(lambda: not self.node.established(own))
             peer = RawPeer(self.outside.namespace, own, words.own, asn)
-            eventually(lambda peer=peer: peer.established.is_set() or peer.ended.is_set(), 15)  # type: ignore[misc]
-            if peer.established.is_set():
-                peer.send(END_OF_RIB[words.version])
-                eventually(lambda: self.node.established(own))
-                return peer
-            peer.close()
-        raise AssertionError(f"no session: {self.node.peer(own)}")
+            eventually(lambda: peer.established.is_set() or peer.ended.is_set(), 15)
+            eventually(lambda: peer.ended.is_set() or self.node.established(own), 15)
+            if peer.ended.is_set():
+                peer.close()
+                return False
+            made.append(peer)
+            return True
+
+        eventually(called, 30)
+        made[0].send(END_OF_RIB[words.version])
+        return made[0]
 
     def learned(self, version: int) -> set[str]:
         """The prefixes in the kernel."""
@@ -113,7 +121,7 @@ def siege(
         made.store.put("IPPool", "six", cidr="fd10::/112")
         made.store.node("n1", f"{FOUR.own}/24", ipv6Address=f"{SIX.own}/64")
         made.store.node("n2", f"{FOUR.other_node}/24", ipv6Address=f"{SIX.other_node}/64")
-        node.start(MANX_BGP_ENGINE=request.param)
+        node.start(MANX_BGP_ENGINE=request.param, MANX_RECEIVE_LIMIT=str(LIMIT))
         eventually(lambda: node.peer(FOUR.friend) is not None, 20)
         for listening in ("0.0.0.0:179 ", "]:179 "):
             eventually(lambda listening=listening: listening in node.run("ss", "-tln"), 20)  # type: ignore[misc]
@@ -281,3 +289,32 @@ def test_a_closed_port_is_named(siege: Siege) -> None:
     """Nobody listens there."""
     words = f"connection to {FOUR.friend} port 179 refused, or closed at once"
     eventually(lambda: words in (p.info if (p := siege.node.peer(FOUR.friend)) else ""), 30)
+
+
+def test_a_peer_that_tells_too_much_rests(siege: Siege) -> None:
+    """Last: the attacker is not spoken with for a minute, on neither engine."""
+    first = parse_net("20.0.0.0/24").address
+    many = [Net(V4, first + (n << 8), 24) for n in range(3 * LIMIT)]
+    with siege.call(FOUR, FOUR.hostile, ASN) as peer:
+        peer.tell(*many)
+        assert peer.ended.wait(20)
+
+    def said() -> bool:
+        status = siege.node.status()
+        told = "\n".join(status.problems) if status else ""
+        return "it announced more, and is tried again at" in told
+
+    eventually(said)
+    eventually(lambda: siege.learned(V4) == set())
+    assert siege.node.peer(FOUR.hostile) is None
+
+    def refused() -> bool:
+        try:
+            with RawPeer(siege.outside.namespace, FOUR.hostile, FOUR.own, ASN) as again:
+                assert again.ended.wait(10)
+                return not again.established.is_set()
+        except OSError:
+            return True  # at once
+
+    eventually(refused)
+    assert siege.learned(V4) == set()
