@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from api.errors import InvalidObjectError
 from api.registry import KINDS, dump, key_parts, parse, selectors
-from tests.policy import vectors
+from tests.support import vectors
 
 TEXTS = st.one_of(
     st.text(max_size=12),

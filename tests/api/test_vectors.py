@@ -17,7 +17,7 @@ from api.net import parse_net
 from api.node import NodeSpec, NodeStatus
 from api.registry import dump, parse
 from policy.selector import parse as parse_selector
-from tests.policy import vectors
+from tests.support import vectors
 
 # case -> why the verdict differs
 EXCEPTIONS = {

@@ -31,10 +31,10 @@ from bird_glue.services import EXCLUDED, Services, service_ranges
 from bird_glue.settings import local_settings
 from datastore.follower import Update
 from datastore.interface import Key
-from tests.bird_glue.test_peers import BASES, CASES, VECTORS, cluster_of, documents
-from tests.policy import vectors
+from tests.bird_glue.test_peers import BASES, CASES, cluster_of, documents
+from tests.support import vectors
 
-pytestmark = pytest.mark.skipif(not CASES, reason=f"recorded cases are not at {VECTORS}")
+pytestmark = pytest.mark.skipif(not CASES, reason=vectors.absent())
 
 FAMILIES = ((V4, "v4", "bird_aggr.cfg"), (V6, "v6", "bird6_aggr.cfg"))
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +16,7 @@ from bird_glue.peers import Peer, PeerType, desired_peers
 from bird_glue.pools import pool_policy
 from bird_glue.settings import Cluster, local_settings
 from bird_glue.workloads import Workload
-
-VECTORS = Path(__file__).resolve().parents[3] / "shared" / "vectors" / "bgp_golden.json.gz"
+from tests.support import vectors
 
 # The recording changes one object of the case it follows, and holds only that object.
 BASES = {
@@ -30,15 +26,7 @@ BASES = {
 NAMES = {PeerType.MESH: "Mesh", PeerType.GLOBAL: "Global", PeerType.NODE: "Node"}
 
 
-def load() -> list[dict[str, Any]]:
-    if not VECTORS.exists():
-        return []
-    with gzip.open(VECTORS) as file:
-        cases: list[dict[str, Any]] = json.load(file)["cases"]
-    return cases
-
-
-CASES = {case["id"]: case for case in load()}
+CASES = {case["id"]: case for case in (vectors.find("bgp_golden") or {"cases": ()})["cases"]}
 
 
 def documents(case_id: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -83,6 +71,7 @@ def fact(peer: Peer, asn: int) -> dict[str, Any]:
         "asn": peer.remote_as,
         "local_as": peer.local_as,
         "passive": peer.passive,
+        "password": peer.password and peer.password.key,  # none has one in the recording
         "source_address": format_address(*peer.source[:2]) if peer.source else None,
         "ttl_security": "on" if peer.ttl_security else "off",
         "next_hop_self": peer.next_hop_self,
@@ -93,7 +82,7 @@ def fact(peer: Peer, asn: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.skipif(not CASES, reason=f"recorded cases are not at {VECTORS}")
+@pytest.mark.skipif(not CASES, reason=vectors.absent())
 @pytest.mark.parametrize("case_id", CASES or ["-"])
 def test_recorded_peers(case_id: str) -> None:
     case = CASES[case_id]
@@ -117,7 +106,7 @@ def test_recorded_peers(case_id: str) -> None:
             assert facts["local_as"] == local.asn
 
 
-@pytest.mark.skipif(not CASES, reason=f"recorded cases are not at {VECTORS}")
+@pytest.mark.skipif(not CASES, reason=vectors.absent())
 @pytest.mark.parametrize("case_id", CASES or ["-"])
 def test_recorded_pools(case_id: str) -> None:
     """What is exported, and what the kernel gets; IPIP is felix's, whatever the field says."""

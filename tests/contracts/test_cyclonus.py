@@ -19,8 +19,8 @@ from api.net import parse_net
 from datastore.interface import Key
 from tests.felix.fabric import MAKERS, Fabric
 from tests.felix.world import Pod
-from tests.policy import vectors
 from tests.policy.test_netpol import acceptable
+from tests.support import vectors
 from tests.support.probes import SCTP, TCP, UDP, Probe
 
 PROTOCOLS = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}

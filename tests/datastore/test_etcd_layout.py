@@ -18,8 +18,7 @@ from api.registry import parse
 from datastore.etcd_keys import Range, affinity_at, candidates, key_of, path_of, ranges
 from datastore.etcd_values import decode, encode
 from datastore.interface import JSON, Key
-from tests.policy import vectors
-from tests.support import protobuf
+from tests.support import protobuf, vectors
 
 NODE = Key("Node", "node-1")
 BLOCK = Key("IPAMBlock", "10-0-0-0-26")

@@ -24,7 +24,7 @@ from datastore.kubernetes_translation import (
     pod_annotations,
     pod_of,
 )
-from tests.policy import vectors
+from tests.support import vectors
 
 VECTORS = vectors.load("k8s_objects_conversion")
 

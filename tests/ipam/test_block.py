@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,15 +24,14 @@ from ipam.block import (
     OutsideError,
     ReleaseError,
 )
-
-VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "ipam_block_traces.json.gz"
+from tests.support import vectors
 
 
 def traces() -> list[Any]:
-    if not VECTORS.exists():
-        return [pytest.param(None, marks=pytest.mark.skip(f"recorded traces absent: {VECTORS}"))]
-    with gzip.open(VECTORS) as file:
-        return [pytest.param(trace, id=trace["id"]) for trace in json.load(file)["traces"]]
+    recorded = vectors.find("ipam_block_traces")
+    if recorded is None:
+        return [pytest.param(None, marks=pytest.mark.skip(vectors.absent()))]
+    return [pytest.param(trace, id=trace["id"]) for trace in recorded["traces"]]
 
 
 def replay(block: Block, op: dict[str, Any]) -> dict[str, Any]:

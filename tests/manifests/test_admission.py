@@ -18,7 +18,7 @@ from manifests import admission, crds
 from policy.selector import parse as parse_selector
 from tests.api.examples import EXAMPLES
 from tests.manifests.test_crds import UNSAID, refused_by_model, thing, url
-from tests.policy import vectors
+from tests.support import vectors
 from tests.support.crds import install_admission, install_crds
 from tests.support.kube import KubeApiserver, api_server
 

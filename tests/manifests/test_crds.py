@@ -24,7 +24,7 @@ from manifests.__main__ import main
 from manifests.rules import rules_of
 from policy.selector import parse as parse_selector
 from tests.api.examples import EXAMPLES
-from tests.policy import vectors
+from tests.support import vectors
 from tests.support.kube import KubeApiserver
 
 V3 = "projectcalico.org/v3"

@@ -15,7 +15,7 @@ from manifests.schema import type_schema
 from manifests.values import SELECTOR
 from policy.selector import SelectorError
 from policy.selector import parse as parse_selector
-from tests.policy import vectors
+from tests.support import vectors
 
 # those whose pattern says everything; of the others it says less than the validator
 PATTERNS = {

@@ -14,7 +14,7 @@ from policy import convert
 from policy.compile import compile_policy
 from policy.engine import Profile
 from policy.model import PolicyId
-from tests.policy import vectors
+from tests.support import vectors
 
 
 def kubernetes_policy(obj: dict[str, Any]) -> KubernetesNetworkPolicy:

@@ -6,7 +6,7 @@ from typing import Any
 
 from policy.effective import global_policy_selector, policy_selector, rule_selector
 from policy.selector import Selector, parse
-from tests.policy import vectors
+from tests.support import vectors
 
 
 def optional(text: str | None) -> Selector | None:

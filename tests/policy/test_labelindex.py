@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from policy.labelindex import LabelIndex
 from policy.selector import Selector, parse
-from tests.policy import vectors
+from tests.support import vectors
 
 LABELS = st.dictionaries(st.sampled_from("abc"), st.sampled_from(["x", "y", "xy"]), max_size=3)
 ITEMS = st.integers(0, 40)

@@ -14,8 +14,8 @@ import pytest
 from api.net import parse_net
 from policy.evaluate import Flow, evaluate
 from policy.model import Action, Endpoint, NamedPort
-from tests.policy import vectors
 from tests.policy.world import PROTOCOLS, World, endpoint
+from tests.support import vectors
 
 PARTS = 8
 

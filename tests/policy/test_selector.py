@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy.selector import MAX_DEPTH, Selector, SelectorError, normalise, parse
-from tests.policy import vectors
+from tests.support import vectors
 
 
 def test_recorded_selectors() -> None:
