@@ -1,8 +1,8 @@
 """A daemon's work in a process that dies at a chosen step (``python -m tests.cni.mortal``).
 
 Reads one job a line, forks, and lets the child do it: attach, detach or repair. The child
-ends itself (no clean-up whatsoever) right before its n-th write to kernel or datastore. The
-exit status goes to stdout, one line each: 0 for a job that was done.
+ends itself (no clean-up whatsoever) right before its n-th write to kernel or datastore, or run of
+another IPAM plugin. The exit status goes to stdout, one line each: 0 for a job that was done.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
+from api.net import parse_net
 from cni.attachment import Attachment
+from cni.delegate import Delegate
 from cni.features import Features
 from cni.node import Node, Wanted
 from cni.repair import repair
 from datastore.connect import connect
-from datastore.interface import JSON, Entry, Key
-from datastore.sqlite import SqliteDatastore
 from kernel.netlink import NetlinkSocket
 
 DIED = 9
@@ -34,52 +35,56 @@ def _step(last: int) -> None:
         os._exit(DIED)
 
 
-def _make_mortal(last: int) -> None:
+def _make_mortal(store: type, last: int) -> None:
     """End this process before its ``last``-th step."""
+    steps = [(store, name) for name in ("create", "update", "delete")]
+    for of, name in (*steps, (NetlinkSocket, "transact"), (Delegate, "_run")):
+        setattr(of, name, _mortal(getattr(of, name), last))
 
-    class Mortal(SqliteDatastore):
-        def create(self, key: Key, value: JSON) -> Entry:
-            _step(last)
-            return create(self, key, value)
 
-        def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
-            _step(last)
-            return update(self, key, value, revision)
-
-        def delete(self, key: Key, revision: str | None = None) -> Entry:
-            _step(last)
-            return delete(self, key, revision)
-
-    create, update, delete = (
-        SqliteDatastore.create,
-        SqliteDatastore.update,
-        SqliteDatastore.delete,
-    )
-    transact = NetlinkSocket.transact
-
-    def mortal_transact(self: NetlinkSocket, messages: Any) -> Any:
+def _mortal(step: Callable[..., Any], last: int) -> Callable[..., Any]:
+    def mortal(*arguments: Any, **keywords: Any) -> Any:
         _step(last)
-        return transact(self, messages)
+        return step(*arguments, **keywords)
 
-    for name in ("create", "update", "delete"):
-        setattr(SqliteDatastore, name, getattr(Mortal, name))
-    setattr(NetlinkSocket, "transact", mortal_transact)  # noqa: B010
+    return mortal
 
 
 def _do(url: str, node_name: str, job: dict[str, Any]) -> None:
+    store = connect(url)
     if job["die"]:
-        _make_mortal(job["die"])
-    node = Node(connect(url), node_name)
+        _make_mortal(type(store), job["die"])
+    node = Node(store, node_name, follow=not url.startswith("sqlite:"))
     node.start()
     if job["verb"] == "repair":
         repair(node)
         return
     attachment = Attachment(**job["attachment"])
+    wants = job["wants"]
+    delegate = _delegate(attachment, wants["data"]) if "data" in wants else None
     if job["verb"] == "detach":
-        node.detach(attachment)
+        node.detach(attachment, delegate=delegate)
         return
     netns = os.open(job["netns"], os.O_RDONLY)
-    node.attach(attachment, netns, Wanted(Features(families=((4, ()),))))
+    features = Features(
+        families=tuple((version, ()) for version in wants.get("families", (4,))),
+        addresses=tuple(parse_net(text) for text in wants.get("addresses", ())),
+    )
+    node.attach(attachment, netns, Wanted(features, delegate=delegate))
+
+
+def _delegate(attachment: Attachment, data: str) -> Delegate:
+    """host-local, which keeps its leases in a directory."""
+    ipam = {"type": "host-local", "ranges": [[{"subnet": "10.99.0.0/24"}]], "dataDir": data}
+    configuration = {"cniVersion": "1.0.0", "name": attachment.network, "type": "manx"}
+    variables = {
+        "CNI_CONTAINERID": attachment.container_id,
+        "CNI_IFNAME": attachment.ifname,
+        "CNI_NETNS": "/somewhere",
+        "CNI_PATH": "/usr/lib/cni",
+    }
+    stdin = json.dumps(configuration | {"ipam": ipam}).encode()
+    return Delegate("host-local", variables, stdin, tuple)
 
 
 def main(url: str, node_name: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,15 @@ import pytest
 from kernel.netns import Namespace, inside
 from tests.cni.mortal import DIED
 from tests.cni.rig import NETWORK, NODE, ROOT, Rig
+from tests.support.etcd import single_node
 from tests.support.netns import eventually
+from tests.support.relay import Relay
 
 MOST_STEPS = 40  # far more than there are
+
+
+# A test that is worth its time on both stores.
+on_both = pytest.mark.parametrize("_mortals", ["sqlite", "etcd"], indirect=True)
 
 
 class Mortals:
@@ -26,6 +33,7 @@ class Mortals:
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
+        self.wants: dict[str, Any] = {}  # what each attachment shall have
         self._number = 0
         with inside(rig.namespace.fd):
             self._process = subprocess.Popen(
@@ -55,7 +63,7 @@ class Mortals:
     def do(self, verb: str, pod: Any = None, netns: Namespace | None = None, die: int = 0) -> bool:
         """Whether the job was done; False when its process died before."""
         path = f"/proc/{os.getpid()}/fd/{netns.fd}" if netns else ""
-        job = {"verb": verb, "attachment": pod, "netns": path, "die": die}
+        job = {"verb": verb, "attachment": pod, "netns": path, "die": die, "wants": self.wants}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(job), file=self._process.stdin, flush=True)
@@ -64,25 +72,51 @@ class Mortals:
         return status == 0
 
 
-@pytest.fixture(scope="module")
-def mortals() -> Iterator[Mortals]:
-    with tempfile.TemporaryDirectory(prefix="manx-cni-") as directory:
-        rig = Rig(Path(directory), Path("/bin/false"))
+@pytest.fixture(scope="module", params=["sqlite"])
+def _mortals(request: pytest.FixtureRequest) -> Iterator[Mortals]:
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="manx-cni-"))
+        url = ""
+        if request.param == "etcd":
+            etcd = stack.enter_context(single_node())
+            url = f"etcd://{etcd.endpoints[0]}"
+        rig = Rig(Path(directory), Path("/bin/false"), url)
+        stack.callback(rig.close)
+        if request.param == "etcd":
+            relay = Relay(etcd.endpoints[0], rig.namespace)
+            stack.callback(relay.close)
+            rig.url = f"etcd://{relay.endpoint}"
         rig.create("IPPool", "pods", spec={"cidr": "10.65.0.0/24"})
+        rig.create("IPPool", "six", spec={"cidr": "fd00:65::/64"})
         mortals = Mortals(rig)
-        # the first claims the block, which is not what is tried here
-        with Namespace.create() as netns:
-            pod = mortals.pod()
-            assert mortals.do("attach", pod, netns)
-            assert mortals.do("detach", pod)
+        stack.callback(mortals.close)
         yield mortals
-        mortals.close()
-        rig.close()
 
 
-def die_at_every_step(mortals: Mortals, recover: Callable[[Any, Namespace], object]) -> int:
-    """Attach, dying one step later each time; after ``recover`` nothing may be left."""
+@pytest.fixture
+def mortals(_mortals: Mortals) -> Iterator[Mortals]:
+    """The node has its blocks already: to claim them is not what is tried."""
+    _mortals.wants = {"families": [4, 6]}
+    with Namespace.create() as netns:
+        pod = _mortals.pod()
+        assert _mortals.do("attach", pod, netns)
+        assert _mortals.do("detach", pod)
+    _mortals.wants = {}
+    yield _mortals
+    _mortals.wants = {}
+
+
+def die_at_every_step(
+    mortals: Mortals,
+    recover: Callable[[Any, Namespace], object],
+    prepare: Callable[[], object] = lambda: None,
+) -> int:
+    """Attach, dying one step later each time; after ``recover`` nothing may be left.
+
+    ``prepare`` comes before each.
+    """
     for step in range(1, MOST_STEPS):
+        prepare()
         with Namespace.create() as netns:
             pod = mortals.pod()
             done = mortals.do("attach", pod, netns, die=step)
@@ -93,6 +127,7 @@ def die_at_every_step(mortals: Mortals, recover: Callable[[Any, Namespace], obje
     raise AssertionError("attaching never ends")
 
 
+@on_both
 def test_del_after_a_crash(mortals: Mortals) -> None:
     def recover(pod: Any, netns: Namespace) -> None:
         assert mortals.do("detach", pod)
@@ -111,6 +146,76 @@ def test_add_again_after_a_crash(mortals: Mortals) -> None:
         assert mortals.do("detach", pod)
 
     die_at_every_step(mortals, recover)
+
+
+WANTS: dict[str, dict[str, Any]] = {
+    "both families": {"families": [4, 6]},
+    "addresses": {"addresses": ["10.65.0.99", "fd00:65::99"]},
+    "another plugin": {},
+}
+
+
+@pytest.mark.parametrize("what", WANTS)
+@pytest.mark.parametrize("again", [False, True])
+def test_other_attachments(mortals: Mortals, tmp_path: Path, what: str, again: bool) -> None:
+    """With several addresses, certain ones, those of another plugin: an ADD that is repeated
+    succeeds; after a DEL, with or without that, nothing is left of any.
+    """
+    leases = tmp_path / NETWORK
+    mortals.wants = WANTS[what] or {"data": str(tmp_path)}
+
+    def recover(pod: Any, netns: Namespace) -> None:
+        if again:
+            assert mortals.do("attach", pod, netns)
+            (endpoint,) = mortals.rig.endpoints().values()
+            assert len(endpoint["spec"]["ipNetworks"]) == (1 if "data" in mortals.wants else 2)
+            assert sum(mortals.rig.held().values()) == (0 if "data" in mortals.wants else 2)
+        assert mortals.do("detach", pod)
+        if leases.exists():
+            assert [path.name for path in leases.iterdir() if path.name[0].isdigit()] == []
+
+    assert die_at_every_step(mortals, recover) > 6
+
+
+@pytest.mark.parametrize(
+    ("_mortals", "recovery"),
+    [
+        ("sqlite", "detach"),
+        ("sqlite", "repair"),
+        ("sqlite", "another"),
+        ("etcd", "attach"),
+    ],
+    indirect=["_mortals"],
+)
+def test_a_crash_while_blocks_are_claimed(_mortals: Mortals, recovery: str) -> None:
+    """No block is claimed twice, and none is lost to its node: the next ADDs take from it."""
+    mortals, rig = _mortals, _mortals.rig
+
+    def unclaim() -> None:
+        for kind in ("IPAMBlock", "BlockAffinity"):
+            for entry in rig.store.list(kind).entries:
+                rig.store.delete(entry.key)
+
+    def recover(pod: Any, netns: Namespace) -> None:
+        if recovery == "repair":
+            assert mortals.do("repair")
+        elif recovery == "attach":
+            assert mortals.do("attach", pod, netns)
+        elif recovery == "another":
+            with Namespace.create() as theirs:
+                other = mortals.pod()
+                assert mortals.do("attach", other, theirs)
+                assert mortals.do("detach", other)
+        assert mortals.do("detach", pod)
+        assert mortals.do("attach", pod, netns)
+        blocks = [entry.value["spec"] for entry in rig.store.list("IPAMBlock").entries]
+        assert [block["affinity"] for block in blocks] == [f"host:{NODE}"]
+        states = [e.value["spec"]["state"] for e in rig.store.list("BlockAffinity").entries]
+        assert states == ["confirmed"]
+        assert mortals.do("detach", pod)
+
+    assert die_at_every_step(mortals, recover, unclaim) > 9
+    unclaim()
 
 
 def test_repair_after_a_crash(mortals: Mortals) -> None:
