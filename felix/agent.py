@@ -139,9 +139,11 @@ class Agent:
         """Seconds until something is due by itself; None: nothing is."""
         if not self._in_sync or (self._snapshot.locked and self._dataplane is None):
             return None
-        times = [self._drift.next_due(), self._backoff.next_due(), self._wish.next_due()]
-        if self._dataplane is not None and not len(self._backoff):
-            times.append(self._dataplane.next_retry())
+        times = [self._backoff.next_due()]
+        if not len(self._backoff):  # else all has to wait for that
+            times += [self._drift.next_due(), self._wish.next_due()]
+            if self._dataplane is not None:
+                times.append(self._dataplane.next_retry())
             if self._connections is not None:
                 times.append(self._connections.next_due())
         due = [moment for moment in times if moment is not None]

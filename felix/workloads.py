@@ -79,8 +79,9 @@ def workload_as_far_as_readable(key: Key, value: object) -> Workload:
     # Of a field that is there twice, that one which is spelt right.
     spec = {known: given.get(known, given[name]) for name, known in names if known}
     metadata = _part(value, "metadata")
-    with contextlib.suppress(*_UNREADABLE):
-        return _plain_workload(key, {"metadata": metadata, "spec": spec})
+    for fields in (spec, spec | {"qosControls": None}):
+        with contextlib.suppress(*_UNREADABLE):
+            return _plain_workload(key, {"metadata": metadata, "spec": fields})
     own = dict(_each(_part(metadata, "labels").items(), _label))
     profiles = tuple(_each(_parts(spec.get("profiles")), _name))
     return Workload(

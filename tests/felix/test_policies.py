@@ -176,6 +176,7 @@ def test_a_broken_network_set_keeps_what_can_be_read() -> None:
     [
         ({"weather": "fine"}, True),
         ({"weather": "fine", "mac": 5, "qosControls": {"newer": 1}}, True),
+        ({"qosControls": {"ingressBandwidth": "much"}}, True),
         ({"profiles": "kns.default"}, False),
         ({"profiles": [7]}, False),
         ({"ipNetworks": ["10.0.0.1/32", "10.1.0.0/16", 4]}, False),
