@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -42,6 +43,8 @@ _PATROL = "MANX_PATROL_SECONDS"
 # for it: it works for a millisecond at a time, and who was first is to be done first.
 _NICE = -8
 
+_M_ARENA_MAX = -8  # malloc.h
+
 _END = (signal.SIGTERM, signal.SIGINT)
 
 _log = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ def run(environment: Environment) -> None:
     period = _period(os.environ.get(_PATROL) or "60")
     sys.setswitchinterval(_SWITCH_INTERVAL)
     _come_first()
+    _have_one_heap()
     # Blocked, here and in every thread to come, and waited for: a handler of Python's may be
     # missed by a main thread that is just about to sleep.
     signal.pthread_sigmask(signal.SIG_BLOCK, _END)
@@ -83,6 +87,13 @@ def run(environment: Environment) -> None:
     node.stop()
     store.close()
     _log.info("stopped")
+
+
+def _have_one_heap() -> None:
+    """With a heap for each of its threads, as glibc has it, the daemon would be 2.5 MB larger."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def _come_first() -> None:
