@@ -13,6 +13,7 @@ one for each of 200 would take ExaBGP most of a second.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -36,6 +37,9 @@ _PEERS_PER_LINE = 20
 _ALL = "*"
 _ORIGINS = ("igp", "egp", "incomplete")
 _RETRY_SECONDS = 2.0
+_AUDIT_SECONDS = 10.0  # between two comparisons of what was sent with what should have been
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -43,7 +47,9 @@ class Told:
     """What one peer was told. None: with attributes that are not remembered.
 
     ``on_wire``: prefixes that were sent to the peer and not withdrawn. ``stale``: it is to be
-    found out what is missing.
+    found out what is missing. ``adrift``: prefixes of which one of these is not as it should be,
+    when it was compared last; ``repair``, those of them that are to be told anew, which
+    ``repaired`` have been in this session.
     """
 
     announced: dict[Net, Announcement | None] = field(default_factory=dict)
@@ -54,6 +60,9 @@ class Told:
     stale: bool = True
     end_asked: float | None = None
     end_sent: set[int] = field(default_factory=set)  # IP versions
+    adrift: frozenset[Net] = frozenset()
+    repair: set[Net] = field(default_factory=set)
+    repaired: set[Net] = field(default_factory=set)
     extended: bool = False  # it takes IPv4 routes with IPv6 next hops
 
 
@@ -75,6 +84,7 @@ class Announcer:
         self._fronts: Mapping[Net, int | None] = {}
         self._extended: Mapping[Net, Net] = {}
         self._mark_end = False
+        self._audit_at = 0.0
 
     def want(
         self,
@@ -122,6 +132,7 @@ class Announcer:
                 told.up = told.stale = True
                 told.announced = dict.fromkeys(told.announced)
                 told.end_asked, told.end_sent = None, set()
+                told.adrift, told.repaired = frozenset(), set()
             case Opened(extended_next_hop=extended):
                 told.extended = extended
             case Down(removed=removed):
@@ -140,6 +151,16 @@ class Announcer:
         told = self._told.get(peer)
         return len(told.on_wire) if told and told.up else 0
 
+    def intended(self, peer: Net) -> int:
+        """How many prefixes a peer should have been sent."""
+        told = self._told.get(peer)
+        return len(self._due(peer, told)) if told and told.up else 0
+
+    def adrift(self, peer: Net) -> int:
+        """How many prefixes a peer was sent, or not, otherwise than it should."""
+        told = self._told.get(peer)
+        return len(told.adrift) if told and told.up else 0
+
     def knowing(self) -> set[Net]:
         """The peers that were sent something."""
         return {peer for peer, told in self._told.items() if told.up and told.on_wire}
@@ -148,16 +169,16 @@ class Announcer:
         """Ask ExaBGP for what is missing. ``everyone``: the peers it has, where that is known."""
         if self._wanted is None:
             return
+        if now >= self._audit_at:
+            self._audit_at = now + _AUDIT_SECONDS
+            self._audit()
         commands: dict[str, Command] = {}
         ends: dict[str, Command] = {}  # after the routes
         for peer, told in self._told.items():
             if told.up and not told.pending and told.retry <= now:
                 versions = self._versions(peer, told)
                 if told.stale or told.retry:
-                    wanted = self._wanted.get(peer, {})
-                    if peer in self._extended and V4 not in versions:
-                        wanted = {net: way for net, way in wanted.items() if net.version != V4}
-                    self._collect(peer, told, wanted, commands)
+                    self._collect(peer, told, self._due(peer, told), commands)
                 if peer in self._wanted and self._mark_end and not told.end_sent >= versions:
                     _collect_end(peer, told, versions, now, ends)
         for text, command in (commands | ends).items():
@@ -175,6 +196,29 @@ class Announcer:
                     due.append(told.end_asked + _RETRY_SECONDS)
         return min(due, default=None)
 
+    def _due(self, peer: Net, told: Told) -> Announcements:
+        """What a peer should be told: of what is wanted, what its session can carry."""
+        wanted = (self._wanted or {}).get(peer, {})
+        if peer in self._extended and V4 not in self._versions(peer, told):
+            return {net: way for net, way in wanted.items() if net.version != V4}
+        return wanted
+
+    def _audit(self) -> None:
+        """Compare what was sent with what should have been. What differs twice in a row is told
+        anew, once in a session: taken back first, as ExaBGP takes it for told.
+        """
+        for peer, told in self._told.items():
+            busy = told.pending or told.retry or told.stale or not self._mark_end
+            if busy or not told.up or not told.end_sent >= self._versions(peer, told):
+                continue
+            found = self._due(peer, told).keys() ^ told.on_wire
+            told.repair = (found & told.adrift) - told.repaired
+            told.adrift = frozenset(found)
+            if told.repair:
+                told.stale = True
+                nets = ", ".join(map(str, sorted(told.repair)[:_PER_LINE]))
+                _log.warning("%s: not told as it should be, again: %s", peer, nets)
+
     def _versions(self, peer: Net, told: Told) -> frozenset[int]:
         """The IP versions of routes that a peer is told."""
         both = told.extended and peer in self._extended
@@ -188,6 +232,12 @@ class Announcer:
         if peer not in self._extended:  # ExaBGP forgot them with the family
             known = told.announced.items()
             told.announced = {net: way for net, way in known if net.version == peer.version}
+        if told.repair:
+            wanted = {net: way for net, way in wanted.items() if net not in told.repair}
+            told.announced |= dict.fromkeys(told.repair)
+            told.repaired |= told.repair
+            told.repair = set()
+            told.stale = True  # they come next
         for announcement, nets in _missing(wanted, told.announced):
             prefixes = " ".join(map(str, nets))
             # what ExaBGP would take for itself in an IPv4 route is its router ID

@@ -41,6 +41,7 @@ _MOST_FAILURES = 3  # in a row, until the other engine is taken
 _STOP_SECONDS = 3.0
 _CHECK_SECONDS = 30.0
 _LIMITS_SECONDS = 1.0  # between two looks for peers that told too much
+_AUDIT_SECONDS = 10.0
 _OVER = "Route limit exceeded"  # in BIRD's words
 _FRESH_SECONDS = 0.2  # that an answer about sessions counts for
 _LAST_WORDS = 3  # lines
@@ -78,6 +79,8 @@ class BirdEngine:
         self._seen: dict[str, ProtocolStatus] = {}
         self._seen_at = 0.0
         self._limits_at = 0.0
+        self._audit_at = 0.0
+        self._adrift: dict[Net, int] = {}
         self.former_metrics: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -151,6 +154,7 @@ class BirdEngine:
             if self._stale and now >= self._next:
                 self._next = now + _PAUSE_SECONDS
                 self._load(intent, self._birdc)
+            self._audit(intent, now)
             return self._too_many(intent, now)
         except (OSError, RefusedError) as error:
             self._failed(f"BIRD can't be configured: {error}")
@@ -176,6 +180,14 @@ class BirdEngine:
         """How many prefixes a peer was sent and has not had withdrawn."""
         found = self._look().get(protocol_name(peer))
         return found.exported if found else 0
+
+    def intended(self, peer: Net) -> int:
+        """How many prefixes of our own a peer should be sent."""
+        return len(self._wanted.get(peer, {}))
+
+    def adrift(self, peer: Net) -> int:
+        """How many of these a peer has not been sent, when it was compared last."""
+        return self._adrift.get(peer, 0)
 
     def fail(self, peer: Net, why: str) -> None:
         """The peer is dead: end its session, and with it its routes; and try again."""
@@ -286,6 +298,30 @@ class BirdEngine:
     def forgive(self) -> None:
         """Forget what was in vain."""
         self._failures = 0
+
+    def _audit(self, intent: Intent, now: float) -> None:
+        """Compare what BIRD has of our own routes, and has sent, with what it should.
+
+        Where that differs twice in a row, somebody has changed its state: set it right.
+        """
+        if now < self._audit_at or self._stale or self.recovering:
+            return
+        self._audit_at = now + _AUDIT_SECONDS
+        seen, found = self._look(), dict[Net, int]()
+        for address, told in self._wanted.items():
+            status = seen.get(protocol_name(address))
+            if address in intent.neighbors and status and status.state == "Established":
+                missing = len(told) - status.exported
+                if missing > 0:
+                    found[address] = missing
+        again = found.keys() & self._adrift.keys()
+        self._adrift = found
+        if again:
+            _log.warning("BIRD has not sent %d peers all they should be told, again", len(again))
+            self._ask('enable "own_v*"')
+            self._stale = True
+            for address in again:
+                self._ask(f"reload out {protocol_name(address)}")
 
     def _too_many(self, intent: Intent, now: float) -> list[EngineEvent]:
         """The peers whose sessions BIRD has ended because they told too much."""

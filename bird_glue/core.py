@@ -542,6 +542,12 @@ class Core:
             for address, why in self._engine.rejected.items()
             if address in self._sessions.peers
         ]
+        problems += [
+            f"session with {format_address(*address[:2])}: {count} prefixes are not announced as"
+            " they should be: they are told again"
+            for address in self._sessions.peers
+            if (count := self._engine.adrift(address))
+        ]
         if self._engine.problem:
             problems.append(self._engine.problem)
         if self._detector.problem:

@@ -126,6 +126,12 @@ class Engine(Protocol):
     def sent(self, peer: Net) -> int:
         """How many prefixes a peer was sent and has not had withdrawn."""
 
+    def intended(self, peer: Net) -> int:
+        """How many prefixes a peer should be sent; of an engine that ``programs``, of our own."""
+
+    def adrift(self, peer: Net) -> int:
+        """How many prefixes a peer has not been sent as it should, when it was compared last."""
+
     def fail(self, peer: Net, why: str) -> None:
         """The peer is dead (BFD): end its session, keep nothing of what it told."""
 

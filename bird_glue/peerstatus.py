@@ -39,7 +39,8 @@ class PeerStatuses:
         found = []
         for address in sessions.peers:
             status = self._one(sessions, address, used[address], installed[address])
-            status = replace(status, announced=engine.sent(address))
+            sent, intended = engine.sent(address), engine.intended(address)
+            status = replace(status, announced=sent, intended=intended)
             report = reports.get(address)
             found.append(_reported(status, report) if report else status)
         return found

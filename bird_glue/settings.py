@@ -187,9 +187,7 @@ def parse_router_id(text: str) -> str:
         net = parse_net(text)
         if net.version == V4 and net.is_host and 0 < net.address < _MULTICAST:
             return format_address(*net[:2])
-    raise ValueError(
-        f"MANX_ROUTER_ID={text!r}: expected 0.0.0.1 to 223.255.255.255, or hash"
-    )
+    raise ValueError(f"MANX_ROUTER_ID={text!r}: expected 0.0.0.1 to 223.255.255.255, or hash")
 
 
 def hashed_router_id(name: str) -> int:

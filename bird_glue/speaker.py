@@ -82,6 +82,14 @@ class Speaker:
         """How many prefixes a peer was sent and has not had withdrawn."""
         return self._announcer.sent(peer)
 
+    def intended(self, peer: Net) -> int:
+        """How many prefixes a peer should be sent."""
+        return self._announcer.intended(peer)
+
+    def adrift(self, peer: Net) -> int:
+        """How many prefixes a peer has not been sent as it should, when it was compared last."""
+        return self._announcer.adrift(peer)
+
     def adopt(self, now: float) -> None:
         """Find the ExaBGP that an earlier agent started. Raises OSError."""
         self._process = ExaBgp.find(self._run_dir)

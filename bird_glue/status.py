@@ -37,7 +37,8 @@ class PeerStatus:
     ``type``: node-to-node mesh, global or node specific. ``state`` as in RFC 4271 8.
     ``since``: seconds of the epoch. ``info``: the last error, in words. ``received``:
     prefixes the peer told; ``used``: of these, those that are selected; ``installed``: of
-    these, those that are in the kernel; ``announced``: prefixes the peer was sent. ``refused``:
+    these, those that are in the kernel; ``announced``: prefixes the peer was sent; ``intended``:
+    those it should be sent, with BIRD of this node's own. ``refused``:
     why prefixes are not used, and how many. ``bfd``: ``up`` and the seconds of silence that would
     end it, ``down``, or empty where the peer has not taken part.
     """
@@ -55,6 +56,7 @@ class PeerStatus:
     announced: int
     refused: dict[str, int] = field(default_factory=dict)
     bfd: str = ""
+    intended: int = 0
 
 
 @dataclass(frozen=True, slots=True)

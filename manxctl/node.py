@@ -148,9 +148,10 @@ def _peer(peer: PeerStatus) -> list[str]:
         address = f"[{address}]:{peer.port}" if ":" in address else f"{address}:{peer.port}"
     info = [peer.info] if peer.info else []
     if peer.state == "Established":
+        of = f" of {peer.intended}" if peer.announced < peer.intended else ""
         info.append(
             f"{peer.received} prefixes in, {peer.used} accepted, {peer.installed} installed,"
-            f" {peer.announced} out"
+            f" {peer.announced}{of} out"
         )
     if peer.bfd:
         info.append(f"BFD {peer.bfd}")

@@ -222,6 +222,20 @@ def test_failure_detection_that_restarts_with_the_router_ends_no_graceful_restar
     rack.tor.configure(tor_configuration())
 
 
+def test_what_somebody_took_from_bird_is_noticed_and_put_back(rack: Rack) -> None:
+    """By hand, behind the agent: its own routes no longer go out."""
+    eventually(lambda: bool((p := rack.node.peer(TOR)) and p.announced == p.intended == 1))
+    if rack.engine == "exabgp":
+        return  # which has nothing to do it with
+    control = str(rack.node.run_dir / "bird.ctl")
+    rack.node.run("birdc", "-s", control, "disable", "own_v4")
+    eventually(lambda: rack.tor.blocks() == set())
+    words = f"session with {TOR}: 1 prefixes are not announced as they should be"
+    eventually(lambda: words in "".join(s.problems if (s := rack.node.status()) else []), 20)
+    eventually(lambda: rack.tor.blocks() == {BLOCK}, 30)
+    eventually(lambda: bool((s := rack.node.status()) and s.problems == []), 20)
+
+
 def test_a_peer_that_is_removed_forgets_us_at_once(rack: Rack) -> None:
     rack.world.store.delete("BGPPeer", "tor")
     eventually(lambda: rack.tor.blocks() == set())
