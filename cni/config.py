@@ -40,7 +40,8 @@ from cni.features import NOTHING_ASKED, Asked, is_unicast, parse_mac
 
 COMMANDS = ("ADD", "DEL", "CHECK", "STATUS", "GC")  # VERSION is answered by the client
 WITH_ATTACHMENT = ("ADD", "DEL", "CHECK")
-VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+OLDEST = VERSIONS[0]  # which is meant where none is named; libcni then writes ""
 NEWEST = VERSIONS[-1]
 VALID_ATTACHMENTS = "cni.dev/valid-attachments"
 # The first version of the spec that knows the command.
@@ -69,6 +70,11 @@ _log = logging.getLogger(__name__)
 def _switch(value: object) -> object:
     """Calico writes "true" and "false" where JSON has a word of its own."""
     return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+def _named(version: Any) -> Any:
+    """The version of the spec that is meant."""
+    return OLDEST if version == "" else version
 
 
 def _mtu(value: int) -> int:
@@ -231,7 +237,7 @@ class Result(_Model):
 class NetworkConfiguration(_Model):
     """The plugin's configuration object as it arrives on stdin."""
 
-    cni_version: str = Field(alias="cniVersion")
+    cni_version: Annotated[str, AfterValidator(_named)] = Field(default=OLDEST, alias="cniVersion")
     name: Annotated[str, Field(max_length=NAME_LENGTH, pattern=f"^{_NAME.pattern}$")]
     type: str
     mtu: Annotated[int, AfterValidator(_mtu)] = 0
@@ -273,12 +279,15 @@ class Call:
 
 
 def find_version(configuration: bytes) -> str:
-    """The version to answer in: that of the configuration if we speak it, else the newest."""
+    """The version to answer in: that of the configuration if we speak it, else the newest.
+
+    Of a configuration without one the oldest.
+    """
     try:
         document = orjson.loads(configuration)
     except orjson.JSONDecodeError:
         return NEWEST
-    version = document.get("cniVersion") if isinstance(document, dict) else None
+    version = _named(document.get("cniVersion", "")) if isinstance(document, dict) else None
     return version if version in VERSIONS else NEWEST
 
 
@@ -329,7 +338,7 @@ def parse_configuration(data: bytes, command: str) -> NetworkConfiguration:
             DECODING_FAILURE,
             f"stdin: {type(document).__name__}: expected a JSON object, the network configuration",
         )
-    _check_version(document.get("cniVersion", "0.1.0"), command)
+    _check_version(_named(document.get("cniVersion", "")), command)
     parsed = _validate(NetworkConfiguration, document)
     if parsed.policy_wait < parsed.policy_setup_timeout_seconds:
         _log.warning(
@@ -346,7 +355,7 @@ _OFTEN_SEEN = {verb: lru_cache(maxsize=16)(parse_configuration) for verb in ("AD
 
 
 def _check_version(version: object, command: str) -> None:
-    """The version must be one that we speak and that has the command. An absent one is 0.1.0."""
+    """The version must be one that we speak and that has the command."""
     if not isinstance(version, str):
         raise invalid_configuration([Problem("cniVersion", version, "expected text")])
     if version not in VERSIONS:
@@ -354,7 +363,7 @@ def _check_version(version: object, command: str) -> None:
             INCOMPATIBLE_VERSION,
             f"cniVersion: {version!r}: expected one of {', '.join(VERSIONS)}",
         )
-    since = SINCE.get(command, VERSIONS[0])
+    since = SINCE.get(command, OLDEST)
     if VERSIONS.index(version) < VERSIONS.index(since):
         raise CniError(
             INCOMPATIBLE_VERSION, f"cniVersion: {version!r}: {command} exists since {since}"

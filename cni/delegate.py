@@ -25,6 +25,7 @@ from api.net import Net, parse_interface, parse_net
 from cni.attachment import Attachment
 from cni.config import Result
 from cni.errors import ADDRESSES, TRY_AGAIN_LATER, CniError, invalid_configuration
+from cni.result import of_families
 
 SECONDS = 30.0  # for one run of the plugin; the client waits for three times as long
 # Each occupies a worker of the server meanwhile, and some must be left for others' requests.
@@ -214,7 +215,7 @@ def _execute(program: Path, environment: Mapping[str, str], stdin: bytes) -> tup
 def parse_lease(answer: object) -> Lease:
     """What a result says (CNI spec, section 5). Raises ValueError."""
     try:
-        result = Result.model_validate(answer)
+        result = Result.model_validate(of_families(answer))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "it"

@@ -40,6 +40,7 @@ _FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra")
 _COMPILERS = ("musl-gcc", "cc", "gcc", "clang")
 _COMPILE_SECONDS = 60
 _VERSION_SECONDS = 10
+_OF_LISTS = VERSIONS[VERSIONS.index("0.3.0") :]  # before, there were no lists
 _COMMON = "1.0.0"  # of the spec: what every runtime in use speaks
 # Debian's has everything that the fallback imports built in, and starts in 6 ms.
 _PYTHON = Path("/usr/bin/python3")
@@ -172,7 +173,7 @@ def configuration_list(
 ) -> bytes:
     """The network configuration list, in versions that every plugin of the chain speaks."""
     spoken = [_versions(bin_dir / chained["type"]) for chained in chain]
-    versions = [version for version in VERSIONS if all(version in each for each in spoken)]
+    versions = [version for version in _OF_LISTS if all(version in each for each in spoken)]
     if not versions:
         raise ValueError("the chained plugins have no version of CNI in common with this one")
     configuration = {

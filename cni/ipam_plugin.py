@@ -16,7 +16,7 @@ from cni.attachment import Attachment
 from cni.cluster import Cluster
 from cni.config import IPAM_TYPES, Call
 from cni.errors import NOT_AS_ADDED, CniError, invalid_configuration
-from cni.result import WITH_IP_VERSION
+from cni.result import WITH_IP_VERSION, as_of
 from cni.subnets import Subnets, gateway
 from ipam.allocator import Allocator
 from ipam.locks import KeyedLocks
@@ -79,15 +79,16 @@ class IpamPlugin:
             self._take_back(attachment.handle, before)
             raise
         _log.info("ADD %s: %s", attachment, ", ".join(map(str, sorted(subnets))))
-        return {
-            "cniVersion": call.configuration.cni_version,
+        version = call.configuration.cni_version
+        document = {
+            "cniVersion": version,
             "ips": [
-                _entry(address, subnets[address], call.configuration.cni_version)
-                for address in sorted(subnets)
+                _entry(address, subnets[address], version) for address in sorted(subnets)
             ],
             "routes": [route.model_dump(exclude_none=True) for route in ipam.routes],
             "dns": call.dns.model_dump(exclude_none=True),
         }
+        return as_of(version, document)
 
     def _addresses(self, call: Call, attachment: Attachment, held: list[Net]) -> dict[Net, Net]:
         """The addresses of the container, each with its block."""

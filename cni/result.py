@@ -15,6 +15,7 @@ from kernel.routes import SCOPE_LINK
 # Up to 0.4.0 an address says which IP version it is of; 1.1.0 brought MTU and scope.
 WITH_IP_VERSION = ("0.3.0", "0.3.1", "0.4.0")
 _WITH_MTU_AND_SCOPE = ("1.1.0",)
+_BY_FAMILY = ("0.1.0", "0.2.0")
 
 
 def result(call: Call, wire: Wire, dns: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,12 +32,42 @@ def result(call: Call, wire: Wire, dns: Mapping[str, Any]) -> dict[str, Any]:
     if version in _WITH_MTU_AND_SCOPE:
         node_end["mtu"] = container_end["mtu"] = wire.mtu
     container_end["sandbox"] = call.netns
-    return {
+    document = {
         "cniVersion": version,
         "interfaces": [*interfaces, node_end, container_end],
         "ips": [*(previous.get("ips") or []), *_addresses(wire, version, len(interfaces) + 1)],
         "routes": [*(previous.get("routes") or []), *_routes(wire, version)],
         "dns": previous.get("dns") or own or dict(dns),
+    }
+    return as_of(version, document)
+
+
+def as_of(version: str, document: dict[str, Any]) -> dict[str, Any]:
+    """A result in the words of ``version``: up to 0.2.0 there is one address of each family, which
+    has routes of its own, and no interfaces.
+    """
+    if version not in _BY_FAMILY:
+        return document
+    old = {"cniVersion": version, "dns": document["dns"]}
+    for entry in document["ips"]:
+        family = 6 if ":" in entry["address"] else 4
+        routes = [each for each in document["routes"] if (":" in each["dst"]) == (family == 6)]
+        told = {"ip": entry["address"], "gateway": entry.get("gateway"), "routes": routes}
+        old.setdefault(f"ip{family}", {k: value for k, value in told.items() if value})
+    return old
+
+
+def of_families(document: object) -> object:
+    """A result of before 0.3.0 in later words; any other as it is."""
+    if not isinstance(document, dict) or not document.keys() & {"ip4", "ip6"}:
+        return document
+    families = [each for each in (document.get("ip4"), document.get("ip6")) if each]
+    if not all(isinstance(each, dict) for each in families):
+        return document
+    return {
+        "ips": [{"address": each.get("ip")} for each in families],
+        "routes": [route for each in families for route in each.get("routes") or []],
+        "dns": document.get("dns"),
     }
 
 

@@ -24,7 +24,7 @@ ANSWER_SECONDS = 90
 RETRY_SECONDS = 0.05
 RETRIES = 200
 ERR_ENVIRONMENT, ERR_IO, ERR_TRY_AGAIN, ERR_NOT_AVAILABLE = 4, 5, 11, 50
-VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 
 
 def finish(output: bytes, code: int) -> "NoReturn":

@@ -40,7 +40,8 @@ enum {
 };
 enum { ERR_ENVIRONMENT = 4, ERR_IO = 5, ERR_TRY_AGAIN = 11, ERR_NOT_AVAILABLE = 50 };
 
-static const char *const VERSIONS[] = {"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"};
+static const char *const VERSIONS[] = {"0.1.0", "0.2.0", "0.3.0", "0.3.1",
+                                       "0.4.0", "1.0.0", "1.1.0"};
 static const size_t N_VERSIONS = sizeof VERSIONS / sizeof *VERSIONS;
 static const char *version = "1.1.0"; /* of what is printed: that of stdin where it has one */
 

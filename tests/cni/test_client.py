@@ -21,7 +21,7 @@ from cni import protocol
 from tests.cni.rig import Answer, build_client
 
 NEWEST = "1.1.0"
-VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]
+VERSIONS = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]
 Behaviour = Callable[[socket.socket], None]
 
 

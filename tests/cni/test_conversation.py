@@ -306,6 +306,38 @@ def test_status(rig: Rig) -> None:
     rig.store.create(pool.key, pool.value)
 
 
+@pytest.mark.parametrize("version", [None, "", "0.1.0", "0.2.0"])
+def test_versions_before_there_were_interfaces(rig: Rig, client: Path, version: str | None) -> None:
+    """One address of each family; a configuration without a version means the first."""
+    rig.client = client
+    rig.create("IPPool", "six", spec={"cidr": "fd00:66::/64"})
+    pod, other = rig.container(), rig.container()
+    dns = {"nameservers": ["10.0.0.10"]}
+    conf = configuration(version or "", ipam={"assign_ipv6": True}, dns=dns)
+    if version is None:
+        del conf["cniVersion"]
+    result = rig.call("ADD", pod, conf).ok()
+    assert result.keys() == {"cniVersion", "ip4", "ip6", "dns"}
+    assert result["cniVersion"] == (version or "0.1.0")
+    assert result["dns"] == dns
+    assert result["ip4"]["gateway"] == "169.254.1.1"
+    assert result["ip4"]["routes"] == [
+        {"dst": "169.254.1.1/32"},
+        {"dst": "0.0.0.0/0", "gw": "169.254.1.1"},
+    ]
+    assert result["ip6"]["ip"].endswith("/128")
+    assert [route["dst"] for route in result["ip6"]["routes"]][1:] == ["::/0"]
+    rig.add(other)
+    assert other.pings(result["ip4"]["ip"].split("/")[0])
+    assert rig.call("CHECK", pod, conf).error == 1
+    wrong = rig.call("ADD", pod, conf | {"mtu": "x"})
+    assert wrong.error == 7
+    assert wrong.json["cniVersion"] == result["cniVersion"]
+    rig.call("DEL", pod, conf).ok()
+    rig.delete(other)
+    rig.store.delete(Key("IPPool", "six"))
+
+
 def test_mtu_is_that_of_the_uplink_less_the_tunnel(rig: Rig) -> None:
     with fresh_namespace() as outside:
         link, _ = connect(rig.namespace, "up0", outside, "eth0", ["192.0.2.1/24", "192.0.2.2/24"])

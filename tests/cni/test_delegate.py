@@ -116,6 +116,17 @@ def test_both_families_from_the_nodes_own_ranges(rig: Rig, data: Path) -> None:
     rig.call("DEL", pod, conf).ok()  # without the Node
 
 
+def test_addresses_in_old_words(rig: Rig, data: Path) -> None:
+    """Of 0.2.0, both those of the other plugin and ours."""
+    conf = host_local(data) | {"cniVersion": "0.2.0"}
+    pod = rig.container()
+    result = rig.call("ADD", pod, conf).ok()
+    assert result["ip4"]["ip"].endswith("/32")
+    assert result["ip4"]["gateway"] == "169.254.1.1"
+    rig.call("DEL", pod, conf).ok()
+    assert leases(data) == set()
+
+
 def test_an_address_by_static(rig: Rig) -> None:
     ipam = {"type": "static", "addresses": [{"address": "10.90.0.7/24"}]}
     conf = configuration(VERSION, ipam=ipam)

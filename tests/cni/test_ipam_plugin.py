@@ -126,6 +126,14 @@ def test_the_runtime_asks_for_an_address(call: Caller) -> None:
         call("DEL", each, conf()).ok()
 
 
+def test_the_result_in_old_words(call: Caller) -> None:
+    pod = call.rig.container()
+    result = call("ADD", pod, conf("0.2.0", routes=DEFAULT_ROUTE)).ok()
+    assert result["ip4"]["ip"].endswith(f"/{BLOCK_SIZE}")
+    assert result["ip4"]["routes"] == DEFAULT_ROUTE
+    call("DEL", pod, conf("0.2.0")).ok()
+
+
 def test_the_result_is_that_of_an_ipam_plugin(call: Caller) -> None:
     pod = call.rig.container()
     configured = conf(routes=[*DEFAULT_ROUTE, {"dst": "10.0.0.0/8", "gw": "10.66.0.5"}])

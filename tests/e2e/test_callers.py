@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -131,6 +132,20 @@ def test_a_container_whose_add_fails_leaves_nothing(lab: Lab, pair: list[Runtime
         assert remains(lab) == []
     finally:
         apply(lab, NODES[0], calico("IPPool", "pods", cidr=POOL))
+
+
+@pytest.mark.parametrize("version", ["", "0.2.0"])
+def test_a_configuration_of_long_ago(lab: Lab, hosts: list[Host], version: str) -> None:
+    """libcni understands what it gets, in the words of before 0.3.0."""
+    plugin = {"type": "manx", "policy_setup_timeout_seconds": 10}
+    conflist = {"name": "old", "plugins": [plugin]} | ({"cniVersion": version} if version else {})
+    hosts[0].write("/run/old/10-old.conflist", json.dumps(conflist))
+    runtime, name = CniTool(hosts[0], "/run/old/10-old.conflist"), container_name()
+    runtime.start(name)
+    address = runtime.address(name)
+    until(lambda: lab.run("node-1a", "ping", "-c1", "-W1", address).returncode == 0, "it answers")
+    runtime.stop(name)
+    assert remains(lab) == []
 
 
 @pytest.mark.parametrize("pair", ["podman"], indirect=True)
