@@ -165,7 +165,9 @@ def _kernel(version: int, metric: int) -> str:
     others += f" && (krt_source != {PROTO_BGP} || dest = RTD_UNICAST)"
     return (
         f"filter kernel_v{version} {{\n"
-        f"  if source = RTS_BGP then {{ if programs_v{version}() then accept; }}\n"
+        # of a next hop that nothing leads to BIRD would make an unreachable route, before all
+        # that is less specific
+        f"  if source = RTS_BGP && dest = RTD_UNICAST && programs_v{version}() then accept;\n"
         "  reject;\n"
         "}\n"
         f"protocol kernel kernel{version} {{\n"
