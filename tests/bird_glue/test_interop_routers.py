@@ -231,11 +231,18 @@ def test_nothing_is_passed_on(rack: Rack) -> None:
 
 @each_engine
 @pytest.mark.parametrize("kind", ["bird", "frr"])  # GoBGP doesn't even send it
-def test_our_own_as_in_a_path_is_a_loop(rack: Rack, kind: str) -> None:
+def test_our_own_as_in_a_path_is_a_loop_unless_it_is_allowed(rack: Rack, kind: str) -> None:
     peer = rack.node.peer(UPLINKS[kind].address)
     assert peer
     assert peer.refused["our own AS is in its AS path"] >= 1
-    assert rack.node.route_to(LOOP) == ""
+    assert UPLINKS[kind].address not in rack.node.route_to(LOOP)
+    rack.peer(kind, numAllowedLocalASNumbers=1)
+    eventually(lambda: f"via {UPLINKS[kind].address} " in rack.node.route_to(LOOP))
+    rack.peer(kind)
+    eventually(lambda: UPLINKS[kind].address not in rack.node.route_to(LOOP))
+    now = rack.node.peer(UPLINKS[kind].address)
+    assert now
+    assert now.since == peer.since
 
 
 @each_engine
@@ -354,7 +361,8 @@ def test_a_router_reboots(rack: Rack, kind: str, graceful: bool) -> None:
             router.run("ip", family, "route", "flush", "proto", protocol)
     eventually(lambda: rack.ways_out() == rack.ways_out(SHARED_SIX) == set(KINDS) - {kind})
     rack.plug_in(kind)
-    eventually(lambda: not rack.node.established(uplink.address), 20)
+    for address in (uplink.address, uplink.six):
+        eventually(lambda a=address: not rack.node.established(a), 20)  # type: ignore[misc]
     assert rack.ways_out() == rack.ways_out(SHARED_SIX) == set(KINDS) - {kind}
     assert not any(rack.node.route_to(net) for net in uplink.own)
     rack.begin(kind, graceful=graceful, forwards=False)
