@@ -32,7 +32,8 @@ from datastore.interface import (
 
 _PART = 1000  # objects in one answer
 _LIST_ATTEMPTS = 5
-_HANDLES_SECONDS = 60.0  # how old our knowledge of handles with capitals may be
+_MANY_HANDLES = 10_000
+_HANDLES_SECONDS = 1.0  # how old our knowledge of handles with capitals may be
 
 
 class EtcdDatastore:
@@ -237,20 +238,35 @@ class _CapitalHandles:
         self._lock = threading.Lock()
         self._paths: dict[str, str] = {}
         self._read_at = float("-inf")
+        self._revision = 0  # up to which all are known
 
     def path(self, name: str) -> str | None:
         """The path of the handle that an object's name means. May raise StoreError."""
         with self._lock:
             if time.monotonic() > self._read_at + _HANDLES_SECONDS:
-                everything = Range.below(HANDLES)
-                request = pb.RangeRequest(
-                    key=everything.begin, range_end=everything.end, keys_only=True
-                )
-                self._paths.clear()
-                for kv in self._client.call(RANGE, request).kvs:
-                    self._add(kv.key.decode(errors="replace"))
+                self._read()
                 self._read_at = time.monotonic()
             return self._paths.get(name)
+
+    def _read(self) -> None:
+        """Hear of those that were made since; now and then of all, as many have gone."""
+        if len(self._paths) > _MANY_HANDLES:
+            self._paths, self._revision = {}, 0
+        everything = Range.below(HANDLES)
+        request = pb.RangeRequest(
+            key=everything.begin,
+            range_end=everything.end,
+            keys_only=True,
+            min_create_revision=self._revision + 1,
+        )
+        answer = self._client.call(RANGE, request)
+        if answer.header.revision < self._revision:  # another cluster, or an older one's data
+            self._paths, self._revision = {}, 0
+            return self._read()
+        for kv in answer.kvs:
+            self._add(kv.key.decode(errors="replace"))
+        self._revision = answer.header.revision
+        return None
 
     def note(self, path: str) -> None:
         """A handle was written there."""

@@ -76,7 +76,8 @@ _REQUIRE_LEADER = (("hasleader", "true"),)
 # What passes, and has no status code of its own: etcd's, and gRPC's for a connection that ended.
 _UNSAID = ("context ", "raft proposal dropped", "Stream removed")
 _NOT_SENT = ("failed to connect to all addresses", "connections to all backends failing")
-_NOT_DONE = ("etcdserver: no leader", "etcdserver: too many requests", "raft proposal dropped")
+_OVERLOADED = "etcdserver: too many requests"
+_NOT_DONE = ("etcdserver: no leader", _OVERLOADED, "raft proposal dropped")
 _BAD_TOKEN = ("invalid auth token", "auth store is old", "revision in header is old")
 _COMPACTED = "required revision has been compacted"
 
@@ -300,6 +301,11 @@ def explain(settings: EtcdSettings, error: grpc.RpcError, *, closed: bool = Fals
             f"{settings}: its disk quota is used up; compact and defragment it, then:"
             " etcdctl alarm disarm"
         )
+    if _OVERLOADED in details:
+        return UnavailableError(
+            f"{settings}: turns us away ({details}): more is asked of it than it can do; see what"
+            " its disk and its other users are at"
+        )
     if _is_passing(error) or code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return UnavailableError(
             f"{settings}: no member answers ({details}); make sure that etcd runs, and that the"
@@ -316,9 +322,9 @@ def _metadata(token: str, led: bool = False) -> tuple[tuple[str, str], ...]:
 
 def _is_passing(error: grpc.RpcError) -> bool:
     """Whether another member, or this one later, may do better."""
-    unknown = error.code() == grpc.StatusCode.UNKNOWN
-    details = error.details() or ""
-    return error.code() in _PASSING or (unknown and any(text in details for text in _UNSAID))
+    code, details = error.code(), error.details() or ""
+    unsaid = code == grpc.StatusCode.UNKNOWN and any(text in details for text in _UNSAID)
+    return code in _PASSING or unsaid or _OVERLOADED in details
 
 
 def _is_bad_token(error: grpc.RpcError) -> bool:

@@ -25,6 +25,7 @@ from datastore.interface import (
     Key,
     Listing,
     NotFoundError,
+    StoreError,
 )
 from datastore.sqlite_file import SqliteFile
 from datastore.sqlite_watch import SqliteWatch
@@ -100,7 +101,7 @@ class SqliteDatastore:
 
     def create(self, key: Key, value: JSON) -> Entry:
         """Store a new object. Raises AlreadyExistsError."""
-        data = orjson.dumps(value)
+        data = _encoded(key, value)
 
         def insert(connection: sqlite3.Connection, revision: int) -> int:
             try:
@@ -116,7 +117,7 @@ class SqliteDatastore:
 
         Raises NotFoundError, ConflictError.
         """
-        data = orjson.dumps(value)
+        data = _encoded(key, value)
         statement = _UPDATE if revision is None else f"{_UPDATE} AND revision = ?"
 
         def replace(connection: sqlite3.Connection, new: int) -> int:
@@ -194,6 +195,13 @@ class SqliteDatastore:
             "DELETE FROM changes WHERE revision < ?",
             (min(revision, max(first_young, revision - self._history + 1)),),
         )
+
+
+def _encoded(key: Key, value: JSON) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except TypeError as error:
+        raise StoreError(f"{key}: can't be written as JSON: {error}", key) from error
 
 
 def _row(connection: sqlite3.Connection, key: Key) -> Row | None:

@@ -18,6 +18,7 @@ from datastore.interface import (
     Event,
     NotFoundError,
     RevisionGoneError,
+    StoreError,
     UnavailableError,
     Watch,
 )
@@ -148,6 +149,19 @@ def test_an_object_made_again_has_a_revision_of_its_own(store: Datastore) -> Non
     assert again.revision != first.revision
     with pytest.raises(ConflictError):
         store.update(policy_key("a"), policy("a", 2), first.revision)
+
+
+@pytest.mark.parametrize("odd", [{1, 2}, 1 << 70, "\ud800", {1: 2}, b""])
+def test_what_is_no_json_is_refused(store: Datastore, odd: object) -> None:
+    first = store.create(policy_key("a"), policy("a", 1))
+    value = policy("a", 2)
+    value["spec"]["odd"] = odd
+    for write in (store.create, store.update):
+        with pytest.raises(StoreError, match=r"GlobalNetworkPolicy\(a\): can't be") as caught:
+            write(policy_key("a"), value)
+        assert type(caught.value) is StoreError
+        assert caught.value.key == policy_key("a")
+    assert store.get(policy_key("a")) == first
 
 
 def test_values_belong_to_the_caller(store: Datastore) -> None:

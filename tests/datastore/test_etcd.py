@@ -129,6 +129,29 @@ def test_ipam_goes_on_with_a_block_that_calico_made(
         read(member, HANDLE_PATH)
 
 
+def test_a_handle_with_capitals_that_another_program_makes_is_found(
+    etcd: Etcd, store: EtcdDatastore
+) -> None:
+    """Soon, also after it was looked for, and when it comes again written otherwise."""
+    member, key = etcd.members[0], Key("IPAMHandle", "othernet.abc")
+    for number, written in enumerate(("OtherNet.abc", "OTHERNET.abc")):
+        path = f"/calico/ipam/v2/handle/{written}"
+        with pytest.raises(NotFoundError):
+            store.get(key)
+        put(member, path, {"block": {"10.0.0.0/26": number + 1}, "deleted": False})
+        eventually(lambda: found(store, key), seconds=20)
+        spec = store.get(key).value["spec"]
+        assert spec == {"handleID": written, "block": {"10.0.0.0/26": number + 1}, "deleted": False}
+        store.delete(key)
+
+
+def found(store: EtcdDatastore, key: Key) -> bool:
+    try:
+        return store.get(key).key == key
+    except NotFoundError:
+        return False
+
+
 def test_a_handle_with_capitals_is_one_object_by_its_lower_case_name(
     member: EtcdMember, store: EtcdDatastore
 ) -> None:

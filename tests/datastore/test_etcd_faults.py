@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import grpc
 import pytest
 
 from datastore import etcd_pb2 as pb
@@ -350,6 +351,28 @@ def test_what_a_watch_brought_before_it_failed_is_brought_again(
     front.told = lambda answer: [answer]
     with distant.watch(["IPPool"], caught.value.resume["IPPool"]) as watch:
         assert [event.key for event in watch.next(timeout=30)] == [pool_key("c")]
+    distant.close()
+
+
+# --- an etcd that has too much to do ---
+
+BUSY = (grpc.StatusCode.RESOURCE_EXHAUSTED, "etcdserver: too many requests")
+
+
+def test_what_etcd_turns_away_is_asked_again(store: EtcdDatastore, front: EtcdFront) -> None:
+    """Nothing was carried out, so a write is repeated, too."""
+    refusals = [BUSY] * 3
+    front.refuse = lambda _: refusals.pop() if refusals else None
+    distant = EtcdDatastore(EtcdSettings((front.endpoint,)))
+    distant.create(pool_key("a"), numbered(1))
+    assert not refusals
+    refusals += [BUSY] * 3
+    assert distant.get(pool_key("a")) == store.get(pool_key("a"))
+    front.refuse = lambda _: BUSY
+    for ask in (distant.get, distant.delete):
+        with pytest.raises(UnavailableError, match=r"turns us away .etcdserver: too many requests"):
+            ask(pool_key("a"))
+    assert store.get(pool_key("a")).value == numbered(1)
     distant.close()
 
 
