@@ -13,6 +13,7 @@ from pathlib import Path
 from datastore.connect import connect
 from datastore.environment import Environment, configure_logging
 from felix.agent import Agent
+from felix.removal import remove_everything
 
 # The loop must not wait 5 ms (the default) for a watcher's thread to let go of the interpreter.
 _SWITCH_SECONDS = 0.0005
@@ -22,7 +23,14 @@ _log = logging.getLogger("felix")
 
 def main() -> int:
     """Run until SIGTERM or SIGINT. Exit code 1: it can't run, and says why."""
-    argparse.ArgumentParser(prog="manx-felix", description=main.__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog="manx-felix", description=main.__doc__)
+    parser.add_argument(
+        "--remove",
+        action="store_true",
+        help="remove all that it put into the kernel: policy is enforced no more",
+    )
+    if parser.parse_args().remove:
+        return _remove()
     try:
         environment = Environment.load()
         store = connect(environment.datastore)
@@ -42,6 +50,21 @@ def main() -> int:
         store.close()
         os.close(lock)
     return 0
+
+
+def _remove() -> int:
+    try:
+        environment = Environment.load()
+        configure_logging(environment, "felix")
+        lock = _lock(environment.run_dir)
+        problems = remove_everything()
+    except (ValueError, OSError) as error:
+        print(f"manx-felix: {error}", file=sys.stderr)
+        return 1
+    os.close(lock)
+    for problem in problems:
+        print(f"manx-felix: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def _lock(run_dir: Path) -> int:

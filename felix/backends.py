@@ -67,7 +67,7 @@ def choose(settings: Settings, current: Backend | None) -> Backend:
     variant = settings.iptables_backend
     if settings.nftables_mode is NftablesMode.ENABLED:
         return Backend.NFTABLES
-    if settings.nftables_mode is NftablesMode.AUTO and variant == "auto" and _has_nftables():
+    if settings.nftables_mode is NftablesMode.AUTO and variant == "auto" and has_nftables():
         return Backend.NFTABLES
     if variant == "auto":
         if current in _NAMES:
@@ -79,7 +79,7 @@ def choose(settings: Settings, current: Backend | None) -> Backend:
 def make(backend: Backend, settings: Settings, members: Members) -> Enforcer:
     """An enforcer that wants nothing yet. Raises OSError."""
     if backend is Backend.NFTABLES:
-        if not _has_nftables():
+        if not has_nftables():
             raise OSError(errno.EPROTONOSUPPORT, "this kernel has no nftables")
         return NftablesDataplane(settings, members)
     return IptablesDataplane(settings, members, _NAMES[backend])
@@ -105,10 +105,11 @@ def make_any(
     raise refused
 
 
-def settle_others(backend: Backend, settings: Settings) -> list[str]:
+def settle_others(backend: Backend | None, settings: Settings) -> list[str]:
     """Remove what other backends left in the kernel; what could not be, in words.
 
-    See to it that iptables, in the variants that don't enforce, lets pods' packets pass.
+    See to it that iptables, in the variants that don't enforce, lets pods' packets pass. None:
+    nobody enforces any more, and nothing stays.
     """
     removals: dict[Backend, Callable[[], list[str]]] = {
         Backend.NFTABLES: _remove_nftables,
@@ -128,7 +129,8 @@ def settle_others(backend: Backend, settings: Settings) -> list[str]:
     return problems
 
 
-def _has_nftables() -> bool:
+def has_nftables() -> bool:
+    """Whether the kernel has them. Raises OSError where that can't be found out."""
     try:
         with Nftables(4, TABLE) as table:
             table.generation()
@@ -141,7 +143,7 @@ def _has_nftables() -> bool:
 
 
 def _remove_nftables() -> list[str]:
-    if not _has_nftables():
+    if not has_nftables():
         return []
     for version in (4, 6):
         with Nftables(version, TABLE) as table:
@@ -168,19 +170,18 @@ def _unhook(table: Nftables) -> None:
     table.commit(transaction)
 
 
-def _settle_iptables(variant: str, settings: Settings, backend: Backend) -> list[str]:
+def _settle_iptables(variant: str, settings: Settings, backend: Backend | None) -> list[str]:
     """Have an enforcer want no more than what stands beside the real one; it finds the rest."""
     iptables = IptablesDataplane(settings, _no_members, variant)
-    nftables = backend is Backend.NFTABLES
-    manner = settings.nftables if nftables else settings.iptables
+    manner = settings.nftables if backend is Backend.NFTABLES else settings.iptables
     try:
-        if not manner.returns:
+        if backend is not None and not manner.returns:
             iptables.want(_passage(variant, settings))
         iptables.read()
         if iptables.apply_chains(0.0):
             _log.info("changed what is ours in iptables-%s beside the enforcer", variant)
         # The sets of the iptables variants are the same ones, and the enforcer's own.
-        for attempt in range(_ATTEMPTS if nftables else 0):
+        for attempt in range(0 if backend in _NAMES else _ATTEMPTS):
             iptables.trim_sets(float(attempt))
             if iptables.next_retry() is None:
                 break

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import pytest
+
 from api.net import parse_net
-from kernel.netns import Namespace
+from kernel.netns import Namespace, inside
 from tests.felix.world import (
+    ROOT,
     V3,
     Flow,
     Listener,
@@ -157,6 +163,70 @@ def test_a_backend_that_cannot_be_had_holds_up_no_policy() -> None:
             assert what not in node.errors()
         for pod in pods.values():
             pod.netns.close()
+
+
+@pytest.mark.parametrize("chosen", CHOICES)
+def test_nothing_stays_of_an_agent_that_is_removed(chosen: str) -> None:
+    with cluster("node1", addresses=(f"{NODE[4]}/24",)) as (node,), fresh_namespace() as near:
+        ends = [f"{end[4]}/24" for end in (NODE, NEAR)]
+        connect(node.netns, "eth0", near, "eth0", ends)
+        before = everything(node)
+        node.put(felix_configuration("default", **CHOICES[chosen]))
+        pool = {"cidr": "10.0.0.0/16", "vxlanMode": "Always", "natOutgoing": True}
+        node.put({"apiVersion": V3, "kind": "IPPool", "metadata": {"name": "p"}, "spec": pool})
+        web = node.pod("web", WEB[4], labels={"app": "web"})
+        client = node.pod("client", CLIENT[4], labels={"app": "client"})
+        allow = {"action": "Allow", "source": {"selector": "app == 'client'"}}
+        node.put(policy("web", selector="app == 'web'", types=["Ingress"], ingress=[allow]))
+        node.start()
+        node.settle()
+        with inside(client.netns.fd):
+            connection = socket.socket()
+        with Listener(web.netns, 80), connection:
+            connection.connect((WEB[4], 80))
+            node.put(policy("web", selector="app == 'web'", types=["Ingress"]))
+            tables = ("nft", "list", "tables")
+            eventually(lambda: "calico-ended" in run(node.netns, *tables).stdout)
+            assert remove(node).returncode == 1, "it is running"
+        node.kill()
+        for pod in (web, client):
+            pod.unplug()
+            pod.netns.close()
+        assert everything(node) != before
+        for _ in range(2):
+            done = remove(node)
+            assert (done.returncode, done.stderr) == (0, "") and everything(node) == before
+
+
+def everything(node: Node) -> list[str]:
+    """That felix may have put there: rules, sets, routes, interfaces."""
+    listings = (
+        ("nft", "list", "ruleset"),
+        ("iptables-legacy-save",),
+        ("ipset", "list", "-name"),
+        ("ip", "route"),
+        ("ip", "-o", "link"),
+    )
+    words = ("cali", "vxlan", "proto 80")
+    lines = (line for each in listings for line in run(node.netns, *each).stdout.splitlines())
+    return [line for line in lines if any(word in line for word in words)]
+
+
+def remove(node: Node) -> subprocess.CompletedProcess[str]:
+    with inside(node.netns.fd):
+        return subprocess.run(
+            [sys.executable, "-m", "felix", "--remove"],
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(ROOT),
+                "MANX_RUN_DIR": str(node.run_dir),
+                "MANX_LOG_LEVEL": "ERROR",
+            },
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
 
 def run_in_mounts_of(pid: int, *command: str) -> None:
