@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from api.bgp import BGPConfiguration
+from api.clusterinformation import is_locked
 from api.errors import InvalidObjectError
 from api.ipam import BlockAffinity
 from api.ippool import IPPool
@@ -146,7 +147,7 @@ class Snapshot:
         match key.kind:
             case "ClusterInformation":
                 if key.name == "default":
-                    self.locked = _is_locked(value)
+                    self.locked = is_locked(value)
             case "WorkloadEndpoint":
                 self._put(self.workloads, key, value, read_workload, workload_as_far_as_readable)
             case "Pod":
@@ -238,11 +239,6 @@ class Snapshot:
         else:
             table[key] = new
         self.dirty.add(key)
-
-
-def _is_locked(value: JSON | None) -> bool:
-    spec = (value or {}).get("spec")
-    return isinstance(spec, dict) and spec.get("datastoreReady") is False
 
 
 def _parsed(key: Key, value: JSON, model: type[T]) -> T:
