@@ -111,17 +111,6 @@ def _of_version(
     return found
 
 
-def unspeakable(neighbor: Neighbor) -> str:
-    """What of a session can't be written for BIRD, whose strings have no escapes; or empty."""
-    try:
-        text = neighbor.password.decode()
-    except UnicodeDecodeError:
-        return "its password is not UTF-8 text"
-    if '"' in text or not text.isprintable():
-        return "its password has a quotation mark or a control character in it"
-    return ""
-
-
 def divide(wanted: Mapping[Net, Announcements], speaking: Mapping[Net, Speaking]) -> Own:
     """What most peers are told, iBGP before eBGP, and what the others are told instead."""
     groups: list[tuple[Announcements, list[Net]]] = []

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from api.net import Net
 from bird_glue.announcement import Announcements
-from bird_glue.bird_config import kernel_metrics, protocol_name, render, unspeakable
+from bird_glue.bird_config import kernel_metrics, protocol_name, render
 from bird_glue.bird_routes import parse_routes, why_filtered
 from bird_glue.bird_status import ProtocolStatus, error_in_words, parse_protocols
 from bird_glue.birdc import Birdc, BirdError, Line, RefusedError
@@ -341,9 +341,7 @@ class BirdEngine:
 
     def _rendered(self, intent: Intent) -> str:
         """The file, less sessions that BIRD would refuse. Raises OSError."""
-        found = {address: unspeakable(neighbor) for address, neighbor in intent.neighbors.items()}
-        self._rejected = {address: why for address, why in found.items() if why}
-        intent = _without(intent, self._rejected.keys())
+        self._rejected = {}
         text = render(intent, self._wanted, self._run_dir)
         if self._path.exists() and self._path.read_text() == text and self._process:
             return text

@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import orjson
@@ -297,7 +298,8 @@ class Detector:
         if not (news or missed):
             return []
         failed = failure(address, found)
-        _log.warning("%s: %s", peer, failed.info)
+        seen = datetime.fromtimestamp(failed.time, UTC).isoformat(timespec="milliseconds")
+        _log.warning("%s: %s; seen at %s", peer, failed.info, seen)
         return [failed]
 
     def _connect(self, now: float) -> None:

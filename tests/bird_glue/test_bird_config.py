@@ -6,12 +6,10 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from api.net import V4, V6, Net, parse_net
 from bird_glue.advertise import Speaking
 from bird_glue.announcement import Announcement
-from bird_glue.bird_config import divide, kernel_metrics, protocol_name, render, unspeakable
+from bird_glue.bird_config import divide, kernel_metrics, protocol_name, render
 from bird_glue.config import Listen, Neighbor
 from bird_glue.decision import Guard, Session
 from bird_glue.engine import Intent
@@ -123,21 +121,6 @@ def test_what_most_are_told_and_what_others_are_told_instead() -> None:
     own = divide({ONE: {}, ROUTER: {BLOCK: PLAIN}}, speaking)
     assert (own.base, own.different) == ({BLOCK: PLAIN}, {ONE: {BLOCK: None}, ROUTER: {}})
     assert divide({}, {}).base == {}
-
-
-@pytest.mark.parametrize(
-    ("password", "words"),
-    [
-        (b"", ""),
-        (b"it's {fine};", ""),
-        (b'a"b', "quotation"),
-        (b"a\nb", "control"),
-        (b"\xff", "UTF-8"),
-    ],
-)
-def test_passwords_that_bird_cannot_have(password: bytes, words: str) -> None:
-    found = unspeakable(replace(neighbor(ONE), password=password))
-    assert (words in found) if words else (found == "")
 
 
 def test_each_peer_has_a_name_of_its_own() -> None:
