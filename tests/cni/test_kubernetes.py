@@ -11,9 +11,12 @@ import pytest
 
 from cni.errors import NO_ENDPOINT
 from datastore.interface import Key
+from kernel.netlink import NetlinkSocket
+from kernel.qdiscs import Qdiscs
 from tests.cni.rig import NODE, Container, Felix, Rig, configuration
 from tests.support.crds import install_crds
 from tests.support.kube import KubeApiserver
+from tests.support.netns import eventually
 from tests.support.relay import Relay
 
 NAMESPACE = "cni-red"
@@ -109,6 +112,32 @@ def test_a_pod_that_names_the_beginning_itself(
     rig.call("ADD", pod, configuration()).ok()
     (spec,) = (e["spec"] for e in rig.endpoints().values() if e["spec"]["pod"] == name)
     assert spec["interfaceName"] in rig.links()
+    rig.delete(pod)
+
+
+def test_limits_follow_the_annotations(
+    rig: Rig, pod: Container, kube_apiserver: KubeApiserver
+) -> None:
+    """Of a pod that runs, as ``kubectl annotate`` changes them."""
+    path = f"{PODS}/{pod.arguments.rpartition('=')[2]}"
+
+    def annotate(bandwidth: str | None) -> None:
+        annotations = {"qos.projectcalico.org/ingressBandwidth": bandwidth}
+        patch = {"metadata": {"annotations": annotations}}
+        code, answer = kube_apiserver.request(
+            "PATCH", path, patch, media_type="application/merge-patch+json"
+        )
+        assert code == 200, answer
+
+    def rates() -> list[int]:
+        with NetlinkSocket(netns_fd=rig.namespace.fd) as netlink:
+            return [bucket.rate for bucket in Qdiscs(netlink).buckets().values()]
+
+    rig.call("ADD", pod, configuration(policy_setup_timeout_seconds=30)).ok()
+    assert rates() == []
+    for asked, rate in (("8M", [10**6]), ("16M", [2 * 10**6]), (None, [])):
+        annotate(asked)
+        eventually(lambda rate=rate: rates() == rate)  # type: ignore[misc]
     rig.delete(pod)
 
 
