@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bird_glue.process import Bird, ExaBgp
-from tests.bird_glue.world import BIRD_COMMON, BIRD_SESSION, Ping, world
+from tests.bird_glue.world import BIRD_COMMON, BIRD_SESSION, Node, Ping, world
 from tests.support.netns import connect, eventually
 
 
@@ -198,6 +198,53 @@ def test_node_that_reflects(tmp_path: Path) -> None:
         assert ping.lost == 0
         store.drop_block("n2", "10.1.2.0/26")
         eventually(lambda: one.route_to("10.1.2.0/26") == "")
+
+
+@pytest.mark.parametrize("engine", ["exabgp", "bird"])
+def test_two_reflectors_and_one_dies(tmp_path: Path, engine: str) -> None:
+    """For good, cable and all. The other one has told everything too, and goes on."""
+    with world(tmp_path) as made:
+        nodes = [made.node(name) for name in ("rr1", "rr2", "n1", "n2")]
+        hosts = [f"172.31.1.{n}" for n in range(10, 14)]
+        members = [(node, f"{host}/24") for node, host in zip(nodes, hosts, strict=True)]
+        switch = made.switch("rack", *members)
+        first, second, one, two = nodes
+        pod = made.pod(one, "p1", "10.1.1.5")
+        made.pod(two, "p2", "10.1.2.5")
+        store = made.store
+        store.put("IPPool", "plain", cidr="10.1.0.0/16")
+        store.put("BGPPeer", "rr", nodeSelector="all()", peerSelector="has(rr)")
+        store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
+        for n, (node, host) in enumerate(zip(nodes, hosts, strict=True)):
+            reflects = {"routeReflectorClusterID": f"1.0.0.{n + 1}", "labels": {"rr": "1"}}
+            store.node(node.name, f"{host}/24", **(reflects if n < 2 else {}))
+        store.block("n1", "10.1.1.0/26")
+        store.block("n2", "10.1.2.0/26")
+        for node in nodes:
+            node.start(MANX_BGP_ENGINE=engine)
+        direct = "10.1.2.0/26 via 172.31.1.13 dev eth0 metric 1024"
+        eventually(lambda: one.route_to("10.1.2.0/26") == direct, 20)
+        eventually(lambda: two.route_to("10.1.1.0/26") != "", 20)
+        for node in (one, two):  # from both, and both ways are the same one
+            eventually(lambda n=node: n.established(*hosts[:2]), 20)  # type: ignore[misc]
+            eventually(lambda n=node: told(n, hosts[0]) == told(n, hosts[1]) == 1)  # type: ignore[misc]
+        with Ping(pod, "10.1.2.5") as ping:
+            switch.run("ip", "link", "set", "dev", "rr1", "down")
+            first.end()
+            eventually(lambda: not one.established(hosts[0]), 20)
+            eventually(lambda: not two.established(hosts[0]), 20)
+            store.block("n2", "10.1.3.0/26")
+            eventually(lambda: one.route_to("10.1.3.0/26") != "")
+        assert ping.lost == 0
+        store.drop_block("n2", "10.1.2.0/26")
+        eventually(lambda: one.route_to("10.1.2.0/26") == "")
+        assert second.established(*hosts[2:])
+
+
+def told(node: Node, host: str) -> int:
+    """How many prefixes a peer has told."""
+    peer = node.peer(host)
+    return peer.received if peer else 0
 
 
 @pytest.mark.parametrize("engine", ["exabgp", "bird"])
