@@ -38,10 +38,13 @@ class Racks:
         return "\n".join(status.problems) if status else ""
 
 
-@pytest.fixture
-def racks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Racks]:
+@pytest.fixture(params=["exabgp", "bird"])
+def racks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Racks]:
     with world(tmp_path_factory.mktemp("passwords")) as made:
         node, store = made.node("n1"), made.store
+        node.engine = request.param
         tors = {}
         store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
         store.node("n1", "172.31.1.11/24")
@@ -92,13 +95,13 @@ def test_rotated_one_at_a_time(racks: Racks) -> None:
     text = node.logs() + str(node.status())
     assert "first-tor2" not in text
     assert base64.b64encode(b"first-tor2").decode() not in (
-        (node.run_dir / "exabgp.log").read_text() + (node.directory / "agent.log").read_text()
+        (node.run_dir / f"{node.engine}.log").read_text()
+        + (node.directory / "agent.log").read_text()
     )
-    assert (node.run_dir / "exabgp.conf").stat().st_mode & 0o777 == 0o600
+    assert (node.run_dir / f"{node.engine}.conf").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("engine", ["exabgp", "bird"])
-def test_a_wrong_password_makes_no_session_and_is_named(racks: Racks, engine: str) -> None:
+def test_a_wrong_password_makes_no_session_and_is_named(racks: Racks) -> None:
     """Wrong, missing there, missing here; and TTL security at one end. As the kernel counts."""
     node, store, tor = racks.node, racks.world.store, racks.tors["tor1"]
     address = TORS["tor1"][0]
@@ -107,7 +110,7 @@ def test_a_wrong_password_makes_no_session_and_is_named(racks: Racks, engine: st
         return peer.info if (peer := node.peer(address)) else ""
 
     racks.world.secret("bgp", tor1="wrong", tor2="first-tor2")
-    node.start(MANX_BGP_ENGINE=engine)
+    node.start()
     eventually(lambda: node.established(TORS["tor2"][0]), 20)
     another = "packets signed with another TCP-MD5 password come to this node and are dropped"
     eventually(lambda: info() == f"no answer from {address}; {another}", 20)

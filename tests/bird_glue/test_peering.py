@@ -53,10 +53,13 @@ class Rack:
     world: World
 
 
-@pytest.fixture(scope="module")
-def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
+@pytest.fixture(scope="module", params=["exabgp", "bird"])
+def rack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Rack]:
     with world(tmp_path_factory.mktemp("peering")) as made:
         node, tor = made.node("n1"), made.bird("tor")
+        node.engine = request.param
         addresses = [f"{NODE}/24", f"{TOR}/24"]
         connect(node.namespace, "eth0", tor.namespace, "n1", addresses)
         for station, name, address in ((node, "eth0", NODE6), (tor, "n1", TOR6)):
@@ -116,12 +119,11 @@ def test_ipv6(rack: Rack) -> None:
     store.put("BGPPeer", "six", peerIP=TOR6, asNumber=65001)
     eventually(lambda: node.established(TOR6))
     eventually(lambda: BLOCK6 in tor.blocks())
-    eventually(lambda: node.routes("proto 179 exact fd70::/32", "-6") != [])
-    assert f"via {TOR6} dev eth0" in node.routes("proto 179 exact fd70::/32", "-6")[0]
+    eventually(lambda: "fd70::/32 via " in node.route_to("fd70::/32"))
     rule = {"action": "Reject", "cidr": "fd70::/16", "matchOperator": "In"}
     store.put("BGPFilter", "six", importV6=[rule | {"prefixLength": {"min": 32, "max": 48}}])
     store.put("BGPPeer", "six", peerIP=TOR6, asNumber=65001, filters=["six"])
-    eventually(lambda: node.routes("proto 179 exact fd70::/32", "-6") == [])
+    eventually(lambda: node.route_to("fd70::/32") == "")
     store.delete("BGPPeer", "six")
     eventually(lambda: BLOCK6 not in tor.blocks())
 
