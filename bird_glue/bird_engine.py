@@ -17,15 +17,23 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 
-from api.net import Net
+from api.net import V4, V6, Net
 from bird_glue.announcement import Announcements
 from bird_glue.bird_config import kernel_metrics, protocol_name, render
-from bird_glue.bird_routes import parse_routes, why_filtered
+from bird_glue.bird_routes import parse_learned, parse_routes, why_filtered
 from bird_glue.bird_status import ProtocolStatus, error_in_words, parse_protocols
 from bird_glue.birdc import Birdc, BirdError, Line, RefusedError
 from bird_glue.channel import FromRelay
 from bird_glue.config import Neighbor
-from bird_glue.engine import BIRD, EngineEvent, Intent, Report, Restarted, TooMany
+from bird_glue.engine import (
+    BIRD,
+    EngineEvent,
+    Intent,
+    LearnedPath,
+    Report,
+    Restarted,
+    TooMany,
+)
 from bird_glue.process import Bird
 from reconcile.backoff import Backoff
 
@@ -220,6 +228,21 @@ class BirdEngine:
                 refused=self._refused(address, seen),
             )
         return reports
+
+    def learned(self) -> list[LearnedPath]:
+        """All that peers told and filters let pass."""
+        neighbors = self._intent.neighbors if self._intent else {}
+        names = {protocol_name(address): address for address in neighbors}
+        lines = [
+            line
+            for version in (V4, V6)
+            for line in self._answer(f"show route table master{version} all where source = RTS_BGP")
+        ]
+        return [
+            LearnedPath(way.net, names[way.protocol], way.next_hop, way.best)
+            for way in parse_learned(lines)
+            if way.protocol in names
+        ]
 
     def leave(self) -> None:
         """End all sessions, and say so: peers forget our routes at once."""

@@ -13,12 +13,13 @@ from bird_glue.filters import Direction, RouteFacts, evaluate
 from bird_glue.messages import Attributes, Segment
 
 _ROUTE = re.compile(r"([0-9a-f.:]+/\d+)\s")
+_LEARNED = re.compile(r"(?:[0-9a-f.:]+/\d+)?\s+unicast \[(\S+) [^]]*\](\s\*)?")
 _WAY = re.compile(r"(?:via \S+|dev) (?:on )?(\S+)")
 _COMMUNITY = re.compile(r"\(([^)]*)\)")
 _NUMBER = re.compile(r"\d+")
 _PATH = re.compile(r"\{([\d ]*)\}|([\d ]+)")
 _ORIGINS = {"IGP": 0, "EGP": 1, "Incomplete": 2}
-_BGP = "BGP."
+_BGP, _NEXT_HOP = "BGP.", "BGP.next_hop:"
 
 
 @dataclass(slots=True)
@@ -66,6 +67,34 @@ def parse_routes(lines: Iterable[Line]) -> list[ShownRoute]:
             found.append(ShownRoute(parse_net(match[1])))
         elif found and found[-1].interface is None and (way := _WAY.match(text)):
             found[-1].interface = way[1]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedWay:
+    """A path of a protocol to a prefix. ``best``: it is the one that BIRD has chosen."""
+
+    net: Net
+    protocol: str
+    best: bool
+    next_hop: Net
+
+
+def parse_learned(lines: Iterable[Line]) -> list[LearnedWay]:
+    """The answer to ``show route all``: all paths of BGP that lead somewhere."""
+    found: list[LearnedWay] = []
+    net: Net | None = None
+    way: re.Match[str] | None = None
+    for line in lines:
+        text = line.text
+        if match := _ROUTE.match(text.lstrip()):
+            net = parse_net(match[1])
+        if "[" in text and "]" in text:
+            way = _LEARNED.match(text.lstrip() if match else text)
+        elif net and way and text.strip().startswith(_NEXT_HOP):
+            words = text.split(":", 1)[1].split()
+            found.append(LearnedWay(net, way[1], bool(way[2]), parse_net(words[0])))
+            way = None
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from bird_glue.choice import Choice, choose
 from bird_glue.decision import Guard, Session
 from bird_glue.detector import Detector, Failure, Watch, failure
 from bird_glue.drops import Drops
-from bird_glue.engine import EXABGP, Engine, EngineEvent, Intent, Restarted, TooMany
+from bird_glue.engine import EXABGP, Engine, EngineEvent, Intent, LearnedPath, Restarted, TooMany
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.keepsake import Keepsake
@@ -553,6 +553,7 @@ class Core:
         if self._detector.problem:
             problems.append(self._detector.problem)
         problems += [f"route not programmed: {text}" for text in self._fib.errors.values()]
+        started, configured = self._engines.times
         return BgpStatus(
             node=self._node,
             asn=local.asn if local else 0,
@@ -561,6 +562,8 @@ class Core:
             holding=self._fib.holding or self._engine.recovering,
             engine=self._engine.name,
             pid=self._engine.pid,
+            started=started,
+            configured=configured,
             blocks=[str(block) for block in self._blocks],
             peers=self._statuses.of(self._sessions, self._engine),
             problems=problems,
@@ -569,26 +572,32 @@ class Core:
     def learned_routes(self) -> list[dict[str, Any]]:
         """Own blocks and all that peers told, as CalicoNodeStatus lists routes.
 
-        Of an engine that ``programs`` only the blocks: it tells numbers of the others.
+        ``FIB`` are those that packets follow; of an engine that ``programs``, which says which
+        path is best, of several that share the traffic only this one.
         """
         static = {"learnedFrom": {"sourceType": "Static"}}
         found = [{"type": "FIB", "destination": str(block)} | static for block in self._blocks]
-        for net, paths in sorted(self._routes.routes.items()):
+        paths = [*self._engine.learned(), *self._known_paths()]
+        for net, address, next_hop, used in sorted(paths):
+            if (peer := self._sessions.peers.get(address)) is None:
+                continue
+            mesh = peer.type is PeerType.MESH
+            found.append(
+                {
+                    "type": "FIB" if used and self._pools.programs(net) else "RIB",
+                    "destination": str(net),
+                    "gateway": format_address(*next_hop[:2]),
+                    "learnedFrom": {
+                        "sourceType": "NodeMesh" if mesh else "BGPPeer",
+                        "peerIP": format_address(*address[:2]),
+                    },
+                }
+            )
+        return found
+
+    def _known_paths(self) -> Iterator[LearnedPath]:
+        for net, paths in self._routes.routes.items():
             selection = self._rib.selected.get(net)
             used = set(selection.paths) if selection and self._fib.installed(net) else set()
             for path in paths.values():
-                if (peer := self._sessions.peers.get(path.peer)) is None:
-                    continue
-                mesh = peer.type is PeerType.MESH
-                found.append(
-                    {
-                        "type": "FIB" if path in used else "RIB",
-                        "destination": str(net),
-                        "gateway": format_address(*path.next_hop[:2]),
-                        "learnedFrom": {
-                            "sourceType": "NodeMesh" if mesh else "BGPPeer",
-                            "peerIP": format_address(*path.peer[:2]),
-                        },
-                    }
-                )
-        return found
+                yield LearnedPath(net, path.peer, path.next_hop, path in used)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from api.net import V4, V6, Net
 from bird_glue.advertise import Speaking
@@ -73,6 +73,15 @@ class Report:
     used: int = 0
     installed: int = 0
     refused: Mapping[str, int] = field(default_factory=dict)
+
+
+class LearnedPath(NamedTuple):
+    """A path that an engine knows. ``best``: the one it has chosen for its prefix."""
+
+    net: Net
+    peer: Net
+    next_hop: Net
+    best: bool
 
 
 class Engine(Protocol):
@@ -141,6 +150,9 @@ class Engine(Protocol):
 
     def report(self) -> Mapping[Net, Report]:
         """Sessions as an engine that ``programs`` sees them; else empty: its events tell."""
+
+    def learned(self) -> list[LearnedPath]:
+        """All that peers told and may be used, of an engine that ``programs``; else empty."""
 
     def leave(self) -> None:
         """Take back all that was announced; see ``left``."""

@@ -39,6 +39,16 @@ class Engines:
         """IP version and metric of the routes that BIRD wrote for an earlier agent."""
         return self._bird.former_metrics
 
+    @property
+    def times(self) -> tuple[float, float]:
+        """When the current one was started, and when its configuration changed; 0.0: never.
+
+        Seconds of the epoch.
+        """
+        found = (self._run_dir / f"{self.current.name}.{suffix}" for suffix in ("pid", "conf"))
+        started, configured = (path.stat().st_mtime if path.exists() else 0.0 for path in found)
+        return started, configured
+
     def adopt(self, now: float) -> None:
         """Find the daemon that an earlier agent started. Raises OSError."""
         for engine in self._engines.values():

@@ -156,11 +156,15 @@ def report(classes: list[Any], status: Mapping[str, Any], routes: Mapping[str, A
 def _daemon(status: Mapping[str, Any]) -> JSON:
     """One daemon speaks for both IP versions. Without a peer there is none, and no need of one."""
     running = status["pid"] is not None or not status["peers"]
-    return {
+    made: JSON = {
         "state": "Ready" if running and status["in_sync"] else "NotReady",
         "version": str(status["engine"]),
         "routerID": status["router_id"],
     }
+    if status["pid"] is not None:
+        made["lastBootTime"] = _moment(status["started"])
+        made["lastReconfigurationTime"] = _moment(status["configured"])
+    return made
 
 
 def _sessions(peers: list[Mapping[str, Any]]) -> JSON:

@@ -19,7 +19,7 @@ from bird_glue.channel import Channel, FromRelay
 from bird_glue.config import Listen, environment, listening
 from bird_glue.configfile import ConfigurationFile, NotLoadedError
 from bird_glue.dialogue import Dialogue
-from bird_glue.engine import EXABGP, EngineEvent, Intent, Report, Restarted
+from bird_glue.engine import EXABGP, EngineEvent, Intent, LearnedPath, Report, Restarted
 from bird_glue.messages import Answer, Hello, Live, Malformed, Text
 from bird_glue.process import ExaBgp
 from reconcile.backoff import Backoff
@@ -128,6 +128,10 @@ class Speaker:
     def report(self) -> Mapping[Net, Report]:
         """Empty: events tell."""
         return {}
+
+    def learned(self) -> list[LearnedPath]:
+        """Empty: the RIB knows."""
+        return []
 
     def fail(self, peer: Net, why: str) -> None:
         """Hang up on a peer that is dead: ``Cease / BFD Down`` (RFC 9384), to nobody probably."""

@@ -65,7 +65,8 @@ class BgpStatus:
 
     ``problems``: what is wrong with objects, each with object, field, value and what would be
     right, and routes that the kernel refused. ``engine``: ``exabgp`` or ``bird``; ``pid``: its
-    process id, None if not running. ``datastore``: ``followed``, or why it is not.
+    process id, None if not running; ``started`` and ``configured``: when it was, in seconds of the
+    epoch, 0.0 for never. ``datastore``: ``followed``, or why it is not.
     """
 
     node: str
@@ -79,6 +80,8 @@ class BgpStatus:
     problems: list[str]
     datastore: str = "followed"
     engine: str = "exabgp"
+    started: float = 0.0
+    configured: float = 0.0
 
 
 Answer = dict[str, Any]

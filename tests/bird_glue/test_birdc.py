@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.net import parse_net
-from bird_glue.bird_routes import parse_routes, why_filtered
+from bird_glue.bird_routes import LearnedWay, parse_learned, parse_routes, why_filtered
 from bird_glue.bird_status import error_in_words, parse_protocols
 from bird_glue.birdc import Birdc, BirdError, Line, RefusedError
 from bird_glue.config import Neighbor
@@ -51,6 +51,19 @@ ROUTES = """\
 1007-10.6.2.0/24          unreachable [peer_b 06:44:40.961 from 10.0.0.2] * (100) [AS64512i]
 1012-	BGP.as_path: 64512
  	BGP.next_hop: 10.0.0.2
+0000 
+"""  # noqa: E101, W291
+LEARNED = """\
+1007-Table master4:
+ 10.6.1.0/24          unicast [peer_b 06:44:40.961] * (100) [AS2i]
+ 	via 10.0.0.2 on eth0
+1012-	BGP.as_path: 2
+ 	BGP.next_hop: 10.0.0.2
+1007-                     unicast [peer_c 06:44:40.961 from 10.0.0.3] (100) [AS2i]
+ 	via 10.0.0.3 on eth0
+1012-	BGP.next_hop: 10.0.0.4 fe80::1
+1007-10.6.2.0/24          unreachable [peer_b 06:44:40.961 from 10.0.0.2] * (100) [AS64512i]
+1012-	BGP.next_hop: 10.0.0.2
 0000 
 """  # noqa: E101, W291
 NEIGHBOR = Neighbor(parse_net("10.0.0.2"), parse_net("10.0.0.1"), 65001, 64512, 1)
@@ -102,6 +115,14 @@ def test_sessions_in_numbers_and_words(path: Path) -> None:
     assert (up.name, up.state, up.since) == ("peer_b", "Established", 1795243480.866)
     assert (up.imported, up.filtered, up.exported, up.preferred) == (2, 1, 4, 1)
     assert (passive.state, passive.error) == ("Active", "Received: Bad peer AS")
+
+
+def test_all_paths_that_lead_somewhere(path: Path) -> None:
+    net = parse_net("10.6.1.0/24")
+    assert parse_learned(lines(LEARNED, path)) == [
+        LearnedWay(net, "peer_b", True, parse_net("10.0.0.2")),
+        LearnedWay(net, "peer_c", False, parse_net("10.0.0.4")),
+    ]
 
 
 def test_routes_and_why_they_were_refused(path: Path) -> None:
