@@ -98,7 +98,8 @@ def install(
             if not quiet:
                 click.echo(f"installed {path}")
         found = installer.preferred(conf_dir)
-        return [f"{path} comes first: a runtime may use it instead" for path in found]
+        first = [f"{path} comes first: a runtime may use it instead" for path in found]
+        return first + installer.rivals(plugins)
 
     try:
         environment = Environment.load()

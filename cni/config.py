@@ -180,6 +180,9 @@ class RuntimeConfiguration(_Model):
     dns: RuntimeDns = RuntimeDns()
 
 
+_NOTHING_TOLD = RuntimeConfiguration()
+
+
 class _Arguments(_Model):
     ips: list[str] = Field(default_factory=list)
 
@@ -312,7 +315,9 @@ def parse_call(environment: Mapping[str, str], configuration: bytes) -> Call:
     netns = environment.get("CNI_NETNS", "")
     if command != "ADD":
         return Call(command, parsed, attachment, netns, previous)
-    runtime = _validate(RuntimeConfiguration, parsed.runtime or {}, "runtimeConfig")
+    runtime = _NOTHING_TOLD
+    if parsed.runtime:
+        runtime = _validate(RuntimeConfiguration, parsed.runtime, "runtimeConfig")
     asked = _asked(arguments, parsed, runtime)
     return Call(command, parsed, attachment, netns, previous, asked, _dns(parsed, runtime))
 

@@ -108,6 +108,16 @@ def usual_chain(bin_dir: Path, chain: Iterable[str]) -> list[str]:
     ]
 
 
+def rivals(chain: Iterable[str]) -> list[str]:
+    """What to know about plugins that shall run after ours. Raises ValueError."""
+    if all(_chained(text)["type"] != "bandwidth" for text in chain):
+        return []
+    return [
+        "chained plugin bandwidth: felix limits pods that ask for it by annotation, and their ADDs"
+        " fail where this plugin wants to do it, too"
+    ]
+
+
 def uninstall(bin_dir: Path, conf_dir: Path) -> list[Path]:
     """Remove what ``install`` made; returns what was there. Raises OSError."""
     removed = []

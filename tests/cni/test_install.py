@@ -188,6 +188,13 @@ def test_the_usual_chain(tmp_path: Path) -> None:
     ]
 
 
+def test_a_rival_in_the_chain(tmp_path: Path) -> None:
+    directories = ("--bin-dir", str(tmp_path), "--conf-dir", str(tmp_path))
+    done = manx_cni("install", *directories, "--chain", '{"type": "bandwidth"}')
+    assert done.returncode == 0
+    assert "warning: chained plugin bandwidth: felix limits" in done.stderr
+
+
 def test_a_configuration_that_comes_first(tmp_path: Path) -> None:
     (tmp_path / "05-other.conflist").touch()
     done = manx_cni("install", "--bin-dir", str(tmp_path), "--conf-dir", str(tmp_path))
