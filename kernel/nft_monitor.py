@@ -19,7 +19,6 @@ _GROUP = 1 << 7 - 1  # NFNLGRP_NFTABLES
 _SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
 _TABLE = 1  # every message of a table begins with its name, as this attribute
 _RULE_CHAIN, _CHAIN_NAME = 2, 3
-_DELETE_TABLE = 2
 _HEAD = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _FAMILIES = (2, 10)
 _BODY = _HEAD.size + 4  # struct nfgenmsg
@@ -101,7 +100,7 @@ class TableMonitor:
         if _HEAD.unpack_from(data)[4] in self._own:
             return
         for each in self._watched:
-            if each.named in data and each.is_in(data):
+            if each.may_be_in(data) and each.is_in(data):
                 yield each.table
 
 
@@ -122,6 +121,12 @@ class _Marks:
         )
         return cls(watched.table, attribute_text(_TABLE, watched.table), tuple(chains))
 
+    def may_be_in(self, data: bytes) -> bool:
+        """Whether a datagram is worth looking into."""
+        return self.named in data and (
+            not self.chains or any(chain in data for chain in self.chains)
+        )
+
     def is_in(self, data: bytes) -> bool:
         """Whether any message of a datagram is about it."""
         offset = 0
@@ -133,7 +138,6 @@ class _Marks:
                 and data.startswith(self.named, offset + _BODY)
                 and (
                     not self.chains
-                    or kind & 0xFF == _DELETE_TABLE
                     or any(data.find(each, offset, offset + length) >= 0 for each in self.chains)
                 )
             ):
