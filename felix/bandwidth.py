@@ -19,6 +19,7 @@ from felix.tables import Table
 from kernel.links import Link, Links, delete_link, ifb, link_set
 from kernel.netlink import Message, NetlinkSocket
 from kernel.qdiscs import (
+    OURS,
     Bucket,
     Qdiscs,
     arriving_add,
@@ -32,6 +33,7 @@ from kernel.qdiscs import (
 from reconcile.plan import Plan
 
 IFB_PREFIX = "bwcali"
+_PLUGINS_PREFIX = "bwp"  # containernetworking/plugins, plugins/meta/bandwidth
 _DIGITS = 9
 _HEADER = 18  # of Ethernet, with one tag
 _BROKEN = Bucket(0, 0, 0)  # stands for half of what there should be
@@ -127,11 +129,23 @@ class Bandwidth:
         aside = Links(self._socket).get(device)
         self._do(device, link_set(aside.index, alias=name, up=True))
         self._do(device, bucket_replace(aside.index, egress))
-        qdiscs = Qdiscs(self._socket)
-        if qdiscs.redirect(index) != aside.index:
+        redirects = Qdiscs(self._socket).redirects(index)
+        if redirects.pop(OURS, 0) != aside.index:
             self._do(name, arriving_add(index), errno.EEXIST)
             self._do(name, redirect_delete(index), *_GONE)
             self._do(name, redirect_add(index, aside.index))
+        self._supersede(name, index, redirects)
+
+    def _supersede(self, name: str, index: int, redirects: Mapping[int, int]) -> None:
+        """The detour that the reference plugin ``bandwidth`` once made would be taken first."""
+        if not redirects:
+            return
+        others = {link.index: link for link in Links(self._socket).read().values()}
+        for preference, target in redirects.items():
+            device = others.get(target)
+            if device and device.kind == "ifb" and device.name.startswith(_PLUGINS_PREFIX):
+                self._do(name, redirect_delete(index, preference), *_GONE)
+                self._do(device.name, delete_link(target), *_GONE)
 
     def _do(self, name: str, message: Message, *harmless: int) -> None:
         for failure in self._socket.batch([message]):

@@ -162,9 +162,9 @@ def redirect_add(index: int, target: int) -> Message:
     return Message(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, body)
 
 
-def redirect_delete(index: int) -> Message:
-    """Take our redirection away; ENOENT or EINVAL where there is none."""
-    info = OURS << 16 | _ETH_P_ALL
+def redirect_delete(index: int, preference: int = OURS) -> Message:
+    """Take a redirection of all protocols away; ENOENT or EINVAL where there is none."""
+    info = preference << 16 | _ETH_P_ALL
     return Message(RTM_DELTFILTER, 0, _TCMSG.pack(0, index, 0, _ARRIVING, info))
 
 
@@ -186,14 +186,18 @@ class Qdiscs:
 
     def redirect(self, index: int) -> int:
         """Where what arrives on an interface is redirected to by us; 0: nowhere."""
+        return self.redirects(index).get(OURS, 0)
+
+    def redirects(self, index: int) -> dict[int, int]:
+        """The same of everybody, by preference, as far as a u32 filter does it."""
+        found: dict[int, int] = {}
         for info, known in self._filters(index):
             options = attributes(known.get(_TCA_OPTIONS, b""))
-            if info >> 16 == OURS and _TCA_U32_ACT in options:
-                action = attributes(attributes(options[_TCA_U32_ACT]).get(1, b""))
-                parameters = attributes(action.get(_TCA_ACT_OPTIONS, b""))
-                target: int = _MIRRED.unpack_from(parameters[_TCA_MIRRED_PARMS])[-1]
-                return target
-        return 0
+            action = attributes(attributes(options.get(_TCA_U32_ACT, b"")).get(1, b""))
+            if text(action.get(_TCA_ACT_KIND, b"")) == "mirred":
+                parameters = attributes(action.get(_TCA_ACT_OPTIONS, b""))[_TCA_MIRRED_PARMS]
+                found[info >> 16] = _MIRRED.unpack_from(parameters)[-1]
+        return found
 
     def filtered(self, index: int) -> bool:
         """Whether there are any filters of what arrives on an interface."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -154,6 +156,40 @@ def test_a_restart_keeps_what_is_right(node: Node, client: Pod, server: Pod) -> 
     assert is_limited(server, client)
     for pod in (client, server):
         node.put(pod.endpoint())
+    node.settle()
+
+
+def test_limits_of_the_reference_plugin_give_way(node: Node, client: Pod, server: Pod) -> None:
+    """Those of pods that were added while it was in the chain."""
+    limits = {
+        f"{way}{what}": 1000 * RATE for way in ("ingress", "egress") for what in ("Rate", "Burst")
+    }
+    netns = f"/proc/{os.getpid()}/fd/{server.netns.fd}"
+    interfaces = [{"name": server.interface}, {"name": "eth0", "sandbox": netns}]
+    configuration = {
+        "cniVersion": "1.0.0",
+        "name": "net",
+        "type": "bandwidth",
+        "runtimeConfig": {"bandwidth": limits},
+        "prevResult": {"cniVersion": "1.0.0", "interfaces": interfaces, "ips": []},
+    }
+    environment = {"CNI_COMMAND": "ADD", "CNI_CONTAINERID": "c", "CNI_IFNAME": "eth0"}
+    environment |= {"CNI_NETNS": netns, "CNI_PATH": "/usr/lib/cni"}
+    with inside(node.netns.fd):
+        subprocess.run(
+            ["/usr/lib/cni/bandwidth"],
+            input=json.dumps(configuration).encode(),
+            env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    assert len(shaped(node)) == 4
+    node.put(server.endpoint(qosControls=LIMITED))
+    node.settle()
+    assert list(buckets(node).values()) == [RATE // 8] * 2
+    assert is_limited(client, server)
+    assert is_limited(server, client)
+    node.put(server.endpoint())
     node.settle()
 
 
