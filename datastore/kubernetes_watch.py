@@ -30,7 +30,7 @@ from datastore.kubernetes_views import OPTIONAL, Source, collection, sources
 _OUTAGE_SECONDS = 10.0  # a shorter one is not worth a word
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 1.0
-_SHORT = 1.0  # seconds; a stream that lasted no longer, and told nothing, is no good one
+_SHORT = 1.0  # seconds; a stream that lasted no longer, and told nothing new, is no good one
 _STREAM_SECONDS = (300, 600)  # how long a stream is asked for; spread out over the nodes
 _SILENCE_SECONDS = 150.0  # bookmarks come about every minute
 _READ_BYTES = 1 << 16
@@ -146,10 +146,12 @@ class _Feed:
         reached[self.place] = revision
         return Event(entry.key, None if type_ == "DELETED" else entry, ",".join(reached))
 
-    def advance(self, revision: str) -> None:
-        """Everything until ``revision`` is told."""
-        if int(revision) > int(self.position):
-            self.positions[self.place] = revision
+    def advance(self, revision: str) -> bool:
+        """Everything until ``revision`` is told; False: it was before."""
+        if int(revision) <= int(self.position):
+            return False
+        self.positions[self.place] = revision
+        return True
 
 
 class _Stream(threading.Thread):
@@ -169,7 +171,7 @@ class _Stream(threading.Thread):
         self._response: urllib3.BaseHTTPResponse | None = None
         self._created = time.monotonic()
         self._taken_on = math.inf  # when the server took the present stream on
-        self._heard = False  # the present stream told something
+        self._heard = False  # the present stream told something new
         self._unknown = False  # the server's last answer was that it doesn't know us
 
     def interrupt(self) -> None:
@@ -203,7 +205,7 @@ class _Stream(threading.Thread):
                 pause, last_heard = _FIRST_PAUSE, now
                 if problem is None:
                     continue
-            elif self._taken_on < math.inf:
+            elif self._taken_on < math.inf:  # not as bad as no answer at the very start
                 last_heard = max(last_heard, self._created)
             if now > last_heard + _OUTAGE_SECONDS:
                 why = f"watch of {self._kind}: ended as soon as it had begun, again and again"
@@ -286,7 +288,7 @@ class _Stream(threading.Thread):
             self.begun.set()
             lines = _lines(response)
             while (line := self._next(lines)) is not None and self._take(line):
-                self._heard = True
+                pass
         finally:
             with self._lock:
                 self._response = None
@@ -321,7 +323,7 @@ class _Stream(threading.Thread):
             return False
         # Only now: what another watch resumes from may be told twice, but not be skipped.
         for feed in self.feeds:
-            feed.advance(revision)
+            self._heard |= feed.advance(revision)
         return True
 
     def _refused(self, data: msgspec.Raw) -> None:

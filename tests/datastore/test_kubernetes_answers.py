@@ -20,6 +20,7 @@ from datastore.kubernetes import KubernetesDatastore
 from datastore.kubernetes_client import KubernetesSettings
 from tests.contracts.backends import policy, policy_key
 from tests.datastore.kubernetes_world import (
+    NAMESPACE,
     NODE,
     delete_if_there,
     delete_pod,
@@ -73,28 +74,40 @@ def test_a_node_with_an_empty_address(server: KubeApiserver, store: KubernetesDa
 
 
 def spoiled(value: JSON, revision: int = 1) -> JSON:
-    """As no API server sends it: a number where a text must be."""
-    odd = {"labels": {"number": 1}, "resourceVersion": str(revision)}
+    """As no API server sends it: a list where a mapping must be."""
+    odd = {"labels": ["no", "mapping"], "resourceVersion": str(revision)}
     return {**value, "metadata": {**value["metadata"], **odd}}
 
 
-@pytest.mark.parametrize("kind", ["Pod", "WorkloadEndpoint", "Node", "KubernetesNode"])
+BAD = "k8s-store-bad"
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "name"),
+    [
+        ("Pod", "/api/v1/pods", BAD),
+        ("WorkloadEndpoint", "/api/v1/pods", "k8s--store--node-k8s-k8s--store--bad-eth0"),
+        ("KubernetesNode", "/api/v1/nodes", BAD),
+        ("Node", "/api/v1/nodes", BAD),
+        ("Profile", "/api/v1/namespaces", f"kns.{BAD}"),
+        ("Profile", "/api/v1/serviceaccounts", f"ksa.{NAMESPACE}.{BAD}"),
+    ],
+)
 def test_objects_that_can_not_be_read_are_reported_alone(
     server: KubeApiserver,
     front: Front,
     distant: KubernetesDatastore,
     store: KubernetesDatastore,
     kind: str,
+    path: str,
+    name: str,
 ) -> None:
-    of_nodes = kind in ("Node", "KubernetesNode")
-    path = "/api/v1/nodes" if of_nodes else "/api/v1/pods"
-    bad, good = ("k8s-store-bad", NODE) if of_nodes else ("unreadable", "readable")
-    if of_nodes:
-        make(server, path, {"metadata": {"name": bad}})
-    else:
-        make_pod(server, bad), make_pod(server, good)
+    make_pod(server, BAD), make_pod(server, "k8s-store-good")
+    of_namespace = path.replace("v1/s", f"v1/namespaces/{NAMESPACE}/s")
+    if "pods" not in path:
+        make(server, of_namespace, {"metadata": {"name": BAD}})
     found = server.request("GET", path)[1]
-    value = next(item for item in found["items"] if item["metadata"]["name"] == bad)
+    value = next(item for item in found["items"] if item["metadata"]["name"] == BAD)
 
     def spoil(asked: Asked) -> Reply | None:
         if asked.path != path:
@@ -103,7 +116,7 @@ def test_objects_that_can_not_be_read_are_reported_alone(
             reached = int(found["metadata"]["resourceVersion"])
             types = enumerate(("MODIFIED", "DELETED"), start=reached + 1)
             return Reply(parts=[event(type_, spoiled(value, number)) for number, type_ in types])
-        items = [spoiled(i) if i["metadata"]["name"] == bad else i for i in found["items"]]
+        items = [spoiled(i) if i["metadata"]["name"] == BAD else i for i in found["items"]]
         return Reply(parts=[json.dumps({**found, "items": items}).encode()])
 
     keys = {entry.key for entry in store.list(kind).entries}
@@ -111,18 +124,17 @@ def test_objects_that_can_not_be_read_are_reported_alone(
     listing = distant.list(kind)
     assert {entry.key for entry in listing.entries} == keys
     (key,) = (entry.key for entry in listing.entries if not is_readable(kind, entry))
-    assert bad in (key.name, *key.name.split("-"))
+    assert key.name == name
     with distant.watch([kind], listing.revision) as watch:
         changed, deleted = events(watch, 2)
     assert changed.key == deleted.key == key
     assert changed.entry is not None
     assert not is_readable(kind, changed.entry)
     assert deleted.entry is None
-    if of_nodes:
-        assert server.request("DELETE", f"{path}/{bad}")[0] == 200
-    else:
-        for name in (bad, good):
-            delete_pod(server, name)
+    for pod in (BAD, "k8s-store-good"):
+        delete_pod(server, pod)
+    if "pods" not in path:
+        assert server.request("DELETE", f"{of_namespace}/{BAD}")[0] == 200
 
 
 def is_readable(kind: str, entry: Entry) -> bool:
