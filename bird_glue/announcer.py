@@ -47,9 +47,9 @@ class Told:
     """What one peer was told. None: with attributes that are not remembered.
 
     ``on_wire``: prefixes that were sent to the peer and not withdrawn. ``stale``: it is to be
-    found out what is missing. ``adrift``: prefixes of which one of these is not as it should be,
-    when it was compared last; ``repair``, those of them that are to be told anew, which
-    ``repaired`` have been in this session.
+    found out what is missing. ``suspect``: prefixes that were not as they should be when that was
+    compared last; ``adrift``, the time before as well; ``repair``, those of them that are to be
+    told anew, which ``repaired`` have been in this session.
     """
 
     announced: dict[Net, Announcement | None] = field(default_factory=dict)
@@ -60,6 +60,7 @@ class Told:
     stale: bool = True
     end_asked: float | None = None
     end_sent: set[int] = field(default_factory=set)  # IP versions
+    suspect: frozenset[Net] = frozenset()
     adrift: frozenset[Net] = frozenset()
     repair: set[Net] = field(default_factory=set)
     repaired: set[Net] = field(default_factory=set)
@@ -132,7 +133,7 @@ class Announcer:
                 told.up = told.stale = True
                 told.announced = dict.fromkeys(told.announced)
                 told.end_asked, told.end_sent = None, set()
-                told.adrift, told.repaired = frozenset(), set()
+                told.suspect, told.adrift, told.repaired = frozenset(), frozenset(), set()
             case Opened(extended_next_hop=extended):
                 told.extended = extended
             case Down(removed=removed):
@@ -211,9 +212,9 @@ class Announcer:
             busy = told.pending or told.retry or told.stale or not self._mark_end
             if busy or not told.up or not told.end_sent >= self._versions(peer, told):
                 continue
-            found = self._due(peer, told).keys() ^ told.on_wire
-            told.repair = (found & told.adrift) - told.repaired
-            told.adrift = frozenset(found)
+            found = frozenset(self._due(peer, told).keys() ^ told.on_wire)
+            told.suspect, told.adrift = found, found & told.suspect
+            told.repair = set(told.adrift - told.repaired)
             if told.repair:
                 told.stale = True
                 nets = ", ".join(map(str, sorted(told.repair)[:_PER_LINE]))

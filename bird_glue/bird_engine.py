@@ -88,7 +88,8 @@ class BirdEngine:
         self._seen_at = 0.0
         self._limits_at = 0.0
         self._audit_at = 0.0
-        self._adrift: dict[Net, int] = {}
+        self._suspect: Set[Net] = frozenset()  # peers not told all, when it was compared last
+        self._adrift: dict[Net, int] = {}  # nor the time before, and how much
         self.former_metrics: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -337,10 +338,10 @@ class BirdEngine:
                 missing = len(told) - status.exported
                 if missing > 0:
                     found[address] = missing
-        again = found.keys() & self._adrift.keys()
-        self._adrift = found
+        again = {address: found[address] for address in found.keys() & self._suspect}
+        self._suspect, self._adrift = found.keys(), again
         if again:
-            _log.warning("BIRD has not sent %d peers all they should be told, again", len(again))
+            _log.warning("BIRD has not sent %d peers all they should be told", len(again))
             self._ask('enable "own_v*"')
             self._stale = True
             for address in again:
