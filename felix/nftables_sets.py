@@ -83,6 +83,15 @@ class NftablesSets:
         """Whether a set's networks stand in a second set of the kernel's."""
         return name in self._spans
 
+    def declarations(self) -> Iterator[NftSet]:
+        """The kernel's sets that should be there."""
+        for name, wanted in self._wanted.items():
+            yield set_declarations(self._version, name, wanted.kind)
+            if name in self._spans:
+                yield network_declaration(self._version, name)
+        yield from (keyed.declaration for keyed in self._keyed.values())
+        yield from (constant.declaration for constant in self._constants.values())
+
     def found(self, present: Mapping[str, NftSet]) -> None:
         """The sets in the kernel, just read; what they hold is compared at the next ``fill``."""
         self._present = dict(present)

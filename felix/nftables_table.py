@@ -25,7 +25,14 @@ from felix.nftables_sets import NftablesSets
 from felix.settings import Settings
 from kernel.nft_expressions import interface_name
 from kernel.nft_sets import ForeignElementError, NftSet, Target
-from kernel.nftables import BaseChain, ChainState, Nftables, NftablesError, Transaction
+from kernel.nftables import (
+    BaseChain,
+    ChainState,
+    Nftables,
+    NftablesError,
+    TableState,
+    Transaction,
+)
 from policy.model import Direction, Member
 from reconcile.backoff import Backoff
 
@@ -81,6 +88,7 @@ class NftablesTable:
         self._foreign: set[str] = set()  # maps with elements that we never make
         self._exists = False
         self._dormant = False
+        self._obstructed = False  # the table has sets of our names that can't be ours
         self._dirty: set[str] = set()  # chains
         self._dirty_maps: set[str] = set()
         self._refused: dict[str, RenderedChain] = {}  # as which the kernel refused a chain
@@ -161,6 +169,9 @@ class NftablesTable:
     def read(self) -> None:
         """See what is in the kernel. Raises OSError."""
         state = self._nftables.read()
+        self._obstructed = any(self._obstructions(state))
+        if self._obstructed:
+            state = TableState({}, {}, exists=False)
         self._exists, self._dormant = state.exists, state.dormant
         self._chains = {name: self._recognise(name, found) for name, found in state.chains.items()}
         maps = {name for name, found in state.sets.items() if found.verdicts}
@@ -172,7 +183,7 @@ class NftablesTable:
 
     def preload(self, now: float) -> int:
         """Fill large new sets."""
-        if not self._is_due(now):
+        if not self._is_due(now) or self._obstructed:
             return 0
         try:
             return self._sets.preload()
@@ -222,6 +233,13 @@ class NftablesTable:
         """(object, what the kernel said)."""
         for what, message in self.errors.items():
             yield f"nftables {self._nftables} {what}".rstrip(), message
+
+    def _obstructions(self, state: TableState) -> Iterator[str]:
+        """Sets that have names of ours, but aren't of the kind: rules stand in their way to go."""
+        for wanted in (*self._sets.declarations(), *(made for made, _ in self._maps.values())):
+            present = state.sets.get(wanted.name)
+            if present is not None and not present.is_of_kind(wanted):
+                yield wanted.name
 
     def _recognise(self, name: str, found: ChainState) -> ChainState:
         """What a chain is: if it is as it should be, just that, and not as the kernel tells it."""
@@ -334,6 +352,8 @@ class NftablesTable:
 
     def _transaction(self) -> Transaction:
         transaction = self._nftables.transaction()
+        if self._obstructed:
+            transaction.delete_table()  # and all is made anew, at the same moment
         if not self._exists:
             transaction.create_table()
         changed = {name for name in self._dirty if self._differs(name)}
@@ -401,7 +421,7 @@ class NftablesTable:
         for name in self._targets.keys() - self._maps.keys():
             del self._targets[name]
         self._foreign.clear()
-        self._exists = True
+        self._exists, self._obstructed = True, False
         self._dirty.clear()
         self._dirty_maps.clear()
         self._sets.committed()

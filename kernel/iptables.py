@@ -250,7 +250,7 @@ class IptablesTable:
         Another version may say the same in other words; else the rule would be put right again
         and again.
         """
-        written = {**update.replace}
+        written = dict(update.replace)
         for name in update.insert.keys() | update.append.keys():
             written[name] = (*update.insert.get(name, ()), *update.append.get(name, ()))
         doubtful = self._doubtful & written.keys()

@@ -97,10 +97,12 @@ class TableMonitor:
 
     def _news(self, data: bytes) -> Iterator[str]:
         """The tables of whose change by others a datagram, which is of one transaction, tells."""
-        if _HEAD.unpack_from(data)[4] in self._own:
-            return
         for each in self._watched:
-            if each.may_be_in(data) and each.is_in(data):
+            if (
+                each.may_be_in(data)
+                and _HEAD.unpack_from(data)[4] not in self._own
+                and each.is_in(data)
+            ):
                 yield each.table
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -94,6 +94,10 @@ class NftSet:
             if len(self.key) == 1
             else sum(-(-k.length // 4) * 4 for k in self.key)
         )
+
+    def is_of_kind(self, other: NftSet) -> bool:
+        """Whether it takes the same elements for the same time, so that one can be the other."""
+        return replace(self, size=0) == replace(other, size=0)
 
 
 class Target(NamedTuple):

@@ -141,6 +141,18 @@ def delete_everything_of_ours(world: World) -> None:
         world.shell("nft delete table ip calico")
 
 
+def put_another_set_in_place_of_one(world: World) -> None:
+    """Of the same name, but of another kind."""
+    name = world.set_name()
+    if world.enforcer.iptables:
+        delete_everything_of_ours(world)
+        world.shell(f"ipset create {name} hash:net,port")
+    else:
+        kind = "{ type inet_service; }"
+        changed = f"delete table ip calico\nadd table ip calico\nadd set ip calico {name} {kind}\n"
+        run(world.node.netns, "nft", "-f", "-", stdin=changed)
+
+
 def flush_the_ruleset(world: World) -> None:
     world.shell("nft flush ruleset")
 
@@ -229,6 +241,7 @@ STRANGERS = (
     delete_and_add_a_member,
     take_an_interface_from_the_dispatch,
     delete_everything_of_ours,
+    put_another_set_in_place_of_one,
     flush_the_ruleset,
 )
 
