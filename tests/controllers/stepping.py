@@ -16,7 +16,9 @@ T = TypeVar("T")
 
 
 class Stepped:
-    """A store, each of whose calls waits until it may be made."""
+    """A store, each of whose calls waits until it may be made; but not to hear of changes."""
+
+    prompt = True  # as SqliteDatastore says of itself
 
     def __init__(self, store: Datastore) -> None:
         self._store = store

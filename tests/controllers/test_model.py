@@ -60,7 +60,12 @@ class Container:
 
 
 class Collectors(RuleBasedStateMachine):
-    """``containers``: all there ever were. Two controllers work at once: neither trusts a lease."""
+    """``containers``: all there ever were. Two controllers work at once: neither trusts a lease.
+
+    ``remember``: an ADD goes by what it was told when it began, as the CNI daemon's does.
+    """
+
+    remember = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +143,14 @@ class Collectors(RuleBasedStateMachine):
                     other.busy.kill()
 
         def work(store: Stepped) -> None:
+            with ExitStack() as stack:
+                add(store, stack)
+
+        def add(store: Stepped, stack: ExitStack) -> None:
             allocator = Allocator(store, container.node)
+            stack.callback(allocator.stop)
+            if self.remember:
+                allocator.start()
             addresses = renew(store, made.handle)  # what an ADD that died has left
             attributes = made.attributes(container.node, "t")
             try:
@@ -303,9 +315,11 @@ class Collectors(RuleBasedStateMachine):
         return [(entry.key, entry.value) for entry in self.store.list(kind).entries]
 
 
-def test_collection_against_the_model() -> None:
+@pytest.mark.parametrize("remember", [False, True])
+def test_collection_against_the_model(remember: bool) -> None:
     run_state_machine_as_test(
-        Collectors, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
+        type("Machine", (Collectors,), {"remember": remember}),
+        settings=settings(max_examples=30, stateful_step_count=40, deadline=None),
     )
 
 

@@ -1,6 +1,7 @@
 """IPAM against a simple model: many nodes, deaths at every write, others at work at every call.
 
-No address is given twice, and none is lost once everything half-done was done again.
+No address is given twice, and none is lost once everything half-done was done again. So it is
+whether the programs remember nothing, all that there is, or what there was some time ago.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -31,6 +34,7 @@ from ipam.records import CONFIRMED, Records, owner
 from tests.ipam.world import (
     Died,
     Interposed,
+    Remembering,
     add_pool,
     affinities,
     allocated,
@@ -53,6 +57,7 @@ places = st.integers(0, 15)  # in the IPv4 pool
 bools = st.booleans()
 cooldowns = st.sampled_from([0, 600])
 writes = st.integers(0, 5)
+news = st.sampled_from([0, 1, 2, None])
 # Before which write, or which call of any kind: an assign makes five, or thirty.
 moments = st.one_of(
     st.tuples(st.just("write"), st.integers(0, 3)), st.tuples(st.just("call"), st.integers(0, 30))
@@ -61,25 +66,58 @@ moments = st.one_of(
 Action = Callable[[Allocator, Datastore], None]
 
 
-class Node:
-    """A node with two programs, each of which remembers what it knows."""
+class Memory(StrEnum):
+    """What programs know without asking."""
 
-    def __init__(self, store: Datastore, name: str) -> None:
+    NOTHING = "nothing"
+    FRESH = "fresh"  # all there is
+    LATE = "late"  # all there was, up to what they heard last
+
+
+class Node:
+    """A node with two programs, the CNI daemon and the agent."""
+
+    def __init__(self, store: Datastore, name: str, memory: Memory) -> None:
         self.name = name
         self.store = store
+        self.memory = memory
         self.hooks = Hooks()
+        self.seen: Interposed = Interposed(store)
+        self.daemon = Allocator(self.seen, name)
         self.restart()
-        self.agent = Allocator(store, name)
+        self.agent_seen = self.client()
+        self.agent = Allocator(self.agent_seen, name)
+        self.begin(self.agent)
 
     def restart(self) -> None:
         """The daemon begins anew, and knows nothing."""
-        self.seen = Interposed(
-            self.store,
+        self.daemon.stop()
+        self.seen = self.client(
             before=lambda number: self.hooks.before(),
             after=lambda number: self.hooks.after(),
             call=lambda number: self.hooks.call(),
         )
         self.daemon = Allocator(self.seen, self.name)
+        self.begin(self.daemon)
+
+    def client(self, **hooks: Callable[[int], object]) -> Interposed:
+        if self.memory is Memory.NOTHING:
+            return Interposed(self.store, **hooks)
+        return Remembering(self.store, late=self.memory is Memory.LATE, **hooks)
+
+    def begin(self, allocator: Allocator) -> None:
+        if self.memory is not Memory.NOTHING:
+            allocator.start()
+
+    def hear(self, daemon: int | None = None, agent: int | None = None) -> None:
+        """Of so many changes each; None: of all."""
+        for client, count in ((self.seen, daemon), (self.agent_seen, agent)):
+            if isinstance(client, Remembering):
+                client.hear(count)
+
+    def stop(self) -> None:
+        self.daemon.stop()
+        self.agent.stop()
 
 
 class Hooks:
@@ -115,13 +153,15 @@ class IpamMachine(RuleBasedStateMachine):
     ``resting``: what must not be given again yet.
     """
 
+    memory = Memory.NOTHING
+
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
         self.store = SqliteDatastore(Path(self.directory.name) / "datastore.db")
         add_pool(self.store, *POOLS[4], 30)
         add_pool(self.store, *POOLS[6], 127)
-        self.nodes = {name: Node(self.store, name) for name in NODES}
+        self.nodes = {name: Node(self.store, name, self.memory) for name in NODES}
         self.held: dict[str, set[Net]] = {}
         self.doubtful: set[str] = set()
         self.resting: set[Net] = set()
@@ -129,6 +169,7 @@ class IpamMachine(RuleBasedStateMachine):
         self.settings: dict[str, Any] = {}
         self.in_use: set[Net] = set()  # before the operation
         self.assigning: list[str] = []  # handles for which an assign is under way
+        self.overtaken: list[str] = []  # those of them that were released meanwhile
 
     # what a program does
 
@@ -143,6 +184,7 @@ class IpamMachine(RuleBasedStateMachine):
     def do_assign(self, allocator: Allocator, handle: str, version: int, count: int) -> None:
         attributes = {"node": allocator.node}
         self.assigning.append(handle)
+        released = len(self.overtaken)
         try:
             found = allocator.assign_many(count, handle, attributes, version=version)
         except IpamError:
@@ -151,6 +193,10 @@ class IpamMachine(RuleBasedStateMachine):
             self.assigning.remove(handle)
         assert len(found) == count
         assert not self.reserved & {assignment.address for assignment in found}
+        if handle in self.overtaken[released:]:
+            # Whoever released the handle meanwhile has released what was taken by then.
+            has = allocated(self.store)
+            found = [each for each in found if has.get(each.address) == handle]
         self.note_given(handle, found)
 
     def do_assign_specific(self, allocator: Allocator, handle: str, place: int) -> None:
@@ -168,6 +214,8 @@ class IpamMachine(RuleBasedStateMachine):
 
     def do_release(self, allocator: Allocator, handle: str) -> None:
         released = set(allocator.release(handle))
+        if handle in self.assigning:
+            self.overtaken.append(handle)
         # Half of what an assign wants may be taken, before it finds that there is no more.
         if handle not in self.doubtful and handle not in self.assigning:
             assert released <= self.held.get(handle, set())
@@ -238,7 +286,8 @@ class IpamMachine(RuleBasedStateMachine):
         owned = self.owned(name, version)
         self.do_assign(node.daemon, handle, version, 1)
         limit = self.settings.get("maxBlocksPerHost") or 20
-        assert self.owned(name, version) <= max(owned, limit)
+        # who has not heard yet that the other program has claimed some may claim one too many
+        assert self.owned(name, version) <= max(owned, limit) + (self.memory is Memory.LATE)
         if self.settings.get("strictAffinity") and handle not in self.doubtful:
             by_net = blocks(self.store)
             for address in set(node.daemon.addresses(handle)) - self.in_use:
@@ -266,10 +315,21 @@ class IpamMachine(RuleBasedStateMachine):
         }
         changes[data.draw(st.sampled_from(list(changes)))]()
 
+    @rule(name=nodes, daemon=news, agent=news)
+    def hear(self, name: str, daemon: int | None, agent: int | None) -> None:
+        """Of what has changed, the daemon and the agent each of as much as it is told."""
+        self.nodes[name].hear(daemon, agent)
+
+    def all_hear(self) -> None:
+        """Whoever gives addresses by yesterday's settings is no fault of theirs."""
+        for node in self.nodes.values():
+            node.hear()
+
     def configure(self, strict: bool, cooldown: int) -> None:
         self.set_up(strictAffinity=strict, ipCooldownSeconds=cooldown, maxBlocksPerHost=3 * strict)
         if not cooldown:
             self.resting.clear()
+        self.all_hear()
 
     def reserve_or_not(self, place: int) -> None:
         address = Net(4, parse_net(POOLS[4][1]).address + place, 32)
@@ -279,6 +339,7 @@ class IpamMachine(RuleBasedStateMachine):
         else:
             reserve(self.store, str(address))
         self.reserved ^= {address}
+        self.all_hear()
 
     def time_passes(self) -> None:
         """Addresses have rested, empty blocks are old enough to be taken over."""
@@ -384,11 +445,15 @@ class IpamMachine(RuleBasedStateMachine):
         for version, capacity in CAPACITY.items():
             given = {allocator.assign("all", {}, version=version).address for _ in range(capacity)}
             assert len(given) == capacity
+        for each in self.nodes.values():
+            each.stop()
         self.store.close()
         self.directory.cleanup()
 
 
-def test_ipam_against_the_model() -> None:
+@pytest.mark.parametrize("memory", Memory)
+def test_ipam_against_the_model(memory: Memory) -> None:
     run_state_machine_as_test(
-        IpamMachine, settings=settings(max_examples=50, stateful_step_count=25, deadline=None)
+        type("Machine", (IpamMachine,), {"memory": memory}),
+        settings=settings(max_examples=20, stateful_step_count=25, deadline=None),
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from api.net import Net, parse_net
-from datastore.interface import JSON, Datastore, Entry, Key, Listing, Watch
+from datastore.interface import JSON, Datastore, Entry, Event, Key, Listing, Watch
 from ipam.block import Block
 from ipam.records import CONFIRMED, Affinity, Handle, Records, owner
 
@@ -136,6 +136,65 @@ class Interposed:
         return entry
 
 
+class Remembering(Interposed):
+    """A client that hears of changes, so that its user may remember what it read before.
+
+    ``late``: it hears of them only when told to, by ``hear``; else at once.
+    """
+
+    prompt = True  # as SqliteDatastore says of itself
+
+    def __init__(self, store: Datastore, *, late: bool, **hooks: Callable[[int], object]) -> None:
+        super().__init__(store, **hooks)
+        self._late = late
+        self._watches: list[LateWatch] = []
+
+    def watch(self, kinds: Iterable[str], revision: str | Mapping[str, str]) -> Watch:
+        watch = LateWatch(super().watch(kinds, revision), 0 if self._late else None)
+        self._watches.append(watch)
+        return watch
+
+    def hear(self, count: int | None) -> None:
+        """Of so many of the changes it has not heard of yet; None: of all there are."""
+        for watch in self._watches:
+            watch.hear(count)
+
+
+class LateWatch:
+    """A watch that tells only what it may. ``count`` None: everything, at once."""
+
+    def __init__(self, watch: Watch, count: int | None) -> None:
+        self._watch = watch
+        self._at_once = count is None
+        self._may_tell = count or 0
+        self._held: list[Event] = []
+
+    def hear(self, count: int | None) -> None:
+        """Let it tell so many more; None: all that there are now."""
+        self._collect()
+        self._may_tell += len(self._held) if count is None else count
+
+    def next(self, timeout: float | None = None) -> Sequence[Event]:
+        self._collect()
+        count = len(self._held) if self._at_once else min(self._may_tell, len(self._held))
+        told, self._held = self._held[:count], self._held[count:]
+        self._may_tell -= count
+        return told
+
+    def close(self) -> None:
+        self._watch.close()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _collect(self) -> None:
+        while events := self._watch.next(0):
+            self._held += events
+
+
 def dies_after(store: Datastore, writes: int) -> Interposed:
     """Lets that many writes through; the user dies right after the last of them."""
 
@@ -166,8 +225,8 @@ def blocks(store: Datastore) -> dict[Net, Block]:
     return {stored.thing.net: stored.thing for stored in Records(store).blocks()}
 
 
-def handles(store: Datastore) -> dict[str, Handle]:
-    entries = store.list("IPAMHandle").entries
+def handles(store: Datastore, prefix: str = "") -> dict[str, Handle]:
+    entries = store.list("IPAMHandle", prefix=prefix).entries
     found = [Records(store).handle(entry.value["spec"]["handleID"]) for entry in entries]
     return {stored.thing.id: stored.thing for stored in found if stored}
 
