@@ -101,7 +101,8 @@ class RawPeer:
         self.ended = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         unicast = bytes((1, 4, 0, 1 if version == V4 else 2, 0, 1))
-        capabilities = unicast + bytes((65, 4)) + asn.to_bytes(4, "big")
+        # route refresh (RFC 2918): without it BIRD ends the session when an import filter changes
+        capabilities = unicast + bytes((2, 0)) + bytes((65, 4)) + asn.to_bytes(4, "big")
         parameters = bytes((2, len(capabilities))) + capabilities
         identifier = parse_net(own).packed()[-4:]
         head = struct.pack("!BHH", 4, asn, hold) + identifier + bytes((len(parameters),))

@@ -42,20 +42,33 @@ class Siege:
     friend: RawPeer
 
     def attack(self) -> RawPeer:
-        """A session; the first call may still meet the end of the last one."""
-        for _ in range(10):
+        """A session; the first call may still meet the end of the last one, or the seconds in
+        which BIRD speaks with nobody who made a mistake.
+        """
+        found: list[RawPeer] = []
+
+        def called() -> bool:
             peer = RawPeer(self.outside.namespace, HOSTILE, OWN, ASN)
-            eventually(lambda peer=peer: peer.established.is_set() or peer.ended.is_set(), 15)  # type: ignore[misc]
+            eventually(lambda: peer.established.is_set() or peer.ended.is_set(), 15)
             if peer.established.is_set():
-                peer.send(END_OF_RIB)
-                return peer
-            peer.close()
-        raise AssertionError(f"no session: {self.info()}")
+                found.append(peer)
+            else:
+                peer.close()
+            return bool(found)
+
+        eventually(called, 20)
+        found[0].send(END_OF_RIB)
+        return found[0]
 
     def routes(self) -> set[str]:
         """The prefixes in the kernel, less what should be there."""
-        found = {line.split()[0] for line in self.node.routes() if "blackhole" not in line}
-        return found - {KEPT}
+        lines = self.node.routes("proto 179") + self.node.routes("proto bird")
+        return {line.split()[0] for line in lines if "blackhole" not in line} - {KEPT}
+
+    def pid(self) -> int:
+        """The engine's process."""
+        status = self.node.status()
+        return (status.pid if status else None) or 0
 
     def info(self) -> str:
         peer = self.node.peer(HOSTILE)
@@ -75,10 +88,13 @@ class Siege:
         )
 
 
-@pytest.fixture(scope="module")
-def siege(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
+@pytest.fixture(scope="module", params=["exabgp", "bird"])
+def siege(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Siege]:
     with world(tmp_path_factory.mktemp("hostile")) as made:
         node, outside = made.node("n1"), made.host("out")
+        node.engine = request.param
         connect(node.namespace, "eth0", outside.namespace, "eth0", [f"{OWN}/24", f"{HOSTILE}/24"])
         outside.run("ip", "address", "add", f"{FRIEND}/24", "dev", "eth0")
         made.store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False)
@@ -88,7 +104,7 @@ def siege(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
         made.store.node("n1", f"{OWN}/24")
         made.store.block("n1", BLOCK)
         node.start(MANX_RECEIVE_LIMIT=str(LIMIT))
-        eventually(lambda: node.exabgp() != 0 and node.peer(FRIEND) is not None, 20)
+        eventually(lambda: node.peer(FRIEND) is not None, 20)
         eventually(lambda: ":179 " in node.run("ss", "-tln"))
         with RawPeer(outside.namespace, FRIEND, OWN, FRIENDLY_ASN) as friend:
             assert friend.established.wait(10)
@@ -131,7 +147,10 @@ def test_what_is_ours_is_not_taken(siege: Siege) -> None:
         peer.send(update([parse_net("10.68.0.0/16")], next_hop=HOSTILE, path=(ASN, 64512)))
         taken = {"10.66.0.0/16", "default", "10.1.0.0/16", "10.1.0.5"}
         eventually(lambda: siege.routes() == taken)
-        eventually(lambda: siege.refused() == len(refused) + 2)
+        if siege.node.engine == "exabgp":  # of some BIRD itself says no, and doesn't count them
+            eventually(lambda: siege.refused() == len(refused) + 2)
+        else:
+            eventually(lambda: 0 < siege.refused() <= len(refused) + 2)
         # a default route of somebody's own comes before it
         assert "metric 1024" in siege.node.route_to("default")
         assert not peer.ended.is_set()
@@ -154,6 +173,14 @@ def test_routes_that_flap_by_the_thousand_leave_nothing_behind(siege: Siege) -> 
         assert not peer.ended.is_set()
 
 
+# the parser is its own, and makes one wait for seconds after each mistake
+ENOUGH_FOR_BIRD = (
+    "sent: connection not synchronized",
+    "sent: bad message type",
+    "sent: malformed attribute list",
+)
+
+
 def test_malformed_messages_end_the_session_and_say_why(siege: Siege) -> None:
     hop, path = HOSTILE, (ASN,)
     net = [parse_net("10.66.0.0/16")]
@@ -168,6 +195,8 @@ def test_malformed_messages_end_the_session_and_say_why(siege: Siege) -> None:
         (update(net, next_hop=hop, path=path)[:-1] + b"\xff", ""),
         (message(NOTIFICATION, b"\6\2"), "the peer says: administrative shutdown"),
     ):
+        if siege.node.engine == "bird" and words not in ENOUGH_FOR_BIRD:
+            continue
         with siege.attack() as peer:
             peer.tell(parse_net("10.67.0.0/16"))
             peer.send(data)
@@ -177,6 +206,7 @@ def test_malformed_messages_end_the_session_and_say_why(siege: Siege) -> None:
         eventually(siege.unharmed)
 
 
+@pytest.mark.parametrize("siege", ["exabgp"], indirect=True)
 @given(
     st.lists(
         st.one_of(
@@ -204,11 +234,11 @@ def test_malformed_messages_end_the_session_and_say_why(siege: Siege) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_whatever_is_said_costs_the_session_at_most(siege: Siege, said: list[bytes]) -> None:
-    exabgp = siege.node.exabgp()
+    engine = siege.pid()
     with siege.attack() as peer:
         for data in said:
             peer.send(data)
-    assert siege.node.exabgp() == exabgp
+    assert siege.pid() == engine
     assert not siege.friend.ended.is_set()
     assert siege.node.status() is not None
     assert siege.routes() <= {"10.66.0.0/16"}
