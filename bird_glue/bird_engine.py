@@ -326,7 +326,7 @@ class BirdEngine:
     def _audit(self, intent: Intent, now: float) -> None:
         """Compare what BIRD has of our own routes, and has sent, with what it should.
 
-        Where that differs twice in a row, somebody has changed its state: set it right.
+        Where that differs twice in a row, somebody has changed its state: set it right, once.
         """
         if now < self._audit_at or self._stale or self.recovering:
             return
@@ -335,16 +335,19 @@ class BirdEngine:
         for address, told in self._wanted.items():
             status = seen.get(protocol_name(address))
             if address in intent.neighbors and status and status.state == "Established":
-                missing = len(told) - status.exported
+                # not every peer takes the other IP version's, which BIRD doesn't tell here
+                due = sum(net.version == address.version for net in told)
+                missing = due - status.exported
                 if missing > 0:
                     found[address] = missing
         again = {address: found[address] for address in found.keys() & self._suspect}
+        news = again.keys() - self._adrift.keys()
         self._suspect, self._adrift = found.keys(), again
-        if again:
-            _log.warning("BIRD has not sent %d peers all they should be told", len(again))
+        if news:
+            _log.warning("BIRD has not sent %d peers all they should be told", len(news))
             self._ask('enable "own_v*"')
             self._stale = True
-            for address in again:
+            for address in news:
                 self._ask(f"reload out {protocol_name(address)}")
 
     def _too_many(self, intent: Intent, now: float) -> list[EngineEvent]:
