@@ -162,7 +162,15 @@ VARIABLES = st.fixed_dictionaries(
         "CNI_COMMAND": st.sampled_from(["ADD", "DEL", "CHECK", "STATUS", "GC", "VERSION", "add"]),
         "CNI_CONTAINERID": st.just("c1") | NAMES | st.text(max_size=140),
         "CNI_IFNAME": st.just("eth0") | NAMES | st.text(max_size=20),
-        "CNI_ARGS": st.sampled_from(["", ";", "=", "K8S_POD_NAME=a;K8S_POD_NAMESPACE=b"])
+        "CNI_ARGS": st.sampled_from(
+            [
+                "",
+                ";",
+                "=",
+                "K8S_POD_NAME=a;K8S_POD_NAMESPACE=b",
+                "IP=10.65.0.9;MAC=02:00:5e:10:00:01",
+            ]
+        )
         | st.text(max_size=50),
         "CNI_NETNS": st.text(max_size=20),
         "MANX_NETNS_ERROR": st.text(max_size=20),
@@ -173,9 +181,19 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=8,
 )
+ASKED = st.fixed_dictionaries(
+    {
+        "ips": JSON_VALUES
+        | st.lists(
+            st.sampled_from(["10.65.0.9", "10.65.0.10/24", "fd00::9", "::1", "x"]), max_size=3
+        ),
+        "mac": JSON_VALUES | st.sampled_from(["02:00:5e:10:00:01", "ff:ff:ff:ff:ff:ff"]),
+        "dns": JSON_VALUES | st.just({"servers": ["10.0.0.10"]}),
+    },
+)
 DOCUMENTS = st.fixed_dictionaries(
     {
-        "cniVersion": st.sampled_from(["0.3.1", "1.0.0", "1.1.0"]),
+        "cniVersion": st.sampled_from(["", "0.2.0", "0.3.1", "1.0.0", "1.1.0"]),
         "name": st.just("k8s-pod-network"),
         # 0, or nothing that could be waited for: no felix is there
         "policy_setup_timeout_seconds": st.just(0) | st.sampled_from([-1, "1", None, True]),
@@ -188,7 +206,8 @@ DOCUMENTS = st.fixed_dictionaries(
         "prevResult": JSON_VALUES
         | st.fixed_dictionaries({"ips": JSON_VALUES, "interfaces": JSON_VALUES}),
         "cni.dev/valid-attachments": JSON_VALUES,
-        "args": JSON_VALUES,
+        "args": JSON_VALUES | st.fixed_dictionaries({"cni": JSON_VALUES | ASKED}),
+        "runtimeConfig": JSON_VALUES | ASKED,
         "container_settings": JSON_VALUES | st.just({"allow_ip_forwarding": "true"}),
         "feature_control": JSON_VALUES | st.just({"floating_ips": True}),
     },
