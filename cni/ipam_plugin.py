@@ -13,8 +13,9 @@ from typing import Any
 from api.errors import Problem
 from api.net import Net, format_address, parse_interface
 from cni.attachment import Attachment
+from cni.call import Call
 from cni.cluster import Cluster
-from cni.config import IPAM_TYPES, Call
+from cni.config import IPAM_TYPES
 from cni.errors import NOT_AS_ADDED, CniError, invalid_configuration
 from cni.result import WITH_IP_VERSION, as_of
 from cni.subnets import Subnets, gateway
@@ -82,9 +83,7 @@ class IpamPlugin:
         version = call.configuration.cni_version
         document = {
             "cniVersion": version,
-            "ips": [
-                _entry(address, subnets[address], version) for address in sorted(subnets)
-            ],
+            "ips": [_entry(address, subnets[address], version) for address in sorted(subnets)],
             "routes": [route.model_dump(exclude_none=True) for route in ipam.routes],
             "dns": call.dns.model_dump(exclude_none=True),
         }

@@ -14,7 +14,8 @@ from api.errors import InvalidObjectError, Problem
 from api.net import parse_interface
 from cni import ipam_plugin
 from cni.attachment import Attachment
-from cni.config import VALID_ATTACHMENTS, Call, find_version, parse_call
+from cni.call import Call, parse_call
+from cni.config import VALID_ATTACHMENTS, find_version
 from cni.delegate import Delegate, Lease
 from cni.enforcement import Enforcement
 from cni.errors import (

@@ -7,7 +7,8 @@ from typing import Any
 
 from api.errors import Problem
 from api.net import Net, format_address, parse_net
-from cni.config import Call, Result
+from cni.call import Call
+from cni.config import Result
 from cni.errors import invalid_configuration
 from cni.wiring import GATEWAYS, HOST_MAC, Wire
 from kernel.routes import SCOPE_LINK

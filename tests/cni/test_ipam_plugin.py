@@ -16,7 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cni.config import VALID_ATTACHMENTS, parse_call
+from cni.call import parse_call
+from cni.config import VALID_ATTACHMENTS
 from cni.errors import (
     ADDRESSES,
     INTERNAL,
