@@ -8,6 +8,7 @@ from api.net import V4, Net, parse_net
 from bird_glue.advertise import (
     LearnedRoute,
     Speaking,
+    announcements,
     learned_announcement,
     own_announcements,
     own_routes,
@@ -198,6 +199,24 @@ def test_what_a_filter_changes() -> None:
         "next-hop self origin igp as-path [ 64512 64512 64513 ] "
         "community [ 65001:7 ] large-community [ 1:2:3 ]"
     )
+
+
+def test_ipv4_routes_over_ipv6_for_who_is_to_have_them() -> None:
+    """RFC 8950. Over IPv4 an IPv6 next hop becomes our own."""
+    six, four = parse_net("fd00::1"), parse_net("10.0.0.7")
+    block = parse_net("fd10::/122")
+    routes = own_routes((BLOCK, block), (), POOLS, Topology(), METRICS)
+    both = replace(NODE, ipv4_priority=100)
+    told = announcements(routes, (), {six: both, four: NODE, PATH.peer: ROUTER}, None)
+    assert told[four].keys() == {BLOCK}
+    assert told[six].keys() == {BLOCK, block}
+    assert told[six][block].attributes.local_preference == 2147483647 - 1024
+    assert told[six][BLOCK].attributes.local_preference == 2147483647 - 100
+    route = LearnedRoute(BLOCK, PATH._replace(next_hop=six), 1, told=True)
+    for to, expected in ((CLIENT, None), (replace(CLIENT, ipv4_priority=1), six)):
+        found = learned_announcement(route, CLIENT, to, 9)
+        assert found
+        assert found.next_hop == expected
 
 
 def test_communities_of_prefixes() -> None:

@@ -117,7 +117,12 @@ def test_blocks_are_told_routes_learned_and_packets_flow(rack: Rack) -> None:
     assert rack.outside.reaches(POD)
     assert rack.pod.reaches(OUTSIDE)
     assert f"blackhole {BLOCK} metric 1024" in rack.node.routes("proto 179")
-    eventually(lambda: bool((p := rack.node.peer(TOR)) and p.announced == 1 and p.received == 2))
+    complete = (2, 1, 1)
+    eventually(
+        lambda: bool(
+            (p := rack.node.peer(TOR)) and (p.received, p.installed, p.announced) == complete
+        )
+    )
     peer, status = rack.node.peer(TOR), rack.node.status()
     assert peer
     assert status

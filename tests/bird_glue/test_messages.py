@@ -79,6 +79,17 @@ OPEN = (
 )
 
 
+def test_who_takes_ipv4_routes_with_ipv6_next_hops_says_so() -> None:
+    plain = OPEN % ("", "")
+    event = parsed(line("open", plain))
+    assert isinstance(event, Opened)
+    assert not event.extended_next_hop
+    capability = '"5": { "name": "nexthop", "conversion": [ "ipv4/unicast/ipv6" ] }, "65"'
+    event = parsed(line("open", plain.replace('"65"', capability)))
+    assert isinstance(event, Opened)
+    assert event.extended_next_hop
+
+
 def test_flags_of_graceful_restart_are_labelled_the_wrong_way_round() -> None:
     event = parsed(line("open", OPEN % ('"restart"', "")))
     assert isinstance(event, Opened)

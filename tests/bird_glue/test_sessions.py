@@ -97,6 +97,14 @@ def test_without_its_password_there_is_no_session() -> None:
     assert "secretKeyRef" in str(nameless.problems[0])
 
 
+def test_ipv4_routes_over_ipv6() -> None:
+    peer = replace(BASE, address=TOR6, source=OWN6, extended_next_hop=True)
+    neighbor = plan(peer).neighbors[TOR6]
+    assert neighbor.versions == (6, 4)
+    text, _ = render([neighbor], Path("/s"))
+    assert "family { ipv6 unicast; ipv4 unicast; }\nnexthop { ipv4 unicast ipv6; }" in text
+
+
 def test_reachable_by() -> None:
     gateway = parse_net("10.0.0.254")
     asked: list[Net] = []

@@ -88,7 +88,12 @@ def test_blocks_are_told_routes_learned_and_packets_flow(rack: Rack) -> None:
     assert rack.outside.reaches(POD)
     assert rack.pod.reaches(OUTSIDE)
     # ExaBGP tells what it sent after it sent it: the ToR may know first
-    eventually(lambda: (seen := rack.node.peer(TOR)) is not None and seen.announced == 1)
+    complete = (2, 1, 1)
+    eventually(
+        lambda: bool(
+            (p := rack.node.peer(TOR)) and (p.received, p.installed, p.announced) == complete
+        )
+    )
     peer = rack.node.peer(TOR)
     assert peer
     assert (peer.type, peer.asn, peer.port, peer.info) == ("global", 65001, 179, "")
