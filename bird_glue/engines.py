@@ -58,9 +58,8 @@ class Engines:
 
     def why_not_bird(self, intent: Intent) -> str:
         """What BIRD lacks to run on this; empty where it would, or runs."""
-        if self.current is self._bird and not self._bird.hopeless:
-            return "" if self._bird.pid is not None else self._bird.refusal(intent)
-        return self._bird.refusal(intent)
+        runs = self.current is self._bird and self._bird.pid is not None
+        return "" if runs and not self._bird.hopeless else self._bird.refusal(intent)
 
     @property
     def hopeless(self) -> bool:

@@ -105,10 +105,10 @@ def test_next_hop_moves_with_the_bgp_route_it_leans_on() -> None:
     rib = Rib(routes)
     rib.set_topology(TOPOLOGY)
     rack = parse_net("172.16.5.0/24")
-    for event in (announce(C, NET, next_hop=FAR), announce(A, rack)):
+    for event in (announce(C, NET, next_hop=FAR), announce(A, rack, med=5)):
         routes.updated(event)
     assert set(rib.flush()) == {NET, rack}
-    routes.updated(announce(B, rack, local_preference=200))
+    routes.updated(announce(B, rack))
     changes = rib.flush()
     assert {net: selection and selection.hops for net, selection in changes.items()} == {
         NET: (Hop(2, B.address),),
@@ -135,11 +135,12 @@ def test_what_is_refused_and_why() -> None:
         blocks=(parse_net("10.1.0.0/26"),),
         hosts=frozenset({parse_net("10.0.0.100")}),
         subnets=frozenset({parse_net("10.0.0.0/24")}),
+        neighbours=frozenset({B}),
     )
     cases = {
         announce(A, NET, as_path=path(65001, OWN_AS)): "our own AS is in its AS path",
-        announce(A, NET, originator=77): "this node is its originator",
-        announce(A, NET, clusters=(5, 88)): "our own cluster is in its cluster list",
+        announce(C, NET, originator=77): "this node is its originator",
+        announce(C, NET, clusters=(5, 88)): "our own cluster is in its cluster list",
         announce(
             A, NET, next_hop=parse_net("10.0.0.100")
         ): "its next hop is an address of this node",
@@ -148,6 +149,10 @@ def test_what_is_refused_and_why() -> None:
         announce(A, parse_net("10.0.0.0/24")): "it is a subnet this node is on",
         announce(A, parse_net("10.0.0.100/32")): "it is an address of this node",
         announce(A, parse_net("10.0.0.1/32")): "it is its own next hop",
+        announce(A, B): "a peer, gateway or node on a link of this node is in it",
+        announce(A, NET, next_hop=parse_net("0.1.2.3")): (
+            "its next hop is not an address of a machine"
+        ),
         announce(A, parse_net("224.0.0.0/8")): "it is not an address that is routed",
         announce(A, parse_net("127.0.0.1/32")): "it is not an address that is routed",
         announce(A, NET, next_hop=parse_net("192.0.2.1")): NO_NEXT_HOP,
@@ -155,7 +160,10 @@ def test_what_is_refused_and_why() -> None:
     for event, why in cases.items():
         rib = make(event, guard=guard)
         assert rib.selected == {}, why
-        assert list(rib.refusals(A).values()) == [why]
+        assert list(rib.refusals(event.peer).values()) == [why]
+    # what reflectors say means nothing in another AS, nor does a load balancer's address harm
+    assert make(announce(A, NET, originator=77, clusters=(88,)), guard=guard).selected
+    assert make(announce(A, parse_net("10.0.0.9/32")), guard=guard).selected
     # a route around an own block is fine
     assert make(announce(A, parse_net("10.1.0.0/16")), guard=guard).selected
 
