@@ -117,7 +117,8 @@ class Run:
 
 
 def _joined(parts: Iterable[Mapping[Any, Any]]) -> dict[Any, Any]:
-    return {key: value for part in parts for key, value in part.items()}
+    """An address may be a pod's here and a route to another node, for a while."""
+    return {(n, key): value for n, part in enumerate(parts) for key, value in part.items()}
 
 
 def final(steps: Sequence[Step]) -> list[Step]:
