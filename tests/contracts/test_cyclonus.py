@@ -86,6 +86,7 @@ class Cluster:
 
 
 @pytest.mark.slow
+@pytest.mark.cyclonus
 @pytest.mark.parametrize("backend", MAKERS)
 def test_cyclonus(backend: str) -> None:
     cases = vectors.load("netpol")["cyclonus"]

@@ -90,6 +90,7 @@ def mark(cluster: Cluster, flow: Flow) -> str:
     return "." if evaluate(cluster.engine, flow).action is Action.ALLOW else "X"
 
 
+@pytest.mark.cyclonus
 @pytest.mark.parametrize("part", range(PARTS))
 def test_cyclonus(part: int) -> None:
     for case in vectors.load("netpol")["cyclonus"][part::PARTS]:
