@@ -10,8 +10,16 @@ import pytest
 from api.net import Net, parse_net
 from datastore.interface import Datastore, Key
 from ipam import claims
-from ipam.allocator import AddressInUseError, Allocator, PoolExhaustedError
-from ipam.records import Records
+from ipam.allocator import (
+    AddressInUseError,
+    AddressUnusableError,
+    Allocator,
+    BlockLimitError,
+    NoPoolError,
+    PoolExhaustedError,
+)
+from ipam.audit import Fault, standing
+from ipam.records import PENDING, Records
 from tests.ipam.world import (
     add_pool,
     affinities,
@@ -121,3 +129,84 @@ def test_many_threads_of_an_allocator_that_follows(store: Datastore) -> None:
         assert parse_net("10.1.0.0/24").contains(allocator.addresses("late")[-1])
     finally:
         allocator.stop()
+
+
+def test_whose_blocks_a_node_may_use(store: Datastore) -> None:
+    """Borrowing, strict affinity, the limit of blocks, selectors of nodes and namespaces."""
+    add_pool(store, "four", "10.0.0.0/29", 30, nodeSelector="has(fast)")
+    fast = {"fast": "yes"}
+    one, two, three = (Allocator(store, name) for name in ("n1", "n2", "n3"))
+    with pytest.raises(NoPoolError, match="nodeSelector"):
+        one.assign("h0", POD, labels={})
+    blocks_of = {
+        allocator.node: allocator.assign(allocator.node, POD, labels=fast).block
+        for allocator in (one, two)
+    }
+    assert len(set(blocks_of.values())) == 2
+    borrowed = three.assign("h3", POD, labels=fast)
+    assert borrowed.block in blocks_of.values()
+    assert {claim.node for claim in affinities(store)} == {"n1", "n2"}
+    three.release("h3")
+    configure(store, strictAffinity=True)
+    with pytest.raises(PoolExhaustedError, match="strictAffinity"):
+        three.assign("h3", POD, labels=fast)
+    change_configuration(store, strictAffinity=True, maxBlocksPerHost=1)
+    two.release("n2")
+    claims.release(Records(store), "n2", blocks_of["n2"])
+    one.assign_many(3, "h1", POD, labels=fast)
+    with pytest.raises(BlockLimitError, match="no more than 1"):
+        one.assign("h1", POD, labels=fast)
+    add_pool(store, "shop", "10.1.0.0/29", 30, namespaceSelector="team == 'shop'")
+    with pytest.raises(NoPoolError, match="namespaceSelector"):
+        three.assign("h3", POD, labels={}, namespace_labels={"team": "x"})
+    found = three.assign("h3", POD, labels={}, namespace_labels={"team": "shop"})
+    assert found.pool == "shop"
+    check_consistency(store)
+
+
+def change_configuration(store: Datastore, **spec: object) -> None:
+    entry = store.get(Key("IPAMConfiguration", "default"))
+    store.update(entry.key, entry.value | {"spec": spec}, entry.revision)
+
+
+def test_one_address_and_blocks_of_another_size(store: Datastore) -> None:
+    add_pool(store, "four", "10.0.0.0/28", 30)
+    one, two = Allocator(store, "n1"), Allocator(store, "n2")
+    wanted = parse_net("10.0.0.6")
+    assert one.assign_specific(wanted, "H.One", POD).block == parse_net("10.0.0.4/30")
+    with pytest.raises(AddressInUseError, match=r"held by H\.One"):
+        two.assign_specific(wanted, "h2", POD)
+    with pytest.raises(AddressUnusableError, match="no IPPool"):
+        two.assign_specific(parse_net("192.0.2.1"), "h2", POD)
+    store.delete(Key("IPPool", "four"))
+    add_pool(store, "four", "10.0.0.0/28", 29)
+    given = {two.assign(f"h{number}", POD).address for number in range(10)}
+    assert wanted not in given
+    check_consistency(store)
+    for allocator, handle in ((one, "H.One"), *((two, f"h{number}") for number in range(10))):
+        assert len(allocator.release(handle)) == 1
+    assert (handles(store), allocated(store)) == ({}, {})
+
+
+def test_the_audit(store: Datastore) -> None:
+    """Of what every store keeps itself: blocks, handles, claims and pools."""
+    add_pool(store, "four", "10.0.0.0/24", 28)
+    allocator = Allocator(store, "n1")
+    block = allocator.assign("lb-web", {}, use="Workload").block
+    ours = ("10.0.0.", "10-0-0-", "IPPool(four)", "IPAMHandle(", "block 10.0.0.")
+
+    def found() -> set[Fault]:
+        # the server may be shared, and the nodes and pods of others on it
+        about = [each for each in standing(store)[1] if any(text in str(each) for text in ours)]
+        return {finding.fault for finding in about} - {Fault.GONE_NODE}
+
+    assert found() == set()
+    store.delete(Key("IPAMHandle", "lb-web"))
+    assert found() == {Fault.NO_HANDLE}
+    Records(store).create_affinity("n1", parse_net("10.0.0.240/28"), PENDING)
+    add_pool(store, "wide", "10.0.0.0/16", 28)
+    assert found() == {Fault.NO_HANDLE, Fault.CLAIM, Fault.POOL_OVERLAP}
+    [stored] = [each for each in Records(store).blocks() if each.thing.net == block]
+    stored.thing.affinity = None
+    Records(store).write_block(stored)
+    assert Fault.CLAIM in found()
