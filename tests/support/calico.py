@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,3 +80,10 @@ def calico_client(url: str) -> Iterator[CalicoClient]:
             yield CalicoClient(process)
         finally:
             process.kill()
+
+
+if __name__ == "__main__":
+    try:
+        build()
+    except RuntimeError as problem:
+        sys.exit(str(problem))
