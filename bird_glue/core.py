@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from bird_glue.choice import Choice, choose
 from bird_glue.decision import Guard, Session
 from bird_glue.detector import Detector, Failure, Watch, failure
 from bird_glue.drops import Drops
-from bird_glue.engine import EXABGP, Engine, EngineEvent, Intent, LearnedPath, Restarted, TooMany
+from bird_glue.engine import EXABGP, Engine, EngineEvent, Intent, Restarted, TooMany
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
 from bird_glue.keepsake import Keepsake
@@ -536,18 +536,7 @@ class Core:
         found = [_LOCKED] if self._resources.locked else []
         found += self._resources.problems + self._problems
         problems = [str(problem) for problem in found]
-        problems += [
-            f"{' '.join(self._sessions.peers[address].owner)}: session with "
-            f"{format_address(*address[:2])}: {self._engine.name} refuses it: {why}"
-            for address, why in self._engine.rejected.items()
-            if address in self._sessions.peers
-        ]
-        problems += [
-            f"session with {format_address(*address[:2])}: {count} prefixes are not announced as"
-            " they should be: they are told again"
-            for address in self._sessions.peers
-            if (count := self._engine.adrift(address))
-        ]
+        problems += self._statuses.problems(self._sessions, self._engine)
         if self._engine.problem:
             problems.append(self._engine.problem)
         if self._detector.problem:
@@ -576,28 +565,5 @@ class Core:
         path is best, of several that share the traffic only this one.
         """
         static = {"learnedFrom": {"sourceType": "Static"}}
-        found = [{"type": "FIB", "destination": str(block)} | static for block in self._blocks]
-        paths = [*self._engine.learned(), *self._known_paths()]
-        for net, address, next_hop, used in sorted(paths):
-            if (peer := self._sessions.peers.get(address)) is None:
-                continue
-            mesh = peer.type is PeerType.MESH
-            found.append(
-                {
-                    "type": "FIB" if used and self._pools.programs(net) else "RIB",
-                    "destination": str(net),
-                    "gateway": format_address(*next_hop[:2]),
-                    "learnedFrom": {
-                        "sourceType": "NodeMesh" if mesh else "BGPPeer",
-                        "peerIP": format_address(*address[:2]),
-                    },
-                }
-            )
-        return found
-
-    def _known_paths(self) -> Iterator[LearnedPath]:
-        for net, paths in self._routes.routes.items():
-            selection = self._rib.selected.get(net)
-            used = set(selection.paths) if selection and self._fib.installed(net) else set()
-            for path in paths.values():
-                yield LearnedPath(net, path.peer, path.next_hop, path in used)
+        own = [{"type": "FIB", "destination": str(block)} | static for block in self._blocks]
+        return own + self._statuses.learned(self._sessions, self._engine, self._pools)
