@@ -271,10 +271,13 @@ def _branches(targets: Targets) -> Iterator[tuple[str | None, Targets]]:
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
     for prefix, members in itertools.groupby(targets, key=lambda target: target[0][: shared + 1]):
         group = list(members)
-        # A prefix that is an interface's whole name stands alone; its "+" would take others.
-        if len(group) == 1 or group[0][0] == prefix:
+        # A prefix that is an interface's whole name stands alone, before its "+" takes the others.
+        if group[0][0] == prefix:
+            yield None, group[:1]
+            del group[0]
+        if len(group) == 1:
             yield None, group
-        else:
+        elif group:
             yield prefix, group
 
 
