@@ -207,7 +207,7 @@ def test_encapsulation_by_a_pod_is_dropped_before_policy(run: Run) -> None:
         assert (found["action"], node["steps"]) == ("Deny", [])
         assert node["reason"] == f"FelixConfiguration {setting}: false"
         assert explain(run, "203.0.113.9", "front", *packet)["action"] == "Allow", "not from a pod"
-        settings = thing("FelixConfiguration", "default", **{setting: True})
+        settings = thing("FelixConfiguration", "default") | {"spec": {setting: True}}
         assert run("apply", "-f", "-", stdin=yaml.safe_dump(settings)).exit_code == 0
         assert explain(run, "web", "front", *packet)["action"] == "Allow"
         assert run("delete", "felixconfiguration", "default").exit_code == 0
