@@ -195,9 +195,10 @@ class IpamMachine(RuleBasedStateMachine):
         assert not self.reserved & {assignment.address for assignment in found}
         if handle in self.overtaken[released:]:
             # Whoever released the handle meanwhile has released what was taken by then; and of that
-            # somebody else may have taken some for the same handle.
+            # some may have been taken for the same handle again, by this assign or another one.
             has, others = allocated(self.store), self.held.get(handle, set())
-            found = [e for e in found if has.get(e.address) == handle and e.address not in others]
+            still = {each.address: each for each in found if has.get(each.address) == handle}
+            found = [each for address, each in still.items() if address not in others]
         self.note_given(handle, found)
 
     def do_assign_specific(self, allocator: Allocator, handle: str, place: int) -> None:
