@@ -163,10 +163,7 @@ class Vicinity:
         for group in (MARTIANS, guard.blocks, guard.hosts, guard.subnets, guard.neighbours):
             for version, address, length in group:
                 first = address >> _NEAR_SHIFT[version]
-                if length:
-                    self._starts[version].update(
-                        range(first, first + (1 << max(0, _NEAR - length)))
-                    )
+                self._starts[version].update(range(first, first + (1 << max(0, _NEAR - length))))
 
     def has(self, net: Net) -> bool:
         """Whether to look."""
