@@ -147,9 +147,10 @@ class Machine:
 
     def followed(self) -> bool:
         """Whether both agents follow the store."""
+        status = self.status()
         return all(
-            answer.get("in_sync") and answer.get("datastore") == "followed"
-            for answer in self.status().values()
+            status[agent].get("in_sync") and status[agent].get("datastore") == "followed"
+            for agent in ("felix", "bgp")
         )
 
     def kernel(self) -> dict[str, list[str]]:

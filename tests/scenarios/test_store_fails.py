@@ -35,7 +35,7 @@ def check_waiting(node: Machine, words: str) -> None:
     node.start()
     for program in PROGRAMS:
         eventually(lambda p=program: words in node.log(p), 30)  # type: ignore[misc]
-    eventually(lambda: node.log("cni").count("repair at the start, next in") >= 3, 30)
+    eventually(lambda: node.log("cni").count("repair, next in") >= 3, 30)
     status = node.status()
     for answer in status.values():
         assert answer["in_sync"] is False
