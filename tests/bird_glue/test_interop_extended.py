@@ -47,18 +47,21 @@ class Rack:
         return (
             self.node.established(uplink.six)
             and self.routers[kind].prefixes() >= {BLOCK, BLOCK_SIX}
-            and self.hop(uplink) in self.node.route_to(uplink.own[0])
-            and self.hop(uplink).replace("inet6 ", "") in self.node.route_to(uplink.own[1])
+            and self.leads(uplink, uplink.own[0], "via inet6")
+            and self.leads(uplink, uplink.own[1], "via")
         )
 
-    def hop(self, uplink: Uplink) -> str:
-        """How the kernel shows the way to a router. BIRD takes the link-local one of two."""
-        address = uplink.six
-        if self.node.engine == "bird" and uplink.n != len(KINDS):  # GoBGP tells but one
-            router = list(self.routers.values())[uplink.n - 1]
-            shown = router.run("ip", "-6", "-o", "address", "show", "dev", "node", "scope", "link")
-            address = shown.split()[3].partition("/")[0]
-        return f"via inet6 {address} dev eth{uplink.n} "
+    def leads(self, uplink: Uplink, net: str, via: str) -> bool:
+        """Whether the kernel has a way to a prefix by a router.
+
+        By which of its two addresses depends on the engine, and on what it told: a router whose
+        link-local one was too young when the session began told the other alone.
+        """
+        router = list(self.routers.values())[uplink.n - 1]
+        shown = router.run("ip", "-6", "-o", "address", "show", "dev", "node").split()
+        found = [word.partition("/")[0] for word in shown if ":" in word and "/" in word]
+        ways = self.node.route_to(net)
+        return any(f"{via} {address} dev eth{uplink.n} " in ways for address in found)
 
     def settle(self) -> None:
         for kind in KINDS:
@@ -115,8 +118,7 @@ def test_packets_go_both_ways_and_all_share_the_traffic(rack: Rack) -> None:
     for kind, uplink in UPLINKS.items():
         eventually(lambda kind=kind: rack.hosts[kind].reaches(POD))  # type: ignore[misc]
         assert rack.pod.reaches(uplink.behind[0])
-    ways = [rack.hop(uplink) for uplink in UPLINKS.values()]
-    eventually(lambda: all(way in rack.node.route_to(SHARED) for way in ways))
+    eventually(lambda: all(rack.leads(each, SHARED, "via inet6") for each in UPLINKS.values()))
     for uplink in UPLINKS.values():
         peer = rack.node.peer(uplink.six)
         assert peer
