@@ -47,7 +47,7 @@ TABLES = (
     "ipset save",
     "sysctl -a -r ^net\\.ipv[46]\\.(ip_forward|conf\\..*(forwarding|rp_filter|proxy))",
 )
-_OF_THE_KERNEL = re.compile(r"\b(fe80|ff00):|valid_lft")
+_OF_THE_KERNEL = re.compile(r"\b(fe80|ff00):|valid_lft|^33:33:ff:")
 
 
 class Machine:
@@ -156,7 +156,7 @@ class Machine:
     def kernel(self) -> dict[str, list[str]]:
         """Every table of the kernel that a node's programs write to.
 
-        Without link-local addresses, which the kernel makes, and late.
+        Without link-local addresses, which the kernel makes, and late, and what follows from them.
         """
         return {
             table: [line for line in self._table(table) if not _OF_THE_KERNEL.search(line)]
