@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,10 +49,19 @@ class Watched:
         if gone:
             assert self._netlink.batch([route_add(route)]) == []
         self._mark()
+        self._rest()
         before = self.told
         assert self._netlink.batch([(route_delete if gone else route_add)(route)]) == []
         self._mark()
+        self._rest()
         return self.told - before > 2  # of the marker
+
+    def _rest(self) -> None:
+        """Until it says no more: the last word may come after that for the marker."""
+        told = -1
+        while told != self.told:
+            told = self.told
+            time.sleep(0.1)
 
     def _mark(self) -> None:
         before = self.told

@@ -103,7 +103,13 @@ class Runtime(abc.ABC):
 
     def address(self, name: str) -> str:
         """The IPv4 address of its eth0."""
-        words = self.execute(name, "/bin/ip", "-o", "-4", "addr", "show", "eth0").split()
+        words: list[str] = []
+
+        def shown() -> bool:  # on a busy machine ctr may end before it has shown all
+            words[:] = self.execute(name, "/bin/ip", "-o", "-4", "addr", "show", "eth0").split()
+            return "inet" in words
+
+        eventually(shown)
         return words[words.index("inet") + 1].partition("/")[0]
 
     def pings(self, name: str, address: str) -> bool:
