@@ -81,13 +81,16 @@ def pod(rig: Rig, kube_apiserver: KubeApiserver) -> Iterator[Container]:
 
 def test_wires_that_are_called_otherwise(rig: Rig, pod: Container) -> None:
     """Felix finds the wire by the name that the endpoint says, and the DEL does, too."""
-    conf = configuration(policy_setup_timeout_seconds=30)
+    conf, pod_name = (
+        configuration(policy_setup_timeout_seconds=30),
+        pod.arguments.rpartition("=")[2],
+    )
     result = rig.call("ADD", pod, conf).ok()
     (name,) = rig.links()
     assert name == result["interfaces"][0]["name"]
     assert name.startswith(PREFIX)
-    (spec,) = (e["spec"] for e in rig.endpoints().values() if e["spec"].get("ipNetworks"))
-    assert spec["interfaceName"] == name
+    (spec,) = (e["spec"] for e in rig.endpoints().values() if e["spec"]["pod"] == pod_name)
+    assert (spec["interfaceName"], len(spec["ipNetworks"])) == (name, 1)
     assert rig.call("CHECK", pod, conf | {"prevResult": result}).ok() is None
     rig.delete(pod)
     assert rig.links() == set()
