@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,42 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.kube import REPOSITORY, go_toolchain
+from tests.support.gomodule import build_module
 
-SOURCE = REPOSITORY / "tests" / "calico"
-# Shared by all checkouts of a user: it takes a minute to build, or a few.
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "manx" / "calico"
 BUILD_S = 900
-_FLAGS = ("-trimpath", "-buildvcs=false", "-mod=readonly", "-ldflags=-s -w")
 
 
 def build() -> Path:
-    """The executable, built when it is missing; one process builds, the others wait.
-
-    Needs a Go toolchain and the Go module proxy, once. Raises RuntimeError.
-    """
-    digest = hashlib.sha256(" ".join(_FLAGS).encode())
-    for name in ("main.go", "go.mod", "go.sum"):
-        digest.update((SOURCE / name).read_bytes())
-    target = CACHE / digest.hexdigest()[:16] / "calico-client"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.is_file():
-            return target
-        half = target.with_suffix(".new")
-        done = subprocess.run(
-            [go_toolchain(), "build", *_FLAGS, "-o", str(half), "."],
-            cwd=SOURCE,
-            env={**os.environ, "CGO_ENABLED": "0"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"Calico's client can't be built: {done.stderr}")
-        half.rename(target)
-    return target
+    """The executable, which takes a minute to build, or a few. See ``build_module``."""
+    return build_module("calico") / "calico"
 
 
 @dataclass(frozen=True, slots=True)
