@@ -10,6 +10,7 @@ What concerns one interface of the node happens one after the other, all else si
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Collection, Iterable
@@ -40,6 +41,7 @@ Addresses = tuple[Net, ...]
 
 _USE = "Workload"
 _UPLINK_SECONDS = 0.01
+_CREATIONS = 3  # of a pair whose name is taken by what gives way, or goes by itself
 
 _log = logging.getLogger(__name__)
 
@@ -377,17 +379,18 @@ class Node:
 
     def _create(self, host: NetlinkSocket, netns_fd: int, wire: Wire) -> Ends:
         """The pair; an interface of a container before us gives way."""
-        try:
+        for _ in range(_CREATIONS):
             try:
                 return wiring.create(host, netns_fd, wire, self._turns.aside())
-            except wiring.HostInterfaceExistsError as leftover:
-                _log.info("%s; it is of %r and gives way", leftover, leftover.link.alias)
-                self._reaper.remove(leftover.link.index)
-            return wiring.create(host, netns_fd, wire, self._turns.aside())
-        except wiring.ContainerInterfaceExistsError:
-            raise invalid_environment(
-                "CNI_IFNAME", wire.interface, "expected a name that is free in the container"
-            ) from None
+            except wiring.HostInterfaceExistsError as error:
+                if error.link is not None:
+                    _log.info("%s; it is of %r and gives way", error, error.link.alias)
+                    self._reaper.remove(error.link.index)
+            except wiring.ContainerInterfaceExistsError:
+                raise invalid_environment(
+                    "CNI_IFNAME", wire.interface, "expected a name that is free in the container"
+                ) from None
+        raise OSError(errno.EEXIST, f"veth {wire.host_interface}: it is made anew by another")
 
     def _detach(self, attachment: Attachment, name: str, delegate: Delegate | None = None) -> None:
         endpoint = self.cluster.forget(attachment)

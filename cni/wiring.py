@@ -106,10 +106,14 @@ class Wire:
 
 
 class HostInterfaceExistsError(Exception):
-    """An interface of that name is on the node already: a leftover."""
+    """An interface of that name is on the node already: a leftover.
 
-    def __init__(self, link: Link) -> None:
-        super().__init__(f"interface {link.name} exists on the node")
+    ``link``: None if it has gone meanwhile, which it does by itself where its container's
+    network namespace has ended (namespaces(7)).
+    """
+
+    def __init__(self, name: str, link: Link | None) -> None:
+        super().__init__(f"interface {name} exists on the node")
         self.link = link
 
 
@@ -177,9 +181,11 @@ def create(
         if error.errno != errno.EEXIST:
             raise OSError(error.errno, f"veth {wire.host_interface}: {error.strerror}") from error
         leftover = find(host, wire.host_interface)
-        if leftover is not None:
-            raise HostInterfaceExistsError(leftover) from error
-        raise ContainerInterfaceExistsError(wire.interface) from error
+        if leftover is None:
+            with NetlinkSocket(netns_fd=netns_fd) as container:
+                if find(container, wire.interface) is not None:
+                    raise ContainerInterfaceExistsError(wire.interface) from error
+        raise HostInterfaceExistsError(wire.host_interface, leftover) from error
 
 
 def configure(
@@ -261,10 +267,10 @@ def wait_for_carrier(host: NetlinkSocket, index: int) -> None:
         time.sleep(0.001)
 
 
-def find(host: NetlinkSocket, name: str) -> Link | None:
-    """The node's interface of that name."""
+def find(netlink: NetlinkSocket, name: str) -> Link | None:
+    """The interface of that name, in the namespace of ``netlink``."""
     try:
-        return Links(host).get(name)
+        return Links(netlink).get(name)
     except OSError as error:
         if error.errno == errno.ENODEV:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 
 from api.net import parse_net
 from cni import findings
+from cni.wiring import ContainerInterfaceExistsError, HostInterfaceExistsError, Wire, create
 from datastore.interface import Key
 from kernel.links import Links, delete_link, link_set, veth
 from kernel.netlink import NetlinkSocket
@@ -160,6 +162,31 @@ def test_adds_of_the_same_containers_meanwhile(node: Rig) -> None:
     for pod in pods:
         node.delete(pod)
     node.assert_empty()
+
+
+def test_a_leftover_that_goes_by_itself(node: Rig) -> None:
+    """As a container's network namespace ends: between the kernel's "exists" and our look at it."""
+    with Namespace.create() as container, NetlinkSocket(netns_fd=node.namespace.fd) as host:
+        wire = Wire("cali1", "eth0", alias="", mac="02:00:00:00:00:01", addresses=(), mtu=1500)
+        assert host.batch([veth("cali1", "x1")]) == []
+        index = Links(host).get("cali1").index
+
+        @contextlib.contextmanager
+        def going() -> Iterator[None]:
+            try:
+                yield
+            finally:
+                assert host.batch([delete_link(index)]) == []
+
+        with pytest.raises(HostInterfaceExistsError) as caught:
+            create(host, container.fd, wire, going())
+        assert caught.value.link is None
+        create(host, container.fd, wire)
+        assert host.batch([delete_link(Links(host).get("cali1").index)]) == []
+        with NetlinkSocket(netns_fd=container.fd) as inside:
+            assert inside.batch([veth("eth0", "x1")]) == []
+        with pytest.raises(ContainerInterfaceExistsError):
+            create(host, container.fd, wire)
 
 
 def test_stray_interfaces_are_told_of(node: Rig) -> None:
