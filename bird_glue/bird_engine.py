@@ -132,6 +132,10 @@ class BirdEngine:
     def configure(self, intent: Intent) -> None:
         """What sessions there should be, and their rules."""
         if intent != self._intent:
+            before = self._intent.neighbors if self._intent else {}
+            for address, neighbor in before.items():
+                if neighbor != intent.neighbors.get(address):
+                    self._seen.pop(protocol_name(address), None)  # said of other settings
             self._intent = intent
             self._stale = True
 
@@ -222,6 +226,7 @@ class BirdEngine:
                 state=seen.state,
                 since=seen.since,
                 info="" if up else error,
+                said=error_in_words(seen.said, neighbor),
                 received=seen.imported + seen.filtered,
                 used=seen.preferred,
                 # until it has recovered nothing of it goes to the kernel
@@ -453,7 +458,7 @@ class BirdEngine:
         if now - self._seen_at > _FRESH_SECONDS:
             self._seen_at = now
             found = parse_protocols(self._answer('show protocols all "peer_*"'))
-            self._seen = {protocol.name: protocol for protocol in found}
+            self._seen = {seen.name: seen.after(self._seen.get(seen.name, seen)) for seen in found}
         return self._seen
 
     def _refused(self, peer: Net, seen: ProtocolStatus) -> dict[str, int]:

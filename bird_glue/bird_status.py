@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from bird_glue.birdc import Line
@@ -58,9 +58,11 @@ _NOTIFICATIONS = {
 _NUMBERS = re.compile(r"(\d+)\.(\d+)$")
 _WRONG_AS = (2, 2)
 _BAD_ROUTER_ID = (2, 3)
+_ESTABLISHED = "Established"
 _STATES = {"Down": "Idle", "Close": "Idle", "Passive": "Active"}  # ours for BIRD's
 _RECEIVED, _OURS, _SOCKET = "Received: ", "BGP Error: ", "Socket: "
 _REFUSED = "Socket: Connection refused"
+_SHAKE_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class ProtocolStatus:
     """One BGP session as BIRD sees it. ``state`` as in RFC 4271 8, ``since`` in seconds of the
     epoch, ``error`` the last one. ``filtered`` routes were received and are kept for the case
     that a filter changes; of the ``imported`` the ``preferred`` are the best of their prefix.
+    ``said``: the last error that either end put in words, since it was established last.
     """
 
     name: str
@@ -78,6 +81,17 @@ class ProtocolStatus:
     filtered: int = 0
     exported: int = 0
     preferred: int = 0
+    said: str = ""
+
+    def after(self, before: ProtocolStatus) -> ProtocolStatus:
+        """The same, where it is known what was seen before."""
+        since, said = self.since, ""
+        # BIRD works out a time of day from two clocks, anew whenever it is asked
+        if self.state == before.state and abs(since - before.since) < _SHAKE_SECONDS:
+            since = before.since
+        if self.state != _ESTABLISHED:
+            said = self.error if self.error.startswith((_RECEIVED, _OURS)) else before.said
+        return replace(self, since=since, said=said)
 
 
 def parse_protocols(lines: Iterable[Line]) -> list[ProtocolStatus]:

@@ -64,11 +64,15 @@ EngineEvent = SessionEvent | Restarted | TooMany
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an engine that decides by itself says of a session; as in ``PeerStatus``."""
+    """What an engine that decides by itself says of a session; as in ``PeerStatus``.
+
+    ``said``: the last error that either end put in words, since it was established last.
+    """
 
     state: str
     since: float
     info: str
+    said: str = ""
     received: int = 0
     used: int = 0
     installed: int = 0

@@ -112,12 +112,14 @@ class PeerStatuses:
 
 def _reported(status: PeerStatus, report: Report) -> PeerStatus:
     """``status.info`` is what the kernel knows of a peer that isn't there."""
-    up = report.state == ESTABLISHED
+    info = report.info or status.info
+    if report.said and report.said not in info:
+        info = f"{info}; before that: {report.said}"
     return replace(
         status,
         state=report.state,
         since=report.since,
-        info="" if up else report.info or status.info,
+        info="" if report.state == ESTABLISHED else info,
         received=report.received,
         used=report.used,
         installed=report.installed,

@@ -32,7 +32,7 @@ class Tracked:
     opened: Opened | None = None
     notified: Notified | None = None
     failure: str = ""  # why we end it ourselves, until it has ended
-    ended: str = ""  # why it ended last, where there was a word about it
+    ended: str = ""  # the last word that was exchanged about why it ended, or isn't made
 
 
 class Tracker:
@@ -104,8 +104,12 @@ class Tracker:
         info = self._why(session, event)
         if session.state == ESTABLISHED:
             session.state, session.since = "Active", event.time
-            session.ended = info if info != _LOST else ""
-        elif info and session.ended and session.notified is None:
+            session.ended = info if info not in _UNSAID else ""
+        elif info == _CHANGED:
+            session.ended = ""
+        elif session.notified is not None or session.failure:
+            session.ended = info or session.ended
+        elif info and session.ended:
             info = f"{info}; before that: {session.ended}"
         session.info = info or session.info
         session.opened, session.failure = None, ""
@@ -113,10 +117,10 @@ class Tracker:
     def _why(self, session: Tracked, event: Down) -> str:
         if session.failure:
             return session.failure
-        if session.notified is not None:
-            return self._notification(session, session.notified)
         if event.removed or event.reason == _CHANGED:
             return _CHANGED
+        if session.notified is not None:
+            return self._notification(session, session.notified)
         if session.state == ESTABLISHED:
             return _LOST
         if session.opened is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from api.net import parse_net
 from bird_glue.bird_routes import LearnedWay, parse_learned, parse_routes, why_filtered
-from bird_glue.bird_status import error_in_words, parse_protocols
+from bird_glue.bird_status import ProtocolStatus, error_in_words, parse_protocols
 from bird_glue.birdc import Birdc, BirdError, Line, RefusedError
 from bird_glue.config import Neighbor
 from bird_glue.decision import Guard, Session
@@ -115,6 +115,21 @@ def test_sessions_in_numbers_and_words(path: Path) -> None:
     assert (up.name, up.state, up.since) == ("peer_b", "Established", 1795243480.866)
     assert (up.imported, up.filtered, up.exported, up.preferred) == (2, 1, 4, 1)
     assert (passive.state, passive.error) == ("Active", "Received: Bad peer AS")
+
+
+def test_what_was_seen_before_counts() -> None:
+    """A time that shakes is the same; the last word stays until the session is established."""
+    said, refused = "Received: Bad peer AS", "Socket: Connection refused"
+    wrong = ProtocolStatus("p", "Active", 10.001, said)
+    seen = wrong.after(ProtocolStatus("p", "Active", 10.0, "")).after(wrong)
+    assert (seen.since, seen.said) == (10.001, said)
+    assert wrong.after(ProtocolStatus("p", "Active", 10.0, "")).since == 10.0
+    assert wrong.after(ProtocolStatus("p", "Connect", 10.0, "")).since == 10.001
+    assert wrong.after(ProtocolStatus("p", "Active", 9.0, "")).since == 10.001
+    seen = ProtocolStatus("p", "Connect", 11, refused).after(seen)
+    assert (seen.error, seen.said) == (refused, said)
+    seen = ProtocolStatus("p", "Established", 12, refused).after(seen)
+    assert seen.said == ProtocolStatus("p", "Connect", 13, refused).after(seen).said == ""
 
 
 def test_all_paths_that_lead_somewhere(path: Path) -> None:

@@ -111,6 +111,15 @@ class Rack:
         finally:
             self.begin(kind)
 
+    @contextmanager
+    def peered(self, kind: str, **settings: Any) -> Iterator[None]:
+        """Both sessions with a router are set so for the block."""
+        self.peer(kind, **settings)
+        try:
+            yield
+        finally:
+            self.peer(kind)
+
     def peer(self, kind: str, **settings: Any) -> None:
         """Both sessions with a router."""
         uplink = UPLINKS[kind]
@@ -306,10 +315,8 @@ def test_a_router_with_our_router_id(rack: Rack, kind: str) -> None:
     with rack.changed(kind, router_id=ours):
         rack.settle()
         eventually(lambda: rack.in_touch(kind))
-    with rack.changed(kind, router_id=ours, asn=NODE_AS):
-        rack.peer(kind, asNumber=NODE_AS)
+    with rack.changed(kind, router_id=ours, asn=NODE_AS), rack.peered(kind, asNumber=NODE_AS):
         rack.told(kind, f"has our router ID, {ours}")
-    rack.peer(kind)
 
 
 @exabgp_only

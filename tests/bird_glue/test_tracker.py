@@ -78,6 +78,19 @@ def test_what_the_kernel_knows_comes_first() -> None:
     assert after(CONNECTED, CLOSED, diagnosis=silent).info == silent
 
 
+def test_the_last_word_stays_beside_what_comes_of_the_next_calls() -> None:
+    """A router that refuses us in words often takes no call at all for a while."""
+    said = CONNECTED, OPENED, notified(2, 2, sent=True), down("notification sent (2,2)")
+    found = after(*said, CONNECTED, CLOSED, CONNECTED, CLOSED)
+    assert found.info.startswith("connection to 10.0.0.1 port 179 refused, or closed at once")
+    assert found.info.endswith(
+        "; before that: wrong AS number: the peer is AS 65009, AS 65001 is configured"
+    )
+    changed = down("stop, message [removed]")
+    assert "before that" not in after(*said, changed, CONNECTED, CLOSED).info
+    assert "before that" not in after(*said, Up(PEER, 3), CLOSED, CONNECTED, CLOSED).info
+
+
 def test_established_since_and_lost_since() -> None:
     found = after(CONNECTED, CLOSED, CONNECTED, OPENED, Up(PEER, 3))
     assert (found.state, found.since, found.info) == ("Established", 3, "")
