@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support.etcd import etcd, etcd_cluster
 from tests.support.kube import kube_apiserver
@@ -17,5 +17,5 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # how long an example takes says how busy the machine is: Hypothesis would fail what is right
-settings.register_profile("manx", deadline=None)
+settings.register_profile("manx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("manx")

@@ -215,7 +215,9 @@ VALUES = st.recursive(
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(document=st.dictionaries(KEYS, VALUES, max_size=4), indent=st.sampled_from([None, 1]))
 def test_version_is_found_in_any_document(

@@ -332,7 +332,9 @@ KEYS = ["prevResult", VALID_ATTACHMENTS, "dns", "mtu", "ipam"]
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     st.sampled_from(["ADD", "CHECK", "DEL", "GC", "STATUS"]),

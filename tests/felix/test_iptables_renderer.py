@@ -209,7 +209,9 @@ def tables() -> Iterator[tuple[Namespace, IpSets, dict[int, IptablesTable]]]:
 
 
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(matches, min_size=1, max_size=10), st.text(max_size=300))
 def test_iptables_takes_whatever_is_rendered(

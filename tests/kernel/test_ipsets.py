@@ -88,7 +88,9 @@ NETS = st.one_of(
 
 @given(st.lists(NETS, max_size=30), st.integers(0, 65535), st.sampled_from([6, 17, 132, 136]))
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_any_nets_come_back_as_written(
     sets: IpSets, nets: list[Net], port: int, protocol: int
@@ -113,7 +115,9 @@ def test_all_addresses_are_two_halves() -> None:
 
 @given(st.text(max_size=30))
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_text_that_is_no_member_is_refused(sets: IpSets, text: str) -> None:
     try:

@@ -246,7 +246,10 @@ def nets(draw: st.DrawFn, version: int) -> Net:
     return Net(version, address >> shift << shift, length)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=60,
+)
 @given(data=st.data())
 def test_ranges_change_step_by_step(table: Nftables, data: st.DataObject) -> None:
     address = ADDRESS4 if table.version == 4 else ADDRESS6

@@ -165,7 +165,9 @@ TABLES = st.lists(
 
 @given(TABLES, TABLES)
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_any_table_becomes_any_other(net: Net2, one: list[Drawn], other: list[Drawn]) -> None:
     def read() -> Table:

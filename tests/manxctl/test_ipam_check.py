@@ -170,7 +170,9 @@ def test_no_report_at_all(cluster: SqliteDatastore, run: Run, tmp_path: Path) ->
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_reports_that_were_meddled_with(report: Path, tmp_path: Path, data: st.DataObject) -> None:
