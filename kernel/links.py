@@ -60,6 +60,13 @@ _AF_UNSPEC = 0
 _AF_INET = 2
 _RTMGRP_LINK = 1
 _RTMGRP_ADDRESSES = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
+# A BPF program that keeps only messages of type RTM_DELLINK. It loads in network byte order.
+_ONLY_DELETIONS = (
+    (0x28, 0, 0, 4),  # BPF_LD | BPF_H | BPF_ABS: nlmsghdr.nlmsg_type
+    (0x15, 0, 1, int.from_bytes(struct.pack("=H", RTM_DELLINK), "big")),  # BPF_JMP | BPF_JEQ
+    (0x06, 0, 0, 0xFFFFFFFF),  # BPF_RET: all of it
+    (0x06, 0, 0, 0),  # nothing
+)
 
 _IFINFO = struct.Struct("=BxHiII")  # family, device type, index, flags, change mask
 _ANY = bytes(_IFINFO.size)
@@ -401,8 +408,9 @@ class AddressEvent:
 class LinkMonitor:
     """A thread that tells ``sink`` of every change of an interface.
 
-    With ``addresses``, of those of its addresses too. It hears from the moment it is made, so
-    make it before reading the interfaces. ``stop`` may come from any thread.
+    With ``addresses``, of those of its addresses too; with ``only_deletions``, only of those that
+    go: of others the kernel doesn't wake it. It hears from the moment it is made, so make it
+    before reading the interfaces. ``stop`` may come from any thread.
     """
 
     def __init__(
@@ -410,11 +418,14 @@ class LinkMonitor:
         sink: Callable[[LinkEvent | LinkEventsLost | AddressEvent], None],
         *,
         addresses: bool = False,
+        only_deletions: bool = False,
         netns_fd: int | None = None,
     ) -> None:
         self._sink = sink
         groups = _RTMGRP_LINK | (_RTMGRP_ADDRESSES if addresses else 0)
         self._socket = NetlinkSocket(groups=groups, netns_fd=netns_fd)
+        if only_deletions:
+            self._socket.set_filter(_ONLY_DELETIONS)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="link-monitor", daemon=True)
 

@@ -273,6 +273,17 @@ def test_the_monitor_tells_what_happens_to_links(
         eventually(lambda: told(LinkEvent("two", made.peer_index, up=False, deleted=True)))
 
 
+def test_the_monitor_tells_only_of_deletions_where_asked(
+    netlink: NetlinkSocket, namespace: Namespace
+) -> None:
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    with LinkMonitor(events.put, only_deletions=True, netns_fd=namespace.fd):
+        made = parse_link(netlink.request(veth("one", "two")))
+        assert netlink.batch([link_set(made.index, up=True), delete_link("one")]) == []
+        first = events.get(timeout=20)
+        assert first == LinkEvent("one", made.index, up=False, deleted=True)
+
+
 def test_the_monitor_tells_of_addresses_where_asked(
     netlink: NetlinkSocket, namespace: Namespace
 ) -> None:
