@@ -1,0 +1,127 @@
+"""Deleting interfaces: who waits for one hears that it is gone when it is, and no later."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from cni import reaper
+from cni.reaper import DELETERS, Reaper
+from kernel.links import Links, parse_ends, veth
+from kernel.netlink import Failure, Message, NetlinkSocket
+from kernel.netns import Namespace, inside
+
+MANY = 3 * DELETERS
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    with Namespace.create() as namespace, inside(namespace.fd):
+        yield namespace
+
+
+@pytest.fixture
+def netlink(namespace: Namespace) -> Iterator[NetlinkSocket]:
+    with NetlinkSocket() as netlink:
+        yield netlink
+
+
+class Withheld:
+    """Sockets on which the kernel's answer to deletions is not heard before ``let_go``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._answered = threading.Event()
+        self.conversations = 0
+        answered, noted = self._answered, self
+
+        class Socket(NetlinkSocket):
+            def batch(self, messages: Sequence[Message]) -> list[Failure]:
+                noted.conversations += 1
+                failures = super().batch(messages)
+                assert answered.wait(20)
+                return failures
+
+        monkeypatch.setattr(reaper, "NetlinkSocket", Socket)
+
+    def let_go(self) -> None:
+        self._answered.set()
+
+
+@pytest.fixture
+def withheld(monkeypatch: pytest.MonkeyPatch) -> Withheld:
+    return Withheld(monkeypatch)
+
+
+@pytest.fixture
+def running(namespace: Namespace) -> Iterator[Reaper]:
+    reaper = Reaper()
+    reaper.start()
+    yield reaper
+    reaper.stop()
+
+
+def make(netlink: NetlinkSocket, number: int) -> int:
+    return parse_ends(netlink.request(veth(f"one{number}", f"two{number}"))).index
+
+
+def remove_side_by_side(running: Reaper, indexes: Sequence[int]) -> list[threading.Thread]:
+    threads = [threading.Thread(target=running.remove, args=(index,)) for index in indexes]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_one_is_gone_before_the_kernel_has_freed_it(
+    withheld: Withheld, running: Reaper, netlink: NetlinkSocket
+) -> None:
+    """And the next may be deleted meanwhile, and one of the same name made."""
+    for _ in range(DELETERS):
+        running.remove(make(netlink, 0))
+        assert Links(netlink).read().keys() == {"lo"}
+    assert withheld.conversations == DELETERS
+    withheld.let_go()
+
+
+def test_many_are_deleted_together_when_the_kernel_is_behind(
+    withheld: Withheld, running: Reaper, netlink: NetlinkSocket
+) -> None:
+    for number in range(DELETERS):
+        running.remove(make(netlink, number))
+    threads = remove_side_by_side(running, [make(netlink, number) for number in range(MANY)])
+    withheld.let_go()
+    for thread in threads:
+        thread.join(20)
+    assert Links(netlink).read().keys() == {"lo"}
+    assert withheld.conversations < DELETERS + MANY
+
+
+def test_news_that_is_lost_is_made_good_by_the_answer(
+    monkeypatch: pytest.MonkeyPatch, namespace: Namespace, netlink: NetlinkSocket
+) -> None:
+    monkeypatch.setattr(Reaper, "_hear", lambda self, event: None)
+    deaf = Reaper()
+    deaf.start()
+    for thread in remove_side_by_side(deaf, [make(netlink, number) for number in range(MANY)]):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert Links(netlink).read().keys() == {"lo"}
+    deaf.stop()
+
+
+def test_what_has_gone_is_no_error_and_what_cannot_go_is(
+    running: Reaper, netlink: NetlinkSocket
+) -> None:
+    index = make(netlink, 0)
+    running.remove(index)
+    running.remove(index)
+    with pytest.raises(OSError, match="deleting interface #1: Operation not supported"):
+        running.remove(Links(netlink).get("lo").index)
+
+
+def test_two_who_want_the_same_gone(running: Reaper, netlink: NetlinkSocket) -> None:
+    for thread in remove_side_by_side(running, [make(netlink, 0)] * 8):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert Links(netlink).read().keys() == {"lo"}
