@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
@@ -79,6 +81,12 @@ class TopOfRack(Router):
 
     def prefixes(self) -> set[str]:
         """What it learned."""
+        raise NotImplementedError
+
+    def stale(self) -> bool:
+        """Whether it keeps what a node told that is starting again: the next loss of the session
+        ends that (RFC 4724 4.2).
+        """
         raise NotImplementedError
 
     def communities(self, net: str) -> str:
@@ -157,6 +165,9 @@ class BirdRouter(Bird, TopOfRack):
 
     def prefixes(self) -> set[str]:
         return self.blocks()
+
+    def stale(self) -> bool:
+        return "Neighbor graceful restart active" in self.birdc("show", "protocols", "all")
 
     def communities(self, net: str) -> str:
         return self.birdc("show", "route", net, "all")
@@ -260,15 +271,20 @@ class FrrRouter(Frr, TopOfRack):
         self.bgpd = None
 
     def prefixes(self) -> set[str]:
-        found: set[str] = set()
+        return {
+            net
+            for net, paths in self._tables()
+            if any(path["peerId"] != "(unspec)" for path in paths)
+        }
+
+    def stale(self) -> bool:
+        return any(path.get("stale") for _, paths in self._tables() for path in paths)
+
+    def _tables(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """The paths of each prefix."""
         for family in ("ipv4", "ipv6"):
             table = json.loads(self.vtysh(f"show bgp {family} unicast json"))
-            found |= {
-                net
-                for net, paths in table.get("routes", {}).items()
-                if any(path["peerId"] != "(unspec)" for path in paths)
-            }
-        return found
+            yield from table.get("routes", {}).items()
 
     def communities(self, net: str) -> str:
         family = "ipv6" if ":" in net else "ipv4"
@@ -343,13 +359,18 @@ class GobgpRouter(TopOfRack):
         self.daemon = None
 
     def prefixes(self) -> set[str]:
-        found = set()
+        return {
+            net for net, paths in self._tables() if any("peer-address" in path for path in paths)
+        }
+
+    def stale(self) -> bool:
+        return any(path.get("stale") for _, paths in self._tables() for path in paths)
+
+    def _tables(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """The paths of each prefix."""
         for family in ("ipv4", "ipv6"):
             table = json.loads(self._ask("global", "rib", "-a", family, "-j") or "{}")
-            for net, paths in table.items():
-                if any("peer-address" in path for path in paths):
-                    found.add(net)
-        return found
+            yield from table.items()
 
     def communities(self, net: str) -> str:
         return self._ask("global", "rib", "-a", "ipv6" if ":" in net else "ipv4", net)

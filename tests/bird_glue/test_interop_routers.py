@@ -78,6 +78,7 @@ class Rack:
     def settle(self) -> None:
         for kind in KINDS:
             eventually(lambda kind=kind: self.up(kind), 40)  # type: ignore[misc]
+            eventually(lambda kind=kind: not self.routers[kind].stale())  # type: ignore[misc]
         eventually(lambda: self.ways_out() == self.ways_out(SHARED_SIX) == set(KINDS))
 
     def in_touch(self, kind: str) -> bool:
