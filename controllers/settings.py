@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from api.clusterinformation import is_locked
 from api.controllers import AutoHostEndpointConfig, KubeControllersConfiguration
 from api.registry import parse_as
 from datastore.interface import JSON, Datastore, Key, NotFoundError
@@ -35,7 +36,7 @@ def read_settings(store: Datastore) -> Settings:
 
     As in Calico the controllers that run are those the object names; without the object all run.
     """
-    if (_value(store, _CLUSTER_INFORMATION).get("spec") or {}).get("datastoreReady") is False:
+    if is_locked(_value(store, _CLUSTER_INFORMATION)):
         return Settings(
             idle="ClusterInformation(default): spec.datastoreReady: false: the datastore is being"
             " moved; afterwards: manxctl datastore migrate unlock"
