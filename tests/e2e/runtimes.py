@@ -133,7 +133,7 @@ class Containerd:
         self._log = f"{self.FOLDER}/log"
         command = f"exec containerd -c {self.FOLDER}/config.toml >{self._log} 2>&1"
         self.process = host.lab.popen(host.node, ["sh", "-c", command])
-        eventually(self._serves, 30)
+        eventually(self._serves)
         self.ctr("-n", "k8s.io", "images", "import", "--snapshotter", "native", str(host.archive))
 
     def _configuration(self) -> str:
@@ -195,7 +195,7 @@ class Ctr(Runtime):
         def runs() -> bool:
             return process.poll() is not None or self._state(name) == "RUNNING"
 
-        eventually(runs, 30)
+        eventually(runs)
         if process.poll() is not None:
             output, _ = process.communicate()
             raise CallError(output)

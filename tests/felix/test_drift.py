@@ -257,7 +257,7 @@ def test_what_a_stranger_changes_is_put_right(
     with Flow(world.client.netns, world.web.netns, address, 5001) as good:
         eventually(lambda: good.sent > 100)
         stranger(world)
-        eventually(lambda: world.is_mended(before), 20)
+        eventually(lambda: world.is_mended(before))
         sent = good.sent
         eventually(lambda: good.sent > sent + 100)
         arrived = good.finish()
@@ -280,11 +280,11 @@ def test_it_is_put_right_while_the_datastore_is_locked(world: World) -> None:
     lock = world.node.put(info)
     world.node.settle()
     delete_everything_of_ours(world)
-    eventually(lambda: world.is_mended(before), 20)
+    eventually(lambda: world.is_mended(before))
     ignored = world.node.put(policy("ignored", selector="all()"))
     world.node.settle()
     world.shell("ip route del 10.0.0.1")
-    eventually(lambda: world.is_mended(before), 20)
+    eventually(lambda: world.is_mended(before))
     with Listener(world.web.netns, 80):
         assert is_dropped(world.guest.netns, world.web.address, 80)
         assert reaches(world.client.netns, world.web.address, 80)
@@ -316,7 +316,7 @@ def test_what_began_meanwhile_ends(world: World) -> None:
         finally:
             agent.send_signal(signal.SIGCONT)
         with guest, client, ends[0], ends[1]:
-            eventually(lambda: world.is_mended(before), 20)
+            eventually(lambda: world.is_mended(before))
             eventually(lambda: world.node.log.read_text().count("flows that policy forbids") > 0)
             for end in (guest, client, *ends):
                 end.sendall(b"still there?")
@@ -347,12 +347,12 @@ def test_routes_and_settings_are_put_right(world: World) -> None:
     path = f"net.ipv4.conf.{world.web.interface}.rp_filter"
     world.shell(f"ip route del {world.web.address}", f"sysctl -qw {path}=0")
     world.shell("sysctl -qw net.ipv4.ip_forward=0")
-    eventually(lambda: world.is_mended(before), 20)
+    eventually(lambda: world.is_mended(before))
 
     def values() -> list[str]:
         return run(world.node.netns, "sysctl", "-n", path, "net.ipv4.ip_forward").stdout.split()
 
-    eventually(lambda: values() == ["1", "1"], 20)
+    eventually(lambda: values() == ["1", "1"])
 
 
 def test_others_tables_are_no_reason_to_look(world: World) -> None:
@@ -382,7 +382,7 @@ def test_who_never_leaves_it_alone_does_not_keep_it_from_its_work(world: World) 
         eventually(lambda: is_dropped(world.client.netns, world.web.address, 80))
     world.node.delete(key)
     world.node.settle()
-    eventually(lambda: world.is_mended(before), 20)
+    eventually(lambda: world.is_mended(before))
 
 
 def test_nobody_else_changed_anything(namespace: Namespace) -> None:

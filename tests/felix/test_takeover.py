@@ -158,7 +158,7 @@ def test_a_backend_that_cannot_be_had_holds_up_no_policy() -> None:
             assert what in node.errors()
             assert node.agent is not None
             run_in_mounts_of(node.agent.pid, "umount", "/usr/sbin")
-            eventually(lambda: present(node) == {("nft", 4), ("nft", 6)}, 30)
+            eventually(lambda: present(node) == {("nft", 4), ("nft", 6)})
             assert is_dropped(pods["client"].netns, WEB[4], 80)
             assert what not in node.errors()
         for pod in pods.values():

@@ -257,7 +257,7 @@ class Node:
             except (OSError, KeyError):
                 return False
 
-        eventually(ready, 30)
+        eventually(ready)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """End the agent."""
@@ -307,7 +307,7 @@ class Node:
         self._fences += 1
         key = Key("Tier", f"fence-{self.name}-{self._fences}")
         self.put_raw(key, {"spec": "fence"})
-        eventually(lambda: any(e["object"] == str(key) for e in self.status()["errors"]), 20)
+        eventually(lambda: any(e["object"] == str(key) for e in self.status()["errors"]))
         self.delete(key)
 
     def pod(

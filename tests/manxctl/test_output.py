@@ -174,7 +174,7 @@ def watching(path: Path, *arguments: str) -> Iterator[Callable[[str], None]]:
 
     def heard(text: str) -> None:
         try:
-            eventually(lambda: any(x.startswith(text) for x in log.read_text().splitlines()), 20)
+            eventually(lambda: any(x.startswith(text) for x in log.read_text().splitlines()))
         except AssertionError:
             raise AssertionError(f"{text!r} not in {log.read_text()}") from None
 
@@ -211,7 +211,7 @@ def test_watch_as_events(path: Path, store: SqliteDatastore) -> None:
     with watching(path, "tiers", "-o", "json") as heard:
         heard('{"type": "ADDED", "object": {"apiVersion": "projectcalico.org/v3", "kind": "Tier"')
         put(store, "Tier", "security", {"order": 5})
-        eventually(lambda: "security" in (path.parent / "watched").read_text(), 20)
+        eventually(lambda: "security" in (path.parent / "watched").read_text())
     lines = (path.parent / "watched").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     assert [(e["type"], e["object"]["metadata"]["name"]) for e in events] == [

@@ -79,7 +79,7 @@ class Machine:
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
             *("--initial-cluster", f"m0={peer}", "--logger", "zap", "--log-outputs", "stderr"),
         )
-        eventually(lambda: self.manx("get", "pools").returncode == 0, 30)
+        eventually(lambda: self.manx("get", "pools").returncode == 0)
 
     def kill_etcd(self) -> None:
         """SIGKILL."""

@@ -141,13 +141,13 @@ def test_a_node_that_a_kubelet_registered_becomes_one_of_ours(cluster: Cluster) 
     pool = cluster.vxlan_pool()
     node.start()
     # before the kubelet came there is nothing to write to
-    eventually(lambda: "kubelet" in node.errors().get(str(key), ""), 30)
+    eventually(lambda: "kubelet" in node.errors().get(str(key), ""))
     cluster.register("203.0.113.9", "192.0.2.8")
-    eventually(lambda: str(key) not in node.errors(), 30)
+    eventually(lambda: str(key) not in node.errors())
     with closing(connect(f"kubernetes://?kubeconfig={cluster.server.kubeconfig}")) as other:
         # two rooms write it, neither waits for the other
         wanted = {"bgp", "ipv4VXLANTunnelAddr", "vxlanTunnelMACAddr"}
-        eventually(lambda: wanted <= other.get(key).value["spec"].keys(), 30)
+        eventually(lambda: wanted <= other.get(key).value["spec"].keys())
         value = other.get(key).value
         parse(value)
         spec = value["spec"]
@@ -160,7 +160,7 @@ def test_a_node_that_a_kubelet_registered_becomes_one_of_ours(cluster: Cluster) 
         assert sum(handle.value["spec"]["block"].values()) == 1
         other.delete(pool)
         # the pool is gone: so is the tunnel, and its address is given back
-        eventually(lambda: "ipv4VXLANTunnelAddr" not in other.get(key).value["spec"], 30)
+        eventually(lambda: "ipv4VXLANTunnelAddr" not in other.get(key).value["spec"])
         assert other.get(key).value["spec"]["bgp"] == {"ipv4Address": "192.0.2.8/24"}
 
 

@@ -81,7 +81,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
             body = pool | {"metadata": {"name": name}, "spec": spec}
             made.ask("POST", f"{CALICO}/ippools", body)
         node.start()
-        eventually(node.followed, 40)
+        eventually(node.followed)
         yield made
 
 
@@ -98,9 +98,9 @@ def test_pods_from_their_annotations_to_packets(cluster: Cluster) -> None:
     for name, address in pods.items():
         assert cluster.annotations(name)["podIP"] == f"{address}/32"
         assert cluster.annotations(name)["containerID"] == f"container-{name}"
-        eventually(lambda to=address: plain.reaches(to), 20)  # type: ignore[misc]
+        eventually(lambda to=address: plain.reaches(to))  # type: ignore[misc]
     assert "0a:58:0a:41:09:09" in run(fixed.namespace, "ip", "link", "show", "eth0").stdout
-    eventually(lambda: len(node.status()["bgp"]["blocks"]) == 3, 20)
+    eventually(lambda: len(node.status()["bgp"]["blocks"]) == 3)
 
     with Listener(fixed.namespace, PORT):
         assert reaches(plain.namespace, pods["fixed"], PORT)
@@ -135,8 +135,8 @@ def test_an_api_server_that_goes_and_comes(cluster: Cluster) -> None:
     assert (code != 0, answer["code"]) == (True, TRY_AGAIN_LATER)
     assert one.reaches(address)
     cluster.server.start()
-    eventually(lambda: node.call("ADD", late)[0] == 0, 60)
+    eventually(lambda: node.call("ADD", late)[0] == 0)
     found = cluster.annotations("late")["podIP"].partition("/")[0]
-    eventually(lambda: one.reaches(found), 20)
+    eventually(lambda: one.reaches(found))
     assert node.call("DEL", one)[0] == 0
-    eventually(node.followed, 40)
+    eventually(node.followed)

@@ -34,8 +34,8 @@ def check_waiting(node: Machine, words: str) -> None:
     before = node.kernel()
     node.start()
     for program in PROGRAMS:
-        eventually(lambda p=program: words in node.log(p), 30)  # type: ignore[misc]
-    eventually(lambda: node.log("cni").count("repair, next in") >= 3, 30)
+        eventually(lambda p=program: words in node.log(p))  # type: ignore[misc]
+    eventually(lambda: node.log("cni").count("repair, next in") >= 3)
     status = node.status()
     for agent in ("felix", "bgp"):
         assert status[agent]["in_sync"] is False
@@ -53,16 +53,16 @@ def check_waiting(node: Machine, words: str) -> None:
 def check_working(node: Machine) -> None:
     """The store is there now: without a restart everything is done."""
     node.apply(*settings())
-    eventually(node.followed, 40)
+    eventually(node.followed)
     one, other = node.container("one"), node.container("other")
     node.plug(one)
     address = node.plug(other)
-    eventually(lambda: one.reaches(address), 20)
-    eventually(lambda: bool(node.status()["bgp"]["blocks"]), 20)
+    eventually(lambda: one.reaches(address))
+    eventually(lambda: bool(node.status()["bgp"]["blocks"]))
     with Listener(other.namespace, 7777):
-        eventually(lambda: reaches(one.namespace, address, 7777) is not None, 20)
+        eventually(lambda: reaches(one.namespace, address, 7777) is not None)
         node.apply(policy("nothing", selector="all()", types=["Ingress"]))
-        eventually(lambda: is_dropped(one.namespace, address, 7777), 20)
+        eventually(lambda: is_dropped(one.namespace, address, 7777))
 
 
 def test_an_etcd_that_refuses_at_the_start() -> None:
@@ -152,18 +152,18 @@ def test_a_store_that_is_away_for_a_minute(tmp_path: Path) -> None:
                 ),
             )
             node.start()
-            eventually(node.followed, 40)
+            eventually(node.followed)
             one, other, late = (node.container(name) for name in ("one", "other", "late"))
             node.plug(one)
             address = node.plug(other)
-            eventually(lambda: one.reaches(address) and outside.reaches(address), 30)
+            eventually(lambda: one.reaches(address) and outside.reaches(address))
             with Listener(other.namespace, 7777), Listener(other.namespace, 7778):
 
                 def policy_stands() -> None:
                     assert reaches(one.namespace, address, 7777) is not None
                     assert is_dropped(one.namespace, address, 7778)
 
-                eventually(lambda: is_dropped(one.namespace, address, 7778), 20)
+                eventually(lambda: is_dropped(one.namespace, address, 7778))
                 tables = node.kernel()
                 with Ping(one, address) as inner, Ping(outside, address) as outer:
                     node.kill_etcd()
@@ -172,19 +172,19 @@ def test_a_store_that_is_away_for_a_minute(tmp_path: Path) -> None:
                     code, answer = node.call("ADD", late)
                     assert (code != 0, answer["code"]) == (True, TRY_AGAIN_LATER)
                     assert "127.0.0.1:2379" in f"{answer['msg']} {answer.get('details')}"
-                    eventually(lambda: not node.followed(), 20)
+                    eventually(lambda: not node.followed())
                     while time.monotonic() < end:
                         policy_stands()
                         assert not node.followed()
                         assert outside.reaches(address)
                     assert node.kernel() == tables
                     node.start_etcd()
-                    eventually(node.followed, 40)
+                    eventually(node.followed)
                     policy_stands()
                 for ping in (inner, outer):
                     assert ping.lost == 0
                 node.apply(policy("none", order=1, selector="all()", ingress=[{"action": "Deny"}]))
-                eventually(lambda: is_dropped(one.namespace, address, 7777), 20)
+                eventually(lambda: is_dropped(one.namespace, address, 7777))
                 assert node.manx("delete", "np", "none", "-n", NAMESPACE).returncode == 0
                 new = node.plug(late)
-                eventually(lambda: outside.reaches(new), 20)
+                eventually(lambda: outside.reaches(new))

@@ -22,7 +22,7 @@ def install_crds(server: KubeApiserver) -> None:
     for crd in crds:
         code, answer = server.request("POST", f"{_PATH}?fieldValidation=Strict", crd)
         assert code in (201, 409), answer
-    eventually(lambda: all(_served(server, crd) for crd in crds), seconds=30)
+    eventually(lambda: all(_served(server, crd) for crd in crds))
 
 
 def _served(server: KubeApiserver, crd: Any) -> bool:
@@ -40,7 +40,7 @@ def install_admission(server: KubeApiserver) -> None:
             path = f"{_ADMISSION}/{resource}?fieldValidation=Strict"
             code, answer = server.request("POST", path, document)
             assert code == 201, answer
-    eventually(lambda: _active(server), seconds=60)
+    eventually(lambda: _active(server))
 
 
 def _active(server: KubeApiserver) -> bool:

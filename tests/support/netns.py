@@ -31,7 +31,7 @@ def fresh_namespace() -> Iterator[Namespace]:
 def run(
     namespace: Namespace, *command: str, check: bool = True, stdin: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in the namespace; its output is text. At most 30 seconds."""
+    """Run a command in the namespace; its output is text. At most 60 seconds."""
     with inside(namespace.fd):
         process = subprocess.Popen(
             command,
@@ -42,7 +42,7 @@ def run(
         )
     with process:
         try:
-            stdout, stderr = process.communicate(stdin, timeout=30)
+            stdout, stderr = process.communicate(stdin, timeout=60)
         except BaseException:
             process.kill()
             raise
@@ -72,8 +72,8 @@ def connect(
         return Links(near).get(name), Links(far).get(peer)
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait until ``condition`` is true. Fails after ``seconds``."""
+def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until ``condition`` is true. Fails after ``seconds``: more than a busy machine needs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not true within {seconds} s"

@@ -25,7 +25,7 @@ from kernel.netns import Namespace, inside
 
 ICMP, TCP, UDP, ICMPV6, SCTP = 1, 6, 17, 58, 132
 FENCE = 9  # the port of the fences
-PATIENCE = 10.0  # seconds, for what must arrive
+PATIENCE = 30.0  # seconds, for what must arrive
 # A handshake between pods of two nodes goes over nine wires: three times three.
 HOPS = 10
 
