@@ -41,6 +41,7 @@ from tests.ipam.world import (
     overtaken_at,
     reserve,
     until,
+    until_heard,
 )
 
 HANDLE = "k8s-pod-network.0123abc"
@@ -647,7 +648,9 @@ def test_a_followed_store_is_only_written_to(store: SqliteDatastore) -> None:
     add_pool(store, "pool", "10.0.0.0/16", 26)
     counting = Interposed(store)
     with following(counting, "n1") as allocator:
-        until(lambda: reads(allocator, counting) == 0)  # the news of its claim has come back
+        allocator.assign("first", POD)
+        until_heard(allocator, store)  # the news of its claim has come back
+        until(lambda: reads(allocator, counting) == 0)
         counting.reads = counting.writes = 0
         allocator.assign("second", POD)
         assert (counting.reads, counting.writes) == (0, 2)  # handle, block

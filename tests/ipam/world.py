@@ -9,6 +9,7 @@ from typing import Any
 
 from api.net import Net, parse_net
 from datastore.interface import JSON, Datastore, Entry, Event, Key, Listing, Watch
+from ipam.allocator import Allocator
 from ipam.block import Block
 from ipam.records import CONFIRMED, Affinity, Handle, Records, owner
 
@@ -52,12 +53,19 @@ def reserve(store: Datastore, *cidrs: str) -> None:
     )
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait for something that must come true."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
+
+
+def until_heard(allocator: Allocator, store: Datastore) -> None:
+    """Until an allocator that follows the store has heard of all that was written before."""
+    fence = parse_net("192.0.2.0/26")  # of a node that nobody asks about
+    Records(store).create_affinity("fence", fence, CONFIRMED)
+    until(lambda: fence in allocator.claimed())
 
 
 class Died(BaseException):
