@@ -29,6 +29,9 @@
 #ifndef MANX_CNI_SOCKET
 #define MANX_CNI_SOCKET "/run/manx/cni.sock"
 #endif
+#ifndef MANX_CNI_RETRIES
+#define MANX_CNI_RETRIES 200 /* 10 s: a daemon that restarts is back by then */
+#endif
 
 enum {
     HEADER = 12,
@@ -36,7 +39,7 @@ enum {
     STDIN_MS = 5000,     /* a runtime writes its configuration at once, then closes */
     ANSWER_SECONDS = 90, /* an ADD may wait for other parts of the node */
     RETRY_MS = 50,
-    RETRIES = 200, /* 10 s: a daemon that restarts is back by then */
+    RETRIES = MANX_CNI_RETRIES,
 };
 enum { ERR_ENVIRONMENT = 4, ERR_IO = 5, ERR_TRY_AGAIN = 11, ERR_NOT_AVAILABLE = 50 };
 

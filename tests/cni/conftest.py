@@ -25,6 +25,12 @@ def c_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_client("c", tmp_path_factory.mktemp("client"))
 
 
+@pytest.fixture(scope="session")
+def patient_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same; it asks for a minute, as a busy machine may take to start a daemon again."""
+    return build_client("c", tmp_path_factory.mktemp("client"), "-DMANX_CNI_RETRIES=1200")
+
+
 @pytest.fixture(scope="module")
 def _node(c_client: Path) -> Iterator[Rig]:
     with running(c_client) as rig:

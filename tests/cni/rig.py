@@ -83,10 +83,11 @@ class Container:
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         with inside(self.namespace.fd):
-            return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+            return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     def pings(self, address: str) -> bool:
-        return self.run("ping", "-c1", "-W2", address).returncode == 0
+        """Whether the answer to one packet comes."""
+        return self.run("ping", "-c1", "-W10", address).returncode == 0
 
     def links(self) -> set[str]:
         with NetlinkSocket(netns_fd=self.namespace.fd) as netlink:
@@ -125,7 +126,7 @@ class Rig:
             self.daemon = subprocess.Popen(
                 [sys.executable, "-m", "cni", "daemon"], cwd=ROOT, env=environment, stderr=log
             )
-        eventually(self._serves, 20)
+        eventually(self._serves)
 
     def _serves(self) -> bool:
         assert self.daemon is not None
@@ -139,7 +140,7 @@ class Rig:
     def kill(self, number: int = signal.SIGKILL) -> int:
         assert self.daemon is not None
         self.daemon.send_signal(number)
-        code = self.daemon.wait(20)
+        code = self.daemon.wait(40)
         self.daemon = None
         return code
 
@@ -208,7 +209,7 @@ class Rig:
 
     def end(self, process: subprocess.Popen[bytes]) -> Answer:
         with process:
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=100)
         return Answer(process.returncode, output)
 
     def add(self, container: Container, **keys: Any) -> Any:
@@ -276,7 +277,7 @@ class Felix:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "felix"], cwd=ROOT, env=environment, stderr=log
             )
-        eventually(self._ready, 30)
+        eventually(self._ready)
 
     def _ready(self) -> bool:
         assert self._process is not None
@@ -293,7 +294,7 @@ class Felix:
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait(20)
+            self._process.wait(60)
             self._process = None
 
 

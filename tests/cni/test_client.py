@@ -29,7 +29,7 @@ def run(client: Path, command: str, stdin: bytes = b"", **variables: str) -> Ans
     # what the process still holds when it ends is no leak
     environment = {"CNI_COMMAND": command, "ASAN_OPTIONS": "detect_leaks=0", **variables}
     done = subprocess.run(
-        [client], env=environment, input=stdin, stdout=subprocess.PIPE, timeout=30, check=False
+        [client], env=environment, input=stdin, stdout=subprocess.PIPE, timeout=100, check=False
     )
     return Answer(done.returncode, done.stdout)
 

@@ -43,13 +43,13 @@ def test_node_and_pod_talk(rig: Rig) -> None:
     result = rig.add(pod)
     with fresh_namespace() as outside:
         connect(rig.namespace, "up0", outside, "eth0", ["192.0.2.1/24", "192.0.2.2/24"])
-        run(rig.namespace, "ping", "-c1", "-W2", address(result))
+        run(rig.namespace, "ping", "-c1", "-W10", address(result))
         assert pod.pings("192.0.2.1")
         # the way back leads through the node: a pod is reached by its own address
         run(outside, "ip", "route", "add", "10.65.0.0/24", "via", "192.0.2.1")
         sysctl(rig.namespace, {"net/ipv4/conf/up0/forwarding": "1"})
         assert pod.pings("192.0.2.2")
-        run(outside, "ping", "-c1", "-W2", address(result))
+        run(outside, "ping", "-c1", "-W10", address(result))
     rig.delete(pod)
 
 
@@ -58,7 +58,7 @@ def test_a_pod_cannot_use_anothers_address(rig: Rig) -> None:
     rig.add(one)
     target = address(rig.add(two))
     one.run("ip", "address", "add", "10.65.0.250/32", "dev", "lo")
-    assert one.run("ping", "-c1", "-W2", target).returncode == 0
+    assert one.run("ping", "-c1", "-W10", target).returncode == 0
     assert one.run("ping", "-c1", "-W1", "-I", "10.65.0.250", target).returncode == 1
     rig.delete(one)
     rig.delete(two)

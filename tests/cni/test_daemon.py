@@ -198,7 +198,7 @@ def test_one_daemon_for_a_socket(node: Rig) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
     assert second.returncode == 1
@@ -223,7 +223,7 @@ def test_settings_that_make_no_sense(tmp_path: Path, variable: str, value: str) 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
     assert done.returncode == 1

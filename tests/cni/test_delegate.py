@@ -242,7 +242,7 @@ def directly(directory: Path, kind: str) -> delegate.Delegate:
 
 
 def test_a_plugin_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delegate, "SECONDS", 0.5)
+    monkeypatch.setattr(delegate, "SECONDS", 2)  # in which it begins
     script(tmp_path, "hangs", f"echo $$ >{tmp_path}/pid; sleep 1000")
     with pytest.raises(CniError, match="hangs ADD") as caught:
         directly(tmp_path, "hangs").add()

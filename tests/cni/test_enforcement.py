@@ -27,13 +27,13 @@ from kernel.qdiscs import Qdiscs
 from tests.cni.rig import Container, Felix, Rig, configuration, running
 from tests.support.netns import eventually
 
-WAIT: dict[str, Any] = {"policy_setup_timeout_seconds": 20}
+WAIT: dict[str, Any] = {"policy_setup_timeout_seconds": 60}
 SHORT: dict[str, Any] = {"policy_setup_timeout_seconds": 1}
 
 
 @pytest.fixture(scope="module")
-def _node(c_client: Path) -> Iterator[tuple[Rig, Felix]]:
-    with running(c_client) as rig:
+def _node(patient_client: Path) -> Iterator[tuple[Rig, Felix]]:
+    with running(patient_client) as rig:
         felix = Felix(rig)
         try:
             rig.create("Namespace", "red")
@@ -157,7 +157,7 @@ def test_more_wait_for_a_hanging_felix_than_there_are_workers(rig: Rig, felix: F
     try:
         pods = [rig.container() for _ in range(WORKERS + 6)]
         waiting = [rig.begin("ADD", pod, configuration(**WAIT)) for pod in pods]
-        eventually(lambda: len(rig.endpoints()) == len(pods) + 1, 30)
+        eventually(lambda: len(rig.endpoints()) == len(pods) + 1)
         rig.add(other := rig.container())
         for pod in (standing, other):
             rig.delete(pod)
@@ -199,7 +199,7 @@ def test_a_restart_in_the_middle_of_waiting(rig: Rig, felix: Felix) -> None:
         rig.add(pod)
     felix.signal(signal.SIGSTOP)
     try:
-        conf = configuration(policy_setup_timeout_seconds=60)
+        conf = configuration(**WAIT)
         adding = [rig.begin("ADD", pod, conf) for pod in waiting]
         eventually(lambda: len(rig.endpoints()) == 20)
         with socket.socket(socket.AF_UNIX) as silent:
@@ -225,7 +225,7 @@ def test_a_restart_in_the_middle_of_waiting(rig: Rig, felix: Felix) -> None:
 def test_felix_was_never_there(c_client: Path) -> None:
     """A daemon that has just started gives it a moment, not as long as an ADD would wait."""
     with running(c_client) as rig:
-        eventually(lambda: rig.call("STATUS", conf=configuration(**WAIT)).code != 0, 15)
+        eventually(lambda: rig.call("STATUS", conf=configuration(**WAIT)).code != 0)
         status = rig.call("STATUS", conf=configuration(**WAIT))
         assert status.error == NOT_AVAILABLE
         assert "felix has not been there" in status.json["msg"]
@@ -358,9 +358,9 @@ def test_each_is_told_when_its_own_time_is_over(
             )
 
         after("long", 60)
-        after("third", 0.3)
+        after("third", 1.6)  # so far apart that they come in this order on a busy machine, too
         after("first", 0.05)
-        after("second", 0.15)
+        after("second", 0.8)
         assert [told.get(timeout=20) for _ in range(3)] == [
             "first False",
             "second False",

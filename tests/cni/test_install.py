@@ -25,7 +25,7 @@ def manx_cni(*arguments: str, **variables: str) -> subprocess.CompletedProcess[s
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
 
@@ -36,7 +36,7 @@ def status(path: Path, **variables: str) -> dict[str, object]:
         env={"CNI_COMMAND": "STATUS", **variables},
         input=json.dumps(configuration()).encode(),
         capture_output=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
     report: dict[str, object] = json.loads(done.stdout or "{}")

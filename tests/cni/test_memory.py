@@ -71,9 +71,9 @@ def test_is_not_trusted_while_the_store_is_away(
             return True
         return False
 
-    eventually(fails, 20)
+    eventually(fails)
     away.rename(path)
-    eventually(lambda: not fails(), 20)
+    eventually(lambda: not fails())
     assert memory.value(RED) == namespace()
 
 

@@ -72,8 +72,8 @@ def test_a_machine_that_was_started_anew(node: Rig) -> None:
     restart_machine(node, *pods, **PATROL)
     eventually(lambda: not node.endpoints())
     eventually(lambda: not node.held())
-    node.assert_empty()
     looks(node)
+    node.assert_empty()
     assert told(node) == []
     fresh = node.container()
     node.add(fresh)
@@ -90,8 +90,8 @@ def test_a_container_that_vanishes_beside_others(node: Rig) -> None:
     vanished.namespace.close()
     eventually(lambda: len(node.endpoints()) == 1)
     eventually(lambda: len(node.held()) == 1)
-    assert "is gone; released 10.65.0." in node.log()
     looks(node)
+    assert "is gone; released 10.65.0." in node.log()
     assert node.call("CHECK", kept, configuration(prevResult=result)).ok() is None
     node.delete(kept)
     vanished.namespace = Namespace.create()
@@ -216,6 +216,6 @@ def test_another_cluster_in_our_pool_is_told_of(node: Rig) -> None:
         (block,) = (entry.value["spec"]["cidr"] for entry in node.store.list("IPAMBlock").entries)
         other = next(net for net in QUARTERS if str(net) != block)
         assert netlink.batch([route_add(theirs.to(other))]) == []
-    eventually(lambda: len(told(node)) == 1, 20)
+    eventually(lambda: len(told(node)) == 1)
     assert f"IPPool(pods): the next hop 172.31.1.1 announces {other}, which" in told(node)[0]
     node.delete(ours)

@@ -353,7 +353,15 @@ def test_a_container_without_ipv6(rig: Rig, which: str) -> None:
 
 @pytest.mark.usefixtures("pools")
 def test_ipv6_answers_at_once(rig: Rig) -> None:
-    """No duplicate address detection, at either end, and no waiting for neighbours."""
+    """No duplicate address detection, at either end, and no waiting for neighbours.
+
+    Each of these takes a second and more, always: one pair of three that needs less has none.
+    """
+    assert any(answers_at_once(rig) for _ in range(3))
+
+
+def answers_at_once(rig: Rig) -> bool:
+    """Whether the first packet to a pod that has just come is answered within a second."""
     one, two = rig.container(), rig.container()
     rig.add(one, ipam=BOTH)
     result = rig.add(two, ipam=BOTH)
@@ -368,9 +376,10 @@ def test_ipv6_answers_at_once(rig: Rig) -> None:
     assert f"local {own['local']} dev eth0" in local
     # the first packet: ping gives up before a second would be sent
     address = addresses(result)[1].split("/")[0]
-    assert one.run("ping", "-c1", "-w1", address).returncode == 0
+    answered = one.run("ping", "-c1", "-w1", address).returncode == 0
     rig.delete(one)
     rig.delete(two)
+    return answered
 
 
 @settings(
