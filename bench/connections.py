@@ -13,6 +13,7 @@ from __future__ import annotations
 import socket
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -73,8 +74,9 @@ def _connections() -> dict[str, float]:
         snapshot.update(Key("GlobalNetworkPolicy", f"p{number}"), policy)
     calculator.calculate(snapshot)
     _make_flows()
-    with closing(Connections(calculator)) as connections:
-        everything = _cpu(lambda: _review(connections))
+    woken = threading.Event()
+    with closing(Connections(calculator, woken.set)) as connections:
+        everything = _cpu(lambda: _review(connections, woken))
         changed = Key("WorkloadEndpoint", _endpoint(7)["metadata"]["name"], "default")
         only = {"action": "Allow", "protocol": "UDP"}
         policy = global_policy(
@@ -82,7 +84,7 @@ def _connections() -> dict[str, float]:
         )
         snapshot.update(Key("GlobalNetworkPolicy", "one"), policy)
         connections.note(calculator.calculate(snapshot))
-        change = _cpu(lambda: _review(connections))
+        change = _cpu(lambda: _review(connections, woken))
         snapshot.update(changed, None)
         connections.note(calculator.calculate(snapshot))
         gone = _cpu(connections.forget)
@@ -138,9 +140,11 @@ def _make_flows() -> None:
                 sender.sendto(b"", (_address(number % PODS), 1 + number // PODS))
 
 
-def _review(connections: Connections) -> None:
-    while (due := connections.next_due()) is not None:
-        time.sleep(max(0.0, due - time.monotonic()))
+def _review(connections: Connections, woken: threading.Event) -> None:
+    while connections.reviewing:
+        due = connections.next_due()
+        woken.wait(None if due is None else max(0.0, due - time.monotonic()))
+        woken.clear()
         connections.review(time.monotonic(), in_force=True)
 
 

@@ -47,6 +47,10 @@ _LOCKED = (
 _log = logging.getLogger(__name__)
 
 
+class FlowsListed:
+    """There are connections to be judged."""
+
+
 class Stop:
     """Asks the loop to end."""
 
@@ -61,6 +65,7 @@ Item = (
     | RegistrationProblem
     | StatusRequest
     | Subscription
+    | FlowsListed
     | Stop
 )
 
@@ -170,6 +175,8 @@ class Agent:
                 self._asked.append(item)
             case Subscription():
                 self._announcer.subscribe(item)
+            case FlowsListed():
+                pass  # the turn that it began sees to them
             case Stop():
                 self._stopping = True
 
@@ -218,7 +225,11 @@ class Agent:
         delta = self._calculator.calculate(self._snapshot)
         if self._dataplane is None or self._connections is None:
             self._dataplane = Dataplane(self._first_enforcer(now))
-            self._connections = Connections(self._calculator, ends_forbidden=self._ends_forbidden)
+            self._connections = Connections(
+                self._calculator,
+                lambda: self._queue.put(FlowsListed()),
+                ends_forbidden=self._ends_forbidden,
+            )
             self._dataplane.want(delta)
         else:
             self._connections.note(delta)
@@ -303,8 +314,10 @@ class Agent:
         self._drift.plan(self._calculator.settings, self._backend, now)
         begin = time.perf_counter()
         changes = self._dataplane.apply(now)
-        if changes and (look.planned or look.suspicious):
-            self._connections.doubt()
+        if look.planned or look.suspicious:
+            self._connections.restore()
+            if changes:
+                self._connections.doubt()
         if changes and look.suspicious:
             _log.warning("somebody else changed what enforces policy; did %d changes", changes)
         self._connections.forget()

@@ -6,33 +6,30 @@ those it forbids are removed from connection tracking: their next packet is judg
 The flows of an address that is gone go as well, lest who gets the address inherits them.
 
 To look at flows takes time, for the table may be large. So only flows of addresses that a change
-concerns are looked at, a few milliseconds at a time, and never for more than a part of all time.
+concerns are looked at, and never for more than a part of all time. They are listed in a thread of
+its own, and judged a few milliseconds at a time, so that no change waits for it. Each is judged by
+policy as it is now, and ended in the same turn: what is allowed again meanwhile goes on, and what
+a newer change forbids is looked for once that is in force.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
-from api.net import V4, V6, Net
+from api.net import BITS, V4, V6, Net
 from felix.calculate import Calculator
 from felix.conntrack_ended import Ended
 from felix.conntrack_judge import Judge
+from felix.conntrack_lister import Lister, Listing
 from felix.desired import Delta
 from kernel.conntrack import Conntrack, Flow, Tuple
-from policy.model import (
-    Binding,
-    EndpointId,
-    HostBinding,
-    Member,
-    NamedPortMember,
-    Part,
-    PolicyId,
-)
+from policy.model import EndpointId, Member, NamedPortMember, PolicyId
 
-_SLICE = 0.005  # s, to look at flows before other work has its turn
+_SLICE = 0.002  # s, to judge flows before other work has its turn
 _SHARE = 0.1  # of all time, at most, is spent on this
 _PATIENCE = 5.0  # s, until what failed is tried again
 # So many addresses are asked for one by one; to read all flows takes about as long as for these.
@@ -63,6 +60,7 @@ class _Concerned:
     networks: set[Net] = field(default_factory=set)
     policies: set[PolicyId] = field(default_factory=set)
     _packed: frozenset[bytes] = frozenset()
+    _prefixes: Mapping[tuple[int, int], frozenset[int]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return self.everybody or bool(self.hosts or self.networks or self.policies)
@@ -70,12 +68,14 @@ class _Concerned:
     def __contains__(self, packed: object) -> bool:
         if packed in self._packed:
             return True
-        if not self.networks or not isinstance(packed, bytes):
+        if not self._prefixes or not isinstance(packed, bytes):
             return False
-        address = Net(
-            V4 if len(packed) == 4 else V6, int.from_bytes(packed, "big"), 8 * len(packed)
+        number, size = int.from_bytes(packed, "big"), len(packed)
+        return any(
+            number >> spare in prefixes
+            for (of, spare), prefixes in self._prefixes.items()
+            if of == size
         )
-        return any(net.contains(address) for net in self.networks)
 
     def add(self, members: Iterable[Member]) -> None:
         """Members of a set that came or went."""
@@ -93,20 +93,29 @@ class _Concerned:
     def pack(self) -> None:
         """Get ready to be asked; nothing may be added from now on."""
         self._packed = frozenset(net.packed() for net in self.hosts)
+        prefixes: dict[tuple[int, int], set[int]] = {}
+        for version, number, length in self.networks:
+            spare = BITS[version] - length
+            prefixes.setdefault((BITS[version] // 8, spare), set()).add(number >> spare)
+        self._prefixes = {key: frozenset(numbers) for key, numbers in prefixes.items()}
 
 
 class Connections:
     """Looks after the flows of local endpoints, in the calling thread's network namespace.
 
-    Begins with what ``calculator`` has calculated, and all flows. ``ends_forbidden`` False: what
-    policy forbids is left to end by itself, unless the settings say otherwise.
+    Begins with what ``calculator`` has calculated, and all flows. ``wake`` is called, in another
+    thread, when ``review`` has more to do. ``ends_forbidden`` False: what policy forbids is left to
+    end by itself, unless the settings say otherwise.
     """
 
-    def __init__(self, calculator: Calculator, *, ends_forbidden: bool = True) -> None:
+    def __init__(
+        self, calculator: Calculator, wake: Callable[[], None], *, ends_forbidden: bool = True
+    ) -> None:
         self._calculator = calculator
+        self._wake = wake
         self._ends_forbidden = ends_forbidden
-        self._reader = Conntrack()
-        self._writer = Conntrack()  # a second conversation, in the midst of reading
+        self._lister = Lister(wake)
+        self._conntrack = Conntrack()
         self._ended = {version: Ended(version) for version in (V4, V6)}
         self._judge = Judge(calculator, self._find)
         self._known = set(calculator.pods)
@@ -114,9 +123,11 @@ class Connections:
         self._concerned = _Concerned(everybody=True)
         self._unsure: _Concerned = _Concerned()  # looked at when not all was in force
         self._sweep = True
-        self._review: Iterator[None] | None = None
+        self._review: Iterator[bool] | None = None
+        self._waiting = False  # for what is listed
         self._under_review = _Concerned()
         self._doomed: list[Flow] = []
+        self._pardoned: list[Tuple] = []
         self._spent = 0.0
         self._resume = 0.0
         self._problem: str | None = None
@@ -125,8 +136,8 @@ class Connections:
     def close(self) -> None:
         """Close the sockets. What is in the kernel stays."""
         self._judge.look_around()
-        self._reader.close()
-        self._writer.close()
+        self._lister.close()
+        self._conntrack.close()
         for ended in self._ended.values():
             ended.close()
 
@@ -157,8 +168,8 @@ class Connections:
         for version, ended in self._ended.items():
             try:
                 begun = ended.restore()
-                found = [flow for own in begun if (flow := self._writer.find(own))]
-                self._writer.delete(found)
+                found = [flow for own in begun if (flow := self._conntrack.find(own))]
+                self._conntrack.delete(found)
             except OSError as error:
                 self._failed(error)
                 continue
@@ -179,7 +190,7 @@ class Connections:
             return
         try:
             flows = self._flows_of(self._gone)
-            self._writer.delete(flows)
+            self._conntrack.delete(flows)
         except OSError as error:
             self._failed(error)
         else:
@@ -187,7 +198,10 @@ class Connections:
             self._gone.clear()
 
     def review(self, now: float, *, in_force: bool) -> None:
-        """Look at flows for a moment; ``in_force``: all that policy says is enforced."""
+        """Look at flows for a moment; ``in_force``: all that policy says is enforced.
+
+        To be called when it is ``next_due``, and when it was woken.
+        """
         if in_force and self._unsure:
             self._concerned.merge(self._unsure)
             self._unsure = _Concerned()
@@ -197,26 +211,27 @@ class Connections:
         begin = time.perf_counter()
         self._judge.catch_up()
         try:
-            for _ in self._review:
-                if time.perf_counter() - begin > _SLICE:
+            for has_more in self._review:
+                self._waiting = not has_more
+                if self._waiting or time.perf_counter() - begin > _SLICE:
                     break
             else:
                 self._review = None
             self._end()  # now: what they are may be allowed the next time
         except OSError as error:
-            self._concerned.merge(self._under_review)
-            self._review = None
-            self._doomed.clear()
             self._failed(error)
             return
         self._spent += time.perf_counter() - begin
         if self._review is None:
             self._problem = None
-            self._resume = time.monotonic() + self._spent * (1 / _SHARE - 1)
-            self._spent = 0.0
+            spent = self._spent + self._lister.spent
+            self._resume = time.monotonic() + spent * (1 / _SHARE - 1)
+            self._spent = self._lister.spent = 0.0
 
     def next_due(self) -> float | None:
-        """When ``review`` has something to do, in monotonic seconds."""
+        """When ``review`` has something to do, in monotonic seconds. None: nothing, as yet."""
+        if self._review is not None and self._waiting and not self._lister.ready:
+            return None
         return self._resume if self.reviewing else None
 
     @property
@@ -236,7 +251,7 @@ class Connections:
             yield "connection tracking", self._problem
 
     def _find(self, began: Tuple) -> Flow | None:
-        return self._writer.find(began)
+        return self._conntrack.find(began)
 
     def _add_endpoints(self, concerned: _Concerned, ids: Iterable[EndpointId]) -> None:
         for id in ids:
@@ -255,49 +270,56 @@ class Connections:
         if not self.ends_forbidden:
             self._review = self._release()
             return True
-        if concerned.policies:
-            bindings = self._calculator.engine.endpoints.items()
-            users = (id for id, each in bindings if not concerned.policies.isdisjoint(_used(each)))
-            self._add_endpoints(concerned, users)
+        for policy in concerned.policies:
+            self._add_endpoints(concerned, self._calculator.engine.users(policy))
         concerned.pack()
         self._judge.look_around()
         self._review = self._steps(concerned)
         return True
 
-    def _release(self) -> Iterator[None]:
+    def _release(self) -> Iterator[bool]:
         """What was ended may go on."""
         for ended in self._ended.values():
-            ended.release()
-            yield
+            self._pardoned += ended.held()
+            yield True
 
-    def _steps(self, concerned: _Concerned) -> Iterator[None]:
+    def _steps(self, concerned: _Concerned) -> Iterator[bool]:
+        """One flow after the other; False: wait until there are more."""
         judge = self._judge
         versions = self._calculator.ruleset.versions
         for version in (V4, V6) if self._calculator.guards else versions:
-            for flows in self._concerned_flows(concerned, version):
+            for flows in self._lister.listed(self._listing(concerned, version)):
+                if flows is None:
+                    yield False
+                    continue
                 for flow in flows:
                     if judge.forbids(flow) or (self._sweep and judge.is_stray(flow)):
                         self._doomed.append(flow)
-                    yield
-            self._ended[version].review(judge.forbids_tuple)
-            yield
+                    yield True
+            for began in self._ended[version].held():
+                if not judge.forbids_tuple(began):
+                    self._pardoned.append(began)
+                yield True
         self._sweep = False
 
-    def _concerned_flows(self, concerned: _Concerned, version: int) -> Iterator[list[Flow]]:
+    def _listing(self, concerned: _Concerned, version: int) -> Listing:
+        """The flows of those concerned. It is another thread that asks for them."""
         if concerned.everybody:
             # Those of the host alone are of no concern where nothing guards it.
             everywhere = self._sweep or self._calculator.guards
             own = None if everywhere else {net.packed() for net in self._calculator.pods}
-            yield from self._reader.steps(version, own)
-        elif concerned.networks or len(concerned.hosts) > _FEW:
-            yield from self._reader.steps(version, concerned)
-        else:
-            few = (net for net in concerned.hosts if net.version == version)
-            yield from map(self._reader.flows_of, few)
+            return lambda conntrack: conntrack.steps(version, own)
+        few = [net for net in concerned.hosts if net.version == version]
+        if concerned.networks or len(few) > _FEW:
+            return lambda conntrack: conntrack.steps(version, concerned)
+        return lambda conntrack: chain.from_iterable(map(conntrack.steps_of, few))
 
     def _end(self) -> None:
-        """End the flows that were found to be forbidden."""
+        """End the flows that were found to be forbidden; what isn't any more may go on."""
         doomed, self._doomed = self._doomed, []
+        pardoned, self._pardoned = self._pardoned, []
+        for version, ended in self._ended.items():
+            ended.release([began for began in pardoned if began.src.version == version])
         if not doomed:
             return
         for version, ended in self._ended.items():
@@ -305,31 +327,27 @@ class Connections:
                 ended.add([flow for flow in doomed if flow.original.src.version == version])
             except OSError as error:
                 _log.warning("%s; a server may go on with what policy ended", error)
-        self._writer.delete(doomed)
+        self._conntrack.delete(doomed)
         self.ended += len(doomed)
         _log.info("ended %d flows that policy forbids, such as %s", len(doomed), doomed[0])
 
     def _flows_of(self, addresses: set[Net]) -> list[Flow]:
         if len(addresses) <= _FEW:
-            return [flow for net in addresses for flow in self._writer.flows_of(net, meant=True)]
+            return [flow for net in addresses for flow in self._conntrack.flows_of(net, meant=True)]
         ends = {net.packed() for net in addresses}
         versions = {net.version for net in addresses}
-        return [flow for version in versions for flow in self._writer.flows(version, ends)]
+        return [flow for version in versions for flow in self._conntrack.flows(version, ends)]
 
     def _failed(self, error: OSError) -> None:
         if self._problem != str(error):
             _log.warning("connection tracking: %s; will be tried again", error)
         self._problem = str(error)
-        for conversation in (self._reader, self._writer):
+        if self._review is not None:
+            self._concerned.merge(self._under_review)
+            self._review = None
+        self._doomed.clear()
+        self._pardoned.clear()
+        for conversation in (self._lister, self._conntrack):
             conversation.close()  # perhaps in the midst of an answer
-        self._reader, self._writer = Conntrack(), Conntrack()
+        self._lister, self._conntrack = Lister(self._wake), Conntrack()
         self._resume = time.monotonic() + _PATIENCE
-
-
-def _used(binding: Binding) -> Iterator[PolicyId]:
-    """The policies and profiles that decide."""
-    for part in map(binding.part, Part) if isinstance(binding, HostBinding) else (binding,):
-        yield from part.profiles
-        for tier in part.tiers:
-            yield from tier.ingress
-            yield from tier.egress

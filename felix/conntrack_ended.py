@@ -18,7 +18,7 @@ finds it as it was. What a stranger takes from it is put back from memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from api.net import V4, V6, host_net
@@ -82,30 +82,44 @@ class Ended:
             return
         if self._exists is None:
             self._look()
-        try:
-            self._insert(keys)
-        except NftablesError:
-            # There is none yet, or somebody else removed it, or more would not fit.
-            _, is_whole = self._look()
-            if is_whole:
+        if not self._exists:
+            # Not tried: who asks for what the kernel refuses waits until it has undone everything.
+            self._write(keys)
+        else:
+            try:
                 self._insert(keys)
-            else:
-                self._write(keys)
+            except NftablesError:
+                # Somebody else removed it, or more would not fit.
+                _, is_whole = self._look()
+                if is_whole:
+                    self._insert(keys)
+                else:
+                    self._write(keys)
         now = time.monotonic()
         for protocol, some in keys.items():
             self._held[protocol] |= dict.fromkeys(some, now + protocol.seconds + _MARGIN)
 
-    def review(self, is_forbidden: Callable[[Tuple], bool]) -> None:
-        """Take out those whose client may speak to their server again. Raises OSError.
+    def held(self) -> list[Tuple]:
+        """What is kept ended, as its client began it. Raises OSError."""
+        if self._exists is None:
+            self._look()
+        now = time.monotonic()
+        return [
+            self._began(protocol, raw)
+            for protocol, held in self._held.items()
+            for raw, until in held.items()
+            if until > now
+        ]
 
-        They are asked about as their client began them.
-        """
-        if self._exists is False and not any(self._held.values()):
+    def release(self, began: Collection[Tuple]) -> None:
+        """Let these go on, of what is ``held``; with the last the table goes. Raises OSError."""
+        if not began and (not self._exists or self.held()):
             return
         found, is_whole = self._look()
         transaction = self._nftables.transaction()
         for protocol, held in self._held.items():
-            allowed = {raw for raw in held if not is_forbidden(self._began(protocol, raw))}
+            own = (each for each in began if each.protocol == protocol.number)
+            allowed = {_key(_turned(each)) for each in own} & held.keys()
             self._held[protocol] = {raw: held[raw] for raw in held.keys() - allowed}
             transaction.delete_keys(protocol.name, allowed & found[protocol])
         try:
@@ -115,10 +129,6 @@ class Ended:
         except NftablesError:
             self._look()  # some went by themselves meanwhile, or somebody else removed them
         self._write()
-
-    def release(self) -> None:
-        """Let all of them go on. Raises OSError."""
-        self.review(lambda began: False)
 
     def restore(self) -> list[Tuple]:
         """Put back what somebody else took away. Raises OSError.
@@ -131,8 +141,7 @@ class Ended:
         if is_whole:
             return []
         self._write()
-        own = (self._began(each, raw) for each, held in self._held.items() for raw in held)
-        return [Tuple(t.dst, t.src, t.protocol, t.dst_port, t.src_port) for t in own]
+        return [_turned(began) for began in self.held()]
 
     def _look(self) -> tuple[Mapping[_Protocol, set[bytes]], bool]:
         """What the kernel has; and whether that is all there should be, as it was made.
@@ -246,6 +255,11 @@ class Ended:
             client_port,
             server_port,
         )
+
+
+def _turned(began: Tuple) -> Tuple:
+    """The packets that answer, where nothing is translated."""
+    return Tuple(began.dst, began.src, began.protocol, began.dst_port, began.src_port)
 
 
 def _key(sent: Tuple) -> bytes:

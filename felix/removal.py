@@ -23,7 +23,7 @@ def remove_everything() -> list[str]:
     if backends.has_nftables():
         for version in (V4, V6):
             with closing(conntrack_ended.Ended(version)) as ended:
-                ended.release()
+                ended.release(ended.held())
     with closing(Network()) as network:
         network.read()
         network.apply(0.0)

@@ -169,6 +169,11 @@ class Conntrack:
 
         The kernel chooses them in IPv4; asked the same in IPv6 it sends all the others.
         """
+        some = chain.from_iterable(self.steps_of(address, meant=meant))
+        return list({flow.key: flow for flow in some}.values())
+
+    def steps_of(self, address: Net, *, meant: bool = False) -> Iterator[list[Flow]]:
+        """As ``flows_of``, but in steps as ``steps``. One that moves meanwhile may come twice."""
         version, packed = address.version, address.packed()
         wanted = (packed, packed if meant else None, packed)
         if version == V4:
@@ -178,16 +183,15 @@ class Conntrack:
             ]
         else:
             answers = [self._socket.stream(Message(_GET, 0, _preamble(version)))]
-        found: dict[bytes, Flow] = {}
         for number, answer in enumerate(answers):
-            for body in answer:
-                ends = _ends(body, version)
+            while some := list(islice(answer, _STEP)):
+                found = ((body, _ends(body, version)) for body in some)
                 # Told of before. And a kernel before 5.8 sends everything.
-                if packed in ends[:number] or not any(map(eq, ends, wanted)):
-                    continue
-                flow = parse_flow(body)
-                found[flow.key] = flow
-        return list(found.values())
+                yield [
+                    parse_flow(body)
+                    for body, ends in found
+                    if packed not in ends[:number] and any(map(eq, ends, wanted))
+                ]
 
     def _filtered(self, kind: int, end: int, flag: int, address: bytes) -> Iterator[bytes]:
         """Those of IPv4 of which one of the tuples has this address at one end."""

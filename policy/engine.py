@@ -137,6 +137,13 @@ class Engine:
         """What is wrong with policies, active or not, as of the last flush."""
         return MappingProxyType(self._problems)
 
+    def users(self, id: PolicyId) -> Iterable[EndpointId]:
+        """The local endpoints that a policy selects, or that have a profile."""
+        if id == profile_id(id.name):
+            return frozenset(self._local_profile_users.get(id.name, ()))
+        compilation = self._policies.get(id)
+        return self._local.matches(compilation.selector) if compilation else ()
+
     def set_endpoint(self, endpoint: Endpoint | None, id: EndpointId) -> None:
         """An endpoint as it is now; None: it is gone."""
         self._new_endpoints[id] = endpoint

@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
-from api.net import parse_net
+from api.net import Net, parse_net
 from api.registry import key_parts
 from datastore.interface import JSON, Key
 from felix.conntrack import Connections, ends_forbidden
 from felix.settings import FORBIDDEN_FLOWS
 from kernel.conntrack import Conntrack
+from kernel.conntrack import Flow as ConntrackFlow
 from kernel.netns import Namespace, inside
 from tests.felix.gateway import FAR, NEAR, NODE, POD, Gateway
 from tests.felix.world import (
@@ -49,8 +50,9 @@ class Watched(Gateway):
 
     def __init__(self, backend: str, stack: ExitStack) -> None:
         super().__init__(backend, stack)
+        self.woken = threading.Event()
         with inside(self.node.netns.fd):
-            self.connections = Connections(self.brain.calculator)
+            self.connections = Connections(self.brain.calculator, self.woken.set)
         stack.callback(self.connections.close)
         self.clock = 0.0
         self.settle()
@@ -81,10 +83,17 @@ class Watched(Gateway):
     def settle(self) -> None:
         """Until all flows that a change concerned were looked at."""
         with inside(self.node.netns.fd):
-            while self.connections.next_due() is not None:
+            while self.connections.reviewing:
                 self.clock += 1000.0
-                self.connections.review(time.monotonic() + self.clock, in_force=True)
+                self.review(self.clock)
         assert list(self.connections.problems()) == []
+
+    def review(self, later: float = 1e6) -> None:
+        """Look at flows, as soon as there are some to be looked at."""
+        if self.connections.next_due() is None:
+            assert self.woken.wait(10), "nobody lists flows"
+        self.woken.clear()
+        self.connections.review(time.monotonic() + later, in_force=True)
 
     def clean(self) -> None:
         for key in self.put:
@@ -521,12 +530,14 @@ def test_what_nobody_has_any_more_is_found_at_the_start(world: Watched) -> None:
     with client:
         client.sendto(b"x", ("10.0.1.50", 9))
     eventually(lambda: world.flows("10.0.0.50") == 1 and world.flows("10.0.1.50") == 1)
-    with (
-        inside(world.node.netns.fd),
-        contextlib.closing(Connections(world.brain.calculator)) as new,
-    ):
-        while new.next_due() is not None:
-            new.review(time.monotonic(), in_force=True)
+    own = world.connections
+    with inside(world.node.netns.fd):
+        world.connections = Connections(world.brain.calculator, world.woken.set)
+    try:
+        world.settle()
+    finally:
+        world.connections.close()
+        world.connections = own
     assert world.flows("10.0.0.50") == 0
     assert world.flows("10.0.1.50") == 1, "no block of ours"
     for net in ("10.0.0.0/26", "10.0.1.0/26"):
@@ -540,11 +551,10 @@ def test_what_fails_is_told_and_tried_again(
     peers = connect(world.near, world.pod.netns, POD)
     world.connections.doubt()
     with inside(world.node.netns.fd):
-        os.close(world.connections._reader._socket._socket.detach())
-        world.connections.review(time.monotonic() + 1e6, in_force=True)
-    assert list(world.connections.problems()) == [
-        ("connection tracking", "[Errno 9] Bad file descriptor")
-    ]
+        os.close(world.connections._lister._conntrack._socket._socket.detach())
+        while not (problems := list(world.connections.problems())):
+            world.review()
+    assert problems == [("connection tracking", "[Errno 9] Bad file descriptor")]
     world.enforce(deny("no-near", INGRESS, *nets(NEAR)))
     assert all_silent(peers)
 
@@ -560,7 +570,7 @@ def test_what_is_allowed_again_in_the_midst_of_a_review_goes_on(
     try:
         world.enforce(forbidding)
         with inside(world.node.netns.fd):
-            world.connections.review(time.monotonic() + 1e6, in_force=True)
+            world.review()
         assert world.connections.reviewing
         ended = world.connections.ended
         world.remove(forbidding)
@@ -569,6 +579,46 @@ def test_what_is_allowed_again_in_the_midst_of_a_review_goes_on(
     world.settle()
     assert world.connections.ended == ended
     assert all_live(peers)
+
+
+@pytest.mark.parametrize("is_forbidden", [False, True])
+def test_policy_changes_while_the_kernel_lists_flows(
+    world: Watched, connect: Connect, monkeypatch: pytest.MonkeyPatch, *, is_forbidden: bool
+) -> None:
+    """Nobody waits for it; and policy as it is in the end is what counts."""
+    peers = connect(world.near, world.pod.netns, POD)
+    may_go_on = threading.Event()
+    steps_of = Conntrack.steps_of
+
+    def slow(conntrack: Conntrack, address: Net, **how: Any) -> Iterator[list[ConntrackFlow]]:
+        for flows in steps_of(conntrack, address, **how):
+            assert may_go_on.wait(60)
+            yield flows
+
+    forbidding = deny("no-near", INGRESS, *nets(NEAR))
+    if not is_forbidden:
+        world.enforce(deny("other", INGRESS, *nets(FAR)))
+    ended = world.connections.ended
+    monkeypatch.setattr(Conntrack, "steps_of", slow)
+    world.settle = lambda: None  # type: ignore[method-assign]
+    try:
+        world.enforce(deny("other", INGRESS, *nets(FAR)) if is_forbidden else forbidding)
+        with inside(world.node.netns.fd):
+            world.connections.review(time.monotonic() + 1e6, in_force=True)
+        assert world.connections.reviewing
+        assert world.connections.next_due() is None, "there is nothing to do before it is told"
+        if is_forbidden:
+            world.enforce(forbidding)
+        else:
+            world.remove(forbidding)
+    finally:
+        del world.settle
+        may_go_on.set()
+    world.settle()
+    if is_forbidden:
+        assert all_silent(peers)
+    else:
+        assert world.connections.ended == ended and all_live(peers)
 
 
 @pytest.fixture(scope="module")
@@ -662,6 +712,23 @@ def test_what_was_ended_stays_so_when_a_stranger_flushes_all_rules(
     eventually(lambda: "calico-ended" in run(node.netns, "nft", "list", "tables").stdout)
     settle(node)
     assert all_silent(pushes)
+
+
+def test_what_was_ended_stays_so_when_a_stranger_takes_its_table_alone(
+    agents: tuple[Node, Pod, Pod], connect: Connect
+) -> None:
+    node, web, client = agents
+    node.put(felix_configuration("default", nftablesRefreshInterval="1s"))
+    node.put(only("client"))
+    settle(node)
+    pushes = connect(client.netns, web.netns, {4: web.address}, pushes=True, kinds=("tcp",))
+    node.put(only("other"))
+    settle(node)
+    assert all_silent(pushes)
+    run(node.netns, "nft", "delete", "table", "ip", "calico-ended")
+    eventually(lambda: "calico-ended" in run(node.netns, "nft", "list", "tables").stdout)
+    assert all_silent(pushes)
+    node.delete(Key("FelixConfiguration", "default"))
 
 
 def test_connections_may_be_left_to_end_by_themselves(

@@ -150,12 +150,17 @@ def test_nothing_refers_to_what_is_not_there(steps: list[strategies.Change]) -> 
             needed |= {*match.src_named_ports, *match.not_src_named_ports}
             needed |= {*match.dst_named_ports, *match.not_dst_named_ports}
     assert needed == set(engine.sets)
-    bindings = [part for binding in engine.endpoints.values() for part in parts_of(binding)]
-    bound = {id for binding in bindings for id in binding.profiles}
-    for binding in bindings:
-        for tier in binding.tiers:
+    bound: set[PolicyId] = set()
+    for user, binding in engine.endpoints.items():
+        own = {id for part in parts_of(binding) for id in part.profiles}
+        for tier in (tier for part in parts_of(binding) for tier in part.tiers):
             assert tier.ingress or tier.egress
-            bound.update(tier.ingress, tier.egress)
+            own.update(tier.ingress, tier.egress)
+        assert all(user in engine.users(id) for id in own)
+        bound |= own
+    local = set(engine.endpoints)
+    assert all(local.issuperset(engine.users(id)) for id in engine.policies)
+    assert set(engine.users(PolicyId("GlobalNetworkPolicy", "", "nobody knows it"))) == set()
     assert bound <= set(engine.policies)
     enforced = {id for id, compiled in engine.policies.items() if compiled.ingress is not None}
     assert bound >= enforced
