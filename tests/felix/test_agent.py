@@ -175,7 +175,7 @@ def test_status_and_a_second_agent(node: Node) -> None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=100,
             check=False,
         )
     assert second.returncode == 1

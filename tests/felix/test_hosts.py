@@ -238,7 +238,7 @@ def test_untracked(world: Gateway) -> None:
     )
     for version in (4, 6):
         with inside(world.near.fd):
-            client = socket.create_connection((NODE[version], 80), timeout=5)
+            client = socket.create_connection((NODE[version], 80), timeout=60)
         with client:
             listed = run(world.node.netns, "conntrack", "-L", "-f", f"ipv{version}").stdout
             assert f"sport={client.getsockname()[1]} " not in listed

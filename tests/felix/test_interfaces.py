@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 
 import pytest
@@ -47,6 +46,7 @@ def test_the_object_before_the_interface(node: Node, client: Pod) -> None:
     pod.plug()
     with Listener(pod.netns, 80):
         eventually(lambda: reaches(client.netns, pod.address, 80) is not None)
+    node.settle()
     assert node.status()["endpoints"][f"default/{pod.key.name}"]["state"] == "enforced"
     pod.remove()
 
@@ -81,7 +81,7 @@ def test_a_strangers_route_is_not_overwritten(node: Node) -> None:
     assert "10.0.0.4 dev lo" in routes(node)
     run(node.netns, "ip", "route", "del", "10.0.0.4", "dev", "lo")
     eventually(lambda: f"10.0.0.4 dev {pod.interface} proto 80" in routes(node))
-    assert node.errors() == {}
+    eventually(lambda: node.errors() == {})
     pod.remove()
 
 
@@ -93,12 +93,10 @@ def test_an_interface_that_goes_down_and_up(node: Node) -> None:
         run(node.netns, "ip", "link", "set", pod.interface, "up")
         eventually(lambda: f"10.0.0.5 dev {pod.interface} proto 80" in routes(node))
     # faster than the agent can look
-    assert node.agent is not None
-    node.agent.send_signal(signal.SIGSTOP)
-    run(node.netns, "ip", "link", "set", pod.interface, "down")
-    run(node.netns, "ip", "link", "set", pod.interface, "up")
-    assert "10.0.0.5" not in routes(node)
-    node.agent.send_signal(signal.SIGCONT)
+    with node.paused():
+        run(node.netns, "ip", "link", "set", pod.interface, "down")
+        run(node.netns, "ip", "link", "set", pod.interface, "up")
+        assert "10.0.0.5" not in routes(node)
     eventually(lambda: f"10.0.0.5 dev {pod.interface} proto 80" in routes(node))
     pod.remove()
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ GATEWAY = parse_net("169.254.1.1")
 HOST_MAC = "ee:ee:ee:ee:ee:ee"
 # How long a packet that should get through may take on a busy machine, and how long one must
 # be missing to count as dropped.
-PATIENCE = 5.0
+PATIENCE = 20.0
 DROPPED = 0.25
 
 
@@ -169,6 +170,8 @@ class Flow:
         self._in.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 26)
         self._in.bind((address, port))
         self._in.setblocking(False)
+        # Few packets are on their way at a time, lest a queue be full where the kernel is behind.
+        self._out.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         self._to = (address, port)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._send)
@@ -189,15 +192,23 @@ class Flow:
             self._out.sendto(b"%d" % self.sent, self._to)
             self.sent += 1
 
-    def finish(self) -> set[int]:
-        """Stop sending; the numbers that arrived."""
+    def finish(self, expected: int | None = None) -> set[int]:
+        """Stop sending; the numbers that arrived.
+
+        Those from ``expected`` on are waited for, as long as a packet may take.
+        """
         self._stop.set()
         self._thread.join()
-        arrived = set()
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                arrived.add(int(self._in.recv(100)))
-        return arrived
+        missing = set() if expected is None else set(range(expected, self.sent))
+        arrived: set[int] = set()
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    arrived.add(int(self._in.recv(100)))
+            if missing <= arrived or time.monotonic() > deadline:
+                return arrived
+            time.sleep(0.01)
 
 
 _SO_RCVBUFFORCE = 33
@@ -263,7 +274,7 @@ class Node:
         """End the agent."""
         if self.agent is not None:
             self.agent.send_signal(number)
-            self.agent.wait(10)
+            self.agent.wait(60)
             self.agent = None
 
     def close(self) -> None:
@@ -272,8 +283,22 @@ class Node:
         self.netns.close()
 
     def status(self) -> dict[str, Any]:
-        """What the agent says of itself."""
-        return query(self.run_dir)
+        """What the agent says of itself. One that is too busy to answer is asked again."""
+        deadline = time.monotonic() + 60
+        while "pid" not in (answer := query(self.run_dir)) and time.monotonic() < deadline:
+            pass
+        return answer
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The agent does nothing for the block."""
+        assert self.agent is not None
+        self.agent.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.agent.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        try:
+            yield
+        finally:
+            self.agent.send_signal(signal.SIGCONT)
 
     def errors(self) -> dict[str, str]:
         """What the agent complains about, by object; fences apart."""
