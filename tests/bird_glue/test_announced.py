@@ -59,7 +59,7 @@ class Rack:
         """What the router has of the first node's block, sooner or later."""
 
         def shown() -> bool:
-            output = self.tor.birdc("show", "route", "for", BLOCK1, "all")
+            output = self.tor.shown(BLOCK1)
             return all(text in output for text in texts)
 
         eventually(shown)
@@ -171,7 +171,9 @@ def test_communities_of_prefix_advertisements(rack: Rack) -> None:
     )
     rack.shows("BGP.community: (64512,100)", "BGP.large_community: (1, 2, 3)")
     store.delete("BGPConfiguration", "default")
-    eventually(lambda: "community" not in rack.tor.birdc("show", "route", "for", BLOCK1, "all"))
+    eventually(
+        lambda: rack.tor.knows(BLOCK1) and "community" not in rack.tor.shown(BLOCK1),
+    )
 
 
 def service(store: Any, policy: str) -> None:

@@ -63,7 +63,7 @@ class Place:
 
     def sees(self, address: str, net: str, words: str) -> bool:
         """Whether a router has that among the attributes of a prefix."""
-        return words in self.routers[address].birdc("show", "route", "for", net, "all")
+        return words in self.routers[address].shown(net)
 
     def listens(self) -> set[str]:
         """Where BGP is listened for on the node: address and port."""

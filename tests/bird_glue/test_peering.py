@@ -96,7 +96,7 @@ def test_reachable_by(rack: Rack) -> None:
     eventually(lambda: node.route_to("10.70.0.0/16") == via)
     eventually(lambda: BLOCK in rack.tor.blocks())
     # over this session the node's AS is another
-    assert "BGP.as_path: 65010" in rack.tor.birdc("show", "route", "for", BLOCK, "all")
+    assert "BGP.as_path: 65010" in rack.tor.shown(BLOCK)
     rack.world.store.delete("BGPPeer", "far")
     eventually(lambda: node.route_to(f"{LOOPBACK}/32") == "" == node.route_to("10.70.0.0/16"))
     eventually(lambda: BLOCK not in rack.tor.blocks())
