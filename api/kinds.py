@@ -174,6 +174,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 namespaced=True,
                 api_version=DISCOVERY,
             ),
+            _kind("services", "ServiceCIDR", "servicecidrs", api_version=NETWORKING),
             _kind("lease", "Lease", "leases", namespaced=True, api_version=COORDINATION),
             _kind(
                 "kubernetes",

@@ -1,4 +1,4 @@
-"""Service and EndpointSlice of Kubernetes, with only the fields Manx reads."""
+"""Service, EndpointSlice and ServiceCIDR of Kubernetes, with only the fields Manx reads."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -130,3 +130,20 @@ class EndpointSlice(Resource):
     def service(self) -> str:
         """The name of its Service, in the same namespace; empty if it has none."""
         return self.metadata.labels.get(SERVICE_NAME, "")
+
+
+class ServiceCIDRSpec(KubernetesModel):
+    """spec of a ServiceCIDR: at most one range of each IP version."""
+
+    cidrs: list[str] = Field(default_factory=list)
+
+
+class ServiceCIDR(Resource):
+    """Where services get their addresses from."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    api_version: Literal["networking.k8s.io/v1"] = "networking.k8s.io/v1"
+    kind: Literal["ServiceCIDR"] = "ServiceCIDR"
+    metadata: KubernetesMeta
+    spec: ServiceCIDRSpec = Field(default_factory=ServiceCIDRSpec)

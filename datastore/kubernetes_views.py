@@ -95,10 +95,11 @@ _DERIVED: Mapping[str, tuple[Source, ...]] = {
 }
 # Kubernetes' own kinds, and the views of them.
 GIVEN = frozenset(_DERIVED) | {kind.id for kind in KINDS.values() if kind.api_version != CALICO}
-# Of a group that Kubernetes doesn't bring and few install: a server without it has none of them.
+# Of a group that Kubernetes doesn't bring and few install, and what it has from 1.33 on: a server
+# that doesn't know them has none of them.
 OPTIONAL = frozenset(
     kind.id for kind in KINDS.values() if kind.group == KINDS["ClusterNetworkPolicy"].group
-)
+) | {"ServiceCIDR"}
 
 
 def sources(kind: str) -> tuple[Source, ...]:

@@ -70,6 +70,16 @@ def service_ranges(configurations: Iterable[JSON]) -> Iterator[Range]:
                 yield Range(net, use, field in _OF_LOAD_BALANCERS)
 
 
+def service_cidrs(cidrs: Iterable[JSON]) -> Iterator[Range]:
+    """Where Kubernetes takes addresses of services from, from ServiceCIDR objects."""
+    for value in cidrs:
+        for text in _list(_mapping(value.get("spec")).get("cidrs")):
+            try:
+                yield Range(parse_net(str(text)), f"ServiceCIDR {_name(value)}")
+            except ValueError:
+                continue
+
+
 def service_addresses(services: Iterable[JSON]) -> Iterator[Range]:
     """The addresses that Services have inside the cluster, each a range of its own."""
     for service in services:

@@ -25,7 +25,13 @@ from datastore.interface import (
 )
 from ipam.block import Block
 from ipam.inventory import Allocation, Inventory, Unreadable, User
-from ipam.overlaps import learned_routes, node_ranges, service_addresses, service_ranges
+from ipam.overlaps import (
+    learned_routes,
+    node_ranges,
+    service_addresses,
+    service_cidrs,
+    service_ranges,
+)
 from ipam.pools import Pools
 from ipam.records import CONFIRMED, Affinity, Handle, Stored
 
@@ -37,6 +43,7 @@ _TUNNELS = (
     ("wireguard", "interfaceIPv4Address"),
     ("wireguard", "interfaceIPv6Address"),
 )
+_OF_KUBERNETES = ("Pod", "Service", "ServiceCIDR")
 _CONTAINER_ID = "cni.projectcalico.org/containerID"
 
 T = TypeVar("T")
@@ -71,6 +78,7 @@ def read(store: Datastore, kubernetes: Datastore | None = None) -> Inventory:
         node_ranges=list(node_ranges(entry.value for entry in node_entries)),
         service_ranges=[
             *service_ranges(reader.values("BGPConfiguration")),
+            *service_cidrs(reader.values("ServiceCIDR")),
             *service_addresses(reader.values("Service")),
         ],
         announced=list(learned_routes(reader.values("CalicoNodeStatus"), datetime.now(UTC))),
@@ -176,7 +184,7 @@ class _Reader:
         return not self._asks or bool(self.one(Key("Pod", name, namespace), lambda entry: entry))
 
     def _of(self, kind: str) -> Datastore:
-        return self._kubernetes if kind in ("Pod", "Service") else self._store
+        return self._kubernetes if kind in _OF_KUBERNETES else self._store
 
     def _converted(self, entry: Entry, convert: Callable[[Entry], T], user: bool) -> list[T]:
         spec = entry.value.get("spec")

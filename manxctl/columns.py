@@ -261,6 +261,7 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("PORTS", _service_ports),
         _wide("SELECTOR", "spec.selector"),
     ),
+    "ServiceCIDR": (_NAME, Column("CIDRS", lambda value: ",".join(_list(value, "spec.cidrs")))),
     "EndpointSlice": (
         _NAME,
         Column("ADDRESSTYPE", _at("addressType")),

@@ -564,6 +564,7 @@ KUBERNETES_EXAMPLES: list[JSON] = [
             "loadBalancer": {"ingress": [{"ip": "192.0.2.8", "hostname": "lb", "ipMode": "VIP"}]}
         },
     ),
+    kubernetes(NETWORKING, "ServiceCIDR", spec={"cidrs": ["10.96.0.0/16", "fd00:96::/112"]}),
     kubernetes(
         DISCOVERY,
         "EndpointSlice",

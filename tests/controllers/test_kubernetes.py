@@ -13,6 +13,8 @@ from controllers.lease import Lease
 from datastore.interface import Key
 from datastore.kubernetes import KubernetesDatastore
 from datastore.kubernetes_client import KubernetesSettings
+from ipam.audit import Fault, audit
+from ipam.reading import read
 from tests.controllers.world import Clock, assign, attachment
 from tests.ipam.world import add_pool, affinities, allocated, blocks, handles
 from tests.support.crds import install_crds
@@ -102,3 +104,12 @@ def test_collection(server: KubeApiserver, store: KubernetesDatastore) -> None:
     assert affinities(store) == []
     assert blocks(store) == {}
     assert store.get(Key("Node", NODES[1]))
+
+
+def test_a_pool_over_the_addresses_of_services(store: KubernetesDatastore) -> None:
+    """The API server says where it takes them from, also where it has given none of them."""
+    add_pool(store, "over", "10.96.252.0/24", 28)
+    found = [str(finding) for finding in audit(read(store)) if finding.fault is Fault.SERVICE_RANGE]
+    assert found == [
+        "IPPool(over): 10.96.252.0/24 shares addresses with 10.96.0.0/16, ServiceCIDR kubernetes"
+    ]

@@ -209,6 +209,11 @@ BREAKS: list[tuple[Fault, str, Break]] = [
         lambda s: put(s, "Service", "web", {"clusterIP": "10.0.0.9"}, namespace="shop"),
     ),
     (
+        Fault.SERVICE_RANGE,
+        "shares addresses with 10.0.0.0/20, ServiceCIDR kubernetes",
+        lambda s: put(s, "ServiceCIDR", "kubernetes", {"cidrs": ["bad", "10.0.0.0/20"]}),
+    ),
+    (
         Fault.SHARED,
         "IPPool(four): 172.31.1.1, a peer of node n1, announces 10.0.0.240/28, which no node",
         lambda s: announced(s, "10.0.0.240/28"),
