@@ -4,12 +4,13 @@ Not inside: pod policy.
 
 - ``resources``, ``settings``, ``peers``, ``sessions``, ``pools``, ``services``, ``filters``,
   ``secrets``, ``workloads``: from objects to what should be
-- ``adj_rib_in``, ``decision``, ``nexthops``, ``rib``: from what peers tell to what is used
+- ``attributes``, ``adj_rib_in``, ``decision``, ``nexthops``, ``rib``: from what peers tell to what
+  is used
 - ``advertise``, ``announcement``, ``fib``: what peers are told, what the kernel gets
 - ``engine``, ``engines``, ``choice``: what both engines are to the others, and which one runs
 - ``speaker`` and what it is made of: ``process`` and ``exabgp_main`` (a program that outlives us),
-  ``config`` and ``configfile``, ``relay`` (its child), ``channel``, ``messages``, ``dialogue``,
-  ``announcer``
+  ``config`` and ``configfile``, ``wire``, ``relay`` (its child), ``channel``, ``messages``,
+  ``dialogue``, ``announcer``
 - ``bird_engine`` and what it is made of: ``process``, ``birdc``, and the modules named ``bird_…``
 - ``detector`` and its program ``bfd_main``, ``bfd``: peers that are dead, seen at once
 - ``tracker``, ``drops``, ``words``, ``peerstatus``, ``status``: what people see

@@ -153,12 +153,17 @@ def password_word(neighbor: Neighbor) -> str:
     return base64.b64encode(neighbor.password).decode()
 
 
+# ExaBGP knows each setting by two names. Agents of the time when it told all routes in its own JSON
+# look for the second, and so replace an ExaBGP whose words they wouldn't understand.
+_BIND, _BIND_BEFORE = "exabgp.tcp.bind", "exabgp_tcp_bind"
+
+
 def environment(listen: Listen, log_file: Path) -> dict[str, str]:
     """Environment variables for ExaBGP. ``listening`` reads them back."""
     return {
         "exabgp_daemon_user": "root",
         "exabgp_daemon_drop": "false",
-        "exabgp_tcp_bind": " ".join(listen.addresses),
+        _BIND: " ".join(listen.addresses),
         "exabgp_tcp_port": str(listen.port),
         # A round of its loop takes as many hundredths of a second while nothing comes in (which
         # wakes it), and looks at each session: 200 take 3% of a core so, 24% with the default.
@@ -175,8 +180,11 @@ def environment(listen: Listen, log_file: Path) -> dict[str, str]:
 
 
 def listening(variables: Mapping[str, str]) -> Listen | None:
-    """Where an ExaBGP with these variables listens; None if it is not one of ours."""
-    addresses = variables.get("exabgp_tcp_bind")
+    """Where an ExaBGP with these variables listens, also one that an earlier version started.
+
+    None if it is not one of ours.
+    """
+    addresses = variables.get(_BIND, variables.get(_BIND_BEFORE))
     port = variables.get("exabgp_tcp_port", "")
     if addresses is None or not port.isdigit():
         return None

@@ -16,16 +16,26 @@ use them on one that waits for a word of the peer, which may be for want of thes
 
 And a message whose header is wrong it would end with an exception of its own instead of the
 NOTIFICATION that says so: the function that tells us of it can't be called as it calls it.
+
+To make objects of thousands of prefixes, and JSON of these, takes it longer than all that the agent
+has to do about them. So an UPDATE of a form that needs no judgement (``wire.plain``) is handed
+over as it came, in JSON that differs from its own in this: attributes and prefixes are hexadecimal
+text, the bytes of RFC 4271 4.3, where they would be objects and lists.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import runpy
 import socket
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bird_glue.wire import Plain
 
 # a large UPDATE makes more objects than the default lets be before it looks for garbage
 _GC = 20_000, 20, 50
@@ -152,7 +162,60 @@ def check_callers() -> None:
     listener.set_accepted_ttl = bounded
 
 
+def hand_over_what_is_plain() -> None:
+    """Have UPDATEs told as they came, where their form leaves nothing to decide."""
+    from exabgp.bgp.message.direction import Direction
+    from exabgp.bgp.message.update import Update
+    from exabgp.bgp.message.update.attribute import Attributes
+    from exabgp.protocol.family import AFI, SAFI
+    from exabgp.reactor.api.response.json import JSON
+
+    from bird_glue.wire import NotPlainError, plain
+
+    decode, describe, nothing = Update.unpack_message, JSON._update, Attributes()
+    unicast = ((AFI.ipv4, SAFI.unicast), (AFI.ipv6, SAFI.unicast))
+
+    class Packed(Update):  # type: ignore[misc]
+        """An UPDATE of which ExaBGP knows nothing but how to tell it."""
+
+        def __init__(self, text: str) -> None:
+            super().__init__([], nothing)
+            self.text = text
+
+    def unpack_message(_: type, data: bytes, direction: Direction, negotiated: Any) -> Any:
+        identified = any(negotiated.addpath.receive(*family) for family in unicast)
+        if direction == Direction.IN and negotiated.asn4 and not identified:
+            with contextlib.suppress(NotPlainError):
+                extended = bool(negotiated.nexthop)
+                return Packed(packed_json(plain(data, negotiated.families, extended=extended)))
+        return decode(data, direction, negotiated)
+
+    def _update(encoder: JSON, update: Update) -> dict[str, str]:
+        if isinstance(update, Packed):
+            return {"message": encoder._json(update.text)}
+        told: dict[str, str] = describe(encoder, update)
+        return told
+
+    Update.unpack_message = classmethod(unpack_message)
+    JSON._update = _update
+
+
+def packed_json(found: Plain) -> str:
+    """A plain UPDATE as ExaBGP would tell it, with its bytes for attributes and prefixes."""
+    parts = [f'"attribute": "{found.attributes.hex()}"']
+    if found.announced:
+        inet = socket.AF_INET if len(found.next_hop) == 4 else socket.AF_INET6
+        hop = socket.inet_ntop(inet, found.next_hop)
+        by_hop = f'{{ "{hop}": "{found.announced.hex()}" }}'
+        parts.append(f'"announce": {{ "ipv{found.version} unicast": {by_hop} }}')
+    if found.withdrawn:
+        gone = (f'"ipv{version} unicast": "{n.hex()}"' for version, n in found.withdrawn.items())
+        parts.append(f'"withdraw": {{ {", ".join(gone)} }}')
+    return f'{{ "update": {{ {", ".join(parts)} }} }}'
+
+
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))
     _, descriptor, configuration = sys.argv
     os.write(int(descriptor), f"{os.getpid()}\n".encode())
     call_again_soon()
@@ -161,6 +224,7 @@ if __name__ == "__main__":
     check_callers()
     secure_by_ttl()
     mend_notification()
+    hand_over_what_is_plain()
     gc.freeze()  # what was imported is here to stay
     gc.set_threshold(*_GC)
     sys.argv = ["exabgp", "server", configuration]

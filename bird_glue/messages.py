@@ -2,8 +2,10 @@
 
 ExaBGP's JSON has its own ways, each handled here once: acknowledgements are bare lines
 between the events; the flags of the graceful-restart capability are labelled the wrong way
-round; an IPv6 prefix whose next hop has a global and a link-local address is told twice. A
-line that is not understood becomes ``Malformed``; nothing that a peer sends raises.
+round; an IPv6 prefix whose next hop has a global and a link-local address is told twice. Attributes
+and prefixes of most UPDATEs are not its JSON at all but bytes, as hexadecimal text (see
+``exabgp_main``). A line that is not understood becomes ``Malformed``; nothing that a peer sends
+raises.
 """
 
 from __future__ import annotations
@@ -12,16 +14,17 @@ import functools
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 
 from api.net import BITS, V4, V6, Net, host_net
-
-Json = dict[str, Any]
+from bird_glue.attributes import Attributes as Attributes
+from bird_glue.attributes import Json, parse_attributes, unpack_attributes
+from bird_glue.attributes import Segment as Segment
+from bird_glue.wire import PREFIX_BYTES
 
 _FAMILIES = {"ipv4 unicast": V4, "ipv6 unicast": V6}
-_ORIGINS = {"igp": 0, "egp": 1, "incomplete": 2}
 _ADDRESS_FAMILIES = {V4: socket.AF_INET, V6: socket.AF_INET6}
 _MASKS = {
     version: [((1 << length) - 1) << bits - length for length in range(bits + 1)]
@@ -30,42 +33,6 @@ _MASKS = {
 _LINK_LOCAL = 0xFE80 << 112
 _LINK_LOCAL_MASK = 0xFFC0 << 112
 _SHOWN = 200  # characters of a malformed line that are kept
-
-
-class Segment(NamedTuple):
-    """A piece of an AS path (RFC 4271 4.3): ``kind`` is as-sequence, as-set or as-confed-…."""
-
-    kind: str
-    asns: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Attributes:
-    """Path attributes of a route. Router and cluster ids are IPv4 addresses as ints.
-
-    ``communities`` holds each as ExaBGP's command line takes it: ``65001:7``.
-    """
-
-    origin: int = 2  # 0 IGP, 1 EGP, 2 INCOMPLETE
-    as_path: tuple[Segment, ...] = ()
-    med: int | None = None
-    local_preference: int | None = None
-    communities: tuple[str, ...] = ()
-    large_communities: tuple[str, ...] = ()
-    extended_communities: tuple[str, ...] = ()
-    originator: int | None = None
-    clusters: tuple[int, ...] = ()
-
-    @property
-    def path_length(self) -> int:
-        """Length of the AS path: a set counts as one, a confederation as nothing."""
-        length = 0
-        for segment in self.as_path:
-            if segment.kind == "as-sequence":
-                length += len(segment.asns)
-            elif segment.kind == "as-set":
-                length += 1
-        return length
 
 
 class Announced(NamedTuple):
@@ -334,16 +301,17 @@ def _update(peer: Net, time: float, neighbor: Json) -> Event | None:
         version = _FAMILIES.get(f"{eor['afi']} {eor['safi']}")
         return None if version is None else EndOfRib(peer, sent, version)
     update = message["update"]
+    attribute = update.get("attribute", {})
     withdrawn: list[Net] = []
     for family, entries in update.get("withdraw", {}).items():
         if family in _FAMILIES:
-            withdrawn += _prefixes(entries, family)
+            withdrawn += _nets(entries, family)
     announced: dict[Net, Announced] = {}
     for family, by_next_hop in update.get("announce", {}).items():
         if family in _FAMILIES:
             for text, entries in by_next_hop.items():
                 next_hop = parse_host(text)
-                nets = _prefixes(entries, family)
+                nets = _nets(entries, family)
                 if announced:  # of two next hops the global one counts
                     nets = [n for n in nets if n not in announced or _on_link(announced[n])]
                 announced |= {net: Announced(net, next_hop) for net in nets}
@@ -352,7 +320,7 @@ def _update(peer: Net, time: float, neighbor: Json) -> Event | None:
         sent,
         tuple(withdrawn),
         tuple(announced.values()),
-        _attributes(update.get("attribute", {})),
+        unpack_attributes(attribute) if isinstance(attribute, str) else parse_attributes(attribute),
     )
 
 
@@ -363,6 +331,30 @@ def is_link_local(host: Net) -> bool:
 
 def _on_link(known: Announced) -> bool:
     return is_link_local(known.next_hop)
+
+
+def _nets(entries: str | list[Json | str], family: str) -> list[Net]:
+    """The prefixes of a family, told as bytes or in ExaBGP's own JSON."""
+    if isinstance(entries, str):
+        return unpack_prefixes(entries, _FAMILIES[family])
+    return _prefixes(entries, family)
+
+
+def unpack_prefixes(text: str, version: int) -> list[Net]:
+    """The prefixes whose bytes (RFC 4271 4.3) these hexadecimal digits are. Raises ValueError."""
+    data, bits = bytes.fromhex(text), BITS[version]
+    found, new, number = [], tuple.__new__, int.from_bytes
+    start, end = 0, len(data)
+    while start < end:
+        length = data[start]
+        size = PREFIX_BYTES[length] if length <= bits else end
+        start, stop = start + 1, start + 1 + size
+        if stop > end:
+            raise ValueError(f"prefixes {text!r}: the one at byte {start - 1} is not whole")
+        address = number(data[start:stop], "big") << bits - 8 * size
+        found.append(new(Net, (version, address, length)))
+        start = stop
+    return found
 
 
 def _prefixes(entries: list[Json | str], family: str) -> list[Net]:
@@ -379,35 +371,6 @@ def _prefixes(entries: list[Json | str], family: str) -> list[Net]:
         value = int.from_bytes(socket.inet_pton(address_family, address), "big")
         found.append(Net(version, value & masks[size], size))
     return found
-
-
-def _attributes(attribute: Json) -> Attributes:
-    as_path = attribute.get("as-path", {})
-    originator = attribute.get("originator-id")
-    return Attributes(
-        origin=_ORIGINS[attribute.get("origin", "incomplete")],
-        as_path=tuple(
-            Segment(segment["element"], tuple(map(int, segment["value"])))
-            for _, segment in sorted(as_path.items(), key=lambda item: int(item[0]))
-        ),
-        med=_number(attribute.get("med")),
-        local_preference=_number(attribute.get("local-preference")),
-        communities=_communities(attribute.get("community", ())),
-        large_communities=_communities(attribute.get("large-community", ())),
-        extended_communities=tuple(
-            f"0x{int(entry['value']):016x}" for entry in attribute.get("extended-community", ())
-        ),
-        originator=None if originator is None else parse_prefix(originator).address,
-        clusters=tuple(parse_prefix(text).address for text in attribute.get("cluster-list", ())),
-    )
-
-
-def _number(value: object) -> int | None:
-    return None if value is None else int(str(value))
-
-
-def _communities(entries: Any) -> tuple[str, ...]:
-    return tuple(":".join(str(int(part)) for part in entry) for entry in entries)
 
 
 _PARSERS: Mapping[str, Callable[[Net, float, Json], Event | None]] = {

@@ -48,6 +48,8 @@ MAX_ROUTES = 250_000
 _CHUNK = 1 << 16
 _PIPE = 1 << 20
 _NLRI_PER_LINE = 500
+# digits that a prefix has, by its first two, which are its length in bits
+_DIGITS = {f"{bits:02x}": 2 + (bits + 7) // 8 * 2 for bits in range(129)}
 _PATIENCE = 0.01  # seconds that what was sent is kept back
 # quotes in what a peer said are escaped, so nothing but ExaBGP's own field looks like this
 _UPDATE, _SENT = b'"type": "update"', b'"direction": "send"'
@@ -57,11 +59,14 @@ Route = tuple[str, tuple[str, ...]]  # attributes as JSON, next hops
 
 
 class Peer:
-    """What holds of one peer: its last words, and its routes by (family, prefix)."""
+    """What holds of one peer: its last words, and its routes by family and prefix.
+
+    Prefixes are as in an UPDATE (RFC 4271 4.3), in hexadecimal digits.
+    """
 
     def __init__(self) -> None:
         self.lines: dict[str, bytes] = {}  # the last line of a type
-        self.routes: dict[tuple[str, str], Route] = {}
+        self.routes: dict[str, dict[str, Route]] = {}
         self.ends: dict[str, bytes] = {}  # end-of-RIB by family
 
     def forget_routes(self) -> None:
@@ -90,7 +95,7 @@ class Memory:
             if line == b"done":
                 self._commanded(words)
         elif line.startswith(b"{") and not _is_echo(line):
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
                 self._event(line)
 
     def _commanded(self, words: list[str]) -> None:
@@ -166,24 +171,45 @@ def _update(peer: Peer, message: Json, line: bytes) -> None:
     if "eor" in message:
         peer.ends[f"{message['eor']['afi']} {message['eor']['safi']}"] = line
         return
-    if len(peer.routes) > MAX_ROUTES:
+    if sum(map(len, peer.routes.values())) > MAX_ROUTES:
         return
     update = message["update"]
     attributes = sys.intern(json.dumps(update.get("attribute", {})))
     for family, entries in update.get("withdraw", {}).items():
-        for entry in entries:
-            peer.routes.pop((family, entry["nlri"]), None)
-    announced: dict[tuple[str, str], Route] = {}
+        known = peer.routes.get(family, {})
+        for prefix in _prefixes(entries):
+            known.pop(prefix, None)
     for family, by_next_hop in update.get("announce", {}).items():
+        announced: dict[str, Route] = {}
         for next_hop, entries in by_next_hop.items():
             route = attributes, (next_hop,)
-            for entry in entries:
-                key = family, entry["nlri"]
-                if key in announced:
-                    announced[key] = attributes, (*announced[key][1], next_hop)
+            for prefix in _prefixes(entries):
+                if prefix in announced:
+                    announced[prefix] = attributes, (*announced[prefix][1], next_hop)
                 else:
-                    announced[key] = route
-    peer.routes.update(announced)
+                    announced[prefix] = route
+        peer.routes.setdefault(family, {}).update(announced)
+
+
+def _prefixes(entries: str | list[Json]) -> Iterator[str]:
+    """The prefixes, which are given as they came, or as ExaBGP spells them."""
+    if not isinstance(entries, str):
+        yield from (_packed(entry["nlri"]) for entry in entries)
+        return
+    start = 0
+    while start < len(entries):
+        stop = start + _DIGITS[entries[start : start + 2]]
+        yield entries[start:stop]
+        start = stop
+
+
+def _packed(text: str) -> str:
+    address, _, length = text.partition("/")
+    packed = socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+    bits = int(length)
+    shift = 8 * len(packed) - bits
+    value = int.from_bytes(packed, "big") >> shift << shift
+    return (bytes((bits,)) + value.to_bytes(len(packed), "big")).hex()[: 2 + (bits + 7) // 8 * 2]
 
 
 def _routes(address: str, peer: Peer) -> Iterator[bytes]:
@@ -192,14 +218,15 @@ def _routes(address: str, peer: Peer) -> Iterator[bytes]:
     Both next hops of an IPv6 route stay in one event: of two, the second would replace the first.
     """
     groups: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
-    for (family, net), (attributes, next_hops) in peer.routes.items():
-        groups.setdefault((family, attributes, tuple(next_hops)), []).append(net)
-    for (family, attributes, ways), nets in groups.items():
-        for start in range(0, len(nets), _NLRI_PER_LINE):
-            entries = [{"nlri": net} for net in nets[start : start + _NLRI_PER_LINE]]
+    for family, routes in peer.routes.items():
+        for prefix, (attributes, next_hops) in routes.items():
+            groups.setdefault((family, attributes, next_hops), []).append(prefix)
+    for (family, attributes, ways), prefixes in groups.items():
+        for start in range(0, len(prefixes), _NLRI_PER_LINE):
+            packed = "".join(prefixes[start : start + _NLRI_PER_LINE])
             update = {
                 "attribute": json.loads(attributes),
-                "announce": {family: dict.fromkeys(ways, entries)},
+                "announce": {family: dict.fromkeys(ways, packed)},
             }
             neighbor = {
                 "address": {"peer": address},

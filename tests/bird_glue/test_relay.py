@@ -36,6 +36,7 @@ from bird_glue.messages import (
     Updated,
     parse,
 )
+from tests.bird_glue.rawpeer import encoded
 from tests.support.netns import eventually
 
 PEER, OTHER = "10.0.0.2", "10.0.0.3"
@@ -209,6 +210,47 @@ def test_snapshot_is_what_holds_now(running: Running) -> None:
     assert held(events) == {parse_net("10.2.0.0/24"): 2, parse_net("10.3.0.0/24"): 1}
     kinds = [type(made) for made in events[1:]]
     assert kinds == [Up, Updated, Updated, EndOfRib, Notified, Down]
+
+
+def packed(*texts: str) -> str:
+    return encoded(map(parse_net, texts)).hex()
+
+
+def test_routes_told_as_they_came_and_in_exabgps_words_are_the_same_routes(
+    running: Running,
+) -> None:
+    """Which it is depends on the message, not on the route."""
+    med = "800404" + "00000007"
+    family, six = "ipv4 unicast", "ipv6 unicast"
+    nets = packed("0.0.0.0/0", "10.1.0.0/24", "10.2.128.0/17", "10.3.0.1/32", "10.4.0.0/16")
+    lines = (
+        state("up"),
+        update(attribute=med, announce={family: {PEER: nets}}),
+        update(attribute=med, announce={six: {"2001:db8::1": packed("::/0", "fd00::/9")}}),
+        announce("10.1.0.0/24", med=1),  # in place of the one above
+        withdraw("10.2.255.0/17", "0.0.0.0/0"),
+        announce("10.5.0.0/16", "10.6.0.0/16", med=1),
+        update(withdraw={family: packed("10.6.0.0/16", "10.4.0.0/16")}),
+        update(attribute="", withdraw={six: packed("fd00::/9")}),
+    )
+    with settled(running, *lines) as client:
+        events = client.snapshot()
+    assert held(events) == {
+        parse_net("10.1.0.0/24"): 1,
+        parse_net("10.3.0.1/32"): 7,
+        parse_net("10.5.0.0/16"): 1,
+        parse_net("::/0"): 7,
+    }
+
+
+def test_what_is_not_whole_is_not_remembered(running: Running) -> None:
+    lines = [
+        update(attribute="", announce={"ipv4 unicast": {PEER: nets}})
+        for nets in ("18", "180a", "81" + "0" * 40, "zz")
+    ]
+    with settled(running, state("up"), *lines) as client:
+        told = client.snapshot()
+    assert held(told) == {}
 
 
 def test_routes_are_forgotten_with_their_session(running: Running) -> None:

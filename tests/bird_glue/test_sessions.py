@@ -164,6 +164,15 @@ def test_environment_can_be_read_back() -> None:
     assert listening({}) is None
 
 
+def test_an_earlier_exabgp_is_understood_and_a_later_one_replaced() -> None:
+    """Agents that know routes only in ExaBGP's own JSON look for this name, and for no other."""
+    wanted = Listen(("0.0.0.0",), 1179)
+    variables = environment(wanted, Path("/l"))
+    assert "exabgp_tcp_bind" not in variables
+    earlier = {"exabgp_tcp_bind": "0.0.0.0", "exabgp_tcp_port": "1179"}
+    assert listening(earlier) == wanted
+
+
 def test_a_session_exabgp_refuses_takes_no_other_down(tmp_path: Path) -> None:
     """Nothing that is rendered is refused, so this one is made wrong behind the types' back."""
     wrong = replace(ALL[1], hold_seconds=1)
