@@ -6,7 +6,8 @@ a write that names a revision succeeds only while the object still has it
 (compare-and-swap). Revisions are opaque text: compare them for equality, never by order.
 
 Objects go in and come out as plain ``dict``; ``api.parse`` turns them into models. A value
-handed out belongs to the caller, who may change it.
+handed out belongs to the caller, who may change it; what a write returns may hold the very value
+that it was given.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class SqliteDatastore:
                 raise AlreadyExistsError(f"{key}: exists already", key) from None
             return revision
 
-        return Entry(key, orjson.loads(data), str(self._change(key, data, insert)))
+        return Entry(key, value, str(self._change(key, data, insert)))
 
     def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
         """Replace an object, only at ``revision`` when one is given.
@@ -128,7 +128,7 @@ class SqliteDatastore:
                 _unchanged(key, _row(connection, key), revision)
             return new
 
-        return Entry(key, orjson.loads(data), str(self._change(key, data, replace)))
+        return Entry(key, value, str(self._change(key, data, replace)))
 
     def delete(self, key: Key, revision: str | None = None) -> Entry:
         """Delete an object, only at ``revision`` when one is given; returns what it was.
