@@ -17,7 +17,7 @@ from lab.flow import Flow, arrivals
 from lab.probe import Pair, Probe, Reach, Station, first_reply
 
 FOLDER = Path(__file__).parent
-PATIENCE = 20.0  # seconds for the network to become what it should be
+PATIENCE = 60.0  # seconds for the network to become what it should be
 ADD_GOAL = 0.025  # seconds from CNI ADD to the first ping's answer, median
 SAMPLES = 8  # pods a node creates for that figure
 
@@ -248,7 +248,7 @@ def spoofing(demo: Demo) -> None:
     source, target, other = demo.pods[0], demo.pods[1], demo.pods[2]
     with Probe.of(demo.lab, [source.name, target.name]) as probe:
         here, there = probe.stations[source.name], probe.stations[target.name]
-        honest = arrivals(here, there, sender=source.address)
+        honest = arrivals(here, there, sender=source.address, timeout=PATIENCE)
         forged = arrivals(here, there, sender=other.address)
         outside = arrivals(here, there, sender="198.51.100.10")
     demo.report.check(

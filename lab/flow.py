@@ -18,7 +18,7 @@ from lab.probe import Station
 _SEQUENCE = struct.Struct("!Q")
 _SO_RCVBUFFORCE = 33  # socket(7)
 _BUFFER = 8 << 20  # bytes: a busy machine may stall the meter, that must not look like loss
-_DRAIN = 1.5  # seconds for the last answers to come in
+_DRAIN = 5.0  # seconds, at most, for the last answers to come in
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def _tcp_pair(source: Station, target: Station) -> tuple[socket.socket, socket.s
         try:
             listener.bind((target.address, 0))
             listener.listen()
-            client.settimeout(5)
+            client.settimeout(20)
             client.connect(listener.getsockname())
             server, _ = listener.accept()
         except OSError as error:

@@ -29,7 +29,7 @@ NETWORK = "k8s-pod-network"
 CONFLIST = "/etc/cni/net.d/10-manx.conflist"
 SLEEP = ["/bin/sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 1000 & wait; done"]
 _PROTO = Path(__file__).with_name("cri.proto")
-_CALL_SECONDS = 30
+_CALL_SECONDS = 100
 _FETCH = """
 import sys, urllib.request
 print(len(urllib.request.urlopen(sys.argv[1], timeout=20).read()))
@@ -115,7 +115,7 @@ class Runtime(abc.ABC):
     def pings(self, name: str, address: str) -> bool:
         """Whether it reaches an address."""
         try:
-            self.execute(name, "/bin/ping", "-c", "1", "-W", "2", address)
+            self.execute(name, "/bin/ping", "-c", "1", "-W", "10", address)
         except CallError:
             return False
         return True
@@ -171,7 +171,7 @@ state = "{self.FOLDER}/state"
     def stop(self) -> None:
         """SIGTERM, and wait."""
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 class Ctr(Runtime):

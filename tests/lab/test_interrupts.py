@@ -85,6 +85,6 @@ def test_an_interrupted_up_says_that_nothing_is_left(tmp_path: Path) -> None:
         assert up.stdout is not None
         assert up.stdout.readline().startswith("cabling ")
         os.killpg(up.pid, signal.SIGINT)  # as a terminal does
-        _, errors = up.communicate(timeout=30)
+        _, errors = up.communicate(timeout=100)
     assert (up.returncode, errors) == (130, "interrupted; nothing of the lab is left\n")
     assert name not in control.running_labs()

@@ -15,7 +15,7 @@ from lab.probe import Pair, Probe, Reach
 
 JSON = dict[str, Any]
 
-PATIENCE = 30.0  # seconds for a busy machine
+PATIENCE = 60.0  # seconds for a busy machine
 
 
 def calico(kind: str, name: str, **spec: Any) -> JSON:

@@ -227,6 +227,8 @@ def machine(url: str = "", *, namespace: Namespace | None = None) -> Iterator[Ma
                 f"address add {ADDRESS} dev eth0",
             ):
                 run(own, "ip", *command.split(" "))
+            # a moment later, as the kernel finds out by itself
+            eventually(lambda: run(own, "ip", "link").stdout.count("state UP") == 2)
         made = Machine(own, directory, url or f"sqlite://{directory}/store.db", stack)
         try:
             yield made

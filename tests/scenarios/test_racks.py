@@ -9,7 +9,7 @@ import pytest
 from lab.client import Lab
 from lab.flow import arrivals
 from lab.probe import Pair, Probe
-from tests.scenarios.fabrics import calico, fabric, pods, rack, settle, until, up
+from tests.scenarios.fabrics import PATIENCE, calico, fabric, pods, rack, settle, until, up
 
 pytestmark = pytest.mark.slow
 
@@ -77,5 +77,5 @@ def test_a_clos_fabric_with_an_as_per_server() -> None:
                 lab.run("spine-b", "ip", "link", "set", link, "up")
             settle(probe, everything)
             one, other = probe.stations["p-1a"], probe.stations["p-2a"]
-            assert arrivals(one, other, sender=one.address) == 5
+            assert arrivals(one, other, sender=one.address, timeout=PATIENCE) == 5
             assert arrivals(one, other, sender=probe.stations["p-1b"].address) == 0
