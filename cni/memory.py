@@ -22,14 +22,15 @@ class Memory:
     Without, those of a PromptDatastore are remembered since the last ``refresh``. Else, and while
     the store can't be followed, each is read when it is asked for. Safe to use from several
     threads. ``refresh``, ``value`` and ``values`` may raise StoreError; what they return is not
-    to be changed.
+    to be changed. Through ``follower`` others may hear of the store, who then are asked for no more
+    than we are.
     """
 
     def __init__(self, store: Datastore, *, follow: bool = False) -> None:
         self._store = store
         self._follow = follow
         self._ask = not follow and isinstance(store, PromptDatastore)
-        self._follower = Follower(store, _KINDS, self._notice)
+        self.follower = Follower(store, _KINDS, self._notice)
         self._lock = threading.Lock()
         self._values: dict[str, dict[Key, JSON]] = {kind: {} for kind in _KINDS}
         self._complete = False
@@ -37,16 +38,16 @@ class Memory:
     def start(self) -> None:
         """Begin to follow the store."""
         if self._follow:
-            self._follower.start()
+            self.follower.start()
 
     def stop(self) -> None:
         """Follow it no longer."""
-        self._follower.stop()
+        self.follower.stop()
 
     def refresh(self) -> None:
         """Have what is remembered be as it is now, where that can be asked."""
         if self._ask:
-            self._follower.catch_up()
+            self.follower.catch_up()
 
     def value(self, key: Key) -> JSON:
         """An object, empty when there is none."""
@@ -69,7 +70,7 @@ class Memory:
 
     @property
     def _remembers(self) -> bool:
-        return self._complete and self._follower.in_sync
+        return self._complete and self.follower.in_sync
 
     def _notice(self, update: Update | InSync) -> None:
         """In the follower's thread."""

@@ -75,7 +75,8 @@ class Node:
     """The attachments of one node. Its namespace is that of the thread that makes it.
 
     ``follow``: what every ADD looks at is remembered between ``start`` and ``stop``, which is
-    for stores that take longer to ask than to follow. A thread that is about to wait for others,
+    for stores that take longer to ask than to follow; else ``cluster.memory.refresh`` comes before
+    all that one request does. A thread that is about to wait for others,
     or for the kernel to delete an interface, gives up its turn. All methods may raise StoreError
     and OSError.
     """
@@ -90,7 +91,7 @@ class Node:
     ) -> None:
         self.cluster = Cluster(store, name, follow=follow)
         self.sockets = Sockets()
-        self.allocator = Allocator(store, name, follow=follow)
+        self.allocator = Allocator(store, name, follower=self.cluster.memory.follower)
         self._pools = Pools(store)
         self._turns = turns or Turns(1)
         self._locks = KeyedLocks(self._turns.give_up)
@@ -100,13 +101,11 @@ class Node:
     def start(self) -> None:
         """Start what works in the background."""
         self.cluster.memory.start()
-        self.allocator.start()
         self._reaper.start()
 
     def stop(self) -> None:
         """Stop it again. Nothing may be attached or detached any more."""
         self._reaper.stop()
-        self.allocator.stop()
         self.cluster.memory.stop()
         self.sockets.close()
 

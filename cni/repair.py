@@ -59,6 +59,7 @@ def repair(node: Node) -> None:
 
     Raises StoreError, OSError; what was not reached is reached when it is called again.
     """
+    node.cluster.memory.refresh()
     holders = {attachment.alias: attachment for attachment in _holders(node)}
     owners = holders | {attachment.alias: attachment for attachment in node.cluster.delegated()}
     for link in _links(node):
@@ -94,6 +95,7 @@ class Patrol:
         Raises CniError, StoreError, IpamError, InvalidObjectError, OSError.
         """
         store, name = self._node.cluster.store, self._node.cluster.node
+        self._node.cluster.memory.refresh()
         users = users_on(store, name)
         if "WorkloadEndpoint" not in store.given:
             self._take_back_lost(users)

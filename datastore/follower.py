@@ -61,8 +61,8 @@ class Follower:
         self, store: Datastore, kinds: Iterable[str], sink: Callable[[Update | InSync], object]
     ) -> None:
         self._store = store
-        self._kinds = tuple(kinds)
-        self._sink = sink
+        self._sinks: dict[str, list[Callable[[Update | InSync], object]]] = {}  # by kind
+        self.also(kinds, sink)
         self._known: dict[Key, str] = {}  # what the consumer has, and at which revision
         self._resume: dict[str, str] = {}  # where the next watch can go on, by kind
         self._announced = False  # InSync was sent
@@ -72,6 +72,11 @@ class Follower:
         self._problem: str | None = "not started"
         self._turn = threading.Lock()  # of the thread that catches up
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
+
+    def also(self, kinds: Iterable[str], sink: Callable[[Update | InSync], object]) -> None:
+        """Keep another consumer informed, too. To be called before anything is followed."""
+        for kind in kinds:
+            self._sinks.setdefault(kind, []).append(sink)
 
     @property
     def in_sync(self) -> bool:
@@ -117,7 +122,7 @@ class Follower:
     def _ask(self) -> None:
         watch = self._watch
         if watch is None:
-            watch = self._open(self._list(self._kinds))
+            watch = self._open(self._list(self._sinks))
             self._recovered()
         while events := watch.next(0):
             for event in events:
@@ -133,7 +138,7 @@ class Follower:
         while not self._stopping.is_set():
             followed_since = math.inf
             try:
-                positions = self._resume | self._list(set(self._kinds) - self._resume.keys())
+                positions = self._resume | self._list(self._sinks.keys() - self._resume.keys())
                 if self._resume:
                     self._probe()
                 self._resume = {}
@@ -157,7 +162,7 @@ class Follower:
     def _list(self, kinds: Collection[str]) -> dict[str, str]:
         """Send all that differs from what the consumer has; returns where to watch from."""
         positions = {}
-        for kind in (kind for kind in self._kinds if kind in kinds):
+        for kind in (kind for kind in self._sinks if kind in kinds):
             listing = self._store.list(kind)
             positions[kind] = listing.revision
             present = {entry.key for entry in listing.entries}
@@ -169,12 +174,12 @@ class Follower:
 
     def _probe(self) -> None:
         """See that the store answers: opening a watch says nothing of that. Raises StoreError."""
-        kind = min(self._kinds, key=lambda kind: KINDS[kind].namespaced)
+        kind = min(self._sinks, key=lambda kind: KINDS[kind].namespaced)
         with contextlib.suppress(NotFoundError):
             self._store.get(Key(kind, "default", "default" if KINDS[kind].namespaced else ""))
 
     def _open(self, positions: dict[str, str]) -> Watch:
-        watch = self._store.watch(self._kinds, positions)
+        watch = self._store.watch(tuple(self._sinks), positions)
         with self._watch_lock:
             self._watch = watch
             if self._stopping.is_set():
@@ -191,15 +196,20 @@ class Follower:
         if entry is not None:
             if self._known.get(key) == entry.revision:
                 return
-            self._sink(Update(key, entry.value))
+            self._tell(key.kind, Update(key, entry.value))
             self._known[key] = entry.revision
         elif key in self._known:
-            self._sink(Update(key, None))
+            self._tell(key.kind, Update(key, None))
             del self._known[key]
+
+    def _tell(self, kind: str, update: Update) -> None:
+        for sink in self._sinks[kind]:
+            sink(update)
 
     def _recovered(self) -> None:
         if not self._announced:
-            self._sink(InSync())
+            for sink in dict.fromkeys(sink for sinks in self._sinks.values() for sink in sinks):
+                sink(InSync())
             self._announced = True
             _log.info("datastore in sync: %d objects", len(self._known))
         elif self._problem is not None:

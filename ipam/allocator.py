@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from api.net import Net, format_address
+from datastore.follower import Follower
 from datastore.interface import Datastore
 from ipam import claims
 from ipam.assigner import Assigner, Assignment, Owner, Wanted
@@ -58,17 +59,26 @@ class Allocator:
 
     ``follow``: between ``start`` and ``stop``, the store is followed instead of being asked for
     pools and claims each time. A PromptDatastore is then asked only for what has changed,
-    without it, too. A request is never refused for what was only remembered.
+    without it, too. ``follower``: somebody's who follows the store anyway, for us to hear of it
+    through him: he starts it, or has it catch up before each operation. A request is never refused
+    for what was only remembered.
 
     Every method may raise StoreError (the store did not answer) and InvalidObjectError (what
     it holds makes no sense); a ``release`` of the handle then puts right what was half done.
     """
 
-    def __init__(self, store: Datastore, node: str, *, follow: bool = False) -> None:
+    def __init__(
+        self,
+        store: Datastore,
+        node: str,
+        *,
+        follow: bool = False,
+        follower: Follower | None = None,
+    ) -> None:
         self.node = node
         self._records = Records(store)
         self._now = View(store, self._records)
-        self._view = View(store, self._records, follow=follow)
+        self._view = View(store, self._records, follow=follow, follower=follower)
         self._holdings = Holdings(self._records, self._cooldown)
         self._assigner = Assigner(self._records, self._holdings, self._cooldown)
         self._host = Owner(self._records, node, HOST)

@@ -31,16 +31,31 @@ _log = logging.getLogger(__name__)
 
 
 class View:
-    """Safe to use from several threads. All methods may raise StoreError."""
+    """Safe to use from several threads. All methods may raise StoreError.
 
-    def __init__(self, store: Datastore, records: Records, *, follow: bool = False) -> None:
+    ``follower``: somebody else's, who starts it, or has it catch up before he asks us anything.
+    """
+
+    def __init__(
+        self,
+        store: Datastore,
+        records: Records,
+        *,
+        follow: bool = False,
+        follower: Follower | None = None,
+    ) -> None:
         self._store = store
         self._records = records
         self._pools = Pools(store)
         self._follow = follow
         self._prompt = isinstance(store, PromptDatastore)
         self._asks = False
-        self._follower = Follower(store, _KINDS, self._notice)
+        self._shares = follower is not None
+        if follower is None:
+            self._follower = Follower(store, _KINDS, self._notice)
+        else:
+            self._follower = follower
+            follower.also(_KINDS, self._notice)
         self._lock = threading.Lock()  # held for moments only
         self._reading = threading.Lock()
         self._remembered: dict[str, object] = {}
@@ -51,6 +66,8 @@ class View:
 
     def start(self) -> None:
         """Begin to follow the store."""
+        if self._shares:
+            return
         if self._follow:
             self._follower.start()
         self._asks = not self._follow and self._prompt
@@ -58,7 +75,8 @@ class View:
     def stop(self) -> None:
         """Follow it no longer."""
         self._asks = False
-        self._follower.stop()
+        if not self._shares:
+            self._follower.stop()
 
     def refresh(self) -> None:
         """Have what is remembered be as it is now, where that can be asked."""

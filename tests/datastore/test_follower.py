@@ -84,6 +84,25 @@ def test_all_objects_then_in_sync_then_changes(
     assert take(heard, 3) == [update("b", 2), update("a", 3), update("b", None)]
 
 
+def test_several_are_informed_by_one_watch(store: SqliteDatastore) -> None:
+    pools: list[Update | InSync] = []
+    both: list[Update | InSync] = []
+    follower = Follower(store, ["IPPool"], pools.append)
+    follower.also(["IPPool", "Node"], both.append)
+    store.create(pool_key("a"), numbered(1))
+    node = Update(Key("Node", "n"), {})
+    store.create(node.key, {})
+    follower.catch_up()
+    assert pools == [update("a", 1), InSync()]
+    assert both == [update("a", 1), node, InSync()]
+    store.delete(node.key)
+    store.update(pool_key("a"), numbered(2))
+    follower.catch_up()
+    assert pools[2:] == [update("a", 2)]
+    assert both[3:] == [Update(node.key, None), update("a", 2)]
+    follower.stop()
+
+
 def test_stop_ends_the_stream(
     store: SqliteDatastore,
     heard: queue.SimpleQueue[Update | InSync],

@@ -13,6 +13,7 @@ import pytest
 from api.names import cidr_name
 from api.net import Net, parse_net
 from api.registry import parse_as
+from datastore.follower import Follower
 from datastore.interface import JSON, ConflictError, Datastore, Entry, Key, UnavailableError
 from datastore.sqlite import SqliteDatastore
 from ipam import claims
@@ -656,6 +657,29 @@ def test_a_followed_store_is_only_written_to(store: SqliteDatastore) -> None:
         assert (counting.reads, counting.writes) == (0, 2)  # handle, block
         allocator.release("second")
         assert (counting.reads, counting.writes) == (0, 4)  # block, handle
+
+
+def test_the_follower_of_another_is_as_good(store: SqliteDatastore) -> None:
+    """It is asked by its owner alone; then an assign is two writes and no read."""
+    add_pool(store, "one", "10.1.0.0/24", 28)
+    counting = Interposed(store)
+    follower = Follower(store, ["Namespace"], lambda update: None)
+    allocator = Allocator(counting, "n1", follower=follower)
+    allocator.start()
+    assert allocator.assign("h0", {}).pool == "one"  # without it, by asking
+    follower.catch_up()
+    assert allocator.following
+    allocator.assign("h1", {})
+    before = counting.writes, counting.reads
+    allocator.assign("h2", {})
+    assert (counting.writes, counting.reads) == (before[0] + 2, before[1])
+    store.delete(Key("IPPool", "one"))
+    add_pool(store, "two", "10.2.0.0/24", 28)
+    follower.catch_up()
+    assert allocator.assign("h3", {}).pool == "two"
+    allocator.stop()
+    assert follower.in_sync  # it is not ours to stop
+    follower.stop()
 
 
 def test_what_was_followed_is_asked_for_before_a_refusal(store: SqliteDatastore) -> None:
