@@ -52,7 +52,7 @@ class Woken:
         flows: list[Flow] = []
         for some in self.lister.listed(listing):
             if some is None:
-                assert self.lister.ready or self._event.wait(10), "nobody woke"
+                assert self.lister.ready or self._event.wait(60), "nobody woke"
                 self._event.clear()
             else:
                 flows += some
@@ -111,7 +111,7 @@ def test_it_ends_in_the_midst_of_a_listing(tracked: Namespace, taken: int) -> No
     woken = Woken(tracked)
     found = woken.lister.listed(everything)
     while taken and next(found) is None:
-        assert woken._event.wait(10)
+        assert woken._event.wait(60)
     next(found)
     woken.lister.close()
     assert threading.active_count() == before
