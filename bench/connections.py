@@ -87,7 +87,7 @@ def _connections() -> dict[str, float]:
         change = _cpu(lambda: _review(connections, woken))
         snapshot.update(changed, None)
         connections.note(calculator.calculate(snapshot))
-        gone = _cpu(connections.forget)
+        gone = _cpu(lambda: _review(connections, woken))
     return {
         "judge_us_per_flow": round(1e6 * everything / FLOWS, 1),
         "change_ms": round(1e3 * change, 1),
@@ -145,6 +145,7 @@ def _review(connections: Connections, woken: threading.Event) -> None:
         due = connections.next_due()
         woken.wait(None if due is None else max(0.0, due - time.monotonic()))
         woken.clear()
+        connections.forget()
         connections.review(time.monotonic(), in_force=True)
 
 

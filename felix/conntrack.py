@@ -18,11 +18,11 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 
 from api.net import BITS, V4, V6, Net
 from felix.calculate import Calculator
 from felix.conntrack_ended import Ended
+from felix.conntrack_gone import Gone
 from felix.conntrack_judge import Judge
 from felix.conntrack_lister import Lister, Listing
 from felix.desired import Delta
@@ -32,8 +32,6 @@ from policy.model import EndpointId, Member, NamedPortMember, PolicyId
 _SLICE = 0.002  # s, to judge flows before other work has its turn
 _SHARE = 0.1  # of all time, at most, is spent on this
 _PATIENCE = 5.0  # s, until what failed is tried again
-# So many addresses are asked for one by one; to read all flows takes about as long as for these.
-_FEW = 16
 
 FORBIDDEN_FLOWS = "MANX_FORBIDDEN_FLOWS"
 
@@ -119,7 +117,7 @@ class Connections:
         self._ended = {version: Ended(version) for version in (V4, V6)}
         self._judge = Judge(calculator, self._find)
         self._known = set(calculator.pods)
-        self._gone: set[Net] = set()
+        self._gone = Gone(wake)
         self._concerned = _Concerned(everybody=True)
         self._unsure: _Concerned = _Concerned()  # looked at when not all was in force
         self._sweep = True
@@ -130,12 +128,14 @@ class Connections:
         self._pardoned: list[Tuple] = []
         self._spent = 0.0
         self._resume = 0.0
+        self._retry = 0.0  # to forget, after it failed
         self._problem: str | None = None
         self.ended = 0  # flows, since the start
 
     def close(self) -> None:
         """Close the sockets. What is in the kernel stays."""
         self._judge.look_around()
+        self._gone.close()
         self._lister.close()
         self._conntrack.close()
         for ended in self._ended.values():
@@ -162,6 +162,8 @@ class Connections:
             else:
                 self._known.add(net)
                 concerned.hosts.discard(net)  # nothing could pass before
+            if interface is not None:
+                self._gone.inherit(net)
 
     def restore(self) -> None:
         """Put back what a stranger took of what keeps ended flows ended."""
@@ -185,17 +187,19 @@ class Connections:
         self._concerned.everybody = True
 
     def forget(self) -> None:
-        """Remove the flows of addresses that are gone."""
-        if not self._gone:
-            return
+        """Remove flows of addresses that are gone: of those that somebody has got, at once.
+
+        To be called when ``review`` is.
+        """
+        some = bool(self._gone)
         try:
-            flows = self._flows_of(self._gone)
-            self._conntrack.delete(flows)
+            self._gone.forget(_SLICE)
         except OSError as error:
             self._failed(error)
+            self._retry = self._resume
         else:
-            _log.debug("%d flows of %d addresses that are gone", len(flows), len(self._gone))
-            self._gone.clear()
+            if some and not self.reviewing:
+                self._problem = None
 
     def review(self, now: float, *, in_force: bool) -> None:
         """Look at flows for a moment; ``in_force``: all that policy says is enforced.
@@ -229,10 +233,12 @@ class Connections:
             self._spent = self._lister.spent = 0.0
 
     def next_due(self) -> float | None:
-        """When ``review`` has something to do, in monotonic seconds. None: nothing, as yet."""
-        if self._review is not None and self._waiting and not self._lister.ready:
-            return None
-        return self._resume if self.reviewing else None
+        """When there is something to do, in monotonic seconds. None: nothing, as yet."""
+        moments = [self._retry] if self._gone.ready else []
+        is_waiting = self._review is not None and self._waiting and not self._lister.ready
+        if (self._review is not None or self._concerned) and not is_waiting:
+            moments.append(self._resume)
+        return min(moments, default=None)
 
     @property
     def ends_forbidden(self) -> bool:
@@ -243,7 +249,7 @@ class Connections:
     @property
     def reviewing(self) -> bool:
         """Whether flows are still to be looked at, or connections of addresses gone to be ended."""
-        return self._review is not None or bool(self._concerned or self._gone)
+        return self._review is not None or bool(self._concerned) or bool(self._gone)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(object, what the kernel said)."""
@@ -307,12 +313,12 @@ class Connections:
         if concerned.everybody:
             # Those of the host alone are of no concern where nothing guards it.
             everywhere = self._sweep or self._calculator.guards
-            own = None if everywhere else {net.packed() for net in self._calculator.pods}
-            return lambda conntrack: conntrack.steps(version, own)
-        few = [net for net in concerned.hosts if net.version == version]
-        if concerned.networks or len(few) > _FEW:
+            ends = None if everywhere else {net.packed() for net in self._calculator.pods}
+            return lambda conntrack: conntrack.steps(version, ends)
+        if concerned.networks:
             return lambda conntrack: conntrack.steps(version, concerned)
-        return lambda conntrack: chain.from_iterable(map(conntrack.steps_of, few))
+        own = [net for net in concerned.hosts if net.version == version]
+        return lambda conntrack: conntrack.steps_of(version, own)
 
     def _end(self) -> None:
         """End the flows that were found to be forbidden; what isn't any more may go on."""
@@ -330,13 +336,6 @@ class Connections:
         self._conntrack.delete(doomed)
         self.ended += len(doomed)
         _log.info("ended %d flows that policy forbids, such as %s", len(doomed), doomed[0])
-
-    def _flows_of(self, addresses: set[Net]) -> list[Flow]:
-        if len(addresses) <= _FEW:
-            return [flow for net in addresses for flow in self._conntrack.flows_of(net, meant=True)]
-        ends = {net.packed() for net in addresses}
-        versions = {net.version for net in addresses}
-        return [flow for version in versions for flow in self._conntrack.flows(version, ends)]
 
     def _failed(self, error: OSError) -> None:
         if self._problem != str(error):

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from api.net import Net, parse_net
+from api.net import parse_net
 from api.registry import key_parts
 from datastore.interface import JSON, Key
 from felix.conntrack import Connections, ends_forbidden
@@ -94,6 +94,7 @@ class Watched(Gateway):
         if self.connections.next_due() is None:
             assert self.woken.wait(10), "nobody lists flows"
         self.woken.clear()
+        self.connections.forget()
         self.connections.review(time.monotonic() + later, in_force=True)
 
     def clean(self) -> None:
@@ -520,6 +521,53 @@ def test_flows_of_an_address_that_moves_go_too(world: Watched, connect: Connect)
         world.brain.snapshot.update(two.key, None)
 
 
+def test_an_address_is_had_again_while_the_kernel_lists_its_flows(
+    world: Watched, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for that, but who gets an address inherits nothing, and loses nothing."""
+    may_go_on = threading.Event()
+    steps_of = Conntrack.steps_of
+
+    def slow(conntrack: Conntrack, *what: Any, **how: Any) -> Iterator[list[ConntrackFlow]]:
+        for flows in steps_of(conntrack, *what, **how):
+            if threading.current_thread() is not threading.main_thread():
+                assert may_go_on.wait(60)
+            yield flows
+
+    one = world.node.pod("one", "10.0.0.9", endpoint=False)
+    two = world.node.pod("two", "10.0.0.9", endpoint=False)
+    with contextlib.closing(one.netns), contextlib.closing(two.netns):
+        world.brain.snapshot.update(one.key, one.endpoint())
+        world.brain.read()
+        world.enforce()
+        (peer,) = connect(world.near, one.netns, {4: one.address}, kinds=("udp",))
+        peer.close()
+        monkeypatch.setattr(Conntrack, "steps_of", slow)
+        world.settle = lambda: None  # type: ignore[method-assign]
+        try:
+            one.unplug()
+            world.brain.snapshot.update(one.key, None)
+            world.brain.read()
+            world.enforce()
+            assert world.flows(one.address) == 1
+            world.brain.snapshot.update(two.key, two.endpoint())
+            world.brain.read()
+            world.enforce()
+            assert world.flows(one.address) == 0
+            peers = connect(world.near, two.netns, {4: two.address})
+        finally:
+            del world.settle
+            may_go_on.set()
+        world.settle()
+        assert world.connections.next_due() is None
+        assert world.flows(one.address) == 2 and all_live(peers)
+        two.unplug()
+        world.brain.snapshot.update(two.key, None)
+        world.brain.read()
+        world.enforce()
+        assert world.flows(one.address) == 0
+
+
 def test_what_nobody_has_any_more_is_found_at_the_start(world: Watched) -> None:
     """Flows of an address of our blocks that went while no agent was there."""
     block = {
@@ -601,8 +649,8 @@ def test_policy_changes_while_the_kernel_lists_flows(
     may_go_on = threading.Event()
     steps_of = Conntrack.steps_of
 
-    def slow(conntrack: Conntrack, address: Net, **how: Any) -> Iterator[list[ConntrackFlow]]:
-        for flows in steps_of(conntrack, address, **how):
+    def slow(conntrack: Conntrack, *what: Any, **how: Any) -> Iterator[list[ConntrackFlow]]:
+        for flows in steps_of(conntrack, *what, **how):
             assert may_go_on.wait(60)
             yield flows
 

@@ -153,6 +153,33 @@ def test_flows_are_chosen_by_any_of_their_ends(tracked: Namespace, conntrack: Co
     assert conntrack.flows_of(parse_net("127.0.0.1")) == []
 
 
+@pytest.mark.parametrize("walk", [0, 1000])
+def test_flows_of_some_addresses_however_they_are_asked_for(
+    tracked: Namespace, conntrack: Conntrack, monkeypatch: pytest.MonkeyPatch, walk: int
+) -> None:
+    monkeypatch.setattr("kernel.conntrack._WALK", walk)
+    assert conntrack.count() == 0
+    for port in range(1, 300):
+        send(tracked, "127.0.0.2", "127.0.0.3", port)
+    send(tracked, "127.0.0.4", "127.0.0.8", 1000)
+    send(tracked, "127.0.0.6", "127.0.0.6", 1001)
+    send(tracked, "::1", "::1", 1002)
+    assert conntrack.count() == 302
+
+    def ports(*addresses: str, meant: bool = False) -> set[int]:
+        nets = [parse_net(address) for address in addresses]
+        version = nets[0].version if nets else V4
+        steps = list(conntrack.steps_of(version, nets, meant=meant))
+        assert all(len(flows) <= 100 for flows in steps)
+        return {flow.original.dst_port or 0 for flows in steps for flow in flows}
+
+    assert ports("127.0.0.2", "127.0.0.6") == {*range(1, 300), 1001}
+    assert ports("127.0.0.3") == set(range(1, 300))
+    assert ports("127.0.0.8", "127.0.0.9", meant=True) == {1000}
+    assert ports("::1") == {1002}
+    assert ports("127.0.0.1") == ports("::2") == ports() == set()
+
+
 def test_deleted_are_these_flows_and_no_others(tracked: Namespace, conntrack: Conntrack) -> None:
     send(tracked, "127.0.0.2", "127.0.0.3", 1)
     send(tracked, "127.0.0.2", "127.0.0.8", 2)
