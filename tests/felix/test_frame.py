@@ -67,8 +67,8 @@ def seen_as(source: Namespace, target: Namespace, address: str) -> tuple[str, in
     with inside(source.fd):
         client = socket.socket(family)
     with server, client:
-        server.settimeout(5)
-        client.settimeout(5)
+        server.settimeout(60)
+        client.settimeout(60)
         client.connect((address, PORT))
         connection, peer = server.accept()
         connection.close()
@@ -275,7 +275,7 @@ def test_a_pod_can_not_forge_its_source(world: Gateway) -> None:
             server = socket.socket(family, socket.SOCK_DGRAM)
         with server:
             server.bind((NEAR[version], 7000))
-            server.settimeout(5)
+            server.settimeout(60)
             for source in (address, POD[version]):
                 with inside(world.pod.netns.fd):
                     client = socket.socket(family, socket.SOCK_DGRAM)
@@ -303,7 +303,7 @@ def test_a_pod_can_not_encapsulate(world: Gateway) -> None:
                 raw.sendto(struct.pack("!20x"), (NEAR[version], 0))
                 client.sendto(b"vxlan", (NEAR[version], 4789))
                 client.sendto(b"plain", (NEAR[version], 4790))
-            plain.settimeout(5)
+            plain.settimeout(60)
             assert plain.recv(10) == b"plain"
             for nothing in (ipip, vxlan):
                 nothing.setblocking(False)
@@ -323,7 +323,7 @@ def _connect(source: Namespace, address: str) -> None:
     with inside(source.fd):
         client = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     with client:
-        client.settimeout(5)
+        client.settimeout(60)
         client.connect((address, 80))
 
 

@@ -24,7 +24,7 @@ from tests.felix.world import (
     reaches,
 )
 from tests.support.netns import connect as connect_namespaces
-from tests.support.netns import fresh_namespace, run
+from tests.support.netns import eventually, fresh_namespace, run
 
 Put = Callable[..., None]
 
@@ -305,7 +305,9 @@ def test_tricky_13_a_pod_cannot_speak_vxlan(world: World) -> None:
         before = world.enforcer.packets(world.node, "VXLAN from a workload")
         run(world.client.netns, "python3", "-c", send.format(4789))
         run(world.client.netns, "python3", "-c", send.format(4790))
-        assert world.enforcer.packets(world.node, "VXLAN from a workload") == before + 1
+        eventually(
+            lambda: world.enforcer.packets(world.node, "VXLAN from a workload") == before + 1
+        )
 
 
 def test_strangers_rules_stay(world: World, put: Put) -> None:

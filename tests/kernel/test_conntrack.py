@@ -96,8 +96,8 @@ def test_flows_are_what_conntrack_lists(tracked: Namespace, conntrack: Conntrack
     send(tracked, "127.0.0.2", "127.0.0.8", 54)
     send(tracked, "127.0.0.2", "127.0.0.3", 99)
     send(tracked, "::1", "::1", 53)
-    run(tracked, "ping", "-c1", "-W1", "127.0.0.4")
-    run(tracked, "ping", "-c1", "-W1", "::1")
+    run(tracked, "ping", "-c1", "-W20", "127.0.0.4")
+    run(tracked, "ping", "-c1", "-W20", "::1")
     with inside(tracked.fd):
         server, client = socket.create_server(("127.0.0.9", 8080)), socket.socket()
     with server, client:
@@ -185,7 +185,7 @@ def test_deleted_are_these_flows_and_no_others(tracked: Namespace, conntrack: Co
     send(tracked, "127.0.0.2", "127.0.0.8", 2)
     send(tracked, "127.0.0.2", "127.0.0.3", 99)
     send(tracked, "::1", "::1", 4)
-    run(tracked, "ping", "-c1", "-W1", "127.0.0.4")
+    run(tracked, "ping", "-c1", "-W20", "127.0.0.4")
     flows = {f.original.dst_port: f for v in (V4, V6) for f in conntrack.flows(v)}
     assert conntrack.delete([flows[1], flows[99]]) == 2
     assert sorted(f.original.dst_port or 0 for f in conntrack.flows(V4)) == [0, 2]

@@ -86,4 +86,4 @@ def test_a_ping_goes_through_the_tunnel(namespace: Namespace) -> None:
                 assert Fdb(socket).apply(diff(table(entry), {})) == {}
                 neighbours = {neighbour.key: neighbour}
                 assert Neighbours(socket).apply(diff(neighbours, {})) == {}
-        run(namespace, "ping", "-c1", "-W5", "192.168.9.2")
+        run(namespace, "ping", "-c1", "-W20", "192.168.9.2")

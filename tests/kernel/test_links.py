@@ -280,7 +280,7 @@ def test_the_monitor_tells_only_of_deletions_where_asked(
     with LinkMonitor(events.put, only_deletions=True, netns_fd=namespace.fd):
         made = parse_link(netlink.request(veth("one", "two")))
         assert netlink.batch([link_set(made.index, up=True), delete_link("one")]) == []
-        first = events.get(timeout=20)
+        first = events.get(timeout=60)
         assert first == LinkEvent("one", made.index, up=False, deleted=True)
 
 
@@ -319,5 +319,5 @@ def test_the_monitor_stops_from_any_thread_and_before_it_started(namespace: Name
     monitor.start()
     stopper = threading.Thread(target=monitor.stop)
     stopper.start()
-    stopper.join(10)
+    stopper.join(60)
     assert not stopper.is_alive()

@@ -60,7 +60,7 @@ def test_entries_are_written_read_changed_and_deleted(netlink: NetlinkSocket, li
 def test_others_and_learned_entries_are_not_ours(namespace: Namespace) -> None:
     with fresh_namespace() as other, NetlinkSocket(netns_fd=namespace.fd) as socket:
         link, _ = connect(namespace, "one", other, "two", ("10.0.0.1/24", "10.0.0.2/24"))
-        run(namespace, "ping", "-c1", "-W5", "10.0.0.2")
+        run(namespace, "ping", "-c1", "-W20", "10.0.0.2")
         theirs = "10.0.0.3 lladdr 02:00:00:00:00:03 dev one"
         run(namespace, "ip", "neighbour", "add", *theirs.split())
         neighbours = Neighbours(socket)
@@ -93,4 +93,4 @@ def test_a_permanent_entry_needs_no_arp(namespace: Namespace) -> None:
             ):
                 entry = Neighbour(link.index, host(address), mac)
                 assert Neighbours(socket).apply(diff(table(entry), {})) == {}
-        run(namespace, "ping", "-c1", "-W5", "10.0.0.2")
+        run(namespace, "ping", "-c1", "-W20", "10.0.0.2")

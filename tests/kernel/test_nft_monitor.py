@@ -63,7 +63,7 @@ def test_a_strangers_changes_are_told(namespace: Namespace, own: Nftables, told:
     for command in STRANGERS:
         assert told.empty(), command
         run(namespace, "nft", "-f", "-", stdin=command.replace("; ", "\n") + "\n")
-        assert told.get(timeout=5) == TableChanged("calico")
+        assert told.get(timeout=60) == TableChanged("calico")
         while not told.empty():
             told.get()
 
@@ -83,7 +83,7 @@ def test_own_changes_and_those_of_other_tables_are_no_news(
         lines = command.replace("\\;", "\0").replace("; ", "\n").replace("\0", ";")
         run(namespace, "nft", "-f", "-", stdin=lines + "\n")
     run(namespace, "nft", "add", "chain", "ip", "calico", "end")
-    assert told.get(timeout=5) == TableChanged("calico")
+    assert told.get(timeout=60) == TableChanged("calico")
     assert told.empty()
 
 
@@ -96,11 +96,11 @@ def test_of_a_chain_only_what_concerns_it_is_told(namespace: Namespace, told: To
         run(namespace, "iptables-nft", "-A", "KUBE-FORWARD", "-j", "RETURN")
         assert told.empty()
         run(namespace, "iptables-nft", *command.split())
-        assert told.get(timeout=5) == TableChanged("filter")
+        assert told.get(timeout=60) == TableChanged("filter")
     while not told.empty():
         told.get()
     run(namespace, "nft", "delete", "table", "ip", "filter")
-    assert told.get(timeout=5) == TableChanged("filter")
+    assert told.get(timeout=60) == TableChanged("filter")
 
 
 def test_what_could_not_be_told_may_have_been_news(namespace: Namespace, told: Told) -> None:

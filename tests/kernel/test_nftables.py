@@ -441,9 +441,9 @@ def test_packets_obey(namespace: Namespace) -> None:
         )
         transaction.add_targets("ways", {nft.interface_name("near"): Target(Verdict.GOTO, "far")})
         table.commit(transaction)
-        ping = ("ping", "-c1", "-W1", "10.0.0.1")
-        assert run(other, *ping).returncode == 0
+        ping = ("ping", "-c1", "10.0.0.1", "-W")
+        assert run(other, *ping, "20").returncode == 0
         block = table.transaction()
         block.add_keys("blocked", [parse_net("10.0.0.2").packed()])
         table.commit(block)
-        assert run(other, *ping, check=False).returncode == 1
+        assert run(other, *ping, "1", check=False).returncode == 1

@@ -181,7 +181,7 @@ def watching(path: Path, *arguments: str) -> Iterator[Callable[[str], None]]:
     try:
         yield heard
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(60) == 130
     finally:
         if process.poll() is None:
             process.kill()
