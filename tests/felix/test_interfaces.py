@@ -135,7 +135,7 @@ def test_what_is_gone_leaves_nothing(node: Node) -> None:
     pods = [node.pod(f"many-{n}", f"10.0.1.{n}") for n in range(1, 30)]
     node.settle()
     for pod in pods:
-        assert f"{pod.address} dev {pod.interface}" in routes(node)
+        eventually(lambda pod=pod: f"{pod.address} dev {pod.interface}" in routes(node))  # type: ignore[misc]
     assert "cali-from-wl-dispatch-" in run(node.netns, "iptables", "-S").stdout
     with Listener(pods[17].netns, 80):
         assert reaches(pods[3].netns, pods[17].address, 80)
