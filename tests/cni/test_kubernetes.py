@@ -19,6 +19,9 @@ from tests.support.kube import KubeApiserver
 from tests.support.netns import eventually
 from tests.support.relay import Relay
 
+# to start an API server takes a busy machine a minute
+pytestmark = pytest.mark.timeout(300)
+
 NAMESPACE = "cni-red"
 PREFIX = "tapc"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"

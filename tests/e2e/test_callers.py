@@ -27,7 +27,8 @@ from tests.e2e.runtimes import (
 )
 from tests.scenarios.fabrics import apply, calico, until
 
-pytestmark = pytest.mark.slow
+# what they call is built, once, with a Go toolchain
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 KINDS = ["ctr", "cri", "podman", "cnitool"]
 

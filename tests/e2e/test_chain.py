@@ -14,7 +14,8 @@ from lab.client import Lab
 from tests.e2e.runtimes import CallError, CniTool, Host, container_name, fetched
 from tests.scenarios.fabrics import until
 
-pytestmark = pytest.mark.slow
+# what they call is built, once, with a Go toolchain
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CONFLIST = "/run/chain/10-chain.conflist"
 VERSION = "1.0.0"  # the newest that Debian's plugins speak

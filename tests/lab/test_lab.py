@@ -24,6 +24,9 @@ from lab.flow import Flow, arrivals
 from lab.probe import Probe, first_reply
 from tests.lab.fabrics import JSON, lab_name, small
 
+# to start a lab takes a busy machine a minute
+pytestmark = pytest.mark.timeout(300)
+
 
 def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds

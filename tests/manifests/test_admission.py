@@ -22,6 +22,9 @@ from tests.support import vectors
 from tests.support.crds import install_admission, install_crds
 from tests.support.kube import KubeApiserver, api_server
 
+# to start an API server takes a busy machine a minute
+pytestmark = pytest.mark.timeout(300)
+
 _PATH = "/apis/admissionregistration.k8s.io/v1"
 
 

@@ -27,6 +27,9 @@ from tests.api.examples import EXAMPLES
 from tests.support import vectors
 from tests.support.kube import KubeApiserver
 
+# to start an API server takes a busy machine a minute
+pytestmark = pytest.mark.timeout(300)
+
 V3 = "projectcalico.org/v3"
 CRD_KINDS = {kind.id for kind in crds.kinds()}
 

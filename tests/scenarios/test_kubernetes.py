@@ -22,6 +22,9 @@ from tests.support.kube import KubeApiserver
 from tests.support.netns import eventually, run
 from tests.support.relay import Relay
 
+# to start an API server takes a busy machine a minute
+pytestmark = pytest.mark.timeout(300)
+
 PORT = 8080
 POLICY_KINDS = (
     "GlobalNetworkPolicy",

@@ -18,6 +18,9 @@ from tests.support.kube import KubeApiserver, api_server
 from tests.support.netns import eventually, fresh_namespace, run
 from tests.support.relay import Relay
 
+# to start an API server takes a busy machine a minute
+pytestmark = pytest.mark.timeout(300)
+
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 CALICO = "/apis/projectcalico.org/v3"
 PREFIX = "cni.projectcalico.org/"

@@ -13,7 +13,7 @@ from lab.flow import Flow
 from lab.probe import Pair, Probe
 from tests.scenarios.fabrics import apply, calico, fabric, pods, rack, settle, until, up
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 POOL = "10.70.0.0/16"
 ALL = ["p-1a", "p-1b", "p-2a"]

@@ -11,7 +11,7 @@ from lab.flow import arrivals
 from lab.probe import Pair, Probe
 from tests.scenarios.fabrics import PATIENCE, calico, fabric, pods, rack, settle, until, up
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def everything(pair: Pair) -> bool:

@@ -24,7 +24,7 @@ import pytest
 from tests.support.daemon import HOST, Daemon, PortReservation
 from tests.support.pki import Authority, Certificate
 
-READY_S = 60
+READY_S = 100
 
 
 @contextmanager

@@ -38,7 +38,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "manx
 GO_MINIMUM = (1, 26)
 GO_LOCK = SOURCE / "go.lock"  # a Go toolchain on PyPI, for machines that have none, or an old one
 FILES = ("main.go", "go.mod", "go.sum")
-READY_S = 90
+READY_S = 180
 
 ADMIN = "admin-token"  # may do everything
 NEXT_ADMIN = "next-admin-token"  # the same user, for tests of rotation
