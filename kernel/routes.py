@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from typing import NamedTuple, Self
 
-from api.net import V4, V6, Net, format_address, host_net
+from api.net import BITS, V4, V6, Net, format_address, host_net
 from kernel.netlink import (
     NLM_F_CREATE,
     NLM_F_EXCL,
@@ -74,7 +74,7 @@ _V6_DEFAULT_METRIC = 1024
 
 # family, destination and source length, tos, table, protocol, scope, type, flags
 _RTMSG = struct.Struct("=BBBBBBBBI")
-_DESTINATION_V4, _DESTINATION_V6 = struct.Struct("=HH4s"), struct.Struct("=HH16s")
+_DESTINATION = struct.Struct("=HH")  # length, type
 _RTNEXTHOP = struct.Struct("=HBBi")  # length, flags, weight - 1, ifindex
 _FAMILY = {V4: 2, V6: 10}
 _VIA_V6 = struct.pack("=H", _FAMILY[V6])
@@ -166,7 +166,7 @@ class Route(_RouteFields):
     @property
     def key(self) -> RouteKey:
         """Its place in the table."""
-        return RouteKey(self.table, self.net, self.metric)
+        return tuple.__new__(RouteKey, (self[7], self[0], self[6]))
 
     def __str__(self) -> str:
         words = [] if self.kind == "unicast" else [self.kind]
@@ -275,9 +275,7 @@ def _body(route: Route, hops: tuple[Hop, ...]) -> bytes:
     header, tail = _frame(version, length, hops, *route[2:])
     if not length:
         return header + tail
-    if version == V4:
-        return header + _DESTINATION_V4.pack(8, _RTA_DST, address.to_bytes(4, "big")) + tail
-    return header + _DESTINATION_V6.pack(20, _RTA_DST, address.to_bytes(16, "big")) + tail
+    return header + address.to_bytes(4 if version == V4 else 16, "big") + tail
 
 
 @functools.lru_cache(maxsize=4096)
@@ -292,12 +290,14 @@ def _frame(
     metric: int,
     table: int,
 ) -> tuple[bytes, bytes]:
-    """What stands before and behind the destination, which many routes share."""
+    """What stands before and behind the destination's address, which many routes share."""
     short = table if table < 256 else 0
     flags = _RTNH_F_ONLINK if len(hops) == 1 and hops[0].onlink else 0
     header = _RTMSG.pack(
         _FAMILY[version], length, 0, 0, short, protocol, scope, _KINDS[kind], flags
     )
+    if length:
+        header += _DESTINATION.pack(_DESTINATION.size + BITS[version] // 8, _RTA_DST)
     return header, _tail(version, 0 if short else table, metric, source, hops)
 
 
