@@ -299,10 +299,14 @@ class Connections:
                     yield False
                     continue
                 for flow in flows:
+                    for _ in judge.prepare():
+                        yield True
                     if judge.forbids(flow) or (self._sweep and judge.is_stray(flow)):
                         self._doomed.append(flow)
                     yield True
             for began in self._ended[version].held():
+                for _ in judge.prepare():
+                    yield True
                 if not judge.forbids_tuple(began):
                     self._pardoned.append(began)
                 yield True

@@ -5,7 +5,7 @@ A flow is asked about as its first packet would be: from where it began to where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from api.net import Net
 from felix import names
@@ -28,7 +28,7 @@ Find = Callable[[Tuple], Flow | None]
 
 
 # Flows that are judged as they are, before it is worth while to prepare for many: a quarter of a
-# millisecond each, where preparing keeps the next change waiting for ten or more.
+# millisecond each, where preparing takes ten or more.
 _FEW = 16
 
 
@@ -38,9 +38,10 @@ class Judge:
     def __init__(self, calculator: Calculator, find: Find) -> None:
         self._calculator = calculator
         self._find = find
-        self._evaluator: Evaluator | None = None  # before the first question
+        self._evaluator: Evaluator | None = None  # before there were many
+        self._is_prepared = False
         self._news: list[Changes] = []
-        self._judged = 0  # since the last change
+        self._judged = 0  # since it looked around
         self._surroundings: _Surroundings | None = None
 
     def note(self, changes: Changes) -> None:
@@ -54,10 +55,18 @@ class Judge:
             assert self._evaluator is not None
             self._evaluator.update(changes)
         self._news.clear()
-        self._judged = 0
+
+    def prepare(self) -> Iterator[None]:
+        """Get ready for many flows, in steps, once there were more than a few."""
+        if self._is_prepared or self._judged < _FEW:
+            return
+        self._evaluator = Evaluator(self._calculator.engine, in_steps=True)
+        yield from self._evaluator.prepare()
+        self._is_prepared = True
 
     def look_around(self) -> None:
         """Forget which addresses the host has, and what is behind its interfaces."""
+        self._judged = 0
         if self._surroundings is not None:
             self._surroundings.close()
             self._surroundings = None
@@ -124,10 +133,8 @@ class Judge:
         ):
             return False
         self._judged += 1
-        if self._judged <= _FEW:
+        if self._judged <= _FEW or self._evaluator is None or not self._is_prepared:
             return evaluate.evaluate(self._calculator.engine, flow).action is Action.DENY
-        if self._evaluator is None:
-            self._evaluator = Evaluator(self._calculator.engine)
         return self._evaluator.evaluate(flow).action is Action.DENY
 
     def _guard(self, workload: EndpointId | None, address: Net) -> EndpointId | None:

@@ -5,7 +5,10 @@ That is the reference; tests hold the two against each other.
 
 from __future__ import annotations
 
-from policy.engine import Changes
+from collections.abc import Iterator, Mapping
+from itertools import islice
+
+from policy.engine import Changes, SetDelta
 from policy.evaluate import EARLY, Flow, Stage, Tables, Verdict, original, stages
 from policy.model import (
     Action,
@@ -19,6 +22,8 @@ from policy.model import (
 from policy.program import Addresses, Program
 from policy.walk import Outcome, Row
 
+_STEP = 200  # members, of a set that is read
+
 _NOTHING_ASKED = Verdict(Action.ALLOW, "", None, None, ())
 
 
@@ -26,11 +31,16 @@ class Evaluator:
     """Verdicts by the policy of ``tables``. Not for several threads at once.
 
     Building one takes time in proportion to the members of all sets, ``update`` to what changed.
+    Built ``in_steps``, it begins with nothing: see ``prepare``.
     """
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: Tables, *, in_steps: bool = False) -> None:
         self._tables = tables
-        self._addresses = Addresses(tables.sets)
+        self._addresses = Addresses({} if in_steps else tables.sets)
+        # Sets that are still to be read, and what became meanwhile of the one that is being read.
+        self._unread: set[str] = set(tables.sets) if in_steps else set()
+        self._reading = ""
+        self._late: list[SetDelta] = []
         # The stages of workloads have tables of their own: to hash a Stage takes longer than to
         # decide.
         self._egress: dict[EndpointId, Program] = {}
@@ -39,13 +49,33 @@ class Evaluator:
         self._users: dict[PolicyId, set[EndpointId]] = {}
         self._uses: dict[EndpointId, set[PolicyId]] = {}
 
+    def prepare(self) -> Iterator[None]:
+        """Read the sets, so many members a step. To be read to its end before anything is asked.
+
+        ``update`` may come in between.
+        """
+        while self._unread:
+            self._reading = self._unread.pop()
+            members = iter(self._tables.sets[self._reading])
+            while some := list(islice(members, _STEP)):
+                self._addresses.change(self._reading, some, ())
+                yield
+            late, self._late = self._late, []
+            for delta in late:
+                self._change({self._reading: delta})
+            self._reading = ""
+
     def update(self, changes: Changes) -> None:
         """What the engine's last flush changed. Must be told of every one."""
-        gone = {set_id for set_id, delta in changes.sets.items() if delta.deleted}
-        if gone:
-            self._addresses.forget(gone)
+        now: dict[str, SetDelta] = {}
         for set_id, delta in changes.sets.items():
-            self._addresses.change(set_id, delta.added, delta.removed)
+            if set_id == self._reading:
+                self._late.append(delta)
+            elif set_id not in self._unread:
+                now[set_id] = delta
+            elif delta.deleted:
+                self._unread.discard(set_id)
+        self._change(now)
         stale = set(changes.endpoints)
         for policy in changes.policies:
             stale |= self._users.get(policy, set())
@@ -59,6 +89,13 @@ class Evaluator:
             for part in Part if endpoint.kind == "HostEndpoint" else ():
                 for direction in Direction:
                     self._of_hosts.pop(Stage(endpoint, direction, part), None)
+
+    def _change(self, sets: Mapping[str, SetDelta]) -> None:
+        gone = {set_id for set_id, delta in sets.items() if delta.deleted}
+        if gone:
+            self._addresses.forget(gone)
+        for set_id, delta in sets.items():
+            self._addresses.change(set_id, delta.added, delta.removed)
 
     def evaluate(self, flow: Flow) -> Verdict:
         """The verdict of all policy that the flow meets on its way through the node."""

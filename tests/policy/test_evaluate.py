@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
+from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.net import Net
-from policy.engine import UNPLACED, Engine
+from policy.engine import UNPLACED, Changes, Engine
 from policy.evaluate import Flow, evaluate
 from policy.evaluator import Evaluator
 from policy.model import Action, EndpointId
@@ -67,6 +69,41 @@ def test_decisions_follow_changes(
         evaluator.update(engine.flush())
         for flow in probes(state, random.Random(seed)):
             assert evaluator.evaluate(flow) == evaluate(engine, flow), flow
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    strategies.worlds(),
+    st.lists(st.lists(strategies.changes(), min_size=1, max_size=3), max_size=5),
+    st.integers(0, 3),
+    st.integers(0, 1000),
+)
+def test_policy_changes_while_decisions_are_prepared(
+    world: list[strategies.Change],
+    batches: list[list[strategies.Change]],
+    pace: int,
+    seed: int,
+) -> None:
+    engine, state = Engine(), State()
+
+    def change(batch: list[strategies.Change]) -> Changes:
+        for each in batch:
+            apply(engine, each)
+            state.put(each.table, each.key, each.value)
+        return engine.flush()
+
+    change(world)
+    with mock.patch("policy.evaluator._STEP", 1):
+        evaluator = Evaluator(engine, in_steps=True)
+        steps = evaluator.prepare()
+        for batch in batches:
+            for _ in islice(steps, pace):
+                pass
+            evaluator.update(change(batch))
+        for _ in steps:
+            pass
+    for flow in probes(state, random.Random(seed)):
+        assert evaluator.evaluate(flow) == evaluate(engine, flow), flow
 
 
 @settings(max_examples=30, deadline=None)
