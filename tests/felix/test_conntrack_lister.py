@@ -107,11 +107,10 @@ def test_it_is_ahead_by_a_few(woken: Woken) -> None:
 
 @pytest.mark.parametrize("taken", [0, 1])
 def test_it_ends_in_the_midst_of_a_listing(tracked: Namespace, taken: int) -> None:
-    before = threading.active_count()
     woken = Woken(tracked)
     found = woken.lister.listed(everything)
     while taken and next(found) is None:
         assert woken._event.wait(60)
     next(found)
     woken.lister.close()
-    assert threading.active_count() == before
+    assert not woken.lister._thread.is_alive()
