@@ -43,6 +43,7 @@ class PeerState:
     dead: bool = False  # as BFD saw it, since it was up
     unplugged: bool = False  # its link was down since it was up
     external: bool = False  # it was over eBGP when it was wanted last
+    last: Path | None = None  # what its last UPDATE announced
 
     def complete(self, now: float) -> bool:
         """Whether it is up and has told all it has, or is dead and has nothing to tell."""
@@ -58,14 +59,15 @@ class PeerState:
 class AdjRibIn:
     """Routes by prefix and peer. Peers are known by their address.
 
-    ``changed`` collects the prefixes whose paths changed; whoever reads it empties it.
+    ``changed`` collects the prefixes whose paths changed, as keys, in the order in which they came:
+    so memory is gone through in order, too, from here to the kernel. Whoever reads it empties it.
     """
 
     def __init__(self) -> None:
         self.peers: dict[Net, PeerState] = {}
         self.routes: dict[Net, dict[Net, Path]] = {}
         self.next_hops: Counter[Net] = Counter()  # how many paths have it
-        self.changed: set[Net] = set()
+        self.changed: dict[Net, None] = {}
 
     def set_peers(self, sessions: Mapping[Net, Session]) -> None:
         """Who is wanted as a peer. Routes of the others are not used."""
@@ -75,7 +77,7 @@ class AdjRibIn:
             session = sessions.get(address)
             if known.session != session:
                 known.session = session
-                self.changed |= known.nets
+                self.changed |= dict.fromkeys(known.nets)
                 if session is not None:
                     if not session.extended:
                         others = [net for net in known.nets if net.version != address.version]
@@ -91,7 +93,7 @@ class AdjRibIn:
         peer.graceful = event.graceful_restart
         if peer.router_id != event.router_id:
             peer.router_id = event.router_id
-            self.changed |= peer.nets
+            self.changed |= dict.fromkeys(peer.nets)
 
     def up(self, address: Net, now: float) -> None:
         """The session is established; what was kept of the last one awaits confirmation.
@@ -189,15 +191,22 @@ class AdjRibIn:
         for net, next_hop in event.announced:
             path = shared.get(next_hop)
             if path is None:
-                path = shared[next_hop] = Path(address, next_hop, attributes)
-            paths = self.routes.setdefault(net, {})
+                path = Path(address, next_hop, attributes)
+                if path == peer.last:  # so that it is looked at once, whatever has it
+                    path = peer.last
+                peer.last = shared[next_hop] = path
             self.next_hops[next_hop] += 1
-            if net in peer.nets:
-                self._release(paths[address].next_hop)
+            paths = self.routes.get(net)
+            if paths is None:
+                self.routes[net] = {address: path}
+                continue
+            if (old := paths.get(address)) is not None:
+                self._release(old.next_hop)
             paths[address] = path
-            peer.nets.add(net)
-            peer.stale.discard(net)
-            self.changed.add(net)
+        nets = dict.fromkeys([net for net, _ in event.announced])
+        peer.nets.update(nets)
+        peer.stale.difference_update(nets)
+        self.changed |= nets
         return True
 
     def end_of_rib(self, address: Net, version: int) -> None:
@@ -243,16 +252,15 @@ class AdjRibIn:
 
     def _forget(self, address: Net, nets: Iterable[Net]) -> None:
         peer = self.peers[address]
-        for net in nets:
-            if net not in peer.nets:
-                continue
-            peer.nets.discard(net)
-            peer.stale.discard(net)
+        gone = dict.fromkeys([net for net in nets if net in peer.nets])
+        for net in gone:
             paths = self.routes[net]
             self._release(paths.pop(address).next_hop)
             if not paths:
                 del self.routes[net]
-            self.changed.add(net)
+        peer.nets.difference_update(gone)
+        peer.stale.difference_update(gone)
+        self.changed |= gone
 
     def _release(self, next_hop: Net) -> None:
         self.next_hops[next_hop] -= 1

@@ -81,7 +81,7 @@ class Fib:
         self._wanted: dict[Net, Route] = {}
         self._static: dict[Net, Route] = {}
         self._actual: dict[RouteKey, Route] = {}
-        self._dirty: set[RouteKey] = set()
+        self._dirty: dict[RouteKey, None] = {}  # in the order in which they came
         self._withdrawn: set[RouteKey] = set()  # while earlier routes are held: ours that ended
         self._backoff: Backoff[RouteKey] = Backoff(_RETRY_FIRST, _RETRY_LONGEST)
         self._errors: dict[RouteKey, str] = {}
@@ -110,7 +110,7 @@ class Fib:
             self._fresh = False
             self._mark(self._wanted.values())
             self._wanted.clear()
-            self._dirty.update(self._actual)
+            self._dirty |= dict.fromkeys(self._actual)
 
     def take_back(self) -> None:
         """BIRD has ended: what it left is ours, and held until peers have told their routes.
@@ -181,22 +181,20 @@ class Fib:
 
     def learned(self, changes: Mapping[Net, Selection | None]) -> None:
         """Prefixes whose selection changed."""
-        last: Selection | None = None  # many prefixes share one
-        way: Route | None = None
+        ways: dict[tuple[int, tuple[Hop, ...]], Route] = {}  # many prefixes share one
         for net, selection in changes.items():
             old = self._wanted.pop(net, None)
             if old is not None:
-                key = old.key
-                self._dirty.add(key)
+                self._dirty[key := old.key] = None
                 if self.holding:
                     self._withdrawn.add(key)
             if selection is not None and not self._given and self._pools.programs(net):
-                if selection is not last or way is None or way.net.version != net.version:
-                    last = selection
+                way = ways.get((net.version, selection.hops))
+                if way is None:
                     way = learned_route(net, selection.hops, self._metrics[net.version])
+                    ways[net.version, selection.hops] = way
                 route = self._wanted[net] = way.to(net)
-                key = route.key
-                self._dirty.add(key)
+                self._dirty[key := route.key] = None
                 if self.holding and (old is None or set(old.hops) <= set(route.hops)):
                     self._withdrawn.discard(key)
 
@@ -205,7 +203,7 @@ class Fib:
         if self.holding:
             self.holding = False
             self._adopting = False
-            self._dirty.update(self._actual)
+            self._dirty |= dict.fromkeys(self._actual)
 
     def read(self) -> None:
         """See what the kernel has. Raises OSError."""
@@ -218,7 +216,7 @@ class Fib:
         self.unread = False
         if self._given:
             self._read_left()
-        self._dirty.update(self._actual)
+        self._dirty |= dict.fromkeys(self._actual)
         self._mark(self._wanted.values())
         self._mark(self._static.values())
 
@@ -226,8 +224,8 @@ class Fib:
         """Bring the kernel to what it should be. What it refuses is tried again later."""
         if self._given and self._former:
             self._remove_left(now)
-        keys = self._dirty.union(self._backoff.due(now))
-        self._dirty = set()
+        keys = (self._dirty | dict.fromkeys(self._backoff.due(now))).keys()
+        self._dirty = {}
         if not keys:
             return
         wanted = {key: route for key in keys if (route := self._should_be(key)) is not None}
@@ -323,4 +321,4 @@ class Fib:
                 self._actual.pop(key, None)
 
     def _mark(self, routes: Iterable[Route]) -> None:
-        self._dirty.update(route.key for route in routes)
+        self._dirty |= dict.fromkeys(route.key for route in routes)

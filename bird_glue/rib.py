@@ -55,12 +55,17 @@ class _Usable(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A path, whatever the prefix: why it is refused, if it is, and how it could be used."""
+    """A path, whatever the prefix: why it is refused, if it is, and how it could be used.
+
+    ``plain``: what is used of it where it is the only one, and nothing but the prefix itself could
+    be against it.
+    """
 
     why: str
     session: Session
     resolution: Resolution | None
     usable: _Usable | None
+    plain: Selection | None
 
 
 class _Looked:
@@ -78,7 +83,7 @@ class Rib:
 
     def __init__(self, routes: AdjRibIn) -> None:
         self._in = routes
-        self._dirty: set[Net] = set()
+        self._dirty: dict[Net, None] = {}  # in the order in which they came
         self._guard = Guard()
         self._vicinity = Vicinity(self._guard)
         self._topology = Topology()
@@ -103,18 +108,17 @@ class Rib:
         if guard != old:
             self._vicinity = Vicinity(guard)
         if replace(old, blocks=guard.blocks) != guard:
-            self._dirty.update(self._in.routes)
+            self._dirty |= dict.fromkeys(self._in.routes)
         elif changed := set(old.blocks) ^ set(guard.blocks):
-            self._dirty.update(
-                net for net in self._in.routes if any(block.contains(net) for block in changed)
-            )
+            near = [net for net in self._in.routes if any(block.contains(net) for block in changed)]
+            self._dirty |= dict.fromkeys(near)
 
     def set_topology(self, topology: Topology) -> None:
         """How next hops are reached. Every path is looked at again."""
         self._topology = topology
         self._by_kernel.clear()
         self._by_both.clear()
-        self._dirty.update(self._in.routes)
+        self._dirty |= dict.fromkeys(self._in.routes)
 
     def flush(self) -> dict[Net, Selection | None]:
         """Decide anew about all prefixes that need it; None: no longer used."""
@@ -128,19 +132,22 @@ class Rib:
         if self._leans():
             looked = _Looked(self._by_both)
             found.clear()
+        if len(found) < len(self._dirty):
+            others = [net for net in self._dirty if net not in found]
+            found.update((net, self._select(net, looked)) for net in others)
         changes: dict[Net, Selection | None] = {}
-        for net in self._dirty:
-            selection, refused = found[net] if net in found else self._select(net, looked)
+        selected = self._selected
+        for net, (selection, refused) in found.items():
             if refused:
                 self._refused[net] = refused
-            else:
+            elif self._refused:
                 self._refused.pop(net, None)
-            if selection != self._selected.get(net):
+            if selection != selected.get(net):
                 changes[net] = selection
                 if selection is None:
-                    del self._selected[net]
+                    del selected[net]
                 else:
-                    self._selected[net] = selection
+                    selected[net] = selection
         self._dirty.clear()
         return changes
 
@@ -179,7 +186,7 @@ class Rib:
                 self._by_both[host] = resolution
                 moved = True
         if moved:
-            self._dirty.update(self._in.routes)
+            self._dirty |= dict.fromkeys(self._in.routes)
 
     def _lean(self, host: Net) -> Resolution | None:
         """As the kernel resolves it, or by a BGP route that is more specific than that."""
@@ -197,6 +204,11 @@ class Rib:
         if paths is None:
             return None, None
         near = self._vicinity.has(net)
+        if len(paths) == 1 and not near:  # as it is with nearly all
+            (path,) = paths.values()
+            view = looked.at.get(id(path)) or self._look(path, looked)
+            if view is not None and view.plain and net != path.next_hop:
+                return view.plain, None
         usable: list[_Usable] = []
         refused: dict[Net, str] = {}
         for path in paths.values():
@@ -238,7 +250,8 @@ class Rib:
         resolution = looked.resolved[path.next_hop]
         why = path_refusal(path, session, self._guard)
         usable = None if resolution is None else _usable(path, session, resolution)
-        view = looked.at[id(path)] = _View(why, session, resolution, usable)
+        plain = usable.alone if usable and not why and not session.filters else None
+        view = looked.at[id(path)] = _View(why, session, resolution, usable, plain)
         return view
 
     def _filtered(self, net: Net, path: Path, view: _View) -> tuple[_Usable | None, str]:
