@@ -66,10 +66,15 @@ class Rack:
 
     def settle(self) -> None:
         """Everything as the fixture made it, and heard."""
-        eventually(lambda: self.node.established(TOR), 20)
-        eventually(lambda: self.tor.blocks() == {BLOCK}, 20)
+        eventually(lambda: self.node.established(TOR))
+        eventually(lambda: self.tor.blocks() == {BLOCK})
         eventually(lambda: self.learned() == [f"192.0.2.0/24 via {TOR} dev eth0 metric 1024"])
-        eventually(lambda: bool((s := self.node.status()) and not s.holding), 20)
+        eventually(lambda: bool((s := self.node.status()) and not s.holding))
+
+    def tells(self, engine: str) -> bool:
+        """The status is of this engine, and all is well."""
+        status = self.node.status()
+        return status is not None and (status.engine, status.problems) == (engine, [])
 
     def learned(self) -> list[str]:
         """What the kernel has of peers."""
@@ -127,7 +132,7 @@ def test_blocks_are_told_routes_learned_and_packets_flow(rack: Rack) -> None:
     assert peer
     assert status
     assert (status.engine, status.pid) == (rack.engine, rack.daemon())
-    assert status.problems == []
+    eventually(lambda: rack.tells(rack.engine))
     assert (peer.type, peer.asn, peer.port, peer.info) == ("global", 65001, 179, "")
     # the node's own subnet is told too, and not used
     assert (peer.received, peer.used, peer.installed) == (2, 1, 1)
@@ -142,7 +147,7 @@ def test_blocks_and_routes_come_and_go(rack: Rack) -> None:
     eventually(lambda: tor.blocks() == {BLOCK, "10.1.9.0/26"})
     expected = [f"{net} via {TOR} dev eth0 metric 1024" for net in ("10.50.0.0/16", "192.0.2.0/24")]
     eventually(lambda: rack.learned() == expected)  # neither felix's nor inside of our block
-    assert "blackhole 10.1.9.0/26 metric 1024" in node.routes("proto 179")
+    eventually(lambda: "blackhole 10.1.9.0/26 metric 1024" in node.routes("proto 179"))
     store.drop_block("n1", "10.1.9.0/26")
     tor.configure(tor_configuration())
     eventually(lambda: tor.blocks() == {BLOCK})
@@ -155,7 +160,7 @@ def test_a_change_to_one_peer_leaves_the_others_alone(rack: Rack) -> None:
     store.put("BGPPeer", "other", peerIP="172.31.1.77", asNumber=65001, keepaliveTime="10s")
     eventually(lambda: rack.node.peer("172.31.1.77") is not None)
     missing = "no answer from 172.31.1.77 on its link"
-    eventually(lambda: bool((p := rack.node.peer("172.31.1.77")) and p.info == missing), 20)
+    eventually(lambda: bool((p := rack.node.peer("172.31.1.77")) and p.info == missing))
     store.put("BGPPeer", "other", peerIP="172.31.1.78", asNumber=65002)
     eventually(lambda: rack.node.peer("172.31.1.78") is not None)
     store.delete("BGPPeer", "other")
@@ -212,12 +217,12 @@ def test_failure_detection_that_restarts_with_the_router_ends_no_graceful_restar
     def bfd() -> str:
         return peer.bfd if (peer := rack.node.peer(TOR)) else ""
 
-    eventually(lambda: bfd().startswith("up"), 20)
+    eventually(lambda: bfd().startswith("up"))
     rack.settle()
     with Ping(rack.outside, POD) as ping:
         rack.tor.daemon.end()
         eventually(lambda: not rack.node.established(TOR))
-        eventually(lambda: bfd() == "down", 20)
+        eventually(lambda: bfd() == "down")
         assert rack.node.status()
         assert rack.learned() != []
         rack.tor.start(with_bfd, "-R")
@@ -236,9 +241,9 @@ def test_what_somebody_took_from_bird_is_noticed_and_put_back(rack: Rack) -> Non
     rack.node.run("birdc", "-s", control, "disable", "own_v4")
     eventually(lambda: rack.tor.blocks() == set())
     words = f"session with {TOR}: 1 prefixes are not announced as they should be"
-    eventually(lambda: words in "".join(s.problems if (s := rack.node.status()) else []), 20)
-    eventually(lambda: rack.tor.blocks() == {BLOCK}, 30)
-    eventually(lambda: bool((s := rack.node.status()) and s.problems == []), 20)
+    eventually(lambda: words in "".join(s.problems if (s := rack.node.status()) else []))
+    eventually(lambda: rack.tor.blocks() == {BLOCK})
+    eventually(lambda: bool((s := rack.node.status()) and s.problems == []))
 
 
 def test_a_peer_that_is_removed_forgets_us_at_once(rack: Rack) -> None:
@@ -254,8 +259,9 @@ def test_routes_move_to_another_metric(rack: Rack) -> None:
         for metric in (512, 1024):
             set_engine(rack.world, rack.engine, ipv4NormalRoutePriority=metric)
             expected = [f"192.0.2.0/24 via {TOR} dev eth0 metric {metric}"]
-            eventually(lambda expected=expected: rack.learned() == expected, 20)  # type: ignore[misc]
-            assert f"blackhole {BLOCK} metric {metric}" in rack.node.routes("proto 179")
+            eventually(lambda expected=expected: rack.learned() == expected)  # type: ignore[misc]
+            own = f"blackhole {BLOCK} metric {metric}"
+            eventually(lambda own=own: own in rack.node.routes("proto 179"))  # type: ignore[misc]
     assert (inward.lost, outward.lost) == (0, 0)
     set_engine(rack.world, rack.engine)
 
@@ -279,13 +285,12 @@ def test_engines_change_under_traffic(rack: Rack) -> None:
             since, daemon = rack.tor.since("n1"), rack.daemon()
             set_engine(rack.world, engine)
             rack.engine = engine
-            eventually(lambda since=since: rack.tor.since("n1") != since, 20)  # type: ignore[misc]
+            eventually(lambda since=since: rack.tor.since("n1") != since)  # type: ignore[misc]
             rack.settle()
             assert rack.daemon() != daemon
-            status = rack.node.status()
-            assert status
-            assert (status.engine, status.problems) == (engine, [])
-            assert len(rack.node.routes("192.0.2.0/24")) == 1  # the other one's is gone
+            eventually(partial(rack.tells, engine))
+            # the other one's is gone
+            eventually(lambda: len(rack.node.routes("192.0.2.0/24")) == 1)
     assert (inward.lost, outward.lost) == (0, 0)
 
 
@@ -334,7 +339,7 @@ def test_a_bird_that_does_not_work_takes_nothing_along(tmp_path: Path, how: str)
         made.store.block("n1", BLOCK)
         tor.start(tor_configuration())
         node.start(PATH=f"{programs}:{os.environ['PATH']}")
-        eventually(lambda: node.established(TOR) and tor.blocks() == {BLOCK}, 20)
+        eventually(lambda: node.established(TOR) and tor.blocks() == {BLOCK})
         eventually(lambda: node.route_to("192.0.2.0/24") != "")
         exabgp = node.exabgp()
         with Ping(outside, POD) as ping:
@@ -348,8 +353,8 @@ def test_a_bird_that_does_not_work_takes_nothing_along(tmp_path: Path, how: str)
                     and {"refuses": "not today", "ends": "no such luck"}[how] in words
                 )
 
-            eventually(said, 30)
-            eventually(lambda: node.established(TOR), 20)
+            eventually(said)
+            eventually(lambda: node.established(TOR))
             eventually(lambda: tor.blocks() == {BLOCK})
             status = node.status()
             assert status
@@ -382,19 +387,20 @@ def test_mesh_of_engines(tmp_path: Path, others: tuple[str, str]) -> None:
             for m in {0, 1, 2} - {n}:
                 four = [f"10.1.{m}.0/26 via {hosts[m]} dev eth0 metric 1024"]
                 six = f"2001:db8:1{m}::/122 via 2001:db8::{m + 1} dev eth0 metric 1025 pref medium"
-                eventually(partial(learned, node, f"10.1.{m}.0/26", protocol, four), 20)
-                eventually(partial(learned, node, f"2001:db8:1{m}::/122", protocol, [six]), 20)
+                eventually(partial(learned, node, f"10.1.{m}.0/26", protocol, four))
+                eventually(partial(learned, node, f"2001:db8:1{m}::/122", protocol, [six]))
         assert all(pods[a].reaches(f"10.1.{b}.5") for a in range(3) for b in range(3))
         assert {p.type for n in nodes for h in hosts if (p := n.peer(h))} == {"node-to-node mesh"}
 
         with Ping(pods[1], "10.1.0.5") as ping:
+            before = nodes[1].sessions(hosts[0])
             found = BirdProcess.find(nodes[0].run_dir)
             assert found
             found.signal(signal.SIGKILL)
             found.close()
-            eventually(lambda: not nodes[1].established(hosts[0]), 20)
-            eventually(lambda: nodes[1].established(hosts[0]) and nodes[0].established(hosts[1]))
-            eventually(lambda: bool((s := nodes[0].status()) and not s.holding), 20)
+            eventually(lambda: nodes[1].established_since(before))
+            eventually(lambda: nodes[0].established(hosts[1]))
+            eventually(lambda: bool((s := nodes[0].status()) and not s.holding))
         assert ping.lost == 0
 
         made.store.delete("Node", "n2")
@@ -428,19 +434,19 @@ def test_reflector_on_bird(tmp_path: Path) -> None:
             node.start(MANX_BGP_ENGINE="exabgp" if node is one else "bird")
         direct = ["10.1.2.0/26 via 172.31.1.12 dev eth0 metric 1024"]
         back = ["10.1.1.0/26 via 172.31.1.11 dev eth0 metric 1024"]
-        eventually(partial(learned, one, "10.1.2.0/26", "179", direct), 20)
-        eventually(partial(learned, two, "10.1.1.0/26", "bird", back), 20)
+        eventually(partial(learned, one, "10.1.2.0/26", "179", direct))
+        eventually(partial(learned, two, "10.1.1.0/26", "bird", back))
         assert pod.reaches("10.1.2.5")
         with Ping(pod, "10.1.2.5") as ping:
+            before = one.sessions(hosts[0])
             found = BirdProcess.find(rr.run_dir)
             assert found
             rr.agent.end()
             found.signal(signal.SIGKILL)
             found.close()
             rr.start(MANX_BGP_ENGINE="bird")
-            eventually(lambda: not one.established(hosts[0]), 20)
-            eventually(lambda: one.established(hosts[0]) and two.established(hosts[0]), 20)
-            eventually(lambda: bool((status := rr.status()) and not status.holding), 20)
+            eventually(lambda: one.established_since(before) and two.established(hosts[0]))
+            eventually(lambda: bool((status := rr.status()) and not status.holding))
         assert ping.lost == 0
         assert rr.peer(hosts[1])
         store.drop_block("n2", "10.1.2.0/26")

@@ -36,7 +36,7 @@ def test_mesh_of_three_nodes(tmp_path: Path) -> None:
             others = [m for m in range(3) if m != n]
             expected = {f"10.1.{m}.0/26 via {hosts[m]} dev eth0 metric 1024" for m in others}
             expected.add(f"blackhole 10.1.{n}.0/26 metric 1024")
-            eventually(lambda node=node, expected=expected: set(node.routes()) == expected, 20)  # type: ignore[misc]
+            eventually(lambda node=node, expected=expected: set(node.routes()) == expected)  # type: ignore[misc]
         assert all(pods[a].reaches(f"10.1.{b}.5") for a in range(3) for b in range(3))
         # each node hears one block from each other one: nobody tells on what it heard
         peers = [node.peer(host) for node in nodes for host in hosts]
@@ -49,9 +49,10 @@ def test_mesh_of_three_nodes(tmp_path: Path) -> None:
         assert {peer.type for peer in peers if peer} == {"node-to-node mesh"}
 
         with Ping(pods[0], "10.1.1.5") as ping:
+            before = nodes[0].sessions(hosts[1])
             os.kill(nodes[1].exabgp(), signal.SIGKILL)
-            eventually(lambda: not nodes[0].established(hosts[1]))
-            eventually(lambda: nodes[0].established(hosts[1]) and nodes[1].established(hosts[0]))
+            eventually(lambda: nodes[0].established_since(before))
+            eventually(lambda: nodes[1].established(hosts[0]))
         assert ping.lost == 0
 
         made.store.delete("Node", "n3")
@@ -105,17 +106,17 @@ def test_two_uplinks_share_the_traffic_and_one_may_fail(tmp_path: Path) -> None:
             "192.0.2.0/24 metric 1024 nexthop via 172.31.1.1 dev eth0 weight 1 "
             "nexthop via 172.31.2.1 dev eth1 weight 1"
         )
-        eventually(lambda: node.route_to("192.0.2.0/24") == both, 20)
-        assert outside.reaches("10.1.0.5")
-        assert pod.reaches("192.0.2.9")
+        eventually(lambda: node.route_to("192.0.2.0/24") == both)
+        eventually(lambda: outside.reaches("10.1.0.5"))
+        eventually(lambda: pod.reaches("192.0.2.9"))
         # FRR's subnet is not told to BIRD, nor BIRD's to FRR
-        assert bird.blocks() == {"10.1.0.0/26"}
-        assert frr.blocks() == {"10.1.0.0/26", "172.31.2.0/24", "192.0.2.0/24"}
+        eventually(lambda: bird.blocks() == {"10.1.0.0/26"})
+        eventually(lambda: frr.blocks() == {"10.1.0.0/26", "172.31.2.0/24", "192.0.2.0/24"})
 
         with Ping(outside, "10.1.0.5") as ping:  # through FRR
+            before = node.sessions("172.31.1.1", "172.31.2.1")
             os.kill(node.exabgp(), signal.SIGKILL)
-            eventually(lambda: not node.established("172.31.2.1"))
-            eventually(lambda: node.established("172.31.1.1", "172.31.2.1"))
+            eventually(lambda: node.established_since(before))
         assert ping.lost == 0
         assert node.route_to("192.0.2.0/24") == both
 
@@ -158,8 +159,8 @@ def test_router_between_two_racks(tmp_path: Path, asn: int) -> None:
         tor.start(configuration)
         one.start()
         two.start()
-        eventually(lambda: one.route_to("10.1.2.0/26") != "", 20)
-        eventually(lambda: two.route_to("10.1.1.0/26") != "", 20)
+        eventually(lambda: one.route_to("10.1.2.0/26") != "")
+        eventually(lambda: two.route_to("10.1.1.0/26") != "")
         assert one.route_to("10.1.2.0/26") == "10.1.2.0/26 via 172.31.1.1 dev eth0 metric 1024"
         assert pods[0].reaches("10.1.2.5")
         assert pods[1].reaches("10.1.1.5")
@@ -184,16 +185,15 @@ def test_node_that_reflects(tmp_path: Path) -> None:
             store.block(node.name, f"10.1.{n}.0/26")
             node.start()
         direct = "10.1.2.0/26 via 172.31.1.12 dev eth0 metric 1024"
-        eventually(lambda: one.route_to("10.1.2.0/26") == direct, 20)
-        eventually(lambda: two.route_to("10.1.1.0/26") != "", 20)
+        eventually(lambda: one.route_to("10.1.2.0/26") == direct)
+        eventually(lambda: two.route_to("10.1.1.0/26") != "")
         assert pod.reaches("10.1.2.5")
         with Ping(pod, "10.1.2.5") as ping:  # both the reflector's programs at once
-            exabgp = rr.exabgp()
+            before, exabgp = one.sessions(hosts[0]), rr.exabgp()
             rr.agent.end()
             os.kill(exabgp, signal.SIGKILL)
             rr.start()
-            eventually(lambda: not one.established(hosts[0]))
-            eventually(lambda: one.established(hosts[0]) and two.established(hosts[0]))
+            eventually(lambda: one.established_since(before) and two.established(hosts[0]))
             eventually(lambda: bool((status := rr.status()) and not status.holding))
         assert ping.lost == 0
         store.drop_block("n2", "10.1.2.0/26")
@@ -223,16 +223,16 @@ def test_two_reflectors_and_one_dies(tmp_path: Path, engine: str) -> None:
         for node in nodes:
             node.start(MANX_BGP_ENGINE=engine)
         direct = "10.1.2.0/26 via 172.31.1.13 dev eth0 metric 1024"
-        eventually(lambda: one.route_to("10.1.2.0/26") == direct, 20)
-        eventually(lambda: two.route_to("10.1.1.0/26") != "", 20)
+        eventually(lambda: one.route_to("10.1.2.0/26") == direct)
+        eventually(lambda: two.route_to("10.1.1.0/26") != "")
         for node in (one, two):  # from both, and both ways are the same one
-            eventually(lambda n=node: n.established(*hosts[:2]), 20)  # type: ignore[misc]
+            eventually(lambda n=node: n.established(*hosts[:2]))  # type: ignore[misc]
             eventually(lambda n=node: told(n, hosts[0]) == told(n, hosts[1]) == 1)  # type: ignore[misc]
         with Ping(pod, "10.1.2.5") as ping:
             switch.run("ip", "link", "set", "dev", "rr1", "down")
             first.end()
-            eventually(lambda: not one.established(hosts[0]), 20)
-            eventually(lambda: not two.established(hosts[0]), 20)
+            eventually(lambda: not one.established(hosts[0]))
+            eventually(lambda: not two.established(hosts[0]))
             store.block("n2", "10.1.3.0/26")
             eventually(lambda: one.route_to("10.1.3.0/26") != "")
         assert ping.lost == 0
@@ -265,7 +265,7 @@ def test_a_locked_datastore_changes_no_session_and_no_route(tmp_path: Path, engi
         made.store.put("IPPool", "plain", cidr="10.1.0.0/16")
         for node in nodes:
             node.start(MANX_BGP_ENGINE=engine)
-        eventually(lambda: pods[0].reaches("10.1.1.5"), 20)
+        eventually(lambda: pods[0].reaches("10.1.1.5"))
         before = [node.routes("table main") for node in nodes]
 
         lock(True)
@@ -282,14 +282,14 @@ def test_a_locked_datastore_changes_no_session_and_no_route(tmp_path: Path, engi
             made.store.block("n1", "10.1.9.0/26")
             nodes[0].agent.end(signal.SIGKILL)
             nodes[0].start(MANX_BGP_ENGINE=engine)
-            eventually(lambda: bool((s := nodes[0].status()) and told in "".join(s.problems)), 20)
+            eventually(lambda: bool((s := nodes[0].status()) and told in "".join(s.problems)))
+            session = nodes[1].sessions(hosts[0])
             for kind in (ExaBgp, Bird):  # nobody but the file knows the configuration now
                 if daemon := kind.find(nodes[0].run_dir):
                     daemon.signal(signal.SIGKILL)
                     daemon.close()
-            eventually(lambda: not nodes[1].established(hosts[0]))
-            eventually(lambda: nodes[1].established(hosts[0]), 20)
-            eventually(lambda: bool((s := nodes[0].status()) and not s.holding), 20)
+            eventually(lambda: nodes[1].established_since(session))
+            eventually(lambda: bool((s := nodes[0].status()) and not s.holding))
             # a second change of the lock object, so that what came before has been seen
             made.store.put("ClusterInformation", "default", datastoreReady=False, clusterType="x")
         assert ping.lost == 0
@@ -302,6 +302,7 @@ def test_a_locked_datastore_changes_no_session_and_no_route(tmp_path: Path, engi
             made.store.node(f"n{n + 1}", f"{host}/24")
         made.store.delete("BGPConfiguration", "default")
         lock(False)
-        eventually(lambda: nodes[1].routes("exact 10.1.9.0/26") != [], 20)
+        eventually(lambda: nodes[1].routes("exact 10.1.9.0/26") != [])
         eventually(lambda: nodes[1].routes("exact 10.1.0.0/26") == [])
-        assert nodes[0].routes("type blackhole") == ["blackhole 10.1.9.0/26 proto 179 metric 1024"]
+        own = ["blackhole 10.1.9.0/26 proto 179 metric 1024"]
+        eventually(lambda: nodes[0].routes("type blackhole") == own)

@@ -65,7 +65,7 @@ class Rack:
 
     def settle(self) -> None:
         for kind in KINDS:
-            eventually(lambda kind=kind: self.up(kind), 40)  # type: ignore[misc]
+            eventually(lambda kind=kind: self.up(kind))  # type: ignore[misc]
 
 
 @pytest.fixture(scope="module", params=["exabgp", "bird"])
@@ -130,11 +130,12 @@ def test_the_engine_is_killed_and_nobody_notices(rack: Rack) -> None:
     status = rack.node.status()
     assert status
     assert status.pid
+    before = rack.node.sessions(*(uplink.six for uplink in UPLINKS.values()))
     with Ping(rack.hosts["bird"], POD) as ping:
         os.kill(status.pid, signal.SIGKILL)
-        eventually(lambda: not rack.node.established(UPLINKS["bird"].six))
+        eventually(lambda: rack.node.established_since(before))
         rack.settle()
-        eventually(lambda: bool((status := rack.node.status()) and not status.holding), 20)
+        eventually(lambda: bool((status := rack.node.status()) and not status.holding))
     assert ping.lost == 0
 
 

@@ -70,7 +70,7 @@ class Place:
         return set(re.findall(r"LISTEN\s+\d+\s+\d+\s+(\S+:\d+)\s", self.node.run("ss", "-tln")))
 
     def settle(self) -> None:
-        eventually(lambda: self.node.established(*self.routers), 30)
+        eventually(lambda: self.node.established(*self.routers))
         eventually(lambda: self.node.route_to(LATER) != "")
         eventually(lambda: all(BLOCK in router.blocks() for router in self.routers.values()))
 
@@ -130,7 +130,7 @@ def test_next_hop_mode_and_keep_original_next_hop(place: Place) -> None:
         (INNER, {"nextHopMode": "Keep"}, original),
     ):
         place.peer(address, **spec)
-        eventually(lambda a=address, e=expected: place.sees(a, LATER, e), 20)  # type: ignore[misc]
+        eventually(lambda a=address, e=expected: place.sees(a, LATER, e))  # type: ignore[misc]
         place.peer(address)
 
 
@@ -138,29 +138,29 @@ def test_ignored_interfaces(place: Place) -> None:
     """Nothing is looked for on them."""
     eventually(lambda: f"via {BEYOND} dev beyond0" in place.node.route_to(ELSEWHERE))
     place.configure(ignoredInterfaces=["beyond*"])
-    eventually(lambda: place.node.route_to(ELSEWHERE) == "", 20)
+    eventually(lambda: place.node.route_to(ELSEWHERE) == "")
     assert place.node.route_to(LATER) != ""
     place.configure()
-    eventually(lambda: f"via {BEYOND} dev beyond0" in place.node.route_to(ELSEWHERE), 20)
+    eventually(lambda: f"via {BEYOND} dev beyond0" in place.node.route_to(ELSEWHERE))
 
 
 def test_route_priorities(place: Place) -> None:
     """The metric in the kernel, and the local preference that others are told."""
     eventually(lambda: place.sees(INNER, BLOCK, f"BGP.local_pref: {HIGHEST - 1024}"))
     place.configure(ipv4NormalRoutePriority=512)
-    eventually(lambda: place.node.route_to(LATER).endswith("metric 512"), 20)
+    eventually(lambda: place.node.route_to(LATER).endswith("metric 512"))
     eventually(lambda: place.sees(INNER, BLOCK, f"BGP.local_pref: {HIGHEST - 512}"))
     place.configure()
-    eventually(lambda: place.node.route_to(LATER).endswith("metric 1024"), 20)
+    eventually(lambda: place.node.route_to(LATER).endswith("metric 1024"))
 
 
 def test_program_cluster_routes(place: Place) -> None:
     """Inside of pools; what is outside of them is BGP's in any case."""
     eventually(lambda: place.node.route_to(INSIDE) != "")
     place.configure(programClusterRoutes="Disabled")
-    eventually(lambda: place.node.route_to(INSIDE) == "", 20)
+    eventually(lambda: place.node.route_to(INSIDE) == "")
     place.configure(programClusterRoutes="Enabled")
-    eventually(lambda: place.node.route_to(INSIDE) != "", 20)
+    eventually(lambda: place.node.route_to(INSIDE) != "")
 
 
 def test_max_restart_time(place: Place) -> None:
@@ -168,24 +168,24 @@ def test_max_restart_time(place: Place) -> None:
     shown = ("show", "protocols", "all", "node")
     assert "Restart time: 120" in router.birdc(*shown)
     place.peer(SOURCE, maxRestartTime="33s")
-    eventually(lambda: "Restart time: 33" in router.birdc(*shown), 20)
+    eventually(lambda: "Restart time: 33" in router.birdc(*shown))
     place.peer(SOURCE)
-    eventually(lambda: "Restart time: 120" in router.birdc(*shown), 20)
+    eventually(lambda: "Restart time: 120" in router.birdc(*shown))
 
 
 def test_listen_port_and_bind_mode(place: Place) -> None:
     """Where BGP listens changes with the daemon's restart; routers that only wait don't mind."""
     eventually(lambda: {"0.0.0.0:179"} <= place.listens())
     place.configure(bindMode="NodeIP")
-    eventually(lambda: f"{NODE}:179" in place.listens(), 20)
+    eventually(lambda: f"{NODE}:179" in place.listens())
     eventually(lambda: "0.0.0.0:179" not in place.listens())
     place.settle()
     place.configure(listenPort=1790)
-    eventually(lambda: "0.0.0.0:1790" in place.listens(), 20)
+    eventually(lambda: "0.0.0.0:1790" in place.listens())
     assert not any(shown.endswith(":179") for shown in place.listens())
     place.settle()
     place.configure()
-    eventually(lambda: "0.0.0.0:179" in place.listens(), 20)
+    eventually(lambda: "0.0.0.0:179" in place.listens())
 
 
 CALL = """
@@ -205,7 +205,7 @@ def test_node_mesh_password_and_restart_time(place: Place) -> None:
     store.node("n2", f"{SECOND}/24")
     second.start()
     place.configure(nodeToNodeMeshEnabled=True)
-    eventually(lambda: node.established(SECOND) and second.established(NODE), 20)
+    eventually(lambda: node.established(SECOND) and second.established(NODE))
     assert (
         run(second.namespace, sys.executable, "-c", CALL, SECOND, NODE, check=False).returncode == 0
     )
@@ -215,8 +215,8 @@ def test_node_mesh_password_and_restart_time(place: Place) -> None:
         nodeToNodeMeshEnabled=True, nodeMeshPassword=reference, nodeMeshMaxRestartTime="44s"
     )
     call = (sys.executable, "-c", CALL, SECOND, NODE)
-    eventually(lambda: run(second.namespace, *call, check=False).returncode != 0, 20)
-    eventually(lambda: node.established(SECOND) and second.established(NODE), 30)
+    eventually(lambda: run(second.namespace, *call, check=False).returncode != 0)
+    eventually(lambda: node.established(SECOND) and second.established(NODE))
     assert node.established(*place.routers)
     files = {"exabgp": ("exabgp.conf", "graceful-restart 44;"), "bird": ("bird.conf", " time 44;")}
     name, words = files[place.engine]

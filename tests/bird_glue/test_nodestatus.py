@@ -120,10 +120,10 @@ def test_written_for_this_node_and_kept_up_to_date(tmp_path: Path, engine: str) 
                     and {(r["type"], r["destination"]) for r in routes} == expected
                 )
 
-            eventually(complete, 20)
+            eventually(complete)
             valid(status("ours"))
             tor.daemon.end()
-            eventually(lambda: status("ours")["bgp"]["numberEstablishedV4"] == 0, 20)
+            eventually(lambda: status("ours")["bgp"]["numberEstablishedV4"] == 0)
             assert status("others") == status("never") == {}
         finally:
             reader.close()

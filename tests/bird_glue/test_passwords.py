@@ -81,7 +81,7 @@ def test_rotated_one_at_a_time(racks: Racks) -> None:
     racks.world.secret("bgp", tor1="it's \\ {new};", tor2="first-tor2")
     before = racks.tors["tor1"].since("n1")
     eventually(lambda: not node.established(address) or racks.tors["tor1"].since("n1") != before)
-    eventually(lambda: node.established(address) and racks.tors["tor1"].blocks() == {BLOCK}, 20)
+    eventually(lambda: node.established(address) and racks.tors["tor1"].blocks() == {BLOCK})
     assert racks.tors["tor2"].since("n1") == since
 
     # an agent that starts knows the password before it touches the sessions
@@ -111,21 +111,21 @@ def test_a_wrong_password_makes_no_session_and_is_named(racks: Racks) -> None:
 
     racks.world.secret("bgp", tor1="wrong", tor2="first-tor2")
     node.start()
-    eventually(lambda: node.established(TORS["tor2"][0]), 20)
+    eventually(lambda: node.established(TORS["tor2"][0]))
     another = "packets signed with another TCP-MD5 password come to this node and are dropped"
-    eventually(lambda: info() == f"no answer from {address}; {another}", 20)
+    eventually(lambda: info() == f"no answer from {address}; {another}")
     peer = node.peer(address)
     assert peer
     assert peer.state != "Established"
 
     plain = {"peerIP": address, "asNumber": 65001, "sourceAddress": "None"}
     store.put("BGPPeer", "tor1", **plain)
-    eventually(lambda: "packets with a TCP-MD5 signature come to this node" in info(), 20)
+    eventually(lambda: "packets with a TCP-MD5 signature come to this node" in info())
 
     tor.configure(configuration("tor1", "x").replace('password "x";', ""))
-    eventually(lambda: node.established(address), 30)
+    eventually(lambda: node.established(address))
     store.put("BGPPeer", "tor1", **plain, ttlSecurity=1)
-    eventually(lambda: "packets with a lower TTL than ttlSecurity allows" in info(), 20)
+    eventually(lambda: "packets with a lower TTL than ttlSecurity allows" in info())
 
 
 def test_a_signature_that_is_missing_is_named_when_it_rose_lately(tmp_path: Path) -> None:

@@ -73,15 +73,15 @@ class Siege:
         def called() -> bool:
             eventually(lambda: not self.node.established(own))
             peer = RawPeer(self.outside.namespace, own, words.own, asn)
-            eventually(lambda: peer.established.is_set() or peer.ended.is_set(), 15)
-            eventually(lambda: peer.ended.is_set() or self.node.established(own), 15)
+            eventually(lambda: peer.established.is_set() or peer.ended.is_set())
+            eventually(lambda: peer.ended.is_set() or self.node.established(own))
             if peer.ended.is_set():
                 peer.close()
                 return False
             made.append(peer)
             return True
 
-        eventually(called, 30)
+        eventually(called)
         made[0].send(END_OF_RIB[words.version])
         return made[0]
 
@@ -122,9 +122,9 @@ def siege(
         made.store.node("n1", f"{FOUR.own}/24", ipv6Address=f"{SIX.own}/64")
         made.store.node("n2", f"{FOUR.other_node}/24", ipv6Address=f"{SIX.other_node}/64")
         node.start(MANX_BGP_ENGINE=request.param, MANX_RECEIVE_LIMIT=str(LIMIT))
-        eventually(lambda: node.peer(FOUR.friend) is not None, 20)
+        eventually(lambda: node.peer(FOUR.friend) is not None)
         for listening in ("0.0.0.0:179 ", "]:179 "):
-            eventually(lambda listening=listening: listening in node.run("ss", "-tln"), 20)  # type: ignore[misc]
+            eventually(lambda listening=listening: listening in node.run("ss", "-tln"))  # type: ignore[misc]
         yield Siege(request.param, node, outside)
 
 
@@ -276,10 +276,10 @@ def test_hold_times_that_are_refused_are_named(siege: Siege) -> None:
         def called() -> bool:
             with RawPeer(siege.outside.namespace, FOUR.hostile, FOUR.own, ASN, hold=hold) as peer:
                 peer.send(more)
-                assert peer.ended.wait(10)
+                assert peer.ended.wait(60)
             return said(words)
 
-        eventually(called, 20)  # one call may meet the end of the last
+        eventually(called)  # one call may meet the end of the last
 
     calls(2, b"", "sent: unacceptable hold time")
     calls(90, message(NOTIFICATION, b"\2\6"), "the peer says: unacceptable hold time")
@@ -288,7 +288,7 @@ def test_hold_times_that_are_refused_are_named(siege: Siege) -> None:
 def test_a_closed_port_is_named(siege: Siege) -> None:
     """Nobody listens there."""
     words = f"connection to {FOUR.friend} port 179 refused, or closed at once"
-    eventually(lambda: words in (p.info if (p := siege.node.peer(FOUR.friend)) else ""), 30)
+    eventually(lambda: words in (p.info if (p := siege.node.peer(FOUR.friend)) else ""))
 
 
 def test_a_peer_that_tells_too_much_rests(siege: Siege) -> None:
@@ -297,7 +297,7 @@ def test_a_peer_that_tells_too_much_rests(siege: Siege) -> None:
     many = [Net(V4, first + (n << 8), 24) for n in range(3 * LIMIT)]
     with siege.call(FOUR, FOUR.hostile, ASN) as peer:
         peer.tell(*many)
-        assert peer.ended.wait(20)
+        assert peer.ended.wait(60)
 
     def said() -> bool:
         status = siege.node.status()
@@ -311,7 +311,7 @@ def test_a_peer_that_tells_too_much_rests(siege: Siege) -> None:
     def refused() -> bool:
         try:
             with RawPeer(siege.outside.namespace, FOUR.hostile, FOUR.own, ASN) as again:
-                assert again.ended.wait(10)
+                assert again.ended.wait(60)
                 return not again.established.is_set()
         except OSError:
             return True  # at once

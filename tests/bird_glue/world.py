@@ -232,6 +232,25 @@ class Node(Station):
             for address in addresses
         )
 
+    def sessions(self, *addresses: str) -> dict[str, float]:
+        """Since when sessions have been as they are, by peer."""
+        status = self.status()
+        found = {peer.address: peer.since for peer in (status.peers if status else [])}
+        return {address: found[address] for address in addresses}
+
+    def established_since(self, before: dict[str, float]) -> bool:
+        """Whether sessions were made anew. That there was none meanwhile may be over too soon for
+        anybody to see it.
+        """
+        status = self.status()
+        found = {peer.address: peer for peer in (status.peers if status else [])}
+        return all(
+            address in found
+            and found[address].state == "Established"
+            and found[address].since > since
+            for address, since in before.items()
+        )
+
     def exabgp(self) -> int:
         """The process id of ExaBGP; 0 while there is none."""
         found = ExaBgp.find(self.run_dir)
