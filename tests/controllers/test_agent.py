@@ -35,7 +35,7 @@ class Controllers:
         self._tmp_path = tmp_path
         self._variables = {
             "MANX_DATASTORE": url,
-            "MANX_LEASE_SECONDS": "2",
+            "MANX_LEASE_SECONDS": "5",  # a busy machine may take seconds to renew it
             "PYTHONPATH": str(ROOT),
             **variables,
         }
@@ -50,7 +50,7 @@ class Controllers:
         daemon = Daemon(command, self._tmp_path / f"{name}.log", variables)
         daemon.start()
         self.daemons[name] = daemon
-        daemon.wait(lambda: self.status(name) is not None, 30)
+        daemon.wait(lambda: self.status(name) is not None, 60)
         return daemon
 
     def status(self, name: str) -> dict[str, Any] | None:
@@ -68,7 +68,7 @@ class Controllers:
             found.append(status or {})
             return status is not None and holds(status)
 
-        self.daemons[name].wait(look, 30)
+        self.daemons[name].wait(look, 60)
         return found[-1]
 
     def stop(self) -> None:
@@ -110,7 +110,7 @@ def prepare(store: Datastore) -> set[Any]:
 
 
 def wait(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)

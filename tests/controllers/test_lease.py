@@ -152,20 +152,20 @@ class Unwell:
 
 
 def wait_for(said: queue.SimpleQueue[Leadership], *, leading: bool) -> Leadership:
-    while (heard := said.get(timeout=20)).leading != leading:
+    while (heard := said.get(timeout=60)).leading != leading:
         pass
     return heard
 
 
 def test_the_elector_tells_of_every_change(store: SqliteDatastore) -> None:
-    timing = Timing(duration=0.3, renewal=0.2, retry=0.02)
+    timing = Timing(duration=3, renewal=2, retry=0.02)
     said: queue.SimpleQueue[Leadership] = queue.SimpleQueue()
     unwell = Unwell(store)
     elector = Elector(Lease(unwell, "one", timing), timing, said.put)  # type: ignore[arg-type]
     elector.start()
-    assert said.get(timeout=20) == Leadership(True, "one")
+    assert wait_for(said, leading=True) == Leadership(True, "one")
     unwell.well = False
-    heard = said.get(timeout=20)
+    heard = said.get(timeout=60)
     assert heard.problem == "out of reach"
     wait_for(said, leading=False)
     unwell.well = True

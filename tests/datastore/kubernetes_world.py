@@ -109,4 +109,4 @@ def patiently(action: Callable[[], Any]) -> Any:
 
 def through(server: KubeApiserver, relay: Relay, path: Path) -> KubernetesDatastore:
     path.write_text(server.kubeconfig.read_text().replace(server.url, f"https://{relay.endpoint}"))
-    return KubernetesDatastore(KubernetesSettings(str(path), timeout=1))
+    return KubernetesDatastore(KubernetesSettings(str(path), timeout=5))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -54,6 +55,16 @@ def patiently(action: Callable[[], Entry]) -> Entry:
         except UnavailableError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def once(store: EtcdDatastore, entry: Entry, number: int) -> Entry:
+    """Write the next number; though the answer may have been lost before, not a second time."""
+    try:
+        return store.update(entry.key, numbered(number), entry.revision)
+    except ConflictError:
+        written = store.get(entry.key)
+        assert written.value["number"] == number
+        return written
 
 
 class CountingStore(EtcdDatastore):
@@ -109,9 +120,9 @@ def outage(etcd: Etcd, record: Record, how: str, seconds: float) -> None:
     assert "no member answers" in (record.follower.problem or "")
     assert record.told == before
     daemon.resume() if how == "stopped" else daemon.start()
-    entry = patiently(lambda: record.writer.update(pool_key("counter"), numbered(1)))
-    for number in range(2, 101):
-        entry = record.writer.update(entry.key, numbered(number), entry.revision)
+    entry = patiently(lambda: record.writer.get(pool_key("counter")))
+    for number in range(1, 101):
+        entry = patiently(partial(once, record.writer, entry, number))
     eventually(lambda: record.numbers("counter")[-1] == 100, seconds=60)
     eventually(lambda: record.follower.in_sync)
     numbers = record.numbers("counter")

@@ -175,6 +175,7 @@ def test_a_revision_of_the_future_is_not_waited_for(
             store.watch(["GlobalNetworkPolicy"], revision)
 
 
+@pytest.mark.timeout(300)  # three starts of a server
 def test_a_server_that_is_down_restarts_and_rotates_its_tokens(tmp_path: Path) -> None:
     """One server of its own, because every step takes one away."""
     heard: queue.SimpleQueue[Update | InSync] = queue.SimpleQueue()
@@ -184,7 +185,7 @@ def test_a_server_that_is_down_restarts_and_rotates_its_tokens(tmp_path: Path) -
         install_crds(server)
         config = kubeconfig(server, tmp_path / "config", {"tokenFile": str(token)})
         server.kill()
-        store = KubernetesDatastore(KubernetesSettings(str(config), timeout=1))
+        store = KubernetesDatastore(KubernetesSettings(str(config), timeout=5))
         # down at the start
         complaint = f"{server.url}: no answer .*refused"
         with pytest.raises(UnavailableError, match=complaint):
@@ -220,7 +221,7 @@ def test_a_server_that_is_down_restarts_and_rotates_its_tokens(tmp_path: Path) -
 
 def test_a_server_that_hangs_is_an_outage_with_an_end(tmp_path: Path) -> None:
     with api_server() as server, closing(client(server, timeout=1)) as store:
-        assert store.list("Namespace").entries
+        assert patiently(lambda: store.list("Namespace")).entries
         server.daemon.pause()
         with pytest.raises(UnavailableError, match="no answer"):
             store.list("Namespace")
