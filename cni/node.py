@@ -95,7 +95,7 @@ class Node:
         self._pools = Pools(store)
         self._turns = turns or Turns(1)
         self._locks = KeyedLocks(self._turns.give_up)
-        self._reaper = Reaper(self._turns.give_up)
+        self._reaper = Reaper(self.sockets, self._turns.give_up)
         self._uplink = 0, 0.0  # its MTU, and until when we take that for true
 
     def start(self) -> None:

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cni.wiring import DELETING
+from cni.wiring import DELETING, Sockets
 from kernel.links import LinkEvent, LinkMonitor, delete_group, delete_link, set_group
 from kernel.netlink import NetlinkSocket
 
@@ -37,12 +37,15 @@ class _Removal:
 
 
 class Reaper:
-    """Deletes interfaces of the node: of the namespace that the thread which makes it is in.
+    """Deletes interfaces of the namespace that ``sockets`` speak to, and the making thread is in.
 
     ``before_waiting`` is called by each that gives it something to do.
     """
 
-    def __init__(self, before_waiting: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, sockets: Sockets, before_waiting: Callable[[], object] = lambda: None
+    ) -> None:
+        self._sockets = sockets
         self._before_waiting = before_waiting
         self._queue: queue.SimpleQueue[_Removal | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -105,14 +108,15 @@ class Reaper:
                 self._queue.put(None)  # for the next thread
             indexes = [removal.index for removal in waiting if removal is not None]
             try:
-                errors = _delete(indexes)
+                with self._sockets.borrow() as netlink:
+                    errors = _delete(netlink, indexes)
             except OSError as error:
                 errors = dict.fromkeys(indexes, error)
             for index in indexes:
                 self._finish(index, errors.get(index))
 
 
-def _delete(indexes: Sequence[int]) -> dict[int, OSError]:
+def _delete(netlink: NetlinkSocket, indexes: Sequence[int]) -> dict[int, OSError]:
     """``ip link set … group DELETING`` for each, then ``ip link del group DELETING``.
 
     Returns what hindered it. Raises OSError when none could be deleted.
@@ -123,10 +127,8 @@ def _delete(indexes: Sequence[int]) -> dict[int, OSError]:
     messages.append(delete_group(DELETING))
     if len(indexes) == 1:
         messages = [delete_link(indexes[0])]
-    with NetlinkSocket() as socket:
-        failures = socket.batch(messages)
     errors = {}
-    for failure in failures:
+    for failure in netlink.batch(messages):
         # The container's namespace took it along, or another thread the group.
         if failure.errno == errno.ENODEV:
             continue

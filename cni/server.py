@@ -23,7 +23,7 @@ from cni.protocol import ProtocolError, Request, answer, peer_uid, receive
 from cni.turns import Turns
 from datastore.environment import Environment
 
-WORKERS = 64  # most of them wait: for the kernel to delete interfaces, or for the store
+WORKERS = 64  # most of them wait: for the store, for other plugins, for the kernel
 _BACKLOG = 1024
 _PAUSE = 0.1  # seconds, after an error such as too many open files
 _STACK = 1 << 20  # bytes; the default of 8 MiB is address space for nothing

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from cni import reaper
+from cni import wiring
 from cni.reaper import DELETERS, Reaper
+from cni.wiring import Sockets
 from kernel.links import Links, parse_ends, veth
 from kernel.netlink import Failure, Message, NetlinkSocket
 from kernel.netns import Namespace, inside
@@ -43,7 +44,7 @@ class Withheld:
                 assert answered.wait(20)
                 return failures
 
-        monkeypatch.setattr(reaper, "NetlinkSocket", Socket)
+        monkeypatch.setattr(wiring, "NetlinkSocket", Socket)
 
     def let_go(self) -> None:
         self._answered.set()
@@ -55,8 +56,15 @@ def withheld(monkeypatch: pytest.MonkeyPatch) -> Withheld:
 
 
 @pytest.fixture
-def running(namespace: Namespace) -> Iterator[Reaper]:
-    reaper = Reaper()
+def sockets(namespace: Namespace) -> Iterator[Sockets]:
+    sockets = Sockets()
+    yield sockets
+    sockets.close()
+
+
+@pytest.fixture
+def running(sockets: Sockets) -> Iterator[Reaper]:
+    reaper = Reaper(sockets)
     reaper.start()
     yield reaper
     reaper.stop()
@@ -98,10 +106,10 @@ def test_many_are_deleted_together_when_the_kernel_is_behind(
 
 
 def test_news_that_is_lost_is_made_good_by_the_answer(
-    monkeypatch: pytest.MonkeyPatch, namespace: Namespace, netlink: NetlinkSocket
+    monkeypatch: pytest.MonkeyPatch, sockets: Sockets, netlink: NetlinkSocket
 ) -> None:
     monkeypatch.setattr(Reaper, "_hear", lambda self, event: None)
-    deaf = Reaper()
+    deaf = Reaper(sockets)
     deaf.start()
     for thread in remove_side_by_side(deaf, [make(netlink, number) for number in range(MANY)]):
         thread.join(20)
