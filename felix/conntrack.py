@@ -223,6 +223,7 @@ class Connections:
                 self._review = None
             self._end()  # now: what they are may be allowed the next time
         except OSError as error:
+            self._concerned.merge(self._under_review)
             self._failed(error)
             return
         self._spent += time.perf_counter() - begin

@@ -22,6 +22,7 @@ from api.net import parse_net
 from api.registry import key_parts
 from datastore.interface import JSON, Key
 from felix.conntrack import Connections, ends_forbidden
+from felix.conntrack_lister import Lister, Listing
 from felix.settings import FORBIDDEN_FLOWS
 from kernel.conntrack import Conntrack
 from kernel.conntrack import Flow as ConntrackFlow
@@ -603,18 +604,34 @@ def test_what_nobody_has_any_more_is_found_at_the_start(world: Watched) -> None:
         run(world.node.netns, "ip", "route", "del", net)
 
 
+@pytest.mark.parametrize("what", ["to list flows", "to end some", "to end all"])
 def test_what_fails_is_told_and_tried_again(
-    world: Watched, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    world: Watched, connect: Connect, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setattr("felix.conntrack._PATIENCE", 0.0)
+    if what == "to end all":
+        listed = Lister.listed
+
+        def patient(lister: Lister, listing: Listing) -> Iterator[list[ConntrackFlow]]:
+            return (flows for flows in listed(lister, listing) if flows is not None)
+
+        monkeypatch.setattr(Lister, "listed", patient)
+        monkeypatch.setattr("felix.conntrack._SLICE", 60.0)
     peers = connect(world.near, world.pod.netns, POD)
-    world.connections.doubt()
+    world.settle = lambda: None  # type: ignore[method-assign]
+    try:
+        world.enforce(deny("no-near", INGRESS, *nets(NEAR)))
+    finally:
+        del world.settle
+    own = world.connections
+    broken = own._lister._conntrack if what == "to list flows" else own._conntrack
     with inside(world.node.netns.fd):
-        os.close(world.connections._lister._conntrack._socket._socket.detach())
-        while not (problems := list(world.connections.problems())):
+        os.close(broken._socket._socket.detach())
+        while not (problems := list(own.problems())):
+            assert own.reviewing, "nothing failed"
             world.review()
     assert problems == [("connection tracking", "[Errno 9] Bad file descriptor")]
-    world.enforce(deny("no-near", INGRESS, *nets(NEAR)))
+    world.settle()
     assert all_silent(peers)
 
 
