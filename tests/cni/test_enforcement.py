@@ -27,6 +27,8 @@ from kernel.qdiscs import Qdiscs
 from tests.cni.rig import Container, Felix, Rig, configuration, running
 from tests.support.netns import eventually
 
+pytestmark = pytest.mark.timeout(300)  # an ADD may wait for a minute
+
 WAIT: dict[str, Any] = {"policy_setup_timeout_seconds": 60}
 SHORT: dict[str, Any] = {"policy_setup_timeout_seconds": 1}
 

@@ -28,6 +28,8 @@ from kernel.netns import Namespace, call_inside
 from tests.felix.world import V3
 from tests.support.netns import fresh_namespace, run
 
+pytestmark = pytest.mark.timeout(600)  # many examples, each with much to do for the kernel
+
 BACKENDS: dict[str, Callable[[Settings, Members], Enforcer]] = {
     "iptables": partial(IptablesDataplane, variant="nft"),
     "nftables": NftablesDataplane,

@@ -21,6 +21,8 @@ from tests.policy import objects
 from tests.policy.objects import GIVEN, POOLS
 from tests.support.probes import Prober
 
+pytestmark = pytest.mark.timeout(600)  # many examples, each with much to do for the kernel
+
 Enforcers = dict[str, tuple[Crossroads, Prober]]
 bounded = settings(
     max_examples=50,
@@ -98,7 +100,7 @@ def test_hooks_go_while_their_place_changes(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @settings(bounded, max_examples=300)
 @given(objects.worlds())
 def test_the_kernel_does_what_the_oracle_says_in_many_worlds(

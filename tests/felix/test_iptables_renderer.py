@@ -30,6 +30,8 @@ from kernel.netns import Namespace
 from policy.model import Match, PortRange
 from tests.support.netns import fresh_namespace
 
+pytestmark = pytest.mark.timeout(600)  # many examples, each with much to do for the kernel
+
 V4 = Renderer(4, Manner(0x10000, 0x20000))
 V6 = Renderer(6, Manner(0x10000, 0x20000))
 

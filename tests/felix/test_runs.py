@@ -36,6 +36,8 @@ from tests.felix.crossroads import Crossroads
 from tests.felix.test_differential import Enforcers, check
 from tests.policy import objects
 
+pytestmark = pytest.mark.timeout(600)  # many examples, each with much to do for the kernel
+
 HTTP = (PortRange(80, 80),)
 NONE: frozenset[Member] = frozenset()
 

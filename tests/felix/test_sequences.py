@@ -28,6 +28,8 @@ from tests.support.netns import run
 from tests.support.probes import TCP, UDP, Probe
 from tests.support.streams import Course, Streams
 
+pytestmark = pytest.mark.timeout(600)  # many examples, each with much to do for the kernel
+
 # Some objects become others, or another enforcer takes over.
 Step = dict[Key, JSON | None] | Backend
 FLOWS = tuple(
