@@ -47,6 +47,7 @@ AUTHENTICATE = Method(
 
 _TURN_PAUSE = 0.1  # after all members failed
 _MEMBER_SECONDS = 3.0  # how long one member may take before the next is asked
+_LAST_SECONDS = 0.5  # a try that has less is not begun: of a write nobody would know what became
 _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -166,7 +167,9 @@ class EtcdClient:
     def call(self, method: Method[Q, A], request: Q, *, writes: bool = False) -> A:
         """The answer of the first member that gives one. Raises StoreError and its kinds."""
         deadline = time.monotonic() + self.settings.timeout
+        least = min(_LAST_SECONDS, self.settings.timeout / 4)
         tries, token_tries = 0, 0
+        turned_away: grpc.RpcError | None = None
         while True:
             left = deadline - time.monotonic()
             member = self._member or self._connected()
@@ -198,9 +201,11 @@ class EtcdClient:
                         f"{self.settings}: {member.endpoint} failed while it was asked to write"
                         f" ({error.details()}); whether it did is not known: read again"
                     ) from error
+                if _OVERLOADED in (error.details() or ""):
+                    turned_away = error
                 around = tries % len(self.settings.endpoints) == 0
-                if time.monotonic() + (_TURN_PAUSE if around else 0) >= deadline:
-                    raise self._explained(error) from error
+                if time.monotonic() + (_TURN_PAUSE if around else 0) + least >= deadline:
+                    raise self._explained(turned_away or error) from error
                 if around:
                     time.sleep(_TURN_PAUSE)
 

@@ -390,6 +390,25 @@ def test_what_etcd_turns_away_is_asked_again(store: EtcdDatastore, front: EtcdFr
     distant.close()
 
 
+def test_what_etcd_said_counts_and_not_that_time_ran_out_over_the_last_try(
+    front: EtcdFront,
+) -> None:
+    asked: list[str] = []
+
+    def late(method: str) -> tuple[grpc.StatusCode, str]:
+        asked.append(method)
+        if len(asked) > 1:
+            time.sleep(2)
+        return BUSY
+
+    front.refuse = late
+    distant = EtcdDatastore(EtcdSettings((front.endpoint,), timeout=1))
+    with pytest.raises(UnavailableError, match=r"turns us away .etcdserver: too many requests"):
+        distant.get(pool_key("a"))
+    assert len(asked) == 2
+    distant.close()
+
+
 # --- small things ---
 
 
