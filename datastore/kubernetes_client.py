@@ -25,6 +25,7 @@ from urllib3.exceptions import (
     NewConnectionError,
     ProxyError,
 )
+from urllib3.exceptions import TimeoutError as TimedOutError
 
 from datastore.interface import (
     JSON,
@@ -45,6 +46,7 @@ MERGE_PATCH = "application/merge-patch+json"
 
 _random = Random()  # of its own: the global one belongs to programs
 _CONNECT_SECONDS = 3.0
+_LAST_SECONDS = 0.5  # a try that has less is not begun: of a write nobody would know what became
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 1.0
 _CONNECTIONS = 8  # at most, for requests; more at a time wait for a free one
@@ -111,6 +113,8 @@ class ApiServer:
         Raises RequestError with what the server refused, UnavailableError.
         """
         deadline = time.monotonic() + self.settings.timeout
+        least = min(_LAST_SECONDS, self.settings.timeout / 4)
+        turned_away = ""
         data = None if body is None else orjson.dumps(body)
         pause, renewed = _FIRST_PAUSE, False
         while True:
@@ -124,6 +128,8 @@ class ApiServer:
                 problem = f"its {_CONNECTIONS} connections are busy"
             except HTTPError as error:
                 problem = _reason(error)
+                if turned_away and isinstance(error, TimedOutError):
+                    problem = turned_away  # which explains it
                 self.renew(connection)  # perhaps it moved, or our certificate was replaced
                 if method != "GET" and not isinstance(error, _NOT_SENT):
                     raise self._down(
@@ -136,14 +142,14 @@ class ApiServer:
                     continue
                 if code not in _ASK_LATER:
                     return _checked(code, answer)
-                problem = f"{code} {decode_status(answer).message}"
+                problem = turned_away = f"{code} {decode_status(answer).message}"
                 if method != "GET" and code not in _NOT_DONE:
                     raise self._down(
                         f"{problem}; whether it carried out the {method} is not known: read again"
                     )
             wait = max(pause * _random.uniform(0.5, 1.0), _retry_after(headers))
             pause = min(2 * pause, _LONGEST_PAUSE)
-            if time.monotonic() + wait >= deadline:
+            if time.monotonic() + wait + least >= deadline:
                 raise self._down(problem)
             time.sleep(wait)
 

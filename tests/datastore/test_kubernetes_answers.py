@@ -295,6 +295,22 @@ def test_a_server_that_stays_busy_is_an_outage(front: Front, distant: Kubernetes
     assert 3 <= len(front.asked) <= 14
 
 
+def test_what_the_server_said_counts_and_not_that_time_ran_out_over_the_last_try(
+    front: Front, tmp_path: Path
+) -> None:
+    def late(_: Asked) -> Reply:
+        if len(front.asked) > 1:
+            time.sleep(2)
+        return Reply(429, [status(429, "TooManyRequests", "not now")])
+
+    front.instead = late
+    settings = KubernetesSettings(str(front.kubeconfig(tmp_path / "config")), timeout=1)
+    with closing(KubernetesDatastore(settings)) as impatient:
+        with pytest.raises(UnavailableError, match="429 not now"):
+            impatient.get(policy_key("a"))
+        assert len(front.asked) > 1
+
+
 @pytest.mark.parametrize("code", [500, 503])
 def test_a_write_that_may_have_been_carried_out_is_not_repeated(
     front: Front, distant: KubernetesDatastore, code: int
