@@ -93,7 +93,7 @@ class Watched(Gateway):
     def review(self, later: float = 1e6) -> None:
         """Look at flows, as soon as there are some to be looked at."""
         if self.connections.next_due() is None:
-            assert self.woken.wait(10), "nobody lists flows"
+            assert self.woken.wait(60), "nobody lists flows"
         self.woken.clear()
         self.connections.forget()
         self.connections.review(time.monotonic() + later, in_force=True)

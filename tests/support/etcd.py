@@ -50,20 +50,23 @@ class EtcdMember:
         """The URL for clients."""
         return f"{'https' if self.tls else 'http'}://{self.endpoint}"
 
-    def call(self, path: str, body: Any = None) -> Any:
-        """The JSON answer of etcd's HTTP gateway: POST with a body, else GET. Raises OSError."""
+    def call(self, path: str, body: Any = None, seconds: float = 60) -> Any:
+        """The JSON answer of etcd's HTTP gateway: POST with a body, else GET. Raises OSError.
+
+        It is waited for ``seconds``.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data)
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=self.tls)
         )
-        with opener.open(request, timeout=5) as answer:
+        with opener.open(request, timeout=seconds) as answer:
             return json.load(answer)
 
     def ready(self) -> bool:
         """Whether it serves, which takes a leader."""
         try:
-            return bool(self.call("/health")["health"] == "true")
+            return bool(self.call("/health", seconds=5)["health"] == "true")
         except (OSError, ValueError):
             return False
 
@@ -100,7 +103,7 @@ class Etcd:
         for member in self.members:
             if member.daemon.running:
                 try:
-                    status = member.call("/v3/maintenance/status", {})
+                    status = member.call("/v3/maintenance/status", {}, seconds=5)
                 except (OSError, ValueError):
                     continue
                 if status.get("leader") == status["header"]["member_id"]:
