@@ -81,10 +81,11 @@ def settled(rack: Rack) -> None:
 def test_blocks_are_told_routes_learned_and_packets_flow(rack: Rack) -> None:
     """The block, not the pod inside of it; what is free in it goes nowhere."""
     assert rack.tor.blocks() == {BLOCK}
-    assert rack.node.routes() == [
+    expected = [
         f"blackhole {BLOCK} metric 1024",
         f"192.0.2.0/24 via {TOR} dev eth0 metric 1024",
     ]
+    eventually(lambda: rack.node.routes() == expected)
     assert rack.outside.reaches(POD)
     assert rack.pod.reaches(OUTSIDE)
     # ExaBGP tells what it sent after it sent it: the ToR may know first
