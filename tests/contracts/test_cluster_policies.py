@@ -22,6 +22,8 @@ from tests.felix.fabric import MAKERS, Fabric
 from tests.felix.world import Pod
 from tests.support.probes import SCTP, TCP, UDP, Probe
 
+pytestmark = pytest.mark.timeout(300)  # a busy machine needs minutes
+
 HOUSES = ("own", "open", "partly", "closed")  # namespaces; policies are for the pods of the first
 PROTOCOLS = {"tcp": TCP, "udp": UDP, "sctp": SCTP}
 PORTS = {"tcp": (80, 8080), "udp": (53, 5353), "sctp": (9003, 9005)}

@@ -23,6 +23,8 @@ from tests.policy.test_netpol import acceptable
 from tests.support import vectors
 from tests.support.probes import SCTP, TCP, UDP, Probe
 
+pytestmark = pytest.mark.timeout(300)  # a busy machine needs minutes
+
 PROTOCOLS = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
 PORTS = (80, 81)
 

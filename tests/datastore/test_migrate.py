@@ -29,6 +29,8 @@ from tests.support.etcd import Etcd
 from tests.support.kube import KubeApiserver, api_server
 from tests.support.netns import eventually
 
+pytestmark = pytest.mark.timeout(300)  # a busy machine needs minutes
+
 CLUSTER_GUID = "0123456789abcdef0123456789abcdef"
 V3 = "projectcalico.org/v3"
 
