@@ -156,6 +156,18 @@ class Machine:
         found.close()
         return found.pid
 
+    def computed(self) -> float:
+        """Seconds of CPU that what was started here has taken, with its engine and relay.
+
+        Without BFD. See proc(5), schedstat.
+        """
+        found = [process.pid for process in self.processes]
+        for engine in filter(None, map(self.daemon, ENGINES)):
+            children = Path(f"/proc/{engine}/task/{engine}/children").read_text().split()
+            found += [engine, *map(int, children)]
+        threads = (thread for pid in found for thread in Path(f"/proc/{pid}/task").iterdir())
+        return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+
     def end(self) -> None:
         """Kill what runs here, and forget what it has left."""
         for process in self.processes:

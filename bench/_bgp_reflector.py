@@ -39,6 +39,7 @@ _REFLECTOR_ROUNDS = 2
 def many_routes() -> dict[str, float]:
     """Packed routes of one peer: from the word to it until the kernel has them, and no longer."""
     times: dict[str, list[float]] = {}
+    costs: dict[str, list[float]] = {}
     peer = peer_address(0)
     with fabric([peer], [ROUTERS[0]]) as (other, node):
         cluster = Cluster(other.directory)
@@ -63,9 +64,11 @@ def many_routes() -> dict[str, float]:
                 wait_for_sessions(bird, 1)
                 time.sleep(SETTLE)
                 for _ in range(TURNS):
+                    before = node.computed()
                     for verb in ("enable", "disable"):
                         seconds = _move(node, protocol, bird, verb)
                         times.setdefault(f"{name} {verb}", []).append(seconds)
+                    costs.setdefault(name, []).append(node.computed() - before)
                 node.end()
                 time.sleep(SETTLE)
         cluster.close()
@@ -81,6 +84,8 @@ def many_routes() -> dict[str, float]:
         "bird_10k_ratio_bird": figures["bird_engine enable"] / figures["bird enable"],
         "exabgp_10k_withdraw_ratio_bird": gone["exabgp_engine disable"] / gone["bird disable"],
         "bird_10k_withdraw_ratio_bird": gone["bird_engine disable"] / gone["bird disable"],
+        "exabgp_10k_cpu_ms": 1000 * statistics.median(costs["exabgp_engine"]),
+        "plain_bird_10k_cpu_ms": 1000 * statistics.median(costs["bird"]),
     }
 
 
