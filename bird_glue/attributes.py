@@ -13,6 +13,7 @@ from bird_glue import wire
 Json = dict[str, Any]
 
 _ORIGINS = {"igp": 0, "egp": 1, "incomplete": 2}
+_LONG = 512  # digits
 _KINDS = {wire.AS_SET: "as-set", wire.AS_SEQUENCE: "as-sequence"}
 
 
@@ -78,12 +79,21 @@ def parse_attributes(attribute: Json) -> Attributes:
     )
 
 
-@functools.lru_cache(maxsize=1024)
 def unpack_attributes(text: str) -> Attributes:
     """The attributes whose bytes these hexadecimal digits are. Raises ValueError.
 
     Of ``wire.plain``: known ones, each once, with AS numbers of four octets (RFC 6793).
     """
+    return _unpack(text) if len(text) > _LONG else _unpack_again(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _unpack_again(text: str) -> Attributes:
+    """Most come again and again; not so those that a peer might fill our memory with."""
+    return _unpack(text)
+
+
+def _unpack(text: str) -> Attributes:
     found = {code: value for code, value, _ in wire.split(bytes.fromhex(text))}
     origin, med, preference, originator = (
         None if code not in found else int.from_bytes(found[code], "big")
