@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from api.net import parse_net
 from cni import wiring
 from cni.reaper import DELETERS, Reaper
 from cni.wiring import Sockets
-from kernel.links import Links, parse_ends, veth
+from kernel.addresses import Address, Addresses, address_add
+from kernel.links import Links, link_up, parse_ends, veth
 from kernel.netlink import Failure, Message, NetlinkSocket
 from kernel.netns import Namespace, inside
+from kernel.routes import PROTO_FELIX, SCOPE_LINK, Hop, Route, Routes, route_add
 
 MANY = 3 * DELETERS
 
@@ -89,6 +92,24 @@ def test_one_is_gone_before_the_kernel_has_freed_it(
         running.remove(make(netlink, 0))
         assert Links(netlink).read().keys() == {"lo"}
     assert withheld.conversations == DELETERS
+    withheld.let_go()
+
+
+def test_the_far_end_is_gone_with_it(
+    withheld: Withheld, running: Reaper, netlink: NetlinkSocket
+) -> None:
+    far = parse_net("10.65.0.5")
+    with Namespace.create() as container, NetlinkSocket(netns_fd=container.fd) as inner:
+        ends = parse_ends(netlink.request(veth("one", "eth0", peer_netns_fd=container.fd)))
+        route = Route(far, (Hop(ends.index),), protocol=PROTO_FELIX, scope=SCOPE_LINK)
+        up = [link_up(ends.index), route_add(route)]
+        address = Address(ends.peer_index, far, 32)
+        assert netlink.batch(up) == []
+        assert inner.batch([link_up(ends.peer_index), address_add(address)]) == []
+        running.remove(ends.index)
+        assert Links(inner).read().keys() == {"lo"}
+        assert Addresses(inner).read(version=4) == {}
+        assert Routes(netlink).read(version=4) == {}
     withheld.let_go()
 
 
