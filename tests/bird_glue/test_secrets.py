@@ -133,19 +133,19 @@ def test_the_reader_tells_what_changed(
     try:
         failing.failing = True
         reader.want(frozenset({"bgp"}))
-        assert found.get(timeout=10) == SecretRead("bgp", problem="no answer")
+        assert found.get(timeout=60) == SecretRead("bgp", problem="no answer")
         failing.failing = False
-        assert found.get(timeout=10) == SecretRead("bgp")
+        assert found.get(timeout=60) == SecretRead("bgp")
         put("hidden")
-        assert found.get(timeout=10) == SecretRead("bgp", {"tor": b"hidden"})
+        assert found.get(timeout=60) == SecretRead("bgp", {"tor": b"hidden"})
         failing.failing = True  # what was read stands
         with pytest.raises(queue.Empty):
             found.get(timeout=0.1)
         failing.failing = False
         put("rotated")
-        assert found.get(timeout=10) == SecretRead("bgp", {"tor": b"rotated"})
+        assert found.get(timeout=60) == SecretRead("bgp", {"tor": b"rotated"})
         store.delete(Key("Secret", "bgp", "here"))
-        assert found.get(timeout=10) == SecretRead("bgp")
+        assert found.get(timeout=60) == SecretRead("bgp")
     finally:
         reader.stop()
         store.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ class Watched:
     def _rest(self) -> None:
         """Until it says no more: the last word may come after that for the marker."""
         told = -1
-        while told != self.told:
+        while told != self.told or select.select([self.watch._socket], [], [], 0)[0]:
             told = self.told
             time.sleep(0.1)
 
