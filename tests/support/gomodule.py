@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def build_module(name: str, packages: Sequence[str] = (".",)) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target
+        print(f"building tests/{name}, once", file=sys.stderr, flush=True)
         half = target.with_suffix(".new")
         half.mkdir(exist_ok=True)
         done = subprocess.run(
