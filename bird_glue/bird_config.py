@@ -312,7 +312,9 @@ def _session(intent: Intent, neighbor: Neighbor, channels: Iterable[str]) -> str
         f"multihop {neighbor.ttl_security or ''};",
         f"hold time {neighbor.hold_seconds};",
         f"graceful restart on; graceful restart time {neighbor.restart_seconds};",
-        "connect delay time 1; connect retry time 2; error wait time 1, 4;",
+        # Routers that lost us call about a second later, and go first: a call of ours that meets
+        # theirs is taken for one more restart (RFC 4724 5), and FRR drops what it kept for us.
+        "connect delay time 2; connect retry time 2; error wait time 1, 4;",
         # loops are looked for in the filter, which also knows the node's other AS number
         "allow local as; med metric on;",
     ]
