@@ -23,7 +23,7 @@ from tests.bird_glue.world import (
     World,
     world,
 )
-from tests.support.netns import connect, eventually
+from tests.support.netns import PROMPTLY, connect, eventually
 
 BLOCK, POD, OUTSIDE = "10.1.0.0/26", "10.1.0.5", "192.0.2.9"
 TOR = "172.31.1.1"
@@ -199,7 +199,7 @@ def test_nothing_is_lost_when_it_is_killed(rack: Rack, who: str) -> None:
 def test_a_router_that_restarts_gracefully_loses_nothing(rack: Rack) -> None:
     with Ping(rack.outside, POD) as ping:
         rack.tor.daemon.end()
-        eventually(lambda: not rack.node.established(TOR))
+        eventually(lambda: not rack.node.established(TOR), PROMPTLY)
         assert rack.learned() != []
         rack.tor.start(tor_configuration(), "-R")
         rack.settle()
@@ -221,7 +221,7 @@ def test_failure_detection_that_restarts_with_the_router_ends_no_graceful_restar
     rack.settle()
     with Ping(rack.outside, POD) as ping:
         rack.tor.daemon.end()
-        eventually(lambda: not rack.node.established(TOR))
+        eventually(lambda: not rack.node.established(TOR), PROMPTLY)
         eventually(lambda: bfd() == "down")
         assert rack.node.status()
         assert rack.learned() != []

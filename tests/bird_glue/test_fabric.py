@@ -10,7 +10,7 @@ import pytest
 
 from bird_glue.process import Bird, ExaBgp
 from tests.bird_glue.world import BIRD_COMMON, BIRD_SESSION, Node, Ping, world
-from tests.support.netns import connect, eventually
+from tests.support.netns import PROMPTLY, connect, eventually
 
 
 def test_mesh_of_three_nodes(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_node_that_reflects(tmp_path: Path) -> None:
             eventually(lambda: bool((status := rr.status()) and not status.holding))
         assert ping.lost == 0
         store.drop_block("n2", "10.1.2.0/26")
-        eventually(lambda: one.route_to("10.1.2.0/26") == "")
+        eventually(lambda: one.route_to("10.1.2.0/26") == "", PROMPTLY)
 
 
 @pytest.mark.parametrize("engine", ["exabgp", "bird"])
@@ -231,13 +231,13 @@ def test_two_reflectors_and_one_dies(tmp_path: Path, engine: str) -> None:
         with Ping(pod, "10.1.2.5") as ping:
             switch.run("ip", "link", "set", "dev", "rr1", "down")
             first.end()
-            eventually(lambda: not one.established(hosts[0]))
-            eventually(lambda: not two.established(hosts[0]))
+            eventually(lambda: not one.established(hosts[0]), PROMPTLY)
+            eventually(lambda: not two.established(hosts[0]), PROMPTLY)
             store.block("n2", "10.1.3.0/26")
             eventually(lambda: one.route_to("10.1.3.0/26") != "")
         assert ping.lost == 0
         store.drop_block("n2", "10.1.2.0/26")
-        eventually(lambda: one.route_to("10.1.2.0/26") == "")
+        eventually(lambda: one.route_to("10.1.2.0/26") == "", PROMPTLY)
         assert second.established(*hosts[2:])
 
 

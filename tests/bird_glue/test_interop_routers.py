@@ -20,7 +20,7 @@ from bird_glue.process import Bird as BirdProcess
 from bird_glue.process import ExaBgp
 from tests.bird_glue.routers import KINDS, LOOP, NODE_AS, SHARED, SHARED_SIX, TopOfRack, Uplink
 from tests.bird_glue.world import Node, Ping, Station, World, world
-from tests.support.netns import connect, eventually
+from tests.support.netns import PROMPTLY, connect, eventually
 
 # nothing goes out any more, and the link stays up
 RESTORE = ("qdisc", "del", "dev", "node", "root")
@@ -346,7 +346,7 @@ def test_a_router_that_goes_and_comes_back(rack: Rack, kind: str) -> None:
     uplink, router = UPLINKS[kind], rack.routers[kind]
     with Ping(rack.hosts[kind], POD) as four, Ping(rack.hosts[kind], POD_SIX) as six:
         router.stop()
-        eventually(lambda: not rack.node.established(uplink.address))
+        eventually(lambda: not rack.node.established(uplink.address), PROMPTLY)
         assert rack.ways_out() == set(KINDS)
         eventually(lambda: "refused, or closed at once" in rack.info(kind))
         rack.begin(kind, graceful=True)
@@ -373,7 +373,7 @@ def test_a_router_reboots(rack: Rack, kind: str, graceful: bool) -> None:
     eventually(lambda: rack.ways_out() == rack.ways_out(SHARED_SIX) == set(KINDS) - {kind})
     rack.plug_in(kind)
     for address in (uplink.address, uplink.six):
-        eventually(lambda a=address: not rack.node.established(a))  # type: ignore[misc]
+        eventually(lambda a=address: not rack.node.established(a), PROMPTLY)  # type: ignore[misc]
     assert rack.ways_out() == rack.ways_out(SHARED_SIX) == set(KINDS) - {kind}
     assert not any(rack.node.route_to(net) for net in uplink.own)
     rack.begin(kind, graceful=graceful, forwards=False)
@@ -413,14 +413,14 @@ def test_ttl_security_and_a_password(rack: Rack, kind: str) -> None:
     rack.peer(kind, **both)
     words = {"exabgp": "incoming-ttl", "bird": "ttl security on"}[rack.engine]
     eventually(lambda: words in (rack.node.run_dir / f"{rack.engine}.conf").read_text())
-    eventually(lambda: not rack.node.established(uplink.address))
+    eventually(lambda: not rack.node.established(uplink.address), PROMPTLY)
     rack.begin(kind, **secure)
     eventually(lambda: rack.up(kind))
     rack.begin(kind)
     rack.peer(kind)
     eventually(lambda: rack.up(kind))
     rack.peer(kind, **both)
-    eventually(lambda: not rack.node.established(uplink.address))
+    eventually(lambda: not rack.node.established(uplink.address), PROMPTLY)
     rack.begin(kind, **secure)
     eventually(lambda: rack.up(kind))
     rack.begin(kind)

@@ -22,7 +22,7 @@ from tests.bird_glue.world import (
     World,
     world,
 )
-from tests.support.netns import connect, eventually
+from tests.support.netns import PROMPTLY, connect, eventually
 
 BLOCK, POD, OUTSIDE = "10.1.0.0/26", "10.1.0.5", "192.0.2.9"
 TOR = "172.31.1.1"
@@ -228,7 +228,7 @@ def test_what_changed_while_the_agent_was_away(rack: Rack) -> None:
 def test_a_router_that_restarts_gracefully_loses_nothing(rack: Rack) -> None:
     with Ping(rack.outside, POD) as ping:
         rack.tor.daemon.end()
-        eventually(lambda: not rack.node.established(TOR))
+        eventually(lambda: not rack.node.established(TOR), PROMPTLY)
         assert rack.node.route_to("192.0.2.0/24") != ""
         rack.tor.start(bird_configuration(), "-R")
         rack.settle()
@@ -240,7 +240,7 @@ def test_routes_of_a_router_that_does_not_come_back_go(rack: Rack) -> None:
     eventually(lambda: "Restart time: 1" in rack.tor.birdc("show", "protocols", "all", "n1"))
     rack.settle()
     rack.tor.daemon.end()
-    eventually(lambda: rack.node.route_to("192.0.2.0/24") == "")
+    eventually(lambda: rack.node.route_to("192.0.2.0/24") == "", PROMPTLY)
     rack.tor.start(bird_configuration())
     rack.settle()
 

@@ -72,6 +72,10 @@ def connect(
         return Links(near).get(name), Links(far).get(peer)
 
 
+# Seconds: of what must not take as long as a hold timer.
+PROMPTLY = 20.0
+
+
 def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until ``condition`` is true. Fails after ``seconds``: more than a busy machine needs."""
     deadline = time.monotonic() + seconds
