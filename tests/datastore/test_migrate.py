@@ -233,7 +233,8 @@ def test_from_etcd_to_kubernetes(
 def test_from_kubernetes_to_sqlite(
     kubernetes: KubernetesDatastore, sqlite: SqliteDatastore
 ) -> None:
-    check_move(kubernetes, sqlite, {"Namespace", "ServiceAccount", "Profile", "Service"})
+    given = {"Namespace", "ServiceAccount", "Profile", "Service", "ServiceCIDR"}
+    check_move(kubernetes, sqlite, given)
 
 
 def test_from_kubernetes_to_etcd(
