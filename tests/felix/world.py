@@ -67,11 +67,23 @@ class Pod:
             NetlinkSocket(netns_fd=self.node.netns.fd) as host,
             NetlinkSocket(netns_fd=self.netns.fd) as own,
         ):
-            request = veth(self.interface, "eth0", peer_netns_fd=self.netns.fd, mac=HOST_MAC)
-            link = parse_link(host.request(request))
+            link = parse_link(self._pair(host))
             self.index = link.index
             assert own.batch([link_up(1), link_up(link.peer_index)]) == []
         self.add_address(self.address)
+
+    def _pair(self, host: NetlinkSocket) -> bytes:
+        """The kernel's answer. The last of that name may be about to go with its namespace."""
+        request = veth(self.interface, "eth0", peer_netns_fd=self.netns.fd, mac=HOST_MAC)
+        answers: list[bytes] = []
+
+        def made() -> bool:
+            with contextlib.suppress(FileExistsError):
+                answers.append(host.request(request))
+            return bool(answers)
+
+        eventually(made)
+        return answers[0]
 
     def add_address(self, address: str) -> None:
         """``ip address add … dev eth0``, and the way there and back."""
