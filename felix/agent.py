@@ -161,6 +161,7 @@ class Agent:
             case InSync():
                 self._in_sync = True
             case LinkEvent():
+                self._addresses_changed |= self._calculator.is_news(item.name, gone=item.deleted)
                 self._link_changed(item)
             case LinkEventsLost():
                 self._drift.doubt()

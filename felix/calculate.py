@@ -168,6 +168,15 @@ class Calculator:
             not view.place.interface and view.node == self._node for view in snapshot.hosts.values()
         )
 
+    def is_news(self, interface: str, *, gone: bool) -> bool:
+        """Whether host endpoints' addresses may be elsewhere, now that the kernel told of it.
+
+        Of IPv6 addresses of an interface that is renamed it tells nothing else.
+        """
+        if self._settings.is_workload(interface):
+            return False
+        return gone or interface not in self._host_addresses
+
     def set_host_addresses(self, addresses: Mapping[str, frozenset[Net]]) -> bool:
         """The addresses of the node's interfaces, by name; whether ``calculate`` is needed."""
         self._host_addresses = addresses

@@ -285,6 +285,28 @@ def test_the_agent_follows_addresses() -> None:
             eventually(lambda: reaches(near, NODE[4], 80) is not None)
 
 
+def test_the_agent_follows_names() -> None:
+    """An interface that an endpoint found by its address is called otherwise, and stays guarded.
+
+    Of its IPv6 addresses the kernel tells nothing then.
+    """
+    here, there = f"{NODE[6]}/64", f"{NEAR[6]}/64"
+    with cluster("node1", addresses=(f"{NODE[4]}/24",)) as (node,), fresh_namespace() as near:
+        connect(node.netns, "eth0", near, "eth0", [here, there])
+        endpoint = host(name="by-address", expectedIPs=[NODE[6]])
+        del endpoint["spec"]["interfaceName"]
+        node.put(endpoint)
+        node.start()
+        with Listener(node.netns, 80, version=6):
+            assert is_dropped(near, NODE[6], 80)
+            for name, after in (("eth0", "wan0"), ("wan0", "eth0")):
+                run(node.netns, "ip", "link", "set", name, "name", after)
+                command = ("nft", "list", "chain", "ip6", "calico", f"filter-cali-fh-{after}")
+                eventually(lambda: run(node.netns, *command, check=False).returncode == 0)
+                assert is_dropped(near, NODE[6], 80)
+            assert node.errors() == {}
+
+
 def test_an_interface_has_one_endpoint() -> None:
     def id(name: str) -> EndpointId:
         return EndpointId("HostEndpoint", "", name)
