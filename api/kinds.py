@@ -264,6 +264,7 @@ def name_of(obj: object) -> str:
 
 
 def nearest(complaint: str, word: object, words: Sequence[str]) -> str:
-    """The complaint, and the most similar of ``words`` where one is similar at all."""
-    close = difflib.get_close_matches(str(word), words, n=1)
-    return f"{complaint}; did you mean {close[0]}?" if close else complaint
+    """The complaint, and the most similar of ``words`` where one is similar at all, in any case."""
+    by_letters = {other.lower(): other for other in reversed(words)}
+    close = difflib.get_close_matches(str(word).lower(), by_letters, n=1)
+    return f"{complaint}; did you mean {by_letters[close[0]]}?" if close else complaint

@@ -26,7 +26,8 @@ def command(
 
 
 def _objection(document: Document, resource: Resource, stored: Entry | None) -> str | None:
-    return writing.stale(resource, stored)
+    # What is absent is created, from whichever cluster the document and its version come.
+    return writing.stale(resource, stored) if stored is not None else None
 
 
 def _apply(store: Datastore, document: Document, resource: Resource) -> str:
@@ -34,8 +35,7 @@ def _apply(store: Datastore, document: Document, resource: Resource) -> str:
         try:
             return writing.update(store, document, resource)
         except NotFoundError:
-            if complaint := writing.stale(resource, None):
-                raise DocumentsError([document.complain(complaint)]) from None
+            pass
         try:
             return writing.create(store, document, resource)
         except DocumentsError as error:

@@ -6,7 +6,7 @@ import click
 
 from api.kinds import Kind
 from datastore.interface import ConflictError, Datastore, Key, NotFoundError
-from manxctl.documents import DEFAULT_NAMESPACE, IPAM_KINDS, title
+from manxctl.documents import DEFAULT_NAMESPACE, KEEPERS, title
 from manxctl.options import file_options, kind_named, open_store, read_or_fail
 
 POLICY_KINDS = (
@@ -96,8 +96,8 @@ def _delete_pool(store: Datastore, key: Key, revision: str | None, force: bool) 
 
 
 def _objection(store: Datastore, key: Key) -> str | None:
-    if key.kind in IPAM_KINDS:
-        return "not deleted by hand: IPAM keeps it"
+    if keeper := KEEPERS.get(key.kind):
+        return f"not deleted by hand: {keeper}"
     if key.kind != "Tier":
         return None
     from api.policy import BUILT_IN_TIERS  # with all models, which other kinds need not load

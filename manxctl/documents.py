@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from api.errors import InvalidObjectError, Problem
-from api.kinds import KINDS, Kind, key_parts, kind_of
+from api.kinds import CALICO, KINDS, Kind, key_parts, kind_of
 from api.syntax import SyntaxProblemError, documents
 from datastore.interface import Key
 
@@ -19,8 +19,17 @@ if TYPE_CHECKING:
 SUFFIXES = (".yaml", ".yml", ".json")
 DEFAULT_NAMESPACE = "default"
 
-# Written by IPAM alone, which keeps them consistent with each other.
-IPAM_KINDS = ("IPAMBlock", "BlockAffinity", "IPAMHandle")
+# Written by programs alone, and by which: IPAM keeps its objects consistent with each other, and
+# whoever writes ClusterInformation unlocks a datastore that is being moved.
+KEEPERS = {
+    **dict.fromkeys(("IPAMBlock", "BlockAffinity", "IPAMHandle"), "IPAM keeps it"),
+    "ClusterInformation": (
+        "programs keep it; manxctl datastore migrate lock and unlock change its datastoreReady"
+    ),
+}
+# As Calico keeps its kinds in a Kubernetes without its API server, with more in an annotation.
+_CALICO_CRDS = "crd.projectcalico.org/v1"
+_CALICO_CRD_METADATA = "projectcalico.org/metadata"
 CONVERTED_PREFIX = "knp.default."
 
 
@@ -120,8 +129,8 @@ def _checked(found: Sequence[Document]) -> tuple[list[Resource], list[str]]:
 
 def _not_by_hand(document: Document) -> Iterator[Problem]:
     """What is right, but written by others."""
-    if document.kind.id in IPAM_KINDS:
-        yield Problem("kind", document.kind.kind, "not written by hand: IPAM keeps it")
+    if keeper := KEEPERS.get(document.kind.id):
+        yield Problem("kind", document.kind.kind, f"not written by hand: {keeper}")
     if document.kind.id == "NetworkPolicy" and document.key.name.startswith(CONVERTED_PREFIX):
         yield Problem(
             "metadata.name",
@@ -170,7 +179,9 @@ def _files(path: Path, recursive: bool) -> list[Path]:
 
 
 def _items(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The object itself, or the items of ``kind: List``, ``IPPoolList`` and the like."""
+    """The object itself, or the items of a list, of ``kind: List``, ``IPPoolList`` and the like."""
+    if isinstance(value, list):
+        value = {"kind": "List", "items": value}
     kind = value.get("kind") if isinstance(value, dict) else None
     items = value.get("items") if isinstance(value, dict) else None
     if not (isinstance(kind, str) and kind.endswith("List") and isinstance(items, list)):
@@ -182,7 +193,21 @@ def _items(place: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield f"{place}, item {number}", item
 
 
+def _from_calico_crd(value: Any) -> Any:
+    """The object as ``projectcalico.org/v3`` has it, where it is one of Calico's own CRDs."""
+    if not isinstance(value, dict) or value.get("apiVersion") != _CALICO_CRDS:
+        return value
+    kind, metadata = value.get("kind"), value.get("metadata")
+    changed = {"apiVersion": CALICO, "kind": "IPAMConfiguration" if kind == "IPAMConfig" else kind}
+    if isinstance(metadata, dict) and isinstance(metadata.get("annotations"), dict):
+        annotations = dict(metadata["annotations"])
+        annotations.pop(_CALICO_CRD_METADATA, None)
+        changed["metadata"] = metadata | {"annotations": annotations}
+    return value | changed
+
+
 def _document(place: str, value: Any, namespace: str) -> Document:
+    value = _from_calico_crd(value)
     kind = kind_of(value)
     metadata = value.get("metadata")
     if kind.namespaced and isinstance(metadata, dict) and not metadata.get("namespace"):

@@ -147,8 +147,60 @@ def test_an_old_resource_version_is_a_conflict(run: Run, store: SqliteDatastore)
     result = run("delete", "-f", "-", stdin=text)
     assert result.exit_code == 1
     store.delete(PODS)
-    result = run("apply", "-f", "-", stdin=text)
-    assert "no such object is stored" in result.stderr
+    assert "does not exist" in run("replace", "-f", "-", stdin=text).stderr
+
+
+def test_what_was_got_from_another_cluster_can_be_applied(run: Run, store: SqliteDatastore) -> None:
+    metadata = "name: pods, resourceVersion: '1056', uid: 9b0cb4d7-0a0f-4a5c-9f39-ff1e5c9ff1b4"
+    result = run("apply", "-f", "-", stdin=POOL.replace("name: pods", metadata))
+    assert result.output == "IPPool pods created\n"
+    assert store.get(PODS).value["metadata"]["uid"] != "9b0cb4d7-0a0f-4a5c-9f39-ff1e5c9ff1b4"
+
+
+def test_a_list_without_a_kind(run: Run, store: SqliteDatastore) -> None:
+    """As calicoctl prints several objects that were asked for by name."""
+    items = [yaml.safe_load(text) for text in (POOL, POLICY)]
+    result = run("apply", "-f", "-", stdin=yaml.safe_dump(items))
+    assert result.output == "IPPool pods created\nNetworkPolicy default/web created\n"
+    items[1]["spec"]["order"] = "x"
+    for text in (yaml.safe_dump(items), json.dumps(items)):
+        result = run("validate", "-f", "-", stdin=text)
+        assert "document 1, item 2: NetworkPolicy default/web: spec.order: 'x'" in result.stderr
+
+
+def test_calicos_own_crds(run: Run, store: SqliteDatastore) -> None:
+    """As ``kubectl get -o yaml`` shows them in a cluster without Calico's API server."""
+    crds = "crd.projectcalico.org/v1"
+    items = [yaml.safe_load(text) | {"apiVersion": crds} for text in (POOL, POLICY)]
+    more = {"projectcalico.org/metadata": '{"creationTimestamp":null}', "owner": "us"}
+    items[0]["metadata"]["annotations"] = more
+    items.append({"apiVersion": crds, "kind": "IPAMConfig", "metadata": {"name": "default"}})
+    items[2]["spec"] = {"strictAffinity": True}
+    whole = {"apiVersion": "v1", "kind": "List", "items": items}
+    result = run("apply", "-f", "-", stdin=yaml.safe_dump(whole))
+    assert (result.exit_code, result.stderr) == (0, "")
+    pool = store.get(PODS).value
+    assert pool["apiVersion"] == "projectcalico.org/v3"
+    assert pool["metadata"]["annotations"] == {"owner": "us"}
+    assert store.get(Key("NetworkPolicy", "web", "default")).value["spec"]["ingress"]
+    assert store.get(Key("IPAMConfiguration", "default")).value["spec"]["strictAffinity"] is True
+    items[0]["spec"]["cidr"] = "x"
+    result = run("validate", "-f", "-", stdin=yaml.safe_dump(whole))
+    assert "item 1: IPPool pods: spec.cidr: 'x'" in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["apply", "create", "replace", "delete"])
+def test_no_file_unlocks_a_datastore(run: Run, store: SqliteDatastore, verb: str) -> None:
+    run("datastore", "migrate", "lock")
+    unlocked = {"apiVersion": "projectcalico.org/v3", "kind": "ClusterInformation"}
+    unlocked |= {"metadata": {"name": "default"}, "spec": {"datastoreReady": True}}
+    result = run(verb, "-f", "-", stdin=json.dumps(unlocked))
+    assert result.exit_code == 1
+    assert "manxctl datastore migrate lock and unlock" in result.stderr
+    patch = run("patch", "clusterinfo", "default", "-p", "spec: {datastoreReady: true}")
+    assert patch.exit_code == 1
+    stored = store.get(Key("ClusterInformation", "default")).value
+    assert stored["spec"] == {"datastoreReady": False}
 
 
 class Racing(SqliteDatastore):
