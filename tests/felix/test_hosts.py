@@ -9,6 +9,7 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from kernel.netns import inside
 from policy.model import EndpointId
 from tests.felix.fabric import MAKERS
 from tests.felix.gateway import FAR, NEAR, NODE, NODE_FAR, POD, Gateway, allowed, dropped
-from tests.felix.world import V3, Listener, cluster, global_policy, is_dropped, reaches
+from tests.felix.world import V3, Listener, Node, cluster, global_policy, is_dropped, reaches
 from tests.support.netns import connect, eventually, fresh_namespace, run
 
 INGRESS, EGRESS = ["Ingress"], ["Egress"]
@@ -301,8 +302,8 @@ def test_the_agent_follows_names() -> None:
             assert is_dropped(near, NODE[6], 80)
             for name, after in (("eth0", "wan0"), ("wan0", "eth0")):
                 run(node.netns, "ip", "link", "set", name, "name", after)
-                command = ("nft", "list", "chain", "ip6", "calico", f"filter-cali-fh-{after}")
-                eventually(lambda: run(node.netns, *command, check=False).returncode == 0)
+                guarded = partial(_has_chain, node, f"filter-cali-fh-{after}")
+                eventually(guarded)
                 assert is_dropped(near, NODE[6], 80)
             assert node.errors() == {}
 
@@ -323,6 +324,11 @@ def test_an_interface_has_one_endpoint() -> None:
     }
     found = resolve(hosts, {"eth0": {address}, "cali2": {address}}, settings().is_workload)
     assert found == {"eth0": id("a"), "eth1": id("c"), "*": id("d")}
+
+
+def _has_chain(node: Node, chain: str) -> bool:
+    command = ("nft", "list", "chain", "ip6", "calico", chain)
+    return run(node.netns, *command, check=False).returncode == 0
 
 
 def _redirect(world: Gateway, version: int, address: str, port: int, to: str) -> None:
