@@ -41,9 +41,14 @@ CLUSTER = Key("ClusterInformation", "default")
 FORMAT = "manx-export-1"
 
 _ATTEMPTS = 20
-_SERVERS_OWN = frozenset(
-    ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "selfLink")
+# Of the cluster an object was in: whom it belongs to there, and who waits for it to be deleted.
+# Where those are not, Kubernetes deletes the object, or never does.
+_CLUSTERS_OWN = frozenset(
+    ("ownerReferences", "finalizers", "deletionTimestamp", "deletionGracePeriodSeconds")
 )
+_SERVERS_OWN = _CLUSTERS_OWN | {
+    *("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "selfLink")
+}
 # What Kubernetes says of a node, in the view of it.
 _DERIVED_NODE_FIELDS = ("orchRefs", "addresses")
 # Those that others name come first; all others as api.kinds has them.
@@ -202,6 +207,7 @@ def _bring(store: Datastore, key: Key, value: JSON, dry_run: bool) -> Result:
             return _bring_cluster(store, value, dry_run)
         if not is_written(store, key.kind):
             return _bring_given(store, key, value, dry_run)
+        value = _of_no_cluster(value)
         found = _found(store, key)
         if found is None and not dry_run:
             try:
@@ -348,6 +354,14 @@ def _comparable(value: JSON) -> JSON:
         coded = {name: b64encode(str(text).encode()).decode() for name, text in plain.items()}
         value |= {"data": part(value, "data") | coded, "stringData": None}
     return {name: item for name, item in value.items() if item}
+
+
+def _of_no_cluster(value: JSON) -> JSON:
+    metadata = part(value, "metadata")
+    if _CLUSTERS_OWN.isdisjoint(metadata):
+        return value
+    kept = {name: item for name, item in metadata.items() if name not in _CLUSTERS_OWN}
+    return value | {"metadata": kept}
 
 
 def _own_metadata(value: JSON) -> JSON:

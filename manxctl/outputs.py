@@ -24,6 +24,7 @@ _OF_THE_CLUSTER = frozenset(
     (
         *("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields"),
         *("selfLink", "deletionTimestamp", "deletionGracePeriodSeconds"),
+        *("finalizers", "ownerReferences"),
     )
 )
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"

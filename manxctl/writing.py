@@ -6,11 +6,11 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
 
 from api.errors import InvalidObjectError
 from api.ippool import IPPool
 from api.metadata import Resource
+from api.policy import TIER_LABEL
 from api.registry import check_update, dump, parse
 from datastore.interface import (
     JSON,
@@ -19,9 +19,11 @@ from datastore.interface import (
     Datastore,
     Entry,
     NotFoundError,
+    part,
 )
 from manxctl.documents import Document, DocumentsError, check
 from manxctl.doubts import doubts
+from manxctl.outputs import LAST_APPLIED
 from manxctl.overlaps import overlaps
 
 # What a node's agent writes into the spec; to leave it out of a document is not to remove it.
@@ -33,6 +35,10 @@ AGENT_FIELDS = {
         "vxlanTunnelMACAddrV6",
     )
 }
+# The metadata that documents are about. The rest is the stored object's: a document's is that of
+# another one, in another cluster, whose owners and finalizers are not here. (Kubernetes deletes
+# what has an owner that does not exist.)
+WRITTEN_METADATA = ("name", "namespace", "labels", "annotations")
 ATTEMPTS = 20  # how often a write that met another's is done again
 CREATED, CONFIGURED, UNCHANGED, SKIPPED = "created", "configured", "unchanged", "skipped"
 
@@ -118,7 +124,7 @@ def swap(
     if complaints:
         raise DocumentsError(complaints)
     value = _merged(resource, stored, whole=whole)
-    if value == _bare(stored.value):
+    if value == _bare(stored.value) or (not whole and value == _canonical(stored.value)):
         return UNCHANGED
     try:
         store.update(document.key, value, stored.revision)
@@ -168,8 +174,8 @@ def _new_pool_complaints(
 
 
 def _new(resource: Resource) -> JSON:
-    value = _bare(dump(resource))
-    value["metadata"] |= {
+    value = dump(resource)
+    value["metadata"] = _written(part(value, "metadata")) | {
         "uid": str(uuid.uuid4()),
         "creationTimestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
@@ -179,19 +185,40 @@ def _new(resource: Resource) -> JSON:
 def _merged(resource: Resource, stored: Entry, *, whole: bool) -> JSON:
     """The document, with what belongs to the stored object: identity, status, an agent's fields."""
     value = _bare(dump(resource))
-    old: dict[str, Any] = stored.value.get("metadata") or {}
-    for field in ("uid", "creationTimestamp"):
-        value["metadata"].pop(field, None)
-        if field in old:
-            value["metadata"][field] = old[field]
+    old = part(_bare(stored.value), "metadata")
     if whole:
+        value["metadata"] = _without(value["metadata"], "uid", "creationTimestamp") | {
+            field: old[field] for field in ("uid", "creationTimestamp") if field in old
+        }
         return value
+    tier = part(value, "spec").get("tier")
+    value["metadata"] = _without(old, *WRITTEN_METADATA) | _written(value["metadata"])
+    for field, name in (("annotations", LAST_APPLIED), ("labels", TIER_LABEL)):
+        added = part(old, field).get(name)  # by kubectl; by an API server
+        if added is not None and (name != TIER_LABEL or added == tier):
+            value["metadata"][field] = part(value["metadata"], field) | {name: added}
     if "status" in stored.value:
         value.setdefault("status", stored.value["status"])
     for field, kept in (stored.value.get("spec") or {}).items():
         if field in AGENT_FIELDS.get(stored.key.kind, ()):
             value.setdefault("spec", {}).setdefault(field, kept)
     return value
+
+
+def _written(metadata: JSON) -> JSON:
+    return {field: metadata[field] for field in WRITTEN_METADATA if field in metadata}
+
+
+def _without(metadata: JSON, *fields: str) -> JSON:
+    return {field: item for field, item in metadata.items() if field not in fields}
+
+
+def _canonical(stored: JSON) -> JSON | None:
+    """A stored object as we would have written it; None when it is broken."""
+    try:
+        return _bare(dump(parse(stored)))
+    except InvalidObjectError:
+        return None
 
 
 def _bare(value: JSON) -> JSON:

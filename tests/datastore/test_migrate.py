@@ -289,6 +289,22 @@ def test_what_kubernetes_makes_itself_is_told_to_differ(kubernetes: KubernetesDa
     assert absent.reason == "Kubernetes has no such object"
 
 
+def test_owners_and_finalizers_stay_behind(
+    sqlite: SqliteDatastore, kubernetes: KubernetesDatastore
+) -> None:
+    """Kubernetes would delete what belongs to an object that it does not have."""
+    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": "x", "uid": "u-1"}
+    theirs = {"ownerReferences": [owner], "finalizers": ["example.org/x"]}
+    key, value = v3("NetworkPolicy", "web", {"selector": "all()"}, "moving", **theirs)
+    sqlite.create(key, value)
+    migrate.lock(sqlite)
+    objects = migrate.read(migrate.export(sqlite))
+    assert Outcome.CREATED in {r.outcome for r in migrate.import_all(kubernetes, objects)}
+    assert not theirs.keys() & kubernetes.get(key).value["metadata"].keys()
+    again = migrate.import_all(kubernetes, objects)
+    assert {r.outcome for r in again} == {Outcome.PRESENT}, again
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_status_that_an_interrupted_import_did_not_come_to_is_brought(
     kubernetes: KubernetesDatastore, dry_run: bool

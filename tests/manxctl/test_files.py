@@ -157,6 +157,54 @@ def test_what_was_got_from_another_cluster_can_be_applied(run: Run, store: Sqlit
     assert store.get(PODS).value["metadata"]["uid"] != "9b0cb4d7-0a0f-4a5c-9f39-ff1e5c9ff1b4"
 
 
+def test_owners_and_finalizers_are_the_stored_objects(run: Run, store: SqliteDatastore) -> None:
+    """Those in a file are of another cluster: Kubernetes deletes what has an owner it lacks."""
+    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": "x", "uid": "u-1"}
+    theirs = {
+        "ownerReferences": [owner],
+        "finalizers": ["example.org/theirs"],
+        "generation": 7,
+        "deletionTimestamp": "2030-01-31T12:00:00Z",
+    }
+    value = yaml.safe_load(POOL)
+    foreign = json.dumps(value | {"metadata": value["metadata"] | theirs})
+    assert run("apply", "-f", "-", stdin=foreign).output == "IPPool pods created\n"
+    assert set(store.get(PODS).value["metadata"]) == {"name", "uid", "creationTimestamp"}
+    assert run("apply", "-f", "-", stdin=foreign).output == "IPPool pods unchanged\n"
+
+    ours = {"ownerReferences": [owner | {"uid": "u-2"}], "finalizers": ["example.org/ours"]}
+    entry = store.get(PODS)
+    entry.value["metadata"] |= ours
+    store.update(PODS, entry.value)
+    for verb in ("apply", "replace"):
+        changed = yaml.safe_load(foreign)
+        changed["spec"]["natOutgoing"] = verb == "apply"
+        assert "configured" in run(verb, "-f", "-", stdin=json.dumps(changed)).output
+        metadata = store.get(PODS).value["metadata"]
+        assert {field: metadata[field] for field in ours} == ours
+        assert "generation" not in metadata
+    exported = yaml.safe_load(run("get", "pools", "pods", "-o", "yaml", "--export").stdout)
+    assert exported["metadata"] == {"name": "pods"}
+
+
+def test_what_kubectl_wrote_is_unchanged(run: Run, store: SqliteDatastore) -> None:
+    """Without the defaults, with kubectl's copy and the API server's label."""
+    value = yaml.safe_load(POLICY)
+    value["metadata"] |= {
+        "namespace": "default",
+        "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "{}"},
+        "labels": {"projectcalico.org/tier": "default"},
+        "generation": 3,
+    }
+    key = Key("NetworkPolicy", "web", "default")
+    store.create(key, value)
+    assert run("apply", "-f", "-", stdin=POLICY).output == "NetworkPolicy default/web unchanged\n"
+    changed = POLICY.replace("80", "81")
+    assert "configured" in run("apply", "-f", "-", stdin=changed).output
+    kept = store.get(key).value["metadata"]
+    assert kept == value["metadata"]
+
+
 def test_a_list_without_a_kind(run: Run, store: SqliteDatastore) -> None:
     """As calicoctl prints several objects that were asked for by name."""
     items = [yaml.safe_load(text) for text in (POOL, POLICY)]
