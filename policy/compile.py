@@ -222,7 +222,7 @@ class _Compiler:
             rule.destination.services, f"{where}.destination", with_ports=True
         )
         match = Match(
-            version=rule.ip_version or ICMP_VERSIONS.get(protocol or 0),
+            version=_version(rule, protocol, (*source.not_nets, *destination.not_nets)),
             protocol=protocol,
             not_protocol=None if rule.not_protocol is None else protocol_number(rule.not_protocol),
             src_nets=source.nets,
@@ -344,6 +344,17 @@ class _Compiler:
         specs = [named_port_set(selector, name, protocol or 0) for name in names]
         self.sets += specs
         return tuple(spec.id for spec in specs)
+
+
+def _version(rule: ApiRule, protocol: int | None, not_nets: Iterable[Net]) -> int | None:
+    """The IP version a rule is about; None: both.
+
+    Who writes "all but these", of IPv4, has not spoken of IPv6: like ``nets``, ``notNets`` make it a
+    rule of their version, as they do in Calico.
+    """
+    versions = {net.version for net in not_nets}
+    implied = versions.pop() if len(versions) == 1 else None
+    return rule.ip_version or ICMP_VERSIONS.get(protocol or 0) or implied
 
 
 @dataclass(frozen=True, slots=True)

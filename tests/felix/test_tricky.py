@@ -57,10 +57,17 @@ class Place:
             world[Key(kind, name, namespace)] = obj
         self._crossroads.become(world)
 
-    def reached(self, target: int, *by: int, protocol: int = TCP, port: int = 80) -> bool:
-        """Whether exactly these reach it, in both IP versions."""
+    def reached(
+        self,
+        target: int,
+        *by: int,
+        protocol: int = TCP,
+        port: int = 80,
+        versions: tuple[int, ...] = VERSIONS,
+    ) -> bool:
+        """Whether exactly these reach it, in these IP versions, and nobody does in another."""
         probes = {
-            Probe(source, target, protocol, port, version): source in by
+            Probe(source, target, protocol, port, version): source in by and version in versions
             for source in EVERYBODY
             if source != target
             for version in VERSIONS
@@ -251,6 +258,23 @@ def test_18_a_named_port_is_the_destinations(place: Place) -> None:
     place.become(kubernetes(types=("Egress",), egress=[rule]), ports=ports)
     assert place.reached(A, B, C, NEAR, FAR, port=81) and place.reached(A, C, NEAR, FAR, port=80)
     assert place.reached(C, A, NEAR, FAR), "who names no port is never matched"
+
+
+def test_a_rule_with_nets_is_of_their_ip_version_whether_it_takes_them_in_or_out(
+    place: Place,
+) -> None:
+    """``felix/rules/policy.go`` FilterRuleToIPVersion: who writes "all but 10.0.0.1" in IPv4 has
+    not spoken of IPv6.
+    """
+    for but in ("10.0.0.1/32", "fd10::1/128"):
+        versions = (6,) if ":" in but else (4,)
+        allow = from_(notNets=[but])
+        place.become(global_policy("p", **FOR_B, ingress=[allow]))
+        assert place.reached(B, C, NEAR, FAR, versions=versions)
+        one = {"action": "Deny", "source": {"notNets": [but]}}
+        others = {"ipVersion": versions[0], **from_()}
+        place.become(global_policy("p", **FOR_B, ingress=[one, others]))
+        assert place.reached(B, A, versions=versions)
 
 
 def test_19_a_finished_pod_has_no_address(place: Place) -> None:

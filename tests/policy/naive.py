@@ -196,6 +196,7 @@ class State:
         return (
             not (entity.not_selector and self._any_matches(entity.not_selector, owners))
             and (not entity.nets or in_any(address, entity.nets))
+            and (not entity.not_nets or is_of_version(address, entity.not_nets))
             and not in_any(address, entity.not_nets)
             and (not entity.ports or has_port(entity.ports, port, flow.protocol, named))
             and not has_port(entity.not_ports, port, flow.protocol, named)
@@ -280,6 +281,10 @@ def rules_of(rules: Any, direction: str) -> Iterable[Rule]:
 
 def is_icmp(fields: ICMPFields, flow: Flow) -> bool:
     return fields.type in (None, flow.icmp_type) and fields.code in (None, flow.icmp_code)
+
+
+def is_of_version(address: Net, nets: Iterable[str]) -> bool:
+    return any(network(net).version == address.version for net in nets)
 
 
 def in_any(address: Net, nets: Iterable[str]) -> bool:
