@@ -349,8 +349,8 @@ class _Compiler:
 def _version(rule: ApiRule, protocol: int | None, not_nets: Iterable[Net]) -> int | None:
     """The IP version a rule is about; None: both.
 
-    Who writes "all but these", of IPv4, has not spoken of IPv6: like ``nets``, ``notNets`` make it a
-    rule of their version, as they do in Calico.
+    Who writes "all but these", of IPv4, has not spoken of IPv6: like ``nets``, ``notNets`` make it
+    a rule of their version, as they do in Calico.
     """
     versions = {net.version for net in not_nets}
     implied = versions.pop() if len(versions) == 1 else None
