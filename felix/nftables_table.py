@@ -6,6 +6,7 @@ everything that became different, so packets never see a new chain beside an old
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 
@@ -176,7 +177,11 @@ class NftablesTable:
         self._chains = {name: self._recognise(name, found) for name, found in state.chains.items()}
         maps = {name for name, found in state.sets.items() if found.verdicts}
         self._foreign.clear()
-        self._targets = {name: self._read_targets(name) for name in maps}
+        self._targets.clear()
+        for name in maps:
+            # What somebody deletes just now isn't there; what else that was, a commit finds out.
+            with contextlib.suppress(FileNotFoundError):
+                self._targets[name] = self._read_targets(name)
         self._sets.found({name: s for name, s in state.sets.items() if name not in maps})
         self._dirty = self._rendered.keys() | state.chains.keys()
         self._dirty_maps = self._maps.keys() | maps

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from felix.chains import Chain, Table
+from felix.chains import Chain, Dispatch, Side, Table
 from felix.desired import ChainKey, Delta, SetKey
 from felix.nftables_dataplane import NftablesDataplane
 from felix.settings import settings
 from kernel.netns import Namespace, inside
-from kernel.nftables import Nftables
+from kernel.nftables import Nftables, TableState
 from policy.model import Member
 from tests.felix.enforcers import ENFORCERS, Enforcer
 from tests.felix.world import (
@@ -404,3 +404,36 @@ def test_nobody_else_changed_anything(namespace: Namespace) -> None:
         assert not own.untouched()
         own.read()
         assert own.untouched()
+
+
+def test_a_table_goes_while_it_is_read(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its maps are gone when their elements are asked for; it is all there again at once."""
+    name = ChainKey(4, Table.FILTER, "cali-x"), ChainKey(4, Table.FILTER, "cali-y")
+    target, dispatch = Chain("cali-x", ()), Dispatch("cali-y", Side.IN, (("cali1", "cali-x"),), ())
+    list_command = ("nft", "list", "table", "ip", "calico")
+
+    def go(nftables: Nftables) -> TableState:
+        state = read(nftables)
+        if state.exists:
+            transaction = nftables.transaction()
+            transaction.delete_table()
+            nftables.commit(transaction)
+        return state
+
+    with (
+        inside(namespace.fd),
+        contextlib.closing(NftablesDataplane(settings(), lambda _: frozenset())) as own,
+    ):
+        own.read()
+        own.want(Delta(chains=dict(zip(name, (target, dispatch), strict=True))))
+        assert own.apply_chains(0.0)
+        before = run(namespace, *list_command).stdout
+        with monkeypatch.context() as patched:
+            read = Nftables.read
+            patched.setattr(Nftables, "read", go)
+            own.read()
+        assert own.apply_chains(0.0)
+        assert run(namespace, *list_command).stdout == before
+        assert list(own.problems()) == []
