@@ -1,27 +1,20 @@
 """IPReservation: addresses of pools that nobody is given."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from api.fields import AnyCidr, refuse
+from api.fields import AnyCidr
 from api.metadata import CalicoResource, Model
 
 
-def _with_length(text: str) -> str:
-    if "/" not in text:
-        raise refuse("a CIDR: for one address, with /32 or /128")
-    return text
-
-
-# Bits beyond the prefix length are ignored: 10.0.0.5/30 reserves 10.0.0.4 to 10.0.0.7.
-ReservedCidr = Annotated[AnyCidr, AfterValidator(_with_length)]
-
-
 class IPReservationSpec(Model):
-    """spec of an IPReservation."""
+    """spec of an IPReservation.
 
-    reserved_cidrs: list[ReservedCidr] = Field(default_factory=list, alias="reservedCIDRs")
+    Bits beyond the prefix length are ignored: 10.0.0.5/30 reserves 10.0.0.4 to 10.0.0.7.
+    """
+
+    reserved_cidrs: list[AnyCidr] = Field(default_factory=list, alias="reservedCIDRs")
 
 
 class IPReservation(CalicoResource):

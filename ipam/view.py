@@ -13,11 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TypeVar, cast
 
-from api.errors import InvalidObjectError
 from api.ipam import IPAMConfigurationSpec
-from api.ipreservation import IPReservation
 from api.net import Net, parse_net
-from api.registry import parse_as
 from datastore.follower import Follower, InSync, Update
 from datastore.interface import Datastore, PromptDatastore, part
 from ipam.pools import Pool, Pools
@@ -99,7 +96,7 @@ class View:
         return self._recall("IPPool", self._pools.all)
 
     def reservations(self) -> list[Net]:
-        """What must not be given out by itself. A malformed one is left out and logged."""
+        """What must not be given out by itself. What is no CIDR is left out and logged."""
         return self._recall("IPReservation", self._read_reservations)
 
     def configuration(self) -> IPAMConfigurationSpec:
@@ -182,12 +179,13 @@ class View:
             _log.error("BlockAffinity %s: not taken into account: spec.cidr: %s", name, error)
 
     def _read_reservations(self) -> list[Net]:
+        """Each CIDR by itself: what else is wrong with an object does not free what it reserves."""
         nets = []
         for entry in self._store.list("IPReservation").entries:
-            try:
-                reservation = cast(IPReservation, parse_as("IPReservation", entry.value))
-            except InvalidObjectError as error:
-                _log.error("reservation not honoured: %s", error)
-                continue
-            nets += [parse_net(cidr, strict=False) for cidr in reservation.spec.reserved_cidrs]
+            cidrs = part(entry.value, "spec").get("reservedCIDRs") or []
+            for cidr in cidrs if isinstance(cidrs, list) else [cidrs]:
+                try:
+                    nets.append(parse_net(str(cidr).strip(), strict=False))
+                except ValueError as error:
+                    _log.error("%s: spec.reservedCIDRs: not honoured: %s", entry.key, error)
         return nets

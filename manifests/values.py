@@ -18,7 +18,6 @@ from api import (
     clusternetworkpolicy,
     felix,
     fields,
-    ipreservation,
     kubernetes,
     policy,
 )
@@ -201,7 +200,6 @@ VALUES: dict[Validator, Value] = dict(
         ),
         _cel(fields.AnyCidr, "isIP(self) || isCIDR(self)", IP_OR_CIDR, maxLength=MAX_CIDR),
         _cel(kubernetes.Block, "isCIDR(self)", {"format": "cidr"}, maxLength=MAX_CIDR),
-        _plain(ipreservation.ReservedCidr, {"pattern": "/"}),
         _cel(bgp.PeerIp, PEER_IP, maxLength=64),
         _cel(bgp.CommunityValue, COMMUNITY, {"pattern": f"^({ANY_COMMUNITY})$"}),
         _plain(

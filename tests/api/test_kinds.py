@@ -110,7 +110,12 @@ def test_a_misspelt_field_of_any_kind_is_told() -> None:
             "spec.ports[0].protocol",
             "TCP, UDP or SCTP, which have ports",
         ),
-        ("IPReservation", {"reservedCIDRs": ["10.0.0.1"]}, "spec.reservedCIDRs[0]", "a CIDR: for "),
+        (
+            "IPReservation",
+            {"reservedCIDRs": ["10.0.0.300"]},
+            "spec.reservedCIDRs[0]",
+            "an IP address or CIDR",
+        ),
         ("GlobalNetworkSet", {"nets": ["10.0.0.0/33"]}, "spec.nets[0]", "an IP address or CIDR"),
         ("CalicoNodeStatus", {"node": "a", "classes": []}, "spec.updatePeriodSeconds", "required"),
         (

@@ -23,10 +23,13 @@ from tests.support import vectors
 EXCEPTIONS = {
     "res-2006": "secretKeyRef without key: the validator passes it, but the CRD requires it",
     "res-2054": "namespace '1:2:3': the validator passes it, but no such namespace can exist",
+    **dict.fromkeys(
+        ("res-0180", "res-0182", "res-0814", "res-1822"),
+        "an address without length in an IPReservation: refused by the CRD alone, of which the"
+        " version is newer than the objects that clusters have, and Calico's page on it",
+    ),
     "v3-0043": "8.8.8.8 without length: the validator passes it, but not the CRD (format: cidr)",
     "v3-0047": "the same with IPv6",
-    "v3-0241": "the same in an IPReservation",
-    "v3-0243": "the same in an IPReservation",
     "v3-0281": "a port with both name and numbers, which JSON cannot carry",
     "bgppeer_invalid": "made invalid on purpose",
 }

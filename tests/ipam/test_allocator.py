@@ -315,13 +315,17 @@ def test_an_ipv6_pool_that_is_all_reserved(store: SqliteDatastore) -> None:
         Allocator(store, "n1").assign(HANDLE, POD, version=6)
 
 
-def test_a_malformed_reservation_is_left_out_and_told(
+def test_what_is_malformed_in_a_reservation_is_left_out_and_told(
     small: SqliteDatastore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reserve(small, "10.0.0.0")
-    assert len(fill(small, "n1", 16)) == 16
-    assert "reservation not honoured" in caplog.text
-    assert "10.0.0.0" in caplog.text
+    """The rest of it is honoured, single addresses as Calico's own examples have them, too."""
+    reserve(small, "10.0.0.3", "10.0.0.300", "10.0.0.5/31", " 10.0.0.9/32")
+    [entry] = small.list("IPReservation").entries
+    entry.value["spec"]["ofANewerCalico"] = True
+    small.update(entry.key, entry.value)
+    given = set(map(str, fill(small, "n1", 12)))
+    assert given == {f"10.0.0.{n}/32" for n in range(16) if n not in (3, 4, 5, 9)}
+    assert "not honoured: '10.0.0.300'" in caplog.text
 
 
 def test_addresses_rest_for_the_cooldown(small: SqliteDatastore) -> None:

@@ -196,7 +196,7 @@ def reason(problem: Problem) -> str | None:
         ("FelixConfiguration", {"routeRefreshInterval": "-5s"}, "a duration that is not negative"),
         ("FelixConfiguration", {"natOutgoingAddress": "fd00::1"}, "an IPv4 address"),
         ("HostEndpoint", {"node": "a"}, "interfaceName is required, unless expectedIPs is set"),
-        ("IPReservation", {"reservedCIDRs": ["10.0.0.1"]}, r"spec.reservedCIDRs\[0\]"),
+        ("IPReservation", {"reservedCIDRs": ["10.0.0.300"]}, r"spec.reservedCIDRs\[0\]"),
         ("GlobalNetworkSet", {"nets": ["10.0.0.0/33"]}, r"spec.nets\[0\]"),
         ("CalicoNodeStatus", {"node": "a", "classes": ["BGP"]}, "updatePeriodSeconds: Required"),
         ("StagedGlobalNetworkPolicy", {"stagedAction": "Delete", "order": 1}, "order must be abs"),
