@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from api.errors import Problem
 from api.net import Net, format_address, parse_net
 from datastore.interface import JSON, Key
+from felix import names
 from felix.calculate import Calculator
 from felix.rules import IPIP, UDP
 from felix.settings import CLUSTER, EndpointToHost, LoopPrevention, Settings
 from felix.snapshot import Snapshot
+from felix.workloads import Workload
 from policy.evaluate import Flow, Verdict, evaluate
 from policy.model import Action, EndpointId
 
@@ -92,8 +94,9 @@ class Cluster:
         if found:
             return found
         node = self._snapshot.nodes.get(Key("Node", text))
-        if node is not None and node.host.address is not None:
-            return [End(text, node.host.address, text)]
+        if node is not None and node.addresses:
+            first = {address.version: address for address in reversed(node.addresses)}
+            return [End(text, address, text) for _, address in sorted(first.items())]
         expected = "an address, a pod that has one (POD or NAMESPACE/POD), or a node"
         raise UnknownEndError(str(Problem("end of the flow", text, expected)))
 
@@ -112,18 +115,27 @@ class Cluster:
         wanted = (space if slash else namespace, pod)
         for key, workload in self._snapshot.workloads.items():
             if (key.namespace, workload.pod) == wanted:
-                for net in workload.nets:
+                for net in self._nets(key, workload):
                     yield self._pod_at(key, net)
 
     def _at(self, address: Net) -> End:
         """Whoever has the address."""
         for key, workload in self._snapshot.workloads.items():
-            if address in workload.nets:
+            if address in self._nets(key, workload):
                 return self._pod_at(key, address)
         for key, node in self._snapshot.nodes.items():
-            if address in (node.host.address, node.host.tunnel):
+            if address in (*node.addresses, node.host.tunnel):
                 return End(key.name, address, key.name)
+        for host in self._snapshot.hosts.values():
+            if address in host.place.addresses:
+                return End(host.node, address, host.node)
         return End("", address)
+
+    def _nets(self, key: Key, workload: Workload) -> tuple[Net, ...]:
+        """Its addresses: of a pod that has finished none, as somebody else may have them."""
+        pod = self._snapshot.pods.get(Key("Pod", workload.pod, key.namespace))
+        finished = workload.orchestrator == "k8s" and pod is not None and pod.finished
+        return () if finished else workload.nets
 
     def _pod_at(self, key: Key, address: Net) -> End:
         workload = self._snapshot.workloads[key]
@@ -140,6 +152,9 @@ class Cluster:
     def _leg(self, node: str, question: Question) -> Leg:
         source, target = question.source, question.target
         calculator = self._calculator(node)
+        for end in (source, target):
+            if end.node == node and (why := _closed(calculator, end)):
+                return Leg(node, Verdict(Action.DENY, "", None, None, ()), why)
         sends, receives = source.node == node, target.node == node
         from_host = sends and source.workload is None
         to_host = receives and target.workload is None
@@ -216,6 +231,20 @@ class Cluster:
                     f"HostEndpoint({id.name}) guards {where} of {node}: whether the packet"
                     " passes there is known on the node only"
                 )
+
+
+def _closed(calculator: Calculator, end: End) -> str:
+    """Why a node lets nothing from and to one of its workloads; or nothing."""
+    id = end.workload
+    if id is None:
+        return ""
+    interface = calculator.places.get(id)
+    if interface and calculator.holds(id, interface) and calculator.owner(end.address) == id:
+        return ""
+    return (
+        f"WorkloadEndpoint({names.endpoint_text(id)}) is not in force: what is wrong with it, or"
+        f" who has its address, manxctl node status says on {end.node}; its interface drops"
+    )
 
 
 def _refuses(settings: Settings, question: Question) -> str:

@@ -111,10 +111,11 @@ class PoolView:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """A Node."""
+    """A Node. ``addresses``: all that it is known to have, that of BGP first."""
 
     host: Host
     labels: Mapping[str, str]
+    addresses: tuple[Net, ...] = ()
 
 
 class Snapshot:
@@ -275,6 +276,11 @@ def _read_node(key: Key, value: JSON) -> NodeView:
     address = network = None
     if node.spec.bgp is not None and node.spec.bgp.ipv4_address is not None:
         address, network = parse_interface(node.spec.bgp.ipv4_address)
+    bgp = node.spec.bgp
+    written = (
+        *((bgp.ipv4_address, bgp.ipv6_address) if bgp else ()),
+        *(known.address for known in node.spec.addresses),
+    )
     tunnel = node.spec.ipv4_vxlan_tunnel_addr
     mac = node.spec.vxlan_tunnel_mac_addr or tunnel_mac(key.name)
     return NodeView(
@@ -282,6 +288,7 @@ def _read_node(key: Key, value: JSON) -> NodeView:
             address, network, parse_net(tunnel) if tunnel else None, mac.lower().replace("-", ":")
         ),
         dict(node.metadata.labels),
+        tuple(dict.fromkeys(parse_interface(text)[0] for text in written if text)),
     )
 
 

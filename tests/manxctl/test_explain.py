@@ -9,6 +9,7 @@ import pytest
 import yaml
 from click.testing import Result
 
+from datastore.interface import Key
 from datastore.sqlite import SqliteDatastore
 from tests.manxctl.conftest import Run
 
@@ -164,6 +165,57 @@ def test_hosts(run: Run, store: SqliteDatastore) -> None:
     assert failsafe["action"] == "Allow"
     assert failsafe["nodes"][0]["reason"] == "FelixConfiguration failsafeInboundHostPorts: 22"
     assert explain(run, "node-1", "node-2", "-p", "443")["action"] == "Deny"
+
+
+def test_every_address_of_a_node_is_its(run: Run) -> None:
+    """That of IPv6, others, and what a host endpoint expects; else nobody would be asked."""
+    node = thing(
+        "Node",
+        "node-2",
+        bgp={"ipv4Address": "192.0.2.2/24", "ipv6Address": "2001:db8::2/64"},
+        addresses=[{"address": "198.51.100.2", "type": "ExternalIP"}],
+    )
+    guard = thing("HostEndpoint", "all", node="node-2", interfaceName="*")
+    expecting = thing("HostEndpoint", "x", node="node-2", expectedIPs=["203.0.113.2"])
+    objects = yaml.safe_dump_all((node, guard, expecting))
+    assert run("apply", "-f", "-", stdin=objects).exit_code == 0
+    for source, target in (
+        ("203.0.113.9", "198.51.100.2"),
+        ("203.0.113.9", "203.0.113.2"),
+        ("2001:db8::9", "2001:db8::2"),
+        ("2001:db8::9", "node-2"),
+        ("203.0.113.9", "node-2"),
+    ):
+        found = explain(run, source, target, "-p", "80")
+        assert (found["action"], found["target"]["node"]) == ("Deny", "node-2"), target
+
+
+def test_endpoints_that_are_not_in_force(run: Run) -> None:
+    """Their interfaces drop: no policy that allows makes a difference."""
+    stranger = pod("stranger", "node-2", "10.0.1.9/32")
+    stranger["spec"]["interfaceName"] = "eth7"
+    again = pod("zz", "node-2", "10.0.1.1/32")
+    objects = yaml.safe_dump_all((stranger, again))
+    assert run("apply", "-f", "-", stdin=objects).exit_code == 0
+    for target in ("stranger", "zz"):
+        found = explain(run, "203.0.113.9", target, "-p", "80")
+        assert found["action"] == "Deny"
+        assert "is not in force" in found["nodes"][0]["reason"]
+
+
+def test_a_finished_pod_has_no_address(run: Run, store: SqliteDatastore) -> None:
+    finished = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {"nodeName": "node-1"},
+        "status": {"phase": "Succeeded", "podIP": "10.0.0.1"},
+    }
+    store.create(Key("Pod", "web", "shop"), finished)
+    assert "a pod that has one" in run("explain", "web", "db", "-n", "shop").stderr
+    later = pod("zz", "node-2", "10.0.0.1/32")
+    assert run("apply", "-f", "-", stdin=yaml.safe_dump(later)).exit_code == 0
+    assert explain(run, "10.0.0.1", "front")["source"]["name"] == "shop/zz"
 
 
 @pytest.mark.parametrize(
