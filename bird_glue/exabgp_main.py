@@ -31,14 +31,18 @@ import os
 import runpy
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from bird_glue.wire import Plain
 
 # a large UPDATE makes more objects than the default lets be before it looks for garbage
 _GC = 20_000, 20, 50
+_IDLE_TURNS = 2  # in the first it may end what it had begun
 LONGEST_PAUSE = 4  # seconds between two calls
 _TTL = 255
 _CALLS_AGAIN = 1  # SYNs after the first
@@ -200,6 +204,94 @@ def hand_over_what_is_plain() -> None:
     JSON._update = _update
 
 
+def let_idle_sessions_rest() -> None:
+    """Have a session that has nothing to do left alone until it has.
+
+    In every round ExaBGP gives each session a turn, which asks its socket, its timers and its
+    queues; with 200 that takes it more than all that peers say. One that is established, and had
+    nothing to do in two turns, gets the next when something has come in, is to go out, or is due.
+    Whether that is so is looked at after each command, and every second, when timers are due.
+    """
+    from exabgp.bgp.fsm import FSM
+    from exabgp.reactor import peer as sessions
+    from exabgp.reactor.api import API
+    from exabgp.reactor.loop import Reactor
+
+    run, process, wait = sessions.Peer.run, API.process, Reactor._wait_for_io
+
+    class Keepalives(sessions.KA):  # type: ignore[misc]
+        """Those of a session, which knows them by this; ``going``: one is being sent."""
+
+        def __init__(self, session: Any, proto: Any) -> None:
+            super().__init__(session, proto)
+            self.going = False
+            proto.peer.keepalives = self
+
+        def __call__(self) -> Any:
+            self.going = super().__call__()
+            return self.going
+
+    def take_turn(peer: Any) -> Any:
+        action = run(peer)
+        later = action == sessions.ACTION.LATER and peer.fsm == FSM.ESTABLISHED
+        peer.idle = peer.idle + 1 if later and not peer.keepalives.going else 0
+        if peer.idle:
+            peer.descriptor = peer.socket()
+            peer.due = due(peer.recv_timer, peer.keepalives.send_timer)
+        return action
+
+    def rests(peer: Any, now: float, woken: set[int]) -> bool:
+        if peer.idle < _IDLE_TURNS or peer.due <= now or peer.descriptor in woken or peer._teardown:
+            return False
+        told = peer.neighbor
+        return not (told.eor or told.refresh or told.messages or told.rib.outgoing.pending())
+
+    def active_peers(reactor: Reactor) -> set[str]:
+        now, peers = time.time(), reactor._peers
+        if int(now) == reactor.looked:
+            called = {reactor.asleep[fd] for fd in reactor.woken if fd in reactor.asleep}
+            candidates = (reactor.awake | called) & peers.keys()
+        else:
+            candidates = peers.keys()
+        # what is scheduled is run after the turns, and may change any session
+        reactor.looked = int(now) if reactor.asynchronous.ready() else 0
+        reactor.awake = set()
+        for key in candidates:
+            if rests(peers[key], now, reactor.woken) and not reactor.processes._broken:
+                reactor.asleep[peers[key].descriptor] = key
+            else:
+                reactor.awake.add(key)
+        return {
+            key
+            for key in reactor.awake
+            if (peer := peers[key]).proto or peer.stopping() or not peer.neighbor["passive"]
+        }
+
+    def process_command(api: API, reactor: Reactor, service: str, command: str) -> Any:
+        reactor.looked = 0
+        return process(api, reactor, service, command)
+
+    def wait_for_io(reactor: Reactor, milliseconds: int) -> Iterator[int]:
+        reactor.woken = set()
+        for descriptor in wait(reactor, milliseconds):
+            reactor.woken.add(descriptor)
+            yield descriptor
+
+    sessions.KA = Keepalives
+    sessions.Peer.idle, Reactor.looked = 0, 0
+    Reactor.asleep, Reactor.woken = {}, set()
+    sessions.Peer.run = take_turn
+    API.process = process_command
+    Reactor.active_peers = active_peers
+    Reactor._wait_for_io = wait_for_io
+
+
+def due(heard: Any, sent: Any) -> float:
+    """When a session's ReceiveTimer or SendTimer has something to do, seconds of the epoch."""
+    expires = heard.last_read + heard.holdtime + 1 if heard.holdtime else float("inf")
+    return min(expires, sent.last_sent + sent.keepalive if sent.keepalive else float("inf"))
+
+
 def packed_json(found: Plain) -> str:
     """A plain UPDATE as ExaBGP would tell it, with its bytes for attributes and prefixes."""
     parts = [f'"attribute": "{found.attributes.hex()}"']
@@ -225,6 +317,7 @@ if __name__ == "__main__":
     secure_by_ttl()
     mend_notification()
     hand_over_what_is_plain()
+    let_idle_sessions_rest()
     gc.freeze()  # what was imported is here to stay
     gc.set_threshold(*_GC)
     sys.argv = ["exabgp", "server", configuration]

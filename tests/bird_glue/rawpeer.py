@@ -83,7 +83,10 @@ def update(
 
 
 class RawPeer:
-    """A session that it opens by calling; ``ended`` when the other side has hung up."""
+    """A session that it opens by calling; ``ended`` when the other side has hung up.
+
+    It answers each KEEPALIVE by one, and counts them; ``silent``: it only counts.
+    """
 
     def __init__(
         self, namespace: Namespace, own: str, target: str, asn: int, *, hold: int = 90
@@ -94,8 +97,14 @@ class RawPeer:
         with inside(namespace.fd):
             self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.settimeout(10)
-        self._socket.bind((own, 0))
-        self._socket.connect((target, 179))
+        try:
+            self._socket.bind((own, 0))
+            self._socket.connect((target, 179))
+        except BaseException:
+            self._socket.close()
+            raise
+        self.keepalives = 0
+        self.silent = False
         self.notifications: list[tuple[int, int]] = []
         self.established = threading.Event()
         self.ended = threading.Event()
@@ -144,7 +153,8 @@ class RawPeer:
                 if kind == OPEN:
                     self.send(message(KEEPALIVE))
                 elif kind == KEEPALIVE:
-                    if self.established.is_set():
+                    self.keepalives += 1
+                    if self.established.is_set() and not self.silent:
                         self.send(message(KEEPALIVE))
                     self.established.set()
                 elif kind == NOTIFICATION:
