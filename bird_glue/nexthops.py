@@ -117,10 +117,16 @@ class Topology:
                 self._table[route.net] = route._replace(hops=hops)
                 facts.append((route.net, route.kind, hops))
         self._facts = frozenset(facts)
+        used = {hop.ifindex for _, _, hops in facts for hop in hops}
+        self._used = {index: name for index, name in self.names.items() if index in used}
 
     def same(self, other: Topology) -> bool:
-        """Whether both mean the same."""
-        return self.hosts == other.hosts and self._facts == other._facts
+        """Whether both mean the same, and call it the same: settings and filters go by names."""
+        mine, others = (
+            (self.hosts, self._facts, self._used),
+            (other.hosts, other._facts, other._used),
+        )
+        return mine == others
 
     def configure(self, ways: Mapping[Net, Net], ignored: tuple[str, ...] = ()) -> bool:
         """``ways``: addresses that only a gateway leads to, and which; ``ignored``: interfaces

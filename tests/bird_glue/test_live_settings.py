@@ -135,11 +135,15 @@ def test_next_hop_mode_and_keep_original_next_hop(place: Place) -> None:
 
 
 def test_ignored_interfaces(place: Place) -> None:
-    """Nothing is looked for on them."""
+    """Nothing is looked for on them, as they are called now."""
     eventually(lambda: f"via {BEYOND} dev beyond0" in place.node.route_to(ELSEWHERE))
     place.configure(ignoredInterfaces=["beyond*"])
     eventually(lambda: place.node.route_to(ELSEWHERE) == "")
     assert place.node.route_to(LATER) != ""
+    place.node.run("ip", "link", "set", "beyond0", "name", "other0")
+    eventually(lambda: f"via {BEYOND} dev other0" in place.node.route_to(ELSEWHERE))
+    place.node.run("ip", "link", "set", "other0", "name", "beyond0")
+    eventually(lambda: place.node.route_to(ELSEWHERE) == "")
     place.configure()
     eventually(lambda: f"via {BEYOND} dev beyond0" in place.node.route_to(ELSEWHERE))
 
