@@ -23,7 +23,7 @@ from bird_glue.core import Core
 from bird_glue.detector import Detector, FromDetector, Timing
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
-from bird_glue.keepsake import Keepsake
+from bird_glue.keepsake import Keepsake, Passwords
 from bird_glue.limits import DEFAULT_LIMIT, Resting
 from bird_glue.nodestatus import NodeStatusWriter
 from bird_glue.resources import GROUPS, KINDS
@@ -113,6 +113,7 @@ class Agent:
             self._detector,
             Resting(receive_limit),
             Keepsake(run_dir / "bgp.objects"),
+            Passwords(Keepsake(run_dir / "bgp.passwords")),
             silent=self._kernel.silent,
             source_of=source_of,
             pod_cidrs=pod_cidrs,

@@ -24,7 +24,7 @@ from bird_glue.drops import Drops
 from bird_glue.engine import EXABGP, Engine, EngineEvent, Intent, Restarted, TooMany
 from bird_glue.engines import Engines
 from bird_glue.fib import Fib
-from bird_glue.keepsake import Keepsake
+from bird_glue.keepsake import Keepsake, Passwords
 from bird_glue.limits import Resting
 from bird_glue.messages import Down, EndOfRib, Opened, Up, Updated, is_link_local
 from bird_glue.nexthops import Topology
@@ -77,6 +77,7 @@ class Core:
         detector: Detector,
         resting: Resting,
         keepsake: Keepsake,
+        passwords: Passwords,
         *,
         silent: Callable[[Net], bool],
         source_of: Callable[[Net], Net | None],
@@ -90,6 +91,7 @@ class Core:
         self._detector = detector
         self._resting = resting
         self._keepsake = keepsake
+        self._passwords = passwords
         self._restored = False
         self._silent = silent
         self._source_of = source_of
@@ -114,7 +116,6 @@ class Core:
         self._ways = Ways()
         self._groups: set[str] = set()  # of GROUPS, those that are known
         self._services_until: float | None = None
-        self._secrets: dict[str, SecretRead] = {}
         self._sessions_until: float | None = None
         self.wanted_secrets: frozenset[str] = frozenset()  # those that sessions need
         self._workload_peers: list[Peer] = []
@@ -144,7 +145,7 @@ class Core:
 
     def secret(self, read: SecretRead) -> None:
         """A Secret was read, or could not be."""
-        self._secrets[read.name] = read
+        self._passwords.take(read)
         self._configure_due = True
 
     def group_in_sync(self, group: str) -> None:
@@ -317,12 +318,16 @@ class Core:
         names = (peer.password.name for peer in peers if peer.password)
         self.wanted_secrets = frozenset(name for name in names if name)
         known = "workloads" in self._groups or "workloads" not in self.needs
-        known &= self.wanted_secrets <= self._secrets.keys()
+        known &= self.wanted_secrets <= self._passwords.known.keys()
         if self._local is not None or known:
             return False
         if self._sessions_until is None:
             self._sessions_until = now + SESSIONS_SECONDS
-        return now < self._sessions_until
+        if now < self._sessions_until:
+            return True
+        for name in self.wanted_secrets - self._passwords.known.keys():
+            self._passwords.take(SecretRead(name, problem="no answer yet"))
+        return False
 
     def _configure(self, now: float) -> bool:
         """Resources or addresses changed: work out the sessions and all that is said.
@@ -346,7 +351,10 @@ class Core:
         self._workload_peers = [peer for peer in peers if peer.type is PeerType.WORKLOAD]
         hosts = self._topology.hosts
         filters = self._resources.filters()
-        self._sessions = plan_sessions(peers, local, hosts, self._source_of, filters, self._secrets)
+        secrets = self._passwords.known
+        self._sessions = plan_sessions(peers, local, hosts, self._source_of, filters, secrets)
+        used = (peer.password for peer in self._sessions.peers.values() if peer.password)
+        self._passwords.keep(used)
         self._resting.leave_out(self._sessions, now)
         self._problems = problems + self._sessions.problems
         self._local = local

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from api.errors import UNREADABLE
 from datastore.interface import JSON, Datastore, Key, NotFoundError, StoreError
 
 DEFAULT_NAMESPACE = "kube-system"
@@ -24,6 +25,7 @@ _PRINTABLE = re.compile(rb"[ !#-~]*")  # what both engines, and routers, take
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _SECONDS = 2.0
 _SECONDS_KUBERNETES = 20.0  # many nodes ask one API server
+_SECONDS_FAILED = 5.0  # until one is asked for again of which nothing is known yet
 
 _log = logging.getLogger(__name__)
 
@@ -142,14 +144,19 @@ class SecretReader:
                 if read is not None and read != self._known.get(name):
                     self._known[name] = read
                     self._sink(read)
+            failed = any(read.problem for read in self._known.values())
+            seconds = min(self._seconds, _SECONDS_FAILED) if failed else self._seconds
             # not all nodes at the same moment
-            pause = self._seconds * random.uniform(0.8, 1.2) if wanted else None
+            pause = seconds * random.uniform(0.8, 1.2) if wanted else None
             self._changed.wait(pause)
 
     def _read(self, name: str) -> SecretRead | None:
         """What the store says now; None if it says nothing and something is known already."""
+        key = Key("Secret", name, self._namespace)
         try:
-            entry = self._store.get(Key("Secret", name, self._namespace))
+            entry = self._store.get(key)
+            if UNREADABLE in entry.value.get("spec", {}):
+                raise StoreError("its stored bytes are no object", key)
         except NotFoundError:
             return SecretRead(name)
         except StoreError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,11 +86,18 @@ def test_rotated_one_at_a_time(racks: Racks) -> None:
     eventually(lambda: node.established(address) and racks.tors["tor1"].blocks() == {BLOCK})
     assert racks.tors["tor2"].since("n1") == since
 
-    # an agent that starts knows the password before it touches the sessions
+    # an agent that starts knows the password before it touches the sessions, even if it can't
+    # read the Secret
+    path = racks.world.store.url.removeprefix("sqlite://")
+    with contextlib.closing(sqlite3.connect(path)) as store, store:
+        store.execute("UPDATE objects SET value = '{' WHERE kind = 'Secret'")
     since1 = racks.tors["tor1"].since("n1")
     node.agent.end()
     node.start()
     eventually(lambda: node.established(*(address for address, _ in TORS.values())))
+    log = node.directory / "agent.log"
+    eventually(lambda: "Secret bgp not read, what was used stands" in log.read_text())
+    assert node.established(*(address for address, _ in TORS.values()))
     assert racks.tors["tor1"].since("n1") == since1
     assert racks.tors["tor2"].since("n1") == since
 
