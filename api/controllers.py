@@ -69,6 +69,12 @@ class MigrationControllerConfig(Model):
     policy_name_migrator: Switch = "Enabled"
 
 
+class PolicyMigrationControllerConfig(Model):
+    """The same in Calico 3.32, whose clusters have it whether anybody wrote it or not."""
+
+    enabled: Switch = "Enabled"
+
+
 class ControllersConfig(Model):
     """Which controllers run: those that are present."""
 
@@ -79,6 +85,7 @@ class ControllersConfig(Model):
     namespace: ReconcilerConfig | None = None
     load_balancer: LoadBalancerControllerConfig | None = None
     migration: MigrationControllerConfig | None = None
+    policy_migration: PolicyMigrationControllerConfig | None = None
 
 
 class KubeControllersConfigurationSpec(Model):

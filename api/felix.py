@@ -246,7 +246,9 @@ class FelixConfigurationSpec(Checked):
     iptables_backend: Annotated[Literal["Auto", "Legacy", "NFT"], ANY_CASE] | None = None
     iptables_filter_allow_action: AllowAction | None = None
     iptables_filter_deny_action: DenyAction | None = None
+    iptables_lock_file_path: str | None = None  # Calico to 3.31
     iptables_lock_probe_interval: Interval | None = None
+    iptables_lock_timeout: Interval | None = None  # Calico to 3.31
     iptables_mangle_allow_action: AllowAction | None = None
     iptables_mark_mask: Mark | None = None
     iptables_post_write_check_interval: Interval | None = None
@@ -364,6 +366,7 @@ class FelixConfigurationSpec(Checked):
     bpf_jit_hardening: Literal["Auto", "Strict"] | None = Field(
         default=None, alias="bpfJITHardening"
     )
+    bpf_kube_proxy_endpoint_slices_enabled: bool | None = None  # Calico to 3.31
     bpf_kube_proxy_healthz_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     bpf_kube_proxy_iptables_cleanup_enabled: bool | None = None
     bpf_kube_proxy_min_sync_period: Interval | None = None
@@ -390,7 +393,8 @@ class FelixConfigurationSpec(Checked):
     bpf_psnat_ports: NumericPort | None = Field(default=None, alias="bpfPSNATPorts")
     bpf_policy_debug_enabled: bool | None = None
     bpf_profiling: Switch | None = None
-    bpf_redirect_to_peer: Switch | None = None
+    # L2Only: Calico 3.30 and 3.31
+    bpf_redirect_to_peer: Literal["Enabled", "Disabled", "L2Only"] | None = None
     cgroup_v2_path: str | None = None
     generic_xdp_enabled: bool | None = Field(default=None, alias="genericXDPEnabled")
     xdp_enabled: bool | None = None

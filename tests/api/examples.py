@@ -174,6 +174,7 @@ CONTROLLERS: JSON = {
     "namespace": {"reconcilerPeriod": "5m0s"},
     "loadBalancer": {"assignIPs": "RequestedServicesOnly"},
     "migration": {"policyNameMigrator": "Disabled"},
+    "policyMigration": {"enabled": "Disabled"},
 }
 CONTROLLERS_SPEC: JSON = {
     "logSeverityScreen": "Info",

@@ -178,8 +178,40 @@ def test_felix_levels_merge() -> None:
     assert effective() == DEFAULTS
 
 
+# What released versions of Calico know, and the newest does not: clusters have it.
+OLDER = {
+    "iptablesLockFilePath": "/run/xtables.lock",
+    "iptablesLockTimeout": "0s",
+    "bpfKubeProxyEndpointSlicesEnabled": True,
+}
+
+
 def test_felix_has_every_field_of_the_reference() -> None:
-    assert len(FelixConfigurationSpec.model_fields) == 188
+    names = {field.alias for field in FelixConfigurationSpec.model_fields.values()}
+    assert len(names - OLDER.keys()) == 188
+
+
+def test_what_older_versions_of_calico_wrote() -> None:
+    older = felix("default", bpfRedirectToPeer="L2Only", **OLDER)
+    assert dump(parse(older))["spec"].items() >= older["spec"].items()
+    # Calico 3.32's own default, in every cluster of it
+    controllers = {
+        "loadBalancer": {"assignIPs": "AllServices"},
+        "node": {
+            "hostEndpoint": {"autoCreate": "Disabled", "createDefaultHostEndpoint": "Enabled"},
+            "leakGracePeriod": "15m0s",
+            "reconcilerPeriod": "5m0s",
+            "syncLabels": "Enabled",
+        },
+        "policyMigration": {"enabled": "Enabled"},
+    }
+    configuration = {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": "KubeControllersConfiguration",
+        "metadata": {"name": "default"},
+        "spec": {"controllers": controllers, "healthChecks": "Enabled"},
+    }
+    assert dump(parse(configuration))["spec"]["controllers"] == controllers
 
 
 @pytest.mark.parametrize(
