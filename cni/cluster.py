@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from datastore.interface import (
     Entry,
     Key,
     NotFoundError,
+    StoreError,
+    create_all,
     part,
 )
 from policy import labels
@@ -214,27 +216,44 @@ class Cluster:
                 namespace = entry.key.namespace if pod else ""
                 yield replace(attachment, pod=pod, namespace=namespace)
 
-    def record(self, attachment: Attachment, endpoint: JSON) -> None:
-        """Write the WorkloadEndpoint; that of a container before us gives way."""
-        key = attachment.endpoint_key(self.node)
-        for _ in range(_ATTEMPTS):
-            try:
-                self.store.create(key, endpoint)
-                return
-            except AlreadyExistsError:
-                pass
-            try:
-                found = self.store.get(key)
-                metadata = found.value.get("metadata", {}) | endpoint["metadata"]
-                if "annotations" not in endpoint["metadata"]:  # what it says is of that container
-                    others = part(metadata, "annotations")
-                    kept = {name: text for name, text in others.items() if name != ATTACHMENT}
-                    metadata = metadata | {"annotations": kept}
-                self.store.update(key, endpoint | {"metadata": metadata}, found.revision)
-                return
-            except (NotFoundError, ConflictError):
-                continue
-        raise ConflictError(f"{key}: changed by others {_ATTEMPTS} times in a row", key)
+    def record_all(self, endpoints: Sequence[tuple[Attachment, JSON]]) -> list[StoreError | None]:
+        """Write WorkloadEndpoints, those of containers before them give way; what hindered each."""
+        keys = [attachment.endpoint_key(self.node) for attachment, _ in endpoints]
+        values = [endpoint for _, endpoint in endpoints]
+        problems: list[StoreError | None] = []
+        created = create_all(self.store, list(zip(keys, values, strict=True)))
+        for key, value, outcome in zip(keys, values, created, strict=True):
+            problem = outcome if isinstance(outcome, StoreError) else None
+            if isinstance(problem, AlreadyExistsError):
+                problem = self._replace(key, value)
+            problems.append(problem)
+        return problems
+
+    def _replace(self, key: Key, endpoint: JSON) -> StoreError | None:
+        try:
+            for _ in range(_ATTEMPTS):
+                try:
+                    self._give_way(key, endpoint)
+                    return None
+                except (NotFoundError, ConflictError):
+                    pass
+                try:
+                    self.store.create(key, endpoint)
+                    return None
+                except AlreadyExistsError:
+                    pass
+        except StoreError as error:
+            return error
+        return ConflictError(f"{key}: changed by others {_ATTEMPTS} times in a row", key)
+
+    def _give_way(self, key: Key, endpoint: JSON) -> None:
+        found = self.store.get(key)
+        metadata = found.value.get("metadata", {}) | endpoint["metadata"]
+        if "annotations" not in endpoint["metadata"]:  # what it says is of that container
+            others = part(metadata, "annotations")
+            kept = {name: text for name, text in others.items() if name != ATTACHMENT}
+            metadata = metadata | {"annotations": kept}
+        self.store.update(key, endpoint | {"metadata": metadata}, found.revision)
 
     def forget(self, attachment: Attachment) -> Entry | None:
         """Delete its WorkloadEndpoint, and return it; never one of another container."""

@@ -16,7 +16,7 @@ from cni import findings
 from cni.enforcement import Enforcement
 from cni.errors import CniError
 from cni.node import Node
-from cni.plugin import Plugin
+from cni.plugin import Plugin, is_add
 from cni.repair import Patrol, repair
 from cni.server import WORKERS, Server, socket_path
 from cni.turns import Turns
@@ -30,11 +30,11 @@ from reconcile.backoff import Backoff
 # after this time, seconds; Python's default of 5 ms is five times a whole ADD.
 _SWITCH_INTERVAL = 0.0005
 
-# On a file of this machine a request is hardly anything but work: one computes while the others are
-# in the kernel, where they may have to wait for its lock. Other stores are what most wait for most
-# of the time.
+# On a file of this machine a request is hardly anything but work: one thread does it, and ADDs that
+# wait go together, as many as cost together hardly more; with more, half of fifty would not be done
+# sooner. Other stores are what most wait for most of the time, side by side.
 _LOCAL = "sqlite:"
-_TURNS = 12
+_TOGETHER = 8
 
 # Seconds between two looks at what vanished, and at what kernel and datastore disagree on.
 _PATROL = "MANX_PATROL_SECONDS"
@@ -62,11 +62,12 @@ def run(environment: Environment) -> None:
     stop = threading.Event()
     store = connect(environment.datastore)
     local = environment.datastore.startswith(_LOCAL)
-    turns = Turns(_TURNS, alone=True) if local else Turns(WORKERS)
+    turns = Turns(1, alone=True) if local else Turns(WORKERS)
     node = Node(store, environment.node, follow=not local, turns=turns)
     enforcement = Enforcement(environment.run_dir)
     plugin = Plugin(node, enforcement, turns.give_up)
-    server = Server(socket_path(environment), plugin.handle, turns)
+    most = _TOGETHER if local else 1
+    server = Server(socket_path(environment), plugin.handle, turns, most=most, joins=is_add)
     node.start()
     enforcement.start()
     teller = findings.Teller(environment.run_dir)

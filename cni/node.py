@@ -10,65 +10,40 @@ What concerns one interface of the node happens one after the other, all else si
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import logging
-import time
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Collection, Iterable, Sequence
 
-from api.kubernetes import Pod
+from api.errors import InvalidObjectError
 from api.net import Net
 from cni import wiring
+from cni.attaching import (
+    USE,
+    Addresses,
+    Attached,
+    Attaching,
+    Case,
+    Job,
+    Outcome,
+    Wanted,
+    under_way,
+)
 from cni.attachment import Attachment, from_alias
-from cni.cluster import ATTACHMENT, Cluster, Namespace, owns, workload_endpoint
+from cni.cluster import Cluster, owns
 from cni.delegate import Delegate, Lease
-from cni.errors import invalid_environment
-from cni.features import Families, Features
+from cni.features import Families
 from cni.reaper import Reaper
 from cni.turns import Turns
 from cni.wiring import Sockets, Wire
-from datastore.interface import Datastore
+from datastore.interface import Datastore, StoreError
 from ipam.allocator import Allocator
 from ipam.errors import NoPoolError
 from ipam.locks import KeyedLocks
 from ipam.pools import Pools, Request
-from ipam.renewal import renew
-from kernel.links import Ends, Link, Links
+from kernel.links import Link, Links
 from kernel.netlink import NetlinkSocket
 
-Addresses = tuple[Net, ...]
-
-_USE = "Workload"
-_UPLINK_SECONDS = 0.01
-_CREATIONS = 3  # of a pair whose name is taken by what gives way, or goes by itself
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What an attachment shall have. ``mtu`` in bytes, 0: what the uplink carries.
-
-    ``pod`` and ``namespace`` are as the datastore has them. ``delegate``: another plugin to
-    take addresses from. ``forwarding``: the container may forward.
-    """
-
-    features: Features
-    pod: Pod | None = None
-    namespace: Namespace | None = None
-    mtu: int = 0
-    delegate: Delegate | None = None
-    forwarding: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Attached:
-    """``lease``: what another plugin gave. ``fresh``: it was not complete already."""
-
-    wire: Wire
-    lease: Lease | None = None
-    fresh: bool = True
 
 
 class Node:
@@ -96,7 +71,9 @@ class Node:
         self._turns = turns or Turns(1)
         self._locks = KeyedLocks(self._turns.give_up)
         self._reaper = Reaper(self.sockets, self._turns.give_up)
-        self._uplink = 0, 0.0  # its MTU, and until when we take that for true
+        self._attaching = Attaching(
+            self.cluster, self.allocator, self.sockets, self._reaper, self._turns
+        )
 
     def start(self) -> None:
         """Start what works in the background."""
@@ -122,7 +99,7 @@ class Node:
             request = Request(
                 node=self.cluster.node,
                 version=version,
-                use=_USE,
+                use=USE,
                 pools=names,
                 node_labels=self.cluster.node_labels,
                 namespace_labels=None,
@@ -143,18 +120,39 @@ class Node:
         Where the addresses are not from IPAM, the wire is always made anew.
         A failure leaves nothing behind. Raises CniError, IpamError.
         """
-        name = self.host_interface(attachment)
-        with self._locks.hold(name), self.sockets.borrow() as host:
-            held = self._addresses(attachment)
-            wire = self._complete(attachment, name, held, host, netns_fd, wanted) if held else None
-            if wire is not None:
-                return Attached(wire, fresh=False)
+        outcomes: list[Outcome] = []
+        self.attach_all([Job(attachment, netns_fd, wanted, outcomes.append)])
+        [outcome] = outcomes
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert outcome is not None
+        return outcome
+
+    def attach_all(self, jobs: Sequence[Job]) -> None:
+        """As ``attach``, several at once: every step is done for all before the next one.
+
+        Each is told by its ``then``: a failure of one is its own. Of several none waits for
+        what others hold. Raises CniError, before anything was done.
+        """
+        cases = [Case(job, self.host_interface(job.attachment)) for job in jobs]
+        names = [case.name for case in cases]
+        alone = len(cases) == 1
+        with self._locks.hold(names[0]) if alone else self._locks.hold_free(names) as free:
+            for case in cases:
+                if free is not None and case.name not in free:
+                    case.end(None)
+                elif free is not None:
+                    free.remove(case.name)  # another of that name comes later
             try:
-                lease = wanted.delegate.add() if wanted.delegate else None
-                return self._attach(attachment, name, held, host, netns_fd, wanted, lease)
-            except BaseException:
-                self._roll_back(attachment, name, wanted.delegate)
-                raise
+                with self.sockets.borrow() as host:
+                    self._attach_all(under_way(cases), host, alone=alone)
+            except Exception as error:
+                for case in under_way(cases):
+                    case.end(error)
+            for case in sorted(cases, key=lambda case: case.failed):
+                if case.failed:
+                    self._roll_back(case.attachment, case.name, case.wanted.delegate)
+                case.job.then(case.outcome)
 
     def detach(
         self, attachment: Attachment, name: str = "", delegate: Delegate | None = None
@@ -252,144 +250,45 @@ class Node:
         with self._locks.hold(link.name):
             self._reaper.remove(link.index)
 
-    def _complete(
-        self,
-        attachment: Attachment,
-        name: str,
-        held: Addresses,
-        host: NetlinkSocket,
-        netns_fd: int,
-        wanted: Wanted,
-    ) -> Wire | None:
+    def _attach_all(self, cases: Sequence[Case], host: NetlinkSocket, *, alone: bool) -> None:
+        with contextlib.suppress(StoreError, InvalidObjectError):  # each finds out for itself
+            self._attaching.assign_new(cases)
+        for case in under_way(cases):
+            if case.addresses:
+                continue
+            if alone:
+                self._attach_unusual(case, host)
+            else:
+                case.end(None)
+        self._attaching.wire_all(under_way(cases), host, alone=alone)
+
+    def _attach_unusual(self, case: Case, host: NetlinkSocket) -> None:
+        """Addresses for one that is not new, or shall not have just any; or it is complete."""
+        held = self._addresses(case.attachment)
+        wire = self._complete(case, held, host) if held else None
+        if wire is not None:
+            case.end(Attached(wire, fresh=False))
+        else:
+            self._attaching.assign(case, held)
+
+    def _complete(self, case: Case, held: Addresses, host: NetlinkSocket) -> Wire | None:
         """The wire of an attachment that has all it shall have; None if anything is missing."""
-        features = wanted.features
+        features = case.wanted.features
         if {net.version for net in held} != features.versions:
             return None
         if features.addresses and features.addresses != held:
             return None
-        if self._endpoint_faults(attachment, held):
+        if self._endpoint_faults(case.attachment, held):
             return None
-        wire = self._wire(attachment, name, held, wanted)
+        wire = self._attaching.wire(case, held)
         link = wiring.find(host, wire.host_interface)
-        if link is None or wiring.faults(host, netns_fd, wire):
+        if link is None or wiring.faults(host, case.job.netns_fd, wire):
             return None
         wiring.finish(host, link.index)
         return wire
 
-    def _attach(
-        self,
-        attachment: Attachment,
-        name: str,
-        held: Addresses,
-        host: NetlinkSocket,
-        netns_fd: int,
-        wanted: Wanted,
-        lease: Lease | None,
-    ) -> Attached:
-        features = wanted.features
-        if lease:
-            addresses = lease.addresses
-        elif features.outside_ipam:
-            addresses = features.addresses
-        else:
-            addresses = self._assign(attachment, held, wanted)
-        wire = self._wire(attachment, name, addresses, wanted)
-        if lease:
-            wire = replace(wire, routes=lease.routes)
-        ends = self._create(host, netns_fd, wire)
-        wiring.configure(host, netns_fd, wire, ends, self._turns.aside(), self.sockets.home)
-        if wire.forwarding:
-            wiring.allow_forwarding(netns_fd, wire)
-        endpoint = workload_endpoint(
-            attachment,
-            wanted.pod,
-            node=self.cluster.node,
-            wire=wire,
-            features=features,
-        )
-        if lease or features.outside_ipam:
-            endpoint["metadata"]["annotations"] = {ATTACHMENT: attachment.alias}
-        self.cluster.record(attachment, endpoint)
-        if not wiring.finish(host, ends.index):
-            self._turns.give_up()
-            wiring.wait_for_carrier(host, ends.index)
-        return Attached(wire, lease)
-
-    def _assign(self, attachment: Attachment, held: Addresses, wanted: Wanted) -> Addresses:
-        """The addresses it holds since an ADD that died, and new ones where it holds none."""
-        if held:  # and nobody used, so they may be about to be collected
-            held = tuple(renew(self.cluster.store, attachment.handle))
-        addresses = list(held)
-        now = datetime.now(UTC).replace(tzinfo=None).isoformat(" ", "microseconds") + " +0000 UTC"
-        attributes = attachment.attributes(self.cluster.node, now)
-        features = wanted.features
-        for address in features.addresses:
-            if address not in held:
-                self.allocator.assign_specific(address, attachment.handle, attributes)
-        if features.addresses:
-            return features.addresses
-        namespace_labels = wanted.namespace.labels if wanted.namespace else None
-        for version, pools in features.families:
-            if all(net.version != version for net in held):
-                assignment = self.allocator.assign(
-                    attachment.handle,
-                    attributes,
-                    version=version,
-                    pools=pools,
-                    use=_USE,
-                    namespace_labels=namespace_labels,
-                )
-                addresses.append(assignment.address)
-        return tuple(sorted(addresses))
-
     def _addresses(self, attachment: Attachment) -> Addresses:
         return tuple(sorted(self.allocator.addresses(attachment.handle)))
-
-    def _wire(
-        self, attachment: Attachment, name: str, addresses: Addresses, wanted: Wanted
-    ) -> Wire:
-        mtu = wanted.mtu or self._largest_mtu()
-        return Wire(
-            name,
-            attachment.ifname,
-            wanted.features.mac or attachment.mac,
-            attachment.alias,
-            addresses,
-            mtu,
-            forwarding=wanted.forwarding,
-        )
-
-    def _largest_mtu(self) -> int:
-        """What the way out of the node carries, less what tunnels add."""
-        mtu = 0
-        if pattern := self.cluster.mtu_pattern():
-            with self.sockets.borrow() as host:
-                mtu = wiring.smallest_mtu(host, pattern)
-        return self.cluster.pod_mtu(mtu or self._uplink_mtu())
-
-    def _uplink_mtu(self) -> int:
-        """As ``wiring.uplink_mtu``: of many ADDs at once not each looks."""
-        now = time.monotonic()
-        mtu, until = self._uplink
-        if now >= until:
-            mtu = wiring.uplink_mtu()
-            self._uplink = mtu, now + _UPLINK_SECONDS
-        return mtu
-
-    def _create(self, host: NetlinkSocket, netns_fd: int, wire: Wire) -> Ends:
-        """The pair; an interface of a container before us gives way."""
-        for _ in range(_CREATIONS):
-            try:
-                return wiring.create(host, netns_fd, wire, self._turns.aside())
-            except wiring.HostInterfaceExistsError as error:
-                if error.link is not None:
-                    _log.info("%s; it is of %r and gives way", error, error.link.alias)
-                    self._reaper.remove(error.link.index)
-            except wiring.ContainerInterfaceExistsError:
-                raise invalid_environment(
-                    "CNI_IFNAME", wire.interface, "expected a name that is free in the container"
-                ) from None
-        raise OSError(errno.EEXIST, f"veth {wire.host_interface}: it is made anew by another")
 
     def _detach(self, attachment: Attachment, name: str, delegate: Delegate | None = None) -> None:
         endpoint = self.cluster.forget(attachment)

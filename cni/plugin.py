@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ import orjson
 from api.errors import InvalidObjectError, Problem
 from api.net import parse_interface
 from cni import ipam_plugin
+from cni.attaching import Attached, Job, Outcome, Wanted
 from cni.attachment import Attachment
 from cni.call import Call, parse_call
 from cni.config import VALID_ATTACHMENTS, find_version
@@ -33,11 +34,11 @@ from cni.errors import (
 from cni.features import IP_ADDRESSES, OUTSIDE_IPAM, Allowed
 from cni.features import read as read_features
 from cni.ipam_plugin import IpamPlugin
-from cni.node import Attached, Node, Wanted
+from cni.node import Node
 from cni.protocol import Request
 from cni.repair import known_attachments
 from cni.result import previous_routes, result
-from cni.server import Reply
+from cni.server import Conversation, Reply
 from datastore.interface import StoreError
 from ipam.errors import IpamError
 from kernel.netns import is_network_namespace, own_namespace, same_namespace
@@ -88,21 +89,29 @@ class Plugin:
         """Finish what goes on after an answer was late. Nothing may be asked any more."""
         self._late.shutdown()
 
-    def handle(self, request: Request, reply: Reply) -> None:
-        """Exit code and output for the runtime. Whatever goes wrong becomes an error object."""
-        try:
-            answer = self._answer(request)
-        except Exception as error:
-            reply(*_report(request, error))
-            return
-        if isinstance(answer, _Added):
-            self._answer_when_enforced(request, answer, reply)
-        else:
-            reply(0, b"" if answer is None else _json(answer))
+    def handle(self, asked: Sequence[Conversation]) -> list[Conversation]:
+        """Exit code and output for the runtime. Whatever goes wrong becomes an error object.
 
-    def _answer(self, request: Request) -> dict[str, Any] | _Added | None:
-        call = parse_call(request.environment, request.configuration)
-        addresses_only = request.environment.get(_PLUGIN) == ipam_plugin.NAME
+        Several at once only if ``is_add`` of each. Returns those that are not answered, and can't
+        be but alone, because they have to wait for something.
+        """
+        adds: list[tuple[Conversation, Call]] = []
+        for each in asked:
+            request = each.request
+            try:
+                call = parse_call(request.environment, request.configuration)
+                if is_add(request):
+                    adds.append((each, call))
+                else:
+                    answer = self._answer(call, request)
+                    each.reply(0, b"" if answer is None else _json(answer))
+            except Exception as error:
+                each.reply(*_report(request, error))
+        return self._add_all(adds, alone=len(asked) == 1) if adds else []
+
+    def _answer(self, call: Call, request: Request) -> dict[str, Any] | None:
+        """To all but an ADD."""
+        addresses_only = _is_ipam(request)
         if addresses_only and call.command != "STATUS":
             return self._answer_ipam(call)
         delegate = self._delegate(call, request)
@@ -115,17 +124,14 @@ class Plugin:
                 self._node.cluster.require_unlocked()
                 self._collect_garbage(call, delegate)
             return None
-        if call.command != "CHECK":
-            self._node.cluster.require_unlocked()
-        if call.command == "DEL":
-            self._node.detach(call.attachment, delegate=delegate)
-            _log.info("DEL %s", call.attachment)
-            return None
-        self._require_namespace(request)
         if call.command == "CHECK":
+            self._require_namespace(request)
             self._check(call, call.attachment, request.netns_fd, delegate)
             return None
-        return self._add(call, call.attachment, request.netns_fd, delegate)
+        self._node.cluster.require_unlocked()
+        self._node.detach(call.attachment, delegate=delegate)
+        _log.info("DEL %s", call.attachment)
+        return None
 
     def _answer_ipam(self, call: Call) -> dict[str, Any] | None:
         """As the IPAM plugin of another main plugin."""
@@ -135,15 +141,66 @@ class Plugin:
             _require_valid_attachments(call)
         return self._ipam.answer(call)
 
-    def _add(
-        self, call: Call, attachment: Attachment, netns_fd: int, delegate: Delegate | None
-    ) -> _Added:
+    def _add_all(
+        self, adds: Sequence[tuple[Conversation, Call]], *, alone: bool
+    ) -> list[Conversation]:
+        later: list[Conversation] = []
+        jobs: list[Job] = []
+        try:
+            self._node.cluster.require_unlocked()
+        except Exception as error:
+            for asked, _ in adds:
+                asked.reply(*_report(asked.request, error))
+            return later
+        for asked, call in adds:
+            delegate = self._delegate(call, asked.request)
+            if delegate is None or alone:
+                try:
+                    jobs.append(self._job(asked, call, delegate, later))
+                except Exception as error:
+                    asked.reply(*_report(asked.request, error))
+            else:
+                later.append(asked)
+        try:
+            if jobs:
+                self._node.attach_all(jobs)
+        except CniError as error:
+            for job in jobs:
+                job.then(error)
+        return later
+
+    def _job(
+        self, asked: Conversation, call: Call, delegate: Delegate | None, later: list[Conversation]
+    ) -> Job:
+        """``later``: where it is put if it can't be done now. Raises CniError, StoreError."""
+        request, reply = asked.request, asked.reply
+        attachment = call.attachment
+        assert attachment is not None
+        if delegate is not None:
+            self._before_waiting()
+        self._require_namespace(request)
         wanted = self._wanted(call, attachment, delegate)
-        attached = self._node.attach(attachment, netns_fd, wanted)
-        seconds = call.configuration.policy_wait
+
+        def then(outcome: Outcome) -> None:
+            try:
+                if isinstance(outcome, Attached):
+                    added = self._added(call, attachment, outcome, wanted)
+                    self._answer_when_enforced(request, added, reply)
+                elif outcome is None:
+                    later.append(asked)
+                else:
+                    reply(*_report(request, outcome))
+            except Exception as error:
+                reply(*_report(request, error))
+
+        return Job(attachment, request.netns_fd, wanted, then)
+
+    def _added(
+        self, call: Call, attachment: Attachment, attached: Attached, wanted: Wanted
+    ) -> _Added:
         dns = attached.lease.dns if attached.lease else {}
         answer = result(call, attached.wire, dns)
-        return _Added(attachment, attached, wanted, seconds, answer)
+        return _Added(attachment, attached, wanted, call.configuration.policy_wait, answer)
 
     def _answer_when_enforced(self, request: Request, added: _Added, reply: Reply) -> None:
         """Wait until felix enforces the pod's policy, in no thread; 0 seconds: don't wait."""
@@ -321,6 +378,16 @@ class Plugin:
             delegate.collect_garbage()
         if errors:
             raise CniError(TRY_AGAIN_LATER, f"{len(errors)} not collected", "; ".join(errors))
+
+
+def is_add(request: Request) -> bool:
+    """Whether a container is to be wired."""
+    return request.environment.get("CNI_COMMAND") == "ADD" and not _is_ipam(request)
+
+
+def _is_ipam(request: Request) -> bool:
+    """Whether we are the IPAM plugin of another main plugin."""
+    return request.environment.get(_PLUGIN) == ipam_plugin.NAME
 
 
 def _require_valid_attachments(call: Call) -> None:

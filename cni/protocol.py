@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import os
 import socket
 import struct
+import termios
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -45,6 +48,22 @@ def peer_uid(connection: socket.socket) -> int:
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     uid: int = _CREDENTIALS.unpack(data)[1]
     return uid
+
+
+def is_complete(connection: socket.socket) -> bool:
+    """Whether ``receive`` would not wait."""
+    try:
+        header = connection.recv(_HEADER.size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # as ``receive`` will say
+    if len(header) < _HEADER.size or header[: len(MAGIC)] != MAGIC:
+        return True  # it ends, or is refused
+    _, environment, configuration = _HEADER.unpack(header)
+    there = array.array("i", [0])
+    fcntl.ioctl(connection, termios.FIONREAD, there)
+    return bool(there[0] >= _HEADER.size + environment + configuration)
 
 
 def receive(

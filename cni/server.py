@@ -4,7 +4,8 @@ All workers wait in ``accept`` on one socket, so the kernel hands a request stra
 thread that serves it: an event loop that hands over to a pool of threads takes eight times as
 long for an empty request (measured: 28 against 230 microseconds). All are there from the start:
 to start one while others work takes as long as half an ADD. Only those with a turn accept, so that
-what can't be worked on yet waits in the kernel.
+what can't be worked on yet waits in the kernel; and where there is one turn, who has it takes more
+of what has come by then, to work on it together.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import contextlib
 import fcntl
 import logging
 import os
+import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cni.protocol import ProtocolError, Request, answer, peer_uid, receive
+from cni.protocol import ProtocolError, Request, answer, is_complete, peer_uid, receive
 from cni.turns import Turns
 from datastore.environment import Environment
 
@@ -33,8 +36,9 @@ _SOCKET = "cni.sock"
 # The answer to a request: exit code and output for the client. To be called once, from any thread.
 # Without an output there is no answer: the client asks again.
 Reply = Callable[[int, bytes | None], None]
-# Answers a request, at once or, having returned, later.
-Handler = Callable[[Request, Reply], object]
+# Answers requests, at once or, having returned, later. Returns those that it can't but one at a
+# time, if they were several.
+Handler = Callable[[Sequence["Conversation"]], Sequence["Conversation"]]
 
 _log = logging.getLogger(__name__)
 
@@ -48,14 +52,27 @@ class Server:
     """Serves ``handler`` on the Unix socket ``path``, to root alone.
 
     ``turns``: who may work; a handler that waits for something should give its turn up.
+    ``most``: so many requests are handed over together if they are there at the same moment, and
+    ``joins`` says so of each. With more than 1 there must be one turn only.
     One server per path: a lock file beside it keeps a second one away. Raises
     RuntimeError where one is running, OSError where the path can't be used.
     """
 
-    def __init__(self, path: Path, handler: Handler, turns: Turns) -> None:
+    def __init__(
+        self,
+        path: Path,
+        handler: Handler,
+        turns: Turns,
+        *,
+        most: int = 1,
+        joins: Callable[[Request], bool] = lambda _: False,
+    ) -> None:
         self.path = path
         self._handler = handler
         self._turns = turns
+        self._most = most
+        self._joins = joins
+        self._left: deque[Conversation] = deque()  # came with others, and is to be served alone
         self._unanswered = 0
         self._receiving: set[socket.socket] = set()
         self._answered = threading.Condition()
@@ -72,6 +89,8 @@ class Server:
         except BaseException:
             os.close(self._lock_fd)
             raise
+        self._arrivals = select.poll()
+        self._arrivals.register(self._socket, select.POLLIN)
 
     def start(self) -> None:
         """Start serving; returns at once."""
@@ -105,18 +124,26 @@ class Server:
         try:
             while not self._closing:
                 self._turns.take()
-                try:
-                    connection = self._socket.accept()[0]
-                except OSError as error:
-                    if not self._closing:
-                        self._complain(error)
-                        time.sleep(_PAUSE)
-                    continue
-                with self._answered:
-                    self._unanswered += 1
-                self._serve(_Conversation(connection, self._ended))
+                if not self._left:
+                    try:
+                        conversation = self._accept()
+                    except OSError as error:
+                        if not self._closing:
+                            self._complain(error)
+                            time.sleep(_PAUSE)
+                        continue
+                    self._serve(conversation, alone=False)
+                with contextlib.suppress(IndexError):
+                    while True:
+                        self._serve(self._left.popleft(), alone=True)
         finally:
             self._turns.give_up()
+
+    def _accept(self) -> Conversation:
+        connection = self._socket.accept()[0]
+        with self._answered:
+            self._unanswered += 1
+        return Conversation(connection, self._ended)
 
     def _complain(self, error: OSError) -> None:
         """Log once a second what meets all workers at once."""
@@ -125,20 +152,55 @@ class Server:
             self._silent_until = now + 1
             _log.error("accepting a request: %s", error)
 
-    def _serve(self, conversation: _Conversation) -> None:
+    def _serve(self, first: Conversation, *, alone: bool) -> None:
+        group = [first]
         try:
-            if request := self._receive(conversation.connection):
+            if self._understand(first):
                 self._turns.compute()
-                try:
-                    self._handler(request, conversation.reply)
-                finally:
-                    request.close()
-                    self._turns.rest()
-            else:
-                conversation.end()
+                if not alone:
+                    self._gather(group)
+                self._handle(group)
         except Exception:
             _log.exception("request failed; its client is left without an answer")
-            conversation.end()
+            for conversation in group:
+                conversation.end()
+        finally:
+            self._turns.rest()
+
+    def _gather(self, group: list[Conversation]) -> None:
+        """Add requests that are there at this moment.
+
+        Those that are to be served alone, or are not complete yet, are left.
+        """
+        room = self._most - 1 if self._turns.held and self._joins(group[0].request) else 0
+        while room and not self._left and self._arrivals.poll(0):
+            try:
+                conversation = self._accept()
+            except OSError:
+                return  # the server stops; if it is something else, the next worker will say it
+            room -= 1
+            if not is_complete(conversation.connection):
+                self._left.append(conversation)
+            elif self._understand(conversation):
+                joins = self._joins(conversation.request)
+                (group if joins else self._left).append(conversation)
+
+    def _handle(self, group: Sequence[Conversation]) -> None:
+        left = self._handler(group)
+        for conversation in group:
+            if conversation not in left:
+                conversation.request.close()
+        self._left.extend(left)
+
+    def _understand(self, conversation: Conversation) -> bool:
+        """Whether it has a request; else it has ended."""
+        if not conversation.understood:
+            if request := self._receive(conversation.connection):
+                conversation.request = request
+                conversation.understood = True
+            else:
+                conversation.end()
+        return conversation.understood
 
     def _receive(self, connection: socket.socket) -> Request | None:
         uid = peer_uid(connection)
@@ -162,14 +224,20 @@ class Server:
             self._answered.notify_all()
 
 
-class _Conversation:
-    """A client's connection, until it has its answer. ``ended`` is called once, then."""
+class Conversation:
+    """A client's connection, until it has its answer. ``ended`` is called once, then.
+
+    ``request``: what it asks, when that is ``understood``.
+    """
+
+    request: Request
 
     def __init__(self, connection: socket.socket, ended: Callable[[], None]) -> None:
         self.connection = connection
         self._ended = ended
         self._lock = threading.Lock()
         self._open = True
+        self.understood = False
 
     def reply(self, exit_code: int, output: bytes | None) -> None:
         """Send the answer, if there is one. A second one is a fault, and is not sent."""

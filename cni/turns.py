@@ -1,14 +1,13 @@
-"""How many requests are worked on at once, and how many of those compute.
+"""How many threads take requests, and how many of those compute.
 
 Python runs one thread at a time. Where a request is hardly anything but work, as on a store in a
-file of this machine, fifty at once would all be done when the last is done; in turns, half of
-them are done in half of that time. Who must wait for something else (another process, the kernel
-to delete an interface) gives its turn up, for good.
+file of this machine, one thread takes what has come and works on it: threads that do so side by
+side take Python from each other at every system call, which makes it take half as long again. Who
+must wait for something else (another process, the kernel to delete an interface) gives the turn
+up, for good.
 
-Of those who have a turn one computes, start to end: threads that compute side by side take Python
-from each other at every system call, some sixty times in an ADD, which makes it take half as long
-again. But when others change interfaces the kernel lets us wait for its lock, longer than we
-compute. While it does, one computes and the rest wait in the kernel, side by side.
+When others change interfaces the kernel lets us wait for its lock, longer than we compute. Then,
+too, another gets the turn: one computes and the rest wait in the kernel, side by side.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class _Own(threading.local):
 
 
 class Turns:
-    """At most ``number`` threads have a turn; of these, if ``alone``, one at a time computes."""
+    """At most ``number`` threads have a turn; if ``alone``, one at a time computes."""
 
     def __init__(self, number: int, *, alone: bool = False) -> None:
         self._free = threading.Semaphore(number)
@@ -59,6 +58,11 @@ class Turns:
             self._own.turn = False
             self._free.release()
 
+    @property
+    def held(self) -> bool:
+        """Whether this thread has a turn."""
+        return self._own.turn
+
     def compute(self) -> None:
         """Begin, when those who came before have done."""
         if self._alone and not self._own.computes:
@@ -76,12 +80,15 @@ class Turns:
             else:
                 self._busy = False
 
-    def aside(self) -> Aside:
-        """A block in which others compute if it takes long: this thread is in the kernel."""
-        return Aside(self, self._own.computes)
+    def aside(self, number: int = 1) -> Aside:
+        """A block in which others have the turn if it takes long: this thread is in the kernel.
+
+        It then computes again afterwards, without a turn. ``number``: of interfaces that are made.
+        """
+        return Aside(self, self._own.computes, number)
 
     def timed(self, seconds: float) -> None:
-        """How long the kernel took."""
+        """How long the kernel took for one."""
         self._slow = seconds > _QUICK
 
     @property
@@ -111,16 +118,17 @@ class Turns:
 class Aside:
     """See ``Turns.aside``."""
 
-    __slots__ = ("_begun", "_computes", "_lent", "_turns")
+    __slots__ = ("_begun", "_computes", "_lent", "_number", "_turns")
 
-    def __init__(self, turns: Turns, computes: bool) -> None:
+    def __init__(self, turns: Turns, computes: bool, number: int) -> None:
         self._turns = turns
         self._computes = computes
+        self._number = number
 
     def __enter__(self) -> None:
         self._lent = self._computes and self._turns.slow
         if self._lent:
-            self._turns.rest()
+            self._turns.give_up()
         self._begun = time.monotonic()
 
     def __exit__(
@@ -129,6 +137,6 @@ class Aside:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._turns.timed(time.monotonic() - self._begun)
+        self._turns.timed((time.monotonic() - self._begun) / self._number)
         if self._lent:
             self._turns.go_on()

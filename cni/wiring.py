@@ -40,10 +40,11 @@ from kernel.links import (
     link_get,
     link_set,
     parse_ends,
+    set_group,
     veth,
 )
 from kernel.neighbours import Neighbour, Neighbours, neighbour_replace
-from kernel.netlink import Message, NetlinkSocket
+from kernel.netlink import Failure, Message, NetlinkSocket
 from kernel.netns import inside, own_namespace
 from kernel.routes import PROTO_FELIX, SCOPE_LINK, Hop, Route, Routes, route_add, route_replace
 
@@ -154,63 +155,99 @@ class Sockets:
             self.home = -1
 
 
-def create(
+def create_all(
     host: NetlinkSocket,
-    netns_fd: int,
-    wire: Wire,
+    pairs: Sequence[tuple[int, Wire]],
     aside: contextlib.AbstractContextManager[None] = _HERE,
-) -> Ends:
-    """Make the pair, in group ``UNFINISHED``; ``aside``: where the kernel is waited for.
+) -> list[Ends | Exception]:
+    """Make pairs, in group ``UNFINISHED``, or say what hindered each; ``pairs``: with the netns_fd.
 
-    Raises HostInterfaceExistsError, ContainerInterfaceExistsError, OSError.
+    ``aside``: where the kernel is waited for. An OSError, HostInterfaceExistsError or
+    ContainerInterfaceExistsError. Raises OSError when the conversation itself breaks.
     """
-    pair = veth(
-        wire.host_interface,
-        wire.interface,
-        peer_netns_fd=netns_fd,
-        mtu=wire.mtu,
-        mac=HOST_MAC,
-        peer_mac=wire.mac,
-        group=UNFINISHED,
-    )
-    try:
-        with aside:
-            body = host.request(pair)
-        return parse_ends(body)
-    except OSError as error:
-        if error.errno != errno.EEXIST:
-            raise OSError(error.errno, f"veth {wire.host_interface}: {error.strerror}") from error
-        leftover = find(host, wire.host_interface)
-        if leftover is None:
+    messages = [
+        veth(
+            wire.host_interface,
+            wire.interface,
+            peer_netns_fd=netns_fd,
+            mtu=wire.mtu,
+            mac=HOST_MAC,
+            peer_mac=wire.mac,
+            group=UNFINISHED,
+        )
+        for netns_fd, wire in pairs
+    ]
+    with aside:
+        failures, replies = host.transact(messages)
+    outcomes: dict[int, Ends | Exception] = {
+        reply.index: parse_ends(reply.body) for reply in replies
+    }
+    for failure in failures:
+        outcomes[failure.index] = _not_created(host, *pairs[failure.index], failure)
+    no_answer = OSError(errno.EPROTO, "veth: no answer")
+    return [outcomes.get(index, no_answer) for index in range(len(pairs))]
+
+
+def _not_created(host: NetlinkSocket, netns_fd: int, wire: Wire, failure: Failure) -> Exception:
+    if failure.errno != errno.EEXIST:
+        return failure.error(f"veth {wire.host_interface}")
+    leftover = find(host, wire.host_interface)
+    if leftover is None:
+        try:
             with NetlinkSocket(netns_fd=netns_fd) as container:
                 if find(container, wire.interface) is not None:
-                    raise ContainerInterfaceExistsError(wire.interface) from error
-        raise HostInterfaceExistsError(wire.host_interface, leftover) from error
+                    return ContainerInterfaceExistsError(wire.interface)
+        except OSError as error:
+            return error
+    return HostInterfaceExistsError(wire.host_interface, leftover)
 
 
-def configure(
+def configure_all(
     host: NetlinkSocket,
-    netns_fd: int,
-    wire: Wire,
-    ends: Ends,
+    pairs: Sequence[tuple[int, Wire, Ends]],
     aside: contextlib.AbstractContextManager[None] = _HERE,
     home: int | None = None,
-) -> None:
-    """Everything else, at both ends of the pair; ``aside`` as for ``create``. Raises OSError.
+) -> list[OSError | None]:
+    """Everything else, at both ends of each pair; what hindered it.
 
-    ``home``: as for ``kernel.netns.inside``.
+    ``aside``: as for ``create_all``; ``home``: as for ``kernel.netns.inside``. Raises OSError when
+    the conversation itself breaks.
     """
-    _do(host, _node_steps(wire, ends.index))
+    problems: list[OSError | None] = [None] * len(pairs)
+    steps = [(place, step) for place, (_, wire, ends) in enumerate(pairs)
+             for step in _node_steps(wire, ends.index)]  # fmt: skip
+    for failure in host.batch([message for _, (_, message) in steps]):
+        place, (what, _) = steps[failure.index]
+        problems[place] = problems[place] or failure.error(what)
+    with contextlib.ExitStack() as containers:
+        open_: list[tuple[int, NetlinkSocket, Wire]] = []
+        for place, (netns_fd, wire, ends) in enumerate(pairs):
+            if problems[place]:
+                continue
+            try:
+                container = containers.enter_context(NetlinkSocket(netns_fd=netns_fd, home_fd=home))
+                open_.append((place, container, wire))
+                with aside:
+                    _configure_container(container, netns_fd, wire, ends)
+            except OSError as error:
+                problems[place] = error
+        for place, container, wire in open_:
+            if V6 in wire.versions and not problems[place]:
+                try:
+                    _wait_for_ipv6(container, wire)
+                except OSError as error:
+                    problems[place] = error
+    return problems
+
+
+def _configure_container(container: NetlinkSocket, netns_fd: int, wire: Wire, ends: Ends) -> None:
     steps = _container_steps(wire, ends.peer_index)
-    with NetlinkSocket(netns_fd=netns_fd, home_fd=home) as container, aside:
-        failed = container.batch([message for _, message in steps])
-        if failed and (V6 not in wire.versions or failed[0].errno != errno.EACCES):
-            raise failed[0].error(steps[failed[0].index][0])
-        if failed:  # some runtimes make namespaces without IPv6
-            _switch_ipv6_on(netns_fd, wire.interface)
-            _do(container, [steps[each.index] for each in failed])
-        if V6 in wire.versions:
-            _wait_for_ipv6(container, wire)
+    failed = container.batch([message for _, message in steps])
+    if failed and (V6 not in wire.versions or failed[0].errno != errno.EACCES):
+        raise failed[0].error(steps[failed[0].index][0])
+    if failed:  # some runtimes make namespaces without IPv6
+        _switch_ipv6_on(netns_fd, wire.interface)
+        _do(container, [steps[each.index] for each in failed])
 
 
 def _switch_ipv6_on(netns_fd: int, name: str) -> None:
@@ -242,15 +279,28 @@ def allow_forwarding(netns_fd: int, wire: Wire) -> None:
 
 
 def finish(host: NetlinkSocket, index: int) -> bool:
-    """Take the wire out of group ``UNFINISHED``: its endpoint is recorded. Raises OSError.
+    """``finish_all`` of one. Raises OSError."""
+    [outcome] = finish_all(host, [index])
+    if isinstance(outcome, OSError):
+        raise outcome
+    return outcome
 
-    Returns whether the node's end can send already.
+
+def finish_all(host: NetlinkSocket, indexes: Sequence[int]) -> list[bool | OSError]:
+    """Take wires out of group ``UNFINISHED``: their endpoints are recorded.
+
+    Returns whether the node's end can send already, or what hindered it. Raises OSError when the
+    conversation itself breaks.
     """
-    messages = [link_set(index, group=0), link_get(index)]
+    messages = [message for index in indexes for message in (set_group(index, 0), link_get(index))]
     failures, replies = host.transact(messages)
-    if failures:
-        raise failures[0].error(f"interface #{index}")
-    return is_running(replies[0].body)
+    outcomes: list[bool | OSError] = [False] * len(indexes)
+    for reply in replies:
+        outcomes[reply.index // 2] = is_running(reply.body)
+    for failure in failures:
+        place = failure.index // 2
+        outcomes[place] = failure.error(f"interface #{indexes[place]}")
+    return outcomes
 
 
 def wait_for_carrier(host: NetlinkSocket, index: int) -> None:

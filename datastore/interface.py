@@ -174,6 +174,32 @@ class PromptDatastore(Protocol):
 
 
 @runtime_checkable
+class GroupingDatastore(Protocol):
+    """A ``Datastore`` to which many objects are hardly more than one."""
+
+    def create_all(self, objects: Sequence[tuple[Key, JSON]]) -> Sequence[Entry | StoreError]:
+        """Store new objects in one transaction, with its outcome for each, in their order.
+
+        One that exists already (AlreadyExistsError) does not keep the others from being stored.
+        """
+
+
+def create_all(
+    store: Datastore, objects: Sequence[tuple[Key, JSON]]
+) -> Sequence[Entry | StoreError]:
+    """As ``GroupingDatastore``; one after the other where the store is none."""
+    if len(objects) > 1 and isinstance(store, GroupingDatastore):
+        return store.create_all(objects)
+    outcomes: list[Entry | StoreError] = []
+    for key, value in objects:
+        try:
+            outcomes.append(store.create(key, value))
+        except StoreError as error:
+            outcomes.append(error)
+    return outcomes
+
+
+@runtime_checkable
 class SelectingDatastore(Protocol):
     """A ``Datastore`` that lists by a field at less cost than by the beginning of names."""
 

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,6 +42,8 @@ _SELECT = f"SELECT revision, value FROM objects WHERE {_KEY}"
 _INSERT = "INSERT INTO objects (kind, namespace, name, revision, value) VALUES (?, ?, ?, ?, ?)"
 _UPDATE = f"UPDATE objects SET revision = ?, value = ? WHERE {_KEY}"
 _DELETE = f"DELETE FROM objects WHERE {_KEY}"
+_LOG = "INSERT INTO changes (time, kind, namespace, name, value) VALUES (?, ?, ?, ?, ?)"
+_UNLOG = "DELETE FROM changes WHERE revision = ?"  # the last one, whose number is then free again
 
 Row = tuple[int, bytes]  # revision and value
 T = TypeVar("T")
@@ -112,6 +114,34 @@ class SqliteDatastore:
 
         return Entry(key, value, str(self._change(key, data, insert)))
 
+    def create_all(self, objects: Sequence[tuple[Key, JSON]]) -> Sequence[Entry | StoreError]:
+        """Store new objects in one transaction; an AlreadyExistsError for each that is there."""
+        rows = [(key, value, _encoded(key, value)) for key, value in objects]
+
+        def insert(connection: sqlite3.Connection) -> tuple[list[Entry | StoreError], int]:
+            outcomes: list[Entry | StoreError] = []
+            last = 0
+            for key, value, data in rows:
+                revision = _log(connection, key, data)
+                try:
+                    connection.execute(_INSERT, (key.kind, key.namespace, key.name, revision, data))
+                except sqlite3.IntegrityError:
+                    connection.execute(_UNLOG, (revision,))
+                    outcomes.append(AlreadyExistsError(f"{key}: exists already", key))
+                else:
+                    outcomes.append(Entry(key, value, str(revision)))
+                    last = revision
+                    self._compact_if_due(connection, revision)
+            return outcomes, last
+
+        try:
+            outcomes, last = self._file.write(insert)
+        except StoreError as error:
+            return [error] * len(rows)
+        if last // _CHECKPOINT_EVERY > (last - len(rows)) // _CHECKPOINT_EVERY:
+            self._file.checkpoint()
+        return outcomes
+
     def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
         """Replace an object, only at ``revision`` when one is given.
 
@@ -169,14 +199,9 @@ class SqliteDatastore:
 
         def change(connection: sqlite3.Connection) -> T:
             nonlocal due
-            revision = connection.execute(
-                "INSERT INTO changes (time, kind, namespace, name, value) VALUES (?, ?, ?, ?, ?)",
-                (int(time.time()), key.kind, key.namespace, key.name, data),
-            ).lastrowid
-            assert revision is not None
+            revision = _log(connection, key, data)
             result = do(connection, revision)
-            if revision % _COMPACT_EVERY == 0:
-                self._compact(connection, revision)
+            self._compact_if_due(connection, revision)
             due = revision % _CHECKPOINT_EVERY == 0
             return result
 
@@ -185,8 +210,10 @@ class SqliteDatastore:
             self._file.checkpoint()
         return result
 
-    def _compact(self, connection: sqlite3.Connection, revision: int) -> None:
+    def _compact_if_due(self, connection: sqlite3.Connection, revision: int) -> None:
         """Forget the oldest changes: always from the front, so that no gap can arise."""
+        if revision % _COMPACT_EVERY:
+            return
         (first_young,) = connection.execute(
             "SELECT revision FROM changes WHERE time >= ? ORDER BY revision LIMIT 1",
             (int(time.time()) - HISTORY_SECONDS,),
@@ -195,6 +222,14 @@ class SqliteDatastore:
             "DELETE FROM changes WHERE revision < ?",
             (min(revision, max(first_young, revision - self._history + 1)),),
         )
+
+
+def _log(connection: sqlite3.Connection, key: Key, data: bytes | None) -> int:
+    """The revision of a change that is about to be made."""
+    row = (int(time.time()), key.kind, key.namespace, key.name, data)
+    revision = connection.execute(_LOG, row).lastrowid
+    assert revision is not None
+    return revision
 
 
 def _encoded(key: Key, value: JSON) -> bytes:

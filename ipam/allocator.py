@@ -15,6 +15,7 @@ two writes and no read. Threads that want the same block are served by one write
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -142,14 +143,7 @@ class Allocator:
         namespace_labels: Labels | None = None,
     ) -> list[Assignment]:
         """``count`` more addresses for ``handle``, or none: as ``assign`` does."""
-        request = Request(
-            node=self.node,
-            version=version,
-            use=use,
-            pools=pools,
-            node_labels=lambda: self._records.node_labels(self.node) if labels is None else labels,
-            namespace_labels=namespace_labels,
-        )
+        request = self._request(version, pools, use, labels, namespace_labels)
         with self._locks.hold(handle):
             self._view.refresh()
             if self._view.remembers:
@@ -163,6 +157,37 @@ class Allocator:
                 return self._assigner.assign(request, count, wanted)
             finally:
                 self._view.forget()  # what was otherwise than remembered, and what was claimed now
+
+    def assign_each(
+        self,
+        newcomers: Mapping[str, Mapping[str, str]],
+        *,
+        version: int = 4,
+        pools: Sequence[str] = (),
+        use: str = "Workload",
+        namespace_labels: Labels | None = None,
+    ) -> dict[str, Assignment]:
+        """An address for each of several handles that hold none: as ``assign``, but in two writes.
+
+        ``newcomers``: attributes by handle. Those that are not in the answer are to be tried with
+        ``assign``: it knows what to do where the handle is there, does what takes longer (claims
+        a block, borrows), and says what hinders it.
+        """
+        request = self._request(version, pools, use, None, namespace_labels)
+        with contextlib.ExitStack() as locks:
+            for handle in sorted(newcomers):
+                locks.enter_context(self._locks.hold(handle))
+            self._view.refresh()
+            if not self._view.remembers:
+                return {}
+            wanted = [
+                self._wanted(handle, attributes, use, self._view)
+                for handle, attributes in newcomers.items()
+            ]
+            try:
+                return self._assigner.assign_each(request, wanted)
+            except IpamError:
+                return {}
 
     def assign_specific(
         self,
@@ -304,6 +329,23 @@ class Allocator:
             self._view.forget_claims(wanted.owner.node)
             self._holdings.adopt(stored)
         return stored
+
+    def _request(
+        self,
+        version: int,
+        pools: Sequence[str],
+        use: str,
+        labels: Labels | None,
+        namespace_labels: Labels | None,
+    ) -> Request:
+        return Request(
+            node=self.node,
+            version=version,
+            use=use,
+            pools=pools,
+            node_labels=lambda: self._records.node_labels(self.node) if labels is None else labels,
+            namespace_labels=namespace_labels,
+        )
 
     def _wanted(self, handle: str, attributes: Mapping[str, str], use: str, view: View) -> Wanted:
         return Wanted(handle, attributes, self._owner(use), view, view.reservations())

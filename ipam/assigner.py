@@ -86,6 +86,27 @@ class Assigner:
         finally:
             self._holdings.settle(wanted.handle)
 
+    def assign_each(self, request: Request, newcomers: Sequence[Wanted]) -> dict[str, Assignment]:
+        """An address for each handle that is new, from the blocks that their owner has.
+
+        All are of one owner. Those that got none so are not in the answer. Raises IpamError.
+        """
+        owner, view, reserved = newcomers[0].owner, newcomers[0].view, newcomers[0].reserved
+        missing = {newcomer.handle: newcomer.attributes for newcomer in newcomers}
+        found: dict[str, Assignment] = {}
+        pools = usable(view.pools(), request)
+        for net, pool, confirmed in self._own_blocks(pools, request.version, newcomers[0]):
+            if confirmed and missing:
+                taken = self._holdings.take_each(
+                    net, missing, only_for=owner.affinity, reserved=reserved
+                )
+                for handle, address in taken.items():
+                    del missing[handle]
+                    if address is not None:
+                        found[handle] = Assignment(address, net, pool.name)
+                        owner.last[net.version] = net
+        return found
+
     def _assign_once(
         self, request: Request, count: int, wanted: Wanted, found: list[Assignment]
     ) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from api.net import Net
-from datastore.interface import AlreadyExistsError, ConflictError, NotFoundError
+from datastore.interface import AlreadyExistsError, ConflictError, NotFoundError, StoreError
 from ipam.errors import ContentionError, IpamError
 from ipam.records import ATTEMPTS, Handle, Records, Stored
 
@@ -65,6 +66,20 @@ class Handles:
             self._remember(id_, written)
             return
         raise _contended(id_)
+
+    def begin(self, ids: Sequence[str], net: Net) -> set[str]:
+        """Count one address in block ``net`` for each that is new; returns which those are."""
+        begun = set()
+        outcomes = self._records.create_handles([Handle(id_, {net: 1}) for id_ in ids])
+        for id_, outcome in zip(ids, outcomes, strict=True):
+            if not isinstance(outcome, StoreError):
+                self._remember(id_, outcome)
+                begun.add(id_)
+        return begun
+
+    def doubt(self, id_: str) -> None:
+        """What it counts may be wrong: ``settle`` is to count anew."""
+        self._unsure.add(id_)
 
     def renew(self, id_: str, net: Net, number: int) -> None:
         """Make sure that what was counted still is, at a revision that only we know."""

@@ -52,6 +52,62 @@ class Holdings:
             lambda offer: Take(offer, handle, attributes, only_for, reserved),
         )
 
+    def take_each(
+        self,
+        net: Net,
+        newcomers: Mapping[str, Mapping[str, str]],
+        *,
+        only_for: str | None = None,
+        reserved: Sequence[Net] = (),
+    ) -> dict[str, Net | None]:
+        """An address of a block for each handle that is new: one write of all, then of the block.
+
+        ``newcomers``: attributes by handle. None: it has one already, or something went wrong.
+        Those for which the block has no address are not in the answer.
+        """
+        writer = self._writer(net)
+        offers = self._offers(writer, newcomers, only_for, reserved)
+        if not offers:
+            return {}
+        begun = self._handles.begin(list(offers), net)
+        takes: dict[str, Take] = {}
+        for handle, offer in offers.items():
+            if handle in begun:
+                takes[handle] = Take(offer, handle, newcomers[handle], only_for, reserved)
+            else:
+                writer.decline(offer)
+        writer.run_all(list(takes.values()))
+        taken: dict[str, Net | None] = dict.fromkeys(offers)
+        for handle, take in takes.items():
+            if take.problem is not None:
+                self._handles.doubt(handle)
+            elif take.taken and not take.void:
+                taken[handle] = take.taken[0]
+            else:
+                self._count_back(handle, net, 1)
+        return taken
+
+    def _offers(
+        self,
+        writer: BlockWriter,
+        handles: Iterable[str],
+        only_for: str | None,
+        reserved: Sequence[Net],
+    ) -> dict[str, Offer]:
+        """One each, as long as there are any."""
+        offers: dict[str, Offer] = {}
+        try:
+            for handle in handles:
+                offer = writer.offer(1, only_for=only_for, reserved=reserved)
+                if offer is None:
+                    break
+                offers[handle] = offer
+        except BaseException:
+            for offer in offers.values():
+                writer.decline(offer)
+            raise
+        return offers
+
     def take_address(
         self,
         address: Net,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 
@@ -28,9 +28,7 @@ class KeyedLocks:
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[None]:
         """Hold the lock ``name`` for the block. Not reentrant."""
-        with self._guard:
-            entry = self._locks.setdefault(name, _Lock())
-            entry.users += 1
+        entry = self._enter(name)
         try:
             if not entry.lock.acquire(blocking=False):
                 self._before_waiting()
@@ -40,7 +38,29 @@ class KeyedLocks:
             finally:
                 entry.lock.release()
         finally:
-            with self._guard:
-                entry.users -= 1
-                if not entry.users:
-                    del self._locks[name]
+            self._leave(name, entry)
+
+    @contextlib.contextmanager
+    def hold_free(self, names: Iterable[str]) -> Iterator[set[str]]:
+        """Hold for the block those of the locks that nobody holds; which they are."""
+        with contextlib.ExitStack() as held:
+            free = set()
+            for name in names:
+                entry = self._enter(name)
+                held.callback(self._leave, name, entry)
+                if entry.lock.acquire(blocking=False):
+                    held.callback(entry.lock.release)
+                    free.add(name)
+            yield free
+
+    def _enter(self, name: str) -> _Lock:
+        with self._guard:
+            entry = self._locks.setdefault(name, _Lock())
+            entry.users += 1
+        return entry
+
+    def _leave(self, name: str, entry: _Lock) -> None:
+        with self._guard:
+            entry.users -= 1
+            if not entry.users:
+                del self._locks[name]

@@ -6,7 +6,7 @@ Every write names the revision that was read (compare-and-swap). An object marke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
@@ -25,6 +25,8 @@ from datastore.interface import (
     Listing,
     NotFoundError,
     SelectingDatastore,
+    StoreError,
+    create_all,
     part,
 )
 from ipam.block import Block
@@ -195,8 +197,15 @@ class Records:
 
     def create_handle(self, handle: Handle) -> Stored[Handle]:
         """Store a new handle. Raises AlreadyExistsError."""
-        key = _handle_key(handle.id)
-        return Stored(self._store.create(key, _object(key, _handle_spec(handle))), handle)
+        return Stored(self._store.create(*_handle_object(handle)), handle)
+
+    def create_handles(self, handles: Sequence[Handle]) -> list[Stored[Handle] | StoreError]:
+        """Store new handles; what became of each, AlreadyExistsError for one that is there."""
+        outcomes = create_all(self._store, [_handle_object(handle) for handle in handles])
+        return [
+            outcome if isinstance(outcome, StoreError) else Stored(outcome, handle)
+            for outcome, handle in zip(outcomes, handles, strict=True)
+        ]
 
     def write_handle(self, stored: Stored[Handle], handle: Handle) -> Stored[Handle]:
         """Replace the handle."""
@@ -284,6 +293,11 @@ def _handle(entry: Entry) -> Stored[Handle]:
     spec = entry.value["spec"]
     counts = {net_of(cidr): count for cidr, count in (spec.get("block") or {}).items()}
     return Stored(entry, Handle(spec["handleID"], counts))
+
+
+def _handle_object(handle: Handle) -> tuple[Key, JSON]:
+    key = _handle_key(handle.id)
+    return key, _object(key, _handle_spec(handle))
 
 
 def _handle_spec(handle: Handle) -> JSON:

@@ -198,10 +198,16 @@ class BlockWriter:
 
     def run(self, wish: Wish) -> None:
         """Do it, with what others wait for. Raises what hinders it; StoreError: outcome unknown."""
+        self.run_all([wish])
+        if wish.problem is not None:
+            raise wish.problem
+
+    def run_all(self, own: Sequence[Wish]) -> None:
+        """``run`` several; what hindered each is its ``problem``."""
         with self._lock:
-            self._waiting.append(wish)
+            self._waiting += own
         with self._turn:
-            if not wish.done:
+            if not all(wish.done for wish in own):
                 with self._lock:
                     wishes, self._waiting = self._waiting, []
                 try:
@@ -212,8 +218,6 @@ class BlockWriter:
                         wish_.problem = wish_.problem or error
                 finally:
                     self._finish(wishes)
-        if wish.problem is not None:
-            raise wish.problem
 
     def _write(self, wishes: Sequence[Wish]) -> None:
         fresh = False

@@ -12,9 +12,9 @@ import pytest
 
 from api.net import parse_net
 from cni import findings
-from cni.wiring import ContainerInterfaceExistsError, HostInterfaceExistsError, Wire, create
+from cni.wiring import ContainerInterfaceExistsError, HostInterfaceExistsError, Wire, create_all
 from datastore.interface import Key
-from kernel.links import Links, delete_link, link_set, veth
+from kernel.links import Ends, Links, delete_link, link_set, veth
 from kernel.netlink import NetlinkSocket
 from kernel.netns import Namespace
 from kernel.routes import PROTO_BGP, Hop, Route, route_add
@@ -178,15 +178,15 @@ def test_a_leftover_that_goes_by_itself(node: Rig) -> None:
             finally:
                 assert host.batch([delete_link(index)]) == []
 
-        with pytest.raises(HostInterfaceExistsError) as caught:
-            create(host, container.fd, wire, going())
-        assert caught.value.link is None
-        create(host, container.fd, wire)
+        [leftover] = create_all(host, [(container.fd, wire)], going())
+        assert isinstance(leftover, HostInterfaceExistsError)
+        assert leftover.link is None
+        assert isinstance(create_all(host, [(container.fd, wire)])[0], Ends)
         assert host.batch([delete_link(Links(host).get("cali1").index)]) == []
         with NetlinkSocket(netns_fd=container.fd) as inside:
             assert inside.batch([veth("eth0", "x1")]) == []
-        with pytest.raises(ContainerInterfaceExistsError):
-            create(host, container.fd, wire)
+        [taken] = create_all(host, [(container.fd, wire)])
+        assert isinstance(taken, ContainerInterfaceExistsError)
 
 
 def test_stray_interfaces_are_told_of(node: Rig) -> None:
