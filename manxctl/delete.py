@@ -7,7 +7,7 @@ import click
 from api.kinds import Kind
 from datastore.interface import ConflictError, Datastore, Key, NotFoundError
 from manxctl.documents import DEFAULT_NAMESPACE, KEEPERS, title
-from manxctl.options import file_options, kind_named, open_store, read_or_fail
+from manxctl.options import file_options, kind_named, moving, open_store, read_or_fail, warn
 
 POLICY_KINDS = (
     *("NetworkPolicy", "GlobalNetworkPolicy"),
@@ -47,6 +47,8 @@ def command(
             wanted[document.key] = None if version is None else str(version)
     failed = False
     with open_store() as store:
+        for doubt in moving(store):
+            warn(doubt)
         # a tier goes after the policies in it, wherever it stands in a file
         for key in sorted(wanted, key=lambda key: key.kind == "Tier"):
             complaint = _delete(store, key, wanted[key], skip_not_exists, force)

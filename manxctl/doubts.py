@@ -16,6 +16,7 @@ from datastore.interface import JSON, Datastore
 from ipam.overlaps import Range, node_ranges, service_ranges, shared
 from ipam.pools import Pools
 from manxctl.documents import Document
+from manxctl.options import moving
 
 _IN_TIERS = frozenset(
     (
@@ -30,6 +31,7 @@ def doubts(
 ) -> Iterator[str]:
     """The warnings about what is about to be written, each with its document and object."""
     pairs = list(zip(found, resources, strict=True))
+    yield from moving(store)
     yield from _tiers(store, pairs)
     yield from _peers(store, pairs)
     yield from _addresses(store, pairs)

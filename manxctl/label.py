@@ -12,7 +12,7 @@ from api.kinds import Kind
 from api.registry import parse_as
 from datastore.interface import ConflictError, Datastore, Key
 from manxctl.documents import DEFAULT_NAMESPACE
-from manxctl.options import kind_named, namespace_option, open_store
+from manxctl.options import kind_named, moving, namespace_option, open_store, warn
 from manxctl.writing import ATTEMPTS
 
 
@@ -35,6 +35,8 @@ def command(
     key = Key(kind.id, name, (namespace or DEFAULT_NAMESPACE) if kind.namespaced else "")
     wanted = dict(_change(text, remove) for text in changes)
     with open_store() as store:
+        for doubt in moving(store):
+            warn(doubt)
         _label(store, key, wanted, overwrite)
     click.echo(f"{kind.kind} {name} labelled")
 

@@ -11,7 +11,7 @@ import click
 
 from api.kinds import Kind, find_kind
 from datastore.environment import Environment
-from datastore.interface import Datastore
+from datastore.interface import Datastore, Key, NotFoundError
 from manxctl.documents import Document, read
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -94,6 +94,21 @@ def file_options(*, required: bool = True) -> Callable[[F], F]:
 def warn(text: str) -> None:
     """Tell of what is done though it is hardly meant."""
     click.echo(f"Warning: {text}", err=True)
+
+
+def moving(store: Datastore) -> Iterator[str]:
+    """The warning about any write to a datastore that is being moved."""
+    from api.clusterinformation import is_locked  # with models, which a look need not load
+
+    try:
+        information = store.get(Key("ClusterInformation", "default")).value
+    except NotFoundError:
+        return
+    if is_locked(information):
+        yield (
+            "the datastore is locked, because it is being moved: no program acts on this before"
+            " manxctl datastore migrate unlock, and what was exported already is without it"
+        )
 
 
 def namespace_option(function: F) -> F:

@@ -100,3 +100,22 @@ def test_a_pool_over_the_addresses_of_nodes_or_services(run: Run) -> None:
     assert "BGPConfiguration default: spec: 10.96.0.0/12, serviceClusterIPs" in again.stderr
     apart = document("IPPool", "apart", {"cidr": "192.168.0.0/16"})
     assert run("create", "-f", "-", stdin=apart).stderr == ""
+
+
+def test_a_datastore_that_is_being_moved(run: Run) -> None:
+    pool = document("IPPool", "pods", {"cidr": "10.0.0.0/16"})
+    assert run("create", "-f", "-", stdin=pool).stderr == ""
+    run("datastore", "migrate", "lock")
+    for command in (
+        ("apply", "-f", "-"),
+        ("replace", "-f", "-"),
+        ("label", "pool", "pods", "a=b"),
+        ("patch", "pool", "pods", "-p", "spec: {disabled: true}"),
+        ("delete", "pool", "pods"),
+        ("create", "-f", "-"),
+    ):
+        result = run(*command, stdin=pool)
+        assert result.exit_code == 0
+        assert "Warning: the datastore is locked, because it is being moved" in result.stderr
+    run("datastore", "migrate", "unlock")
+    assert run("apply", "-f", "-", stdin=pool).stderr == ""
