@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
@@ -20,6 +21,7 @@ __all__ = [
     "find_kind",
     "key_parts",
     "kind_of",
+    "known_part",
     "parse",
     "parse_as",
     "selectors",
@@ -42,6 +44,27 @@ def parse(obj: object, *, selector: Check | None = None) -> Resource:
 def parse_as(kind_id: str, obj: object) -> Resource:
     """As ``parse``, for an object whose kind is known (apiVersion and kind may be absent)."""
     return validate(KINDS[kind_id].model, obj)
+
+
+def known_part(kind_id: str, obj: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An object without the fields that are not known here: a newer Calico may have written them.
+
+    Only for kinds in which a field more can't be a condition more. Of an object that nobody can
+    read nothing is known: it stays as it is.
+    """
+    spec = obj.get("spec")
+    if isinstance(spec, Mapping) and UNREADABLE in spec:
+        return obj
+    try:
+        KINDS[kind_id].model.model_validate(obj, by_alias=True, by_name=False)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        unknown = [each["loc"] for each in details if each["type"] == "extra_forbidden"]
+        known = copy.deepcopy(dict(obj))
+        for location in unknown:
+            _remove(known, location)
+        return known
+    return obj
 
 
 def dump(resource: Resource) -> dict[str, Any]:
@@ -109,6 +132,19 @@ def _problem(model: type[BaseModel], detail: Any) -> Problem:
     else:
         expected = detail["msg"].removeprefix("Input should be ")
     return Problem(_path(location), value, expected)
+
+
+def _remove(at: Any, location: tuple[int | str, ...]) -> None:
+    """Take out what is there, by names in whatever case; one that isn't found stays."""
+    first, *rest = location
+    if isinstance(first, int):
+        _remove(at[first], tuple(rest))
+        return
+    for name in [name for name in at if str(name).lower() == first.lower()]:
+        if not rest:
+            del at[name]
+        elif isinstance(at[name], Mapping | list):
+            _remove(at[name], tuple(rest))
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -16,7 +16,7 @@ from api.kubernetes import KubernetesNode
 from api.metadata import Resource
 from api.net import Net, parse_net
 from api.node import Node
-from api.registry import dump, key_parts, parse_as
+from api.registry import dump, key_parts, known_part, parse_as
 from bird_glue.filters import Filter, compile_filter
 from bird_glue.pools import Pools, pool_policy
 from bird_glue.services import (
@@ -43,6 +43,9 @@ GROUPS = {"services": SERVICE_KINDS, "workloads": WORKLOAD_KINDS}
 _FOLLOWED_IN_GROUPS = frozenset(kind for kinds in GROUPS.values() for kind in kinds)
 _CLUSTER = Key("ClusterInformation", "default")
 _CONFIGURATION = Key("BGPConfiguration", "default")
+# A field that only a newer Calico knows costs no more than itself. (In a BGPPeer or a BGPFilter it
+# could be a condition, without which more would be told, or to others.)
+_KNOWN_PART_COUNTS = frozenset(("Node", "BGPConfiguration", "IPPool", "BlockAffinity"))
 _CONFIRMED = ("confirmed", "")  # "" is an old spelling
 
 R = TypeVar("R", bound=Resource)
@@ -56,6 +59,24 @@ def _given_to(node: KubernetesNode) -> list[Net]:
     except ValueError as error:
         problem = Problem("spec.podCIDRs", given, "CIDRs such as 10.0.0.0/24")
         raise InvalidObjectError("Node", node.name, [problem]) from error
+
+
+def _parsed(key: Key, value: JSON) -> Resource:
+    """Raises InvalidObjectError."""
+    parsed = parse_as(key.kind, value)
+    if isinstance(parsed, KubernetesNode):
+        _given_to(parsed)
+    return parsed
+
+
+def _known_part(key: Key, value: JSON) -> Resource | None:
+    """What is known of an object that as a whole is not valid; None where that isn't either."""
+    if key.kind not in _KNOWN_PART_COUNTS:
+        return None
+    try:
+        return _parsed(key, dict(known_part(key.kind, value)))
+    except InvalidObjectError:
+        return None
 
 
 class Resources:
@@ -163,16 +184,18 @@ class Resources:
             if key == _CONFIGURATION:
                 self.ranges = ServiceRanges()
             return self._objects.pop(key, None) is not None
+        self._problems.pop(key, None)
         try:
-            parsed = parse_as(key.kind, value)
-            if isinstance(parsed, KubernetesNode):
-                _given_to(parsed)
+            parsed = _parsed(key, value)
         except InvalidObjectError as error:
             problems = [ObjectProblem(key.kind, key.name, problem) for problem in error.problems]
             self._problems[key] = problems
-            _log.error("%s; what it was before stands", "; ".join(map(str, problems)))
-            return True
-        self._problems.pop(key, None)
+            rest = _known_part(key, value)
+            stands = "what it was before stands" if rest is None else "the rest of it is in force"
+            _log.error("%s; %s", "; ".join(map(str, problems)), stands)
+            if rest is None:
+                return True
+            parsed = rest
         self._objects[key] = parsed
         if key == _CONFIGURATION and isinstance(parsed, BGPConfiguration):
             self.ranges = service_ranges(parsed.spec)

@@ -22,7 +22,7 @@ from api.kubernetes import Pod
 from api.net import Net, parse_interface, parse_net
 from api.node import Node
 from api.policy import Tier
-from api.registry import parse_as
+from api.registry import known_part, parse_as
 from datastore.interface import JSON, Key
 from felix.closed import closed_policy, tier_as_far_as_readable
 from felix.hosts import (
@@ -168,13 +168,14 @@ class Snapshot:
             case "Tier":
                 self._put(self.tiers, key, value, _read_tier, tier_as_far_as_readable)
             case "IPPool":
-                self._put(self.pools, key, value, _read_pool)
+                self._put(self.pools, key, value, _read_pool, _of_what_is_known(_read_pool))
             case "Node":
-                self._put(self.nodes, key, value, _read_node)
+                self._put(self.nodes, key, value, _read_node, _of_what_is_known(_read_node))
             case "BlockAffinity":
-                self._put(self.blocks, key, value, _read_block)
+                self._put(self.blocks, key, value, _read_block, _of_what_is_known(_read_block))
             case "BGPConfiguration":
-                self._put(self.services, key, value, _read_services)
+                read = _read_services
+                self._put(self.services, key, value, read, _of_what_is_known(read))
             case "FelixConfiguration":
                 self._put(self.configurations, key, value, self._read_configuration)
             case _:
@@ -246,6 +247,18 @@ def _parsed(key: Key, value: JSON, model: type[T]) -> T:
     parsed = parse_as(key.kind, value)
     assert isinstance(parsed, model)
     return parsed
+
+
+def _of_what_is_known(read: Callable[[Key, JSON], T | None]) -> Callable[[Key, JSON], T | None]:
+    """What stands in for an object with fields that only a newer Calico knows: the rest of it."""
+
+    def attempt(key: Key, value: JSON) -> T | None:
+        try:
+            return read(key, dict(known_part(key.kind, value)))
+        except InvalidObjectError:
+            return None
+
+    return attempt
 
 
 def _read_pod(key: Key, value: JSON) -> PodView:

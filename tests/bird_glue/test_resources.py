@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from api.errors import UNREADABLE
 from api.net import parse_net
 from bird_glue.filters import Rule
 from bird_glue.resources import Resources
@@ -82,6 +83,32 @@ def test_an_invalid_object_is_named_and_what_it_was_stands() -> None:
     resources.update(Update(Key("BGPPeer", "tor"), None))
     assert resources.problems == []
     assert resources.cluster().peers == {}
+
+
+def test_a_field_of_a_newer_calico_costs_itself_alone() -> None:
+    """Also where nothing is known from before: a pool must not be told to all because of it."""
+    resources = Resources("n1")
+    spec = {"cidr": "10.2.0.0/16", "disableBGPExport": True, "newer": {"x": 1}}
+    put(resources, "IPPool", "b", spec)
+    put(resources, "Node", "n1", {"BGP": {"ipv4Address": "192.0.2.1/24", "newer": True}})
+    put(resources, "BGPConfiguration", "default", {"asNumber": 65000, "newer": 1})
+    put(resources, "BGPFilter", "f", {"importV4": [{"action": "Accept", "newer": 1}]})
+    assert not resources.pools(program_unencapsulated=True).exports_own(parse_net("10.2.0.0/26"))
+    assert node_names(resources) == ["n1"] and resources.cluster().asn == 65000
+    assert resources.filters() == {}, "the field could be a condition"
+    assert sum("newer" in str(problem) for problem in resources.problems) == 4
+    twice = {"bgp": {"ipv4Address": "192.0.2.1/24"}, "BGP": {"newer": 1}}
+    put(resources, "Node", "n2", twice)
+    assert node_names(resources) == ["n1"]
+    put(resources, "Node", "n1", {UNREADABLE: "not JSON"})
+    assert node_names(resources) == ["n1"], "what it was before stands"
+    assert resources.cluster().nodes["n1"].spec.bgp is not None
+    put(resources, "IPPool", "b", {**spec, "disableBGPExport": "no"})
+    assert not resources.pools(program_unencapsulated=True).exports_own(parse_net("10.2.0.0/26"))
+
+
+def node_names(resources: Resources) -> list[str]:
+    return list(resources.cluster().nodes)
 
 
 def test_no_sessions_before_the_clusters_settings_are_known() -> None:

@@ -157,6 +157,25 @@ def test_labels_of_a_service_account_are_its_pods() -> None:
     assert not allows(run_, A, B)
 
 
+def test_a_field_of_a_newer_calico_costs_itself_alone() -> None:
+    """Pools, nodes and blocks: without them there would be no NAT, and no way to other nodes."""
+    newer = {"newer": {"x": 1}}
+    pool = {"cidr": "10.0.0.0/16", "natOutgoing": True, "vxlanMode": "Always", **newer}
+    block = {"cidr": "10.0.9.0/26", "node": "node2", "state": "confirmed", "type": "host", **newer}
+    other = {"bgp": {"ipv4Address": "172.31.1.2/24", **newer}, "ipv4VXLANTunnelAddr": "10.0.9.1"}
+    own = {"bgp": {"ipv4Address": "172.31.1.1/24"}, "ipv4VXLANTunnelAddr": "10.0.0.1"}
+    run_ = fed(
+        of("IPPool", "p", pool),
+        of("Node", "node2", other),
+        of("Node", "node1", own),
+        of("BlockAffinity", "node2-10-0-9-0-26", block),
+    )
+    routes = run_.calculator.overlay.routes
+    assert [str(net) for net in routes] == ["10.0.9.0/26"]
+    told = dict(run_.calculator.problems(run_.snapshot))
+    assert all("newer" in told[what] for what in ("IPPool(p)", "Node(node2)"))
+
+
 def test_a_broken_network_set_keeps_what_can_be_read() -> None:
     nets = ["198.51.100.0/24", "nowhere", 7, "203.0.113.7/24"]
     broken = of("GlobalNetworkSet", "bad", {"nets": nets}, metadata={"labels": {"is": "bad"}})
