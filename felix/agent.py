@@ -96,6 +96,7 @@ class Agent:
         self._announcer = Announcer()
         self._drift = Drift(self._queue.put)
         self._addresses_changed = True
+        self._ipvs_changed = True  # whether there is ipvs may have
         self._backoff: Backoff[str] = Backoff()
         self._wish: Backoff[str] = Backoff()  # for another backend
         self._failure: str | None = None
@@ -162,10 +163,11 @@ class Agent:
                 self._in_sync = True
             case LinkEvent():
                 self._addresses_changed |= self._calculator.is_news(item.name, gone=item.deleted)
+                self._ipvs_changed |= item.name == names.IPVS_DEVICE
                 self._link_changed(item)
             case LinkEventsLost():
                 self._drift.doubt()
-                self._addresses_changed = True
+                self._addresses_changed = self._ipvs_changed = True
             case AddressEvent():
                 self._addresses_changed = True
             case TableChanged():
@@ -217,9 +219,11 @@ class Agent:
 
     def _calculate(self, now: float) -> None:
         moved = False
-        if self._addresses_changed and self._calculator.wants_addresses(self._snapshot):
+        had_ipvs = self._calculator.has_ipvs
+        wanted = self._calculator.wants_addresses(self._snapshot)
+        if self._ipvs_changed or (self._addresses_changed and wanted):
             moved = self._calculator.set_host_addresses(host_addresses())
-            self._addresses_changed = False
+            self._addresses_changed = self._ipvs_changed = False
         if self._dataplane is not None and not self._snapshot.dirty and not moved:
             return
         before = self._calculator.registration
@@ -234,6 +238,8 @@ class Agent:
             self._dataplane.want(delta)
         else:
             self._connections.note(delta)
+            if self._calculator.has_ipvs and not had_ipvs:
+                self._connections.doubt()  # what it has sent to pods was not judged
             self._dataplane.want(delta)
             if delta.settings is not None:
                 self._follow_backend(now)
@@ -352,7 +358,7 @@ class Agent:
     def _abandon(self) -> None:
         self._let_go()
         self._calculator = Calculator(self._environment.node)
-        self._addresses_changed = True
+        self._addresses_changed = self._ipvs_changed = True
         self._snapshot.touch()
 
     def _address(self, known: Collection[str]) -> str:

@@ -108,6 +108,9 @@ class Calculator:
         self._fresh = True
         self._host_addresses: Mapping[str, frozenset[Net]] = {}
         self._hosts_changed = False
+        # That ipvs translates; None: there is no ipvs.
+        self._service_addresses: frozenset[Net] | None = None
+        self._services_changed = False
         self._guarding: frozenset[EndpointId] = frozenset()
         self.hosts: dict[EndpointId, HostPlace] = {}  # this node's
         self.guards: Mapping[str, EndpointId] = {}  # by interface, as ``Ruleset.set_hosts`` says
@@ -163,10 +166,15 @@ class Calculator:
         return tuple(net for node, net in self._blocks.values() if node == self._node)
 
     def wants_addresses(self, snapshot: Snapshot) -> bool:
-        """Whether a host endpoint of this node is to be found by its addresses."""
-        return any(
+        """Whether a host endpoint of this node, or what ipvs translates, is found by addresses."""
+        return self.has_ipvs or any(
             not view.place.interface and view.node == self._node for view in snapshot.hosts.values()
         )
+
+    @property
+    def has_ipvs(self) -> bool:
+        """Whether kube-proxy has ipvs translate services' addresses here."""
+        return self._service_addresses is not None
 
     def is_news(self, interface: str, *, gone: bool) -> bool:
         """Whether host endpoints' addresses may be elsewhere, now that the kernel told of it.
@@ -181,7 +189,13 @@ class Calculator:
         """The addresses of the node's interfaces, by name; whether ``calculate`` is needed."""
         self._host_addresses = addresses
         self._hosts_changed |= any(not place.interface for place in self.hosts.values())
-        return self._hosts_changed
+        services = addresses.get(names.IPVS_DEVICE)
+        if services is not None:
+            others = (own for name, own in addresses.items() if name != names.IPVS_DEVICE)
+            services = services.difference(*others)
+        self._services_changed |= services != self._service_addresses
+        self._service_addresses = services
+        return self._hosts_changed or self._services_changed
 
     def calculate(self, snapshot: Snapshot) -> Delta:
         """What became different through the snapshot's dirty keys, which are then clean."""
@@ -211,8 +225,9 @@ class Calculator:
         if self._hosts_changed or delta.settings is not None:
             self._update_hosts()
         spared = self._settings.nat_outgoing.spare_hosts and "Node" in kinds
-        if pools_changed or delta.peers or spared:
+        if pools_changed or delta.peers or spared or self._services_changed:
             self._own_sets = dict(self._make_own_sets(snapshot))
+            self._services_changed = False
         self.changes = self._engine.flush()
         self._ruleset.update(
             delta,
@@ -459,6 +474,9 @@ class Calculator:
                         SetKey(version, names.ALL_HOSTS),
                         frozenset(net for net in hosts if net and net.version == version),
                     )
+            if self._service_addresses is not None:
+                found = (net for net in self._service_addresses if net.version == version)
+                yield SetKey(version, names.SERVICE_ADDRESSES), frozenset(found)
         if self._overlay.enabled:
             peers = frozenset(peer.address for peer in self._overlay.peers.values())
             yield SetKey(V4, names.VXLAN_NODES), peers

@@ -40,6 +40,14 @@ class Mark(Flag):
     NONE = 0
     ACCEPT = auto()  # a policy or profile allowed it
     PASS = auto()  # a policy passed it on to the next tier
+    WORKLOAD = auto()  # a workload sent it to a service that ipvs translates
+    # Digits of a number: by which host endpoint's interface it came for such a service.
+    ENTRY_1 = auto()
+    ENTRY_2 = auto()
+    ENTRY_4 = auto()
+    ENTRY_8 = auto()
+    ENTRY_16 = auto()
+    ENTRY_32 = auto()
 
 
 class State(Enum):
@@ -202,7 +210,7 @@ class Condition:
     unmarked: Mark = Mark.NONE  # all of these are clear
     states: tuple[State, ...] = ()  # any of these
     to_this_host: bool = False  # the destination is one of the host's own addresses
-    from_this_host: bool = False  # the source is
+    from_this_host: bool | None = None  # whether the source is
     translated: bool | None = None  # whether the destination was another before NAT
     spoofed: bool = False  # the route back to the source leaves by another interface
 
@@ -270,5 +278,17 @@ class Dispatch:
     otherwise: tuple[ChainRule, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SourceDispatch:
+    """The chain that packets from an address go to; ``otherwise`` is walked by all others.
+
+    ``targets`` are (a /32 or /128, chain), sorted. A target chain ends as after ``Goto``.
+    """
+
+    name: str
+    targets: tuple[tuple[Net, str], ...]
+    otherwise: tuple[ChainRule, ...]
+
+
 # Whatever one can jump to.
-AnyChain = Chain | Dispatch | Index
+AnyChain = Chain | Dispatch | SourceDispatch | Index

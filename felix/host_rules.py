@@ -214,16 +214,22 @@ def incoming(guarded: Guard) -> Iterator[ChainRule]:
 
 
 def frame(
-    guarded: Guard, settings: Settings, tunnels: Iterable[Match]
+    guarded: Guard,
+    settings: Settings,
+    tunnels: Iterable[Match],
+    through: tuple[ChainRule, ...] = (),
 ) -> Iterator[tuple[Hook, tuple[Table, Chain]]]:
     """Chains that are there only for host endpoints, and their hooks.
 
-    ``tunnels``: what this node sends to others to carry workloads' packets.
+    ``tunnels``: what this node sends to others to carry workloads' packets. ``through``: where in
+    OUTPUT packets go that the host only forwards; the chain is there for them, too.
     """
+    own = _output(guarded, settings, tunnels) if guarded else ()
+    output = Chain(names.OUTPUT, (*through, *own))
+    if output.rules:
+        yield Hook(Table.FILTER, "OUTPUT"), (Table.FILTER, output)
     if not guarded:
         return
-    output = Chain(names.OUTPUT, tuple(_output(guarded, settings, tunnels)))
-    yield Hook(Table.FILTER, "OUTPUT"), (Table.FILTER, output)
     after = Chain(names.POSTROUTING, (ChainRule(Jump(names.TO_HOST), _FROM_DNAT),))
     yield Hook(Table.MANGLE, "POSTROUTING"), (Table.MANGLE, after)
     if Part.PRE_DNAT in guarded.parts:
@@ -231,6 +237,7 @@ def frame(
         yield Hook(Table.MANGLE, "PREROUTING"), (Table.MANGLE, before)
     if Part.UNTRACKED in guarded.parts:
         rules = (
+            *(ChainRule(Return(), rule.condition, "Not the host's own") for rule in through),
             ChainRule(ClearMarks(_BOTH)),
             ChainRule(Jump(names.TO_HOST)),
             ChainRule(Accept(), ALLOWED),

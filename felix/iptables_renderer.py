@@ -39,6 +39,7 @@ from felix.chains import (
     Reject,
     Return,
     Side,
+    SourceDispatch,
     SourceNat,
     Table,
 )
@@ -72,6 +73,8 @@ class Renderer:
         match chain:
             case Dispatch():
                 return self._dispatch(chain)
+            case SourceDispatch():
+                return self._by_source(chain)
             case Index():
                 return {chain.name: self._chain(tuple(_walk(chain)))}
             case Chain():
@@ -127,6 +130,24 @@ class Renderer:
         add(dispatch.name, dispatch.targets)
         return chains
 
+    def _by_source(self, dispatch: SourceDispatch) -> dict[str, RenderedChain]:
+        """Many addresses: one more chain for each network of sixteen."""
+        otherwise = self._chain(dispatch.otherwise)
+        chains = {dispatch.name: RenderedChain(())}
+        own: list[str] = []
+        if len(dispatch.targets) <= LINEAR_DISPATCH:
+            own += (f"-s {address} -g {goal}" for address, goal in dispatch.targets)
+        else:
+            room = names.MAX_CHAIN - len(dispatch.name) - 1
+            for network, members in itertools.groupby(dispatch.targets, key=_around):
+                child = f"{dispatch.name}-{names.digest(str(network), room)}"
+                own.append(f"-s {network} -g {child}")
+                fragments = (f"-s {address} -g {goal}" for address, goal in members)
+                rules = (*fragments, *otherwise.fragments)
+                chains[child] = RenderedChain(rules, otherwise.sets)
+        chains[dispatch.name] = RenderedChain((*own, *otherwise.fragments), otherwise.sets)
+        return chains
+
     def _conditions(self, condition: Condition, matches: Matches) -> list[str]:
         """The alternatives, any of which suffices."""
         interfaces = joined(
@@ -135,15 +156,15 @@ class Renderer:
         )
         words: list[str] = []
         if condition.marked or condition.unmarked:
-            value = self._bits(condition.marked)
-            words.append(_mark_match(value, value | self._bits(condition.unmarked)))
+            value = self.manner.bits(condition.marked)
+            words.append(_mark_match(value, value | self.manner.bits(condition.unmarked)))
         if condition.states:
             states = ",".join(state.value for state in condition.states)
             words.append(f"-m conntrack --ctstate {states}")
         if condition.to_this_host:
             words.append("-m addrtype --dst-type LOCAL")
-        if condition.from_this_host:
-            words.append("-m addrtype --src-type LOCAL")
+        if condition.from_this_host is not None:
+            words.append(f"-m addrtype {'' if condition.from_this_host else '! '}--src-type LOCAL")
         if condition.translated is not None:
             words.append(f"-m conntrack {'' if condition.translated else '! '}--ctstate DNAT")
         if condition.spoofed:
@@ -185,7 +206,7 @@ class Renderer:
             case Goto(chain):
                 return f"-g {chain}"
             case ClearMarks(marks):
-                return f"-j MARK --set-xmark 0x0/{self._bits(marks):#x}"
+                return f"-j MARK --set-xmark 0x0/{self.manner.bits(marks):#x}"
             case MarkAndReturn(mark):
                 return self._mark(mark)
             case Log(prefix):
@@ -202,16 +223,11 @@ class Renderer:
                 raise AssertionError(f"{action}: {self._targets(action)}")
 
     def _mark(self, marks: Mark) -> str:
-        bits = self._bits(marks)
+        bits = self.manner.bits(marks)
         return f"-j MARK --set-xmark {bits:#x}/{bits:#x}"
 
-    def _bits(self, marks: Mark) -> int:
-        return (self.manner.accept if Mark.ACCEPT in marks else 0) | (
-            self.manner.passed if Mark.PASS in marks else 0
-        )
-
     def _marked(self, marks: Mark) -> str:
-        bits = self._bits(marks)
+        bits = self.manner.bits(marks)
         return _mark_match(bits, bits)
 
 
@@ -256,6 +272,12 @@ def _mark_match(value: int, mask: int) -> str:
 def _join(condition: str, comment: str, target: str) -> str:
     said = f"-m comment --comment {quoted(comment[:MAX_COMMENT])}" if comment else ""
     return joined(condition, said, target)
+
+
+def _around(target: tuple[Net, str]) -> Net:
+    """The network of sixteen that an address is in."""
+    address = target[0]
+    return Net(address.version, address.address & ~15, address.length - 4)
 
 
 Targets = Sequence[tuple[str, str]]

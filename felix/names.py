@@ -28,6 +28,13 @@ TO_HOST_FORWARD = "cali-to-hep-forward"
 FAILSAFE_IN = "cali-failsafe-in"
 FAILSAFE_OUT = "cali-failsafe-out"
 SERVICE_LOOPS = "cali-cidr-block"
+IPVS_INPUT = "cali-ipvs-input"
+IPVS_OUTPUT = "cali-ipvs-output"
+IPVS_WORKLOAD = "cali-ipvs-wl"
+IPVS_ENTRY = "cali-ipvs-hep"
+FROM_IPVS_WORKLOAD = "cali-ipvs-wl-dispatch"
+FROM_IPVS_ENTRY = "cali-ipvs-hep-forward"
+FROM_WORKLOAD_ADDRESS = "cali-from-wl-address"
 NAT_OUTGOING = "cali-nat-outgoing"
 FLOATING_DNAT = "cali-fip-dnat"
 FLOATING_SNAT = "cali-fip-snat"
@@ -36,6 +43,7 @@ FLOATING_SNAT = "cali-fip-snat"
 ANY_INTERFACE = "any-interface-here"
 
 VXLAN_DEVICE = "vxlan.calico"
+IPVS_DEVICE = "kube-ipvs0"  # kube-proxy's: it has the addresses of services
 
 # Sets of felix's own, beside the engine's. A colon keeps them apart from no one: engine ids
 # begin with "s:" or "n:", constant lists with "c:".
@@ -43,6 +51,7 @@ ALL_POOLS = "all-ipam-pools"
 MASQUERADE_POOLS = "masq-ipam-pools"
 VXLAN_NODES = "all-vxlan-net"
 ALL_HOSTS = "all-hosts-net"
+SERVICE_ADDRESSES = "kube-ipvs-addresses"
 
 MAX_CHAIN = 28
 MAX_SET = 31

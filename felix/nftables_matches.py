@@ -265,6 +265,11 @@ def address_type(version: int) -> KeyType:
     return ADDRESS4 if version == V4 else ADDRESS6
 
 
+def source(version: int) -> bytes:
+    """Load the address that a packet comes from."""
+    return nft.load_payload(Base.NETWORK, SOURCE_OFFSET[version], BITS[version] // 8)
+
+
 def set_declarations(version: int, name: str, kind: SetKind) -> NftSet:
     """The set that holds the hosts, or the named ports, of a set."""
     address = address_type(version)

@@ -35,12 +35,20 @@ from felix.chains import (
     Reject,
     Return,
     Side,
+    SourceDispatch,
     SourceNat,
     State,
     Table,
 )
 from felix.nftables_index import Shape, condition
-from felix.nftables_matches import ConstantSet, HoldsNetworks, Matches, NeverError
+from felix.nftables_matches import (
+    ConstantSet,
+    HoldsNetworks,
+    Matches,
+    NeverError,
+    address_type,
+    source,
+)
 from felix.settings import Manner
 from kernel import nft_expressions as nft
 from kernel.nft_expressions import Compare, ConntrackState, FibFlag, FibResult, Meta, Verdict
@@ -97,15 +105,17 @@ class Renderer:
         default_factory=dict, repr=False, compare=False
     )
 
-    def render(self, table: Table, chain: Chain | Dispatch) -> RenderedChain:
+    def render(self, table: Table, chain: Chain | Dispatch | SourceDispatch) -> RenderedChain:
         """The rules of a chain, or those that look up a dispatch."""
         name = chain_name(table, chain.name)
-        if isinstance(chain, Chain):
-            return self._chain(table, name, b"", chain.rules)
-        key = Meta.IIFNAME if chain.side is Side.IN else Meta.OIFNAME
-        return self._chain(
-            table, name, nft.load_meta(key) + nft.lookup_verdict(name), chain.otherwise
-        )
+        match chain:
+            case Chain():
+                return self._chain(table, name, b"", chain.rules)
+            case Dispatch():
+                key = nft.load_meta(Meta.IIFNAME if chain.side is Side.IN else Meta.OIFNAME)
+            case SourceDispatch():
+                key = source(self.version)
+        return self._chain(table, name, key + nft.lookup_verdict(name), chain.otherwise)
 
     def index(self, table: Table, index: Index, shapes: Iterable[Shape]) -> RenderedChain:
         """The rules that look up an index: one for each shape of its keys."""
@@ -170,21 +180,22 @@ class Renderer:
             if interface:
                 parts += (nft.load_meta(key), nft.compare(nft.interface_name(interface)))
         if condition.marked or condition.unmarked:
-            value = self._bits(condition.marked)
-            bits = value | self._bits(condition.unmarked)
+            value = self.manner.bits(condition.marked)
+            bits = value | self.manner.bits(condition.unmarked)
             parts += (nft.load_meta(Meta.MARK), nft.mask(nft.host_order(bits)))
             parts.append(nft.compare(nft.host_order(value)))
         if condition.states:
             bits = sum(_STATES[state] for state in condition.states)
             parts += (nft.load_conntrack_state(), nft.mask(nft.host_order(bits)))
             parts.append(nft.compare(bytes(4), Compare.NOT_EQUAL))
-        for is_asked, flag in (
-            (condition.to_this_host, FibFlag.DADDR),
+        for is_own, flag in (
+            (condition.to_this_host or None, FibFlag.DADDR),
             (condition.from_this_host, FibFlag.SADDR),
         ):
-            if is_asked:
+            if is_own is not None:
                 parts.append(nft.load_fib(FibResult.ADDRTYPE, flag))
-                parts.append(nft.compare(nft.host_order(_RTN_LOCAL)))
+                how = Compare.EQUAL if is_own else Compare.NOT_EQUAL
+                parts.append(nft.compare(nft.host_order(_RTN_LOCAL), how))
         if condition.translated is not None:
             parts += (nft.load_conntrack_status(), nft.mask(nft.host_order(_DST_NAT)))
             how = Compare.NOT_EQUAL if condition.translated else Compare.EQUAL
@@ -216,9 +227,9 @@ class Renderer:
             case Goto(chain):
                 return nft.verdict(Verdict.GOTO, chain_name(table, chain))
             case ClearMarks(marks):
-                return self._mark(self._bits(marks), 0)
+                return self._mark(self.manner.bits(marks), 0)
             case MarkAndReturn(mark):
-                bits = self._bits(mark)
+                bits = self.manner.bits(mark)
                 return self._mark(bits, bits) + nft.verdict(Verdict.RETURN)
             case Log(prefix):
                 return nft.log(prefix)
@@ -237,7 +248,7 @@ class Renderer:
         returns = {Table.FILTER: self.manner.returns, Table.MANGLE: self.manner.mangle_returns}
         if not returns.get(table, False):
             return nft.verdict(Verdict.ACCEPT)
-        bits = self._bits(Mark.ACCEPT)
+        bits = self.manner.bits(Mark.ACCEPT)
         return self._mark(bits, bits) + nft.verdict(Verdict.RETURN)
 
     def _mark(self, bits: int, value: int) -> bytes:
@@ -245,25 +256,26 @@ class Renderer:
         kept = nft.host_order(0xFFFFFFFF ^ bits)
         return nft.load_meta(Meta.MARK) + nft.mask(kept, nft.host_order(value)) + nft.store_mark()
 
-    def _bits(self, marks: Mark) -> int:
-        return (self.manner.accept if Mark.ACCEPT in marks else 0) | (
-            self.manner.passed if Mark.PASS in marks else 0
-        )
-
 
 def chain_name(table: Table, name: str) -> str:
     """The kernel's name of a chain: nftables has one table where netfilter has several."""
     return f"{table.value.lower()}-{name}"
 
 
-def dispatch_map(table: Table, dispatch: Dispatch) -> tuple[NftSet, dict[bytes, Target]]:
+def dispatch_map(
+    version: int, table: Table, dispatch: Dispatch | SourceDispatch
+) -> tuple[NftSet, dict[bytes, Target]]:
     """The verdict map of a dispatch, and what it says."""
+    match dispatch:
+        case Dispatch():
+            kind = INTERFACE
+            goals = {nft.interface_name(name): chain for name, chain in dispatch.targets}
+        case SourceDispatch():
+            kind = address_type(version)
+            goals = {address.packed(): chain for address, chain in dispatch.targets}
     return (
-        NftSet(chain_name(table, dispatch.name), (INTERFACE,), verdicts=True),
-        {
-            nft.interface_name(interface): Target(Verdict.GOTO, chain_name(table, chain))
-            for interface, chain in dispatch.targets
-        },
+        NftSet(chain_name(table, dispatch.name), (kind,), verdicts=True),
+        {key: Target(Verdict.GOTO, chain_name(table, chain)) for key, chain in goals.items()},
     )
 
 

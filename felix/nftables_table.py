@@ -11,7 +11,17 @@ import logging
 from collections.abc import Iterator
 
 from felix import names
-from felix.chains import AnyChain, Chain, ChainRule, Dispatch, Drop, Hook, Index, Table
+from felix.chains import (
+    AnyChain,
+    Chain,
+    ChainRule,
+    Dispatch,
+    Drop,
+    Hook,
+    Index,
+    SourceDispatch,
+    Table,
+)
 from felix.dataplane import Members
 from felix.desired import Delta, SetKey
 from felix.index_keys import Indexes
@@ -151,8 +161,8 @@ class NftablesTable:
                 self._news = True
                 return  # the same lookups, in sets that hold something else
         self._render(full)
-        if isinstance(chain, Dispatch):
-            self._maps[full] = dispatch_map(table, chain)
+        if isinstance(chain, Dispatch | SourceDispatch):
+            self._maps[full] = dispatch_map(self._version, table, chain)
             self._dirty_maps.add(full)
 
     def want_hook(self, hook: Hook, rule: ChainRule | None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from api.net import V6, Net
-from felix import host_rules, names, nat_rules
+from felix import host_rules, ipvs_rules, names, nat_rules
 from felix.chains import (
     Accept,
     Action,
@@ -73,7 +73,8 @@ class Surroundings:
     ``vxlan``: this node takes part in the overlay. ``masquerade``: some pool wants it.
     ``sources``: what interfaces may send with besides the addresses of their endpoints.
     ``services``: where services have their addresses. ``nats``: an endpoint's address by one
-    from outside. ``guard``: what host endpoints have policies for.
+    from outside. ``guard``: what host endpoints have policies for. ``ipvs``: kube-proxy has ipvs
+    translate services' addresses.
     """
 
     vxlan: bool = False
@@ -82,6 +83,7 @@ class Surroundings:
     services: tuple[Net, ...] = ()
     nats: Mapping[Net, Net] = field(default_factory=dict)
     guard: Guard = field(default_factory=Guard)
+    ipvs: bool = False
 
 
 def frame(settings: Settings, version: int, around: Surroundings) -> Frame:
@@ -98,14 +100,17 @@ def frame(settings: Settings, version: int, around: Surroundings) -> Frame:
     ]
     if loops is not None:
         chains.append((Table.FILTER, loops))
+    if around.ipvs:
+        chains += ((Table.FILTER, chain) for chain in ipvs_rules.frame(settings, guard))
     hooks = [
         (Hook(Table.RAW, "PREROUTING"), ChainRule(Jump(names.PREROUTING))),
         (Hook(Table.FILTER, "FORWARD"), ChainRule(Jump(names.FORWARD))),
         (Hook(Table.FILTER, "INPUT"), ChainRule(Jump(names.INPUT))),
     ]
     tunnels = (_vxlan(settings, destinations=(names.VXLAN_NODES,)),) if around.vxlan else ()
+    through = (ipvs_rules.to_targets(),) if around.ipvs else ()
     hooked = [
-        *host_rules.frame(guard, settings, tunnels),
+        *host_rules.frame(guard, settings, tunnels, through),
         *nat_rules.frame(masquerade=around.masquerade, floating=bool(around.nats)),
     ]
     for hook, (table, chain) in hooked:
@@ -244,6 +249,8 @@ def _input(settings: Settings, around: Surroundings) -> Chain:
         ):
             match = _vxlan(settings, sources=sources)
             rules.append(ChainRule(action, Condition(packet=match, to_this_host=True), comment))
+    if around.ipvs:
+        rules += ipvs_rules.to_services(settings)
     rules += (
         ChainRule(Goto(names.WORKLOAD_TO_HOST), Condition(in_interface=f"{p}*"))
         for p in settings.interface_prefixes

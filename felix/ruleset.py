@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from api.net import V4, V6, Net
-from felix import host_rules, names, rules
+from felix import host_rules, ipvs_rules, names, rules
 from felix.chains import AnyChain, ChainRule, Table
 from felix.desired import ChainKey, Delta, HookKey, SetKey
 from felix.host_rules import Guard
@@ -28,6 +28,7 @@ from policy.model import (
     HostBinding,
     Member,
     NamedPortMember,
+    Part,
     PolicyId,
     SetKind,
 )
@@ -54,12 +55,13 @@ class Ruleset:
         self._kinds: dict[str, SetKind] = {}  # of the engine's sets
         self._holders: dict[str, EndpointId] = {}
         self._interfaces: dict[EndpointId, str] = {}
-        self._versions: dict[str, frozenset[int]] = {}  # those in which an interface is known
+        self._nets: dict[str, tuple[Net, ...]] = {}  # of interfaces' endpoints
         self._known: dict[int, set[str]] = {version: set() for version in VERSIONS}
         self._dirty: set[str] = set()
         self._sources: dict[str, tuple[Net, ...]] = {}
         self._nats: dict[str, tuple[tuple[Net, Net], ...]] = {}
         self._services: tuple[Net, ...] = ()
+        self._ipvs = False
         self._frame_changed = False
         self._started = False
         self._frame: dict[int, frozenset[ChainKey]] = dict.fromkeys(VERSIONS, frozenset())
@@ -96,13 +98,13 @@ class Ruleset:
         """Which endpoint an interface belongs to, and its addresses; None: to none."""
         before = self._holders.pop(name, None)
         if before is not None:
-            del self._versions[name]
+            del self._nets[name]
             if self._interfaces.get(before) == name:
                 del self._interfaces[before]
         if holder is not None:
             self._holders[name] = holder
             self._interfaces[holder] = name
-            self._versions[name] = frozenset(net.version for net in nets)
+            self._nets[name] = tuple(nets)
         self._dirty.add(name)
 
     def set_hosts(self, hosts: Mapping[str, EndpointId]) -> None:
@@ -141,7 +143,9 @@ class Ruleset:
 
         ``own`` are felix' own sets; ``vxlan``: this node takes part in the overlay.
         """
-        fresh = not self._started or settings != self._settings
+        ipvs = any(key.id == names.SERVICE_ADDRESSES for key in own)
+        fresh = not self._started or settings != self._settings or ipvs != self._ipvs
+        self._ipvs = ipvs
         hosts = {
             interface: binding
             for interface, id in self._hosts.items()
@@ -175,6 +179,8 @@ class Ruleset:
             if fresh or version in redispatch:
                 for dispatch in rules.dispatches(self._known[version]):
                     self._chain(delta, version, dispatch.name, dispatch)
+            if fresh or self._dirty:
+                self._update_ipvs(delta, version)
             self._update_policies(delta, version, changes, moved, before[version], fresh)
             self._update_indexes(delta, version, indexes, before[version])
             self._update_sets(delta, version, changes, before[version])
@@ -230,6 +236,11 @@ class Ruleset:
                 )
             )
             chains: list[tuple[Table, AnyChain]] = [*dispatches, *ends]
+            if self._ipvs and Part.FORWARD in self._guard.parts:
+                entries = ipvs_rules.entries(
+                    interfaces, default=names.ANY_INTERFACE in hosts, settings=self._settings
+                )
+                chains += ((Table.FILTER, chain) for chain in entries)
             for table, chain in chains:
                 made.add((table, chain.name))
                 self._chain(delta, version, chain.name, chain, table)
@@ -242,7 +253,11 @@ class Ruleset:
         changed = set()
         for version in VERSIONS:
             known = self._known[version]
-            now = {name for name in self._dirty if version in self._versions.get(name, ())}
+            now = {
+                name
+                for name in self._dirty
+                if any(net.version == version for net in self._nets.get(name, ()))
+            }
             if known & self._dirty != now:
                 changed.add(version)
                 known -= self._dirty
@@ -260,6 +275,7 @@ class Ruleset:
                 services=tuple(net for net in self._services if net.version == version),
                 nats=self._translations(version),
                 guard=self._guard,
+                ipvs=self._ipvs,
             ),
         )
         chains = {ChainKey(version, table, chain.name): chain for table, chain in frame.chains}
@@ -271,6 +287,17 @@ class Ruleset:
         for key in [*(k for k in self._frame[version] if k not in chains), *chains]:
             _put(self.chains, delta.chains, key, chains.get(key))
         self._frame[version] = frozenset(chains)
+
+    def _update_ipvs(self, delta: Delta, version: int) -> None:
+        """Where workloads' packets to services go, by interface and by address."""
+        addresses = {
+            net: name
+            for name in sorted(self._known[version], key=self._holders.__getitem__, reverse=True)
+            for net in self._nets[name]
+            if net.version == version
+        }
+        for dispatch in ipvs_rules.dispatches(self._known[version], addresses):
+            self._chain(delta, version, dispatch.name, dispatch if self._ipvs else None)
 
     def _translations(self, version: int) -> dict[Net, Net]:
         """An address from outside is the first endpoint's that claims it."""

@@ -20,6 +20,7 @@ from api.net import Net, parse_net
 from api.registry import parse_as
 from datastore.interface import JSON, Key
 from felix import names
+from felix.chains import Mark
 from policy.model import PortRange
 
 CLUSTER = "default"
@@ -74,9 +75,9 @@ class Configuration:
 class Manner:
     """How an enforcer writes verdicts.
 
-    ``accept`` and ``passed`` are the two lowest bits of the mark mask. ``rejects``: what policy
-    denies is refused rather than dropped. ``returns``: what it allows goes on to others' rules
-    rather than being accepted at once; so it is for the table mangle.
+    ``accept`` and ``passed`` are the two lowest bits of the mark mask, ``others`` the rest of it.
+    ``rejects``: what policy denies is refused rather than dropped. ``returns``: what it allows goes
+    on to others' rules rather than being accepted at once; so it is for the table mangle.
     """
 
     accept: int
@@ -84,6 +85,15 @@ class Manner:
     rejects: bool = False
     returns: bool = False
     mangle_returns: bool = False
+    others: tuple[int, ...] = ()
+
+    def bits(self, marks: Mark) -> int:
+        """The bits of a packet's mark that stand for ``marks``: a mark a bit, the lowest first."""
+        value = marks.value
+        bits = (self.accept if value & 1 else 0) | (self.passed if value & 2 else 0)
+        if value > 3:
+            bits |= sum(bit for i, bit in enumerate(self.others) if value >> i & 4)
+        return bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +138,8 @@ class Settings:
     seconds, what felix owns of each kind is compared with the kernel; 0 is never. ``vxlan_mtu`` 0
     is the uplink's less 50, ``vxlan_enabled`` None is as the pools need it. ``allow_sources``:
     endpoints may send with the prefixes they list, besides their addresses. ``ends_forbidden``:
-    connections that policy forbids are ended; None is as the environment says.
+    connections that policy forbids are ended; None is as the environment says. ``node_ports``:
+    where services may have theirs.
     """
 
     interface_prefixes: tuple[str, ...]
@@ -156,7 +167,13 @@ class Settings:
     nat_outgoing: NatOutgoing
     loop_prevention: LoopPrevention
     floating_ips: bool
+    node_ports: tuple[PortRange, ...]
     ends_forbidden: bool | None = None
+
+    @property
+    def spare_marks(self) -> int:
+        """How many marks either enforcer has besides ACCEPT and PASS."""
+        return min(len(self.iptables.others), len(self.nftables.others))
 
     def is_workload(self, interface: str) -> bool:
         """Whether an interface's name says that it belongs to a workload."""
@@ -180,11 +197,14 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
 
     def manner(enforcer: str, name: str) -> Manner:
         field = f"{enforcer}_mark_mask"
+        accept, passed, *others = _bits(name, number(field))
         return Manner(
-            *_lowest_bits(name, number(field)),
+            accept,
+            passed,
             rejects=pick(f"{enforcer}_filter_deny_action") == "Reject",
             returns=pick(f"{enforcer}_filter_allow_action") == "Return",
             mangle_returns=pick(f"{enforcer}_mangle_allow_action") == "Return",
+            others=tuple(others),
         )
 
     sets = pick("ipsets_refresh_interval")
@@ -214,6 +234,7 @@ def settings(specs: Sequence[FelixConfigurationSpec] = ()) -> Settings:
         nat_outgoing=_nat_outgoing(merged),
         loop_prevention=LoopPrevention(pick("service_loop_prevention")),
         floating_ips=pick("floating_ips") == "Enabled",
+        node_ports=_port_ranges(merged.kube_node_port_ranges),
     )
 
 
@@ -324,6 +345,11 @@ def _failsafes(ports: Sequence[ProtoPort] | None) -> tuple[Failsafe, ...]:
     )
 
 
+def _port_ranges(ports: Sequence[int | str] | None) -> tuple[PortRange, ...]:
+    ranges = (parse_port(port) for port in ports or ())
+    return tuple(PortRange(*each) for each in ranges if isinstance(each, tuple))
+
+
 def _nat_outgoing(spec: FelixConfigurationSpec) -> NatOutgoing:
     ports = None if spec.nat_port_range is None else parse_port(spec.nat_port_range)
     interface = spec.iptables_nat_outgoing_interface_filter or ""
@@ -335,12 +361,12 @@ def _nat_outgoing(spec: FelixConfigurationSpec) -> NatOutgoing:
     )
 
 
-def _lowest_bits(field: str, mask: int) -> tuple[int, int]:
-    first = mask & -mask
-    rest = mask ^ first
-    if not rest:
+def _bits(field: str, mask: int) -> list[int]:
+    """The lowest first."""
+    bits = [1 << place for place in range(mask.bit_length()) if mask >> place & 1]
+    if len(bits) < 2:
         raise SettingsError(f"spec.{field}: {mask:#x}: expected at least two bits set")
-    return first, rest & -rest
+    return bits
 
 
 def _within(field: str, value: int, least: int, most: int) -> int:

@@ -29,6 +29,9 @@ from policy.engine import UNPLACED
 from policy.model import Action, PolicyId
 
 
+OTHERS = tuple(1 << bit for bit in range(18, 32))
+
+
 def spec(**fields: Any) -> Any:
     parsed = parse_as("FelixConfiguration", {"metadata": {"name": "default"}, "spec": fields})
     assert isinstance(parsed, FelixConfiguration)
@@ -38,7 +41,7 @@ def spec(**fields: Any) -> Any:
 def test_defaults_are_calicos() -> None:
     own = settings()
     assert own.interface_prefixes == ("cali",)
-    assert own.iptables == own.nftables == Manner(0x10000, 0x20000)
+    assert own.iptables == own.nftables == Manner(0x10000, 0x20000, others=OTHERS)
     assert own.endpoint_to_host is EndpointToHost.DROP
     assert (own.vxlan_port, own.vxlan_vni, own.vxlan_enabled) == (4789, 4096, None)
     assert own.iptables_backend == "auto" and not own.append_hooks
@@ -99,7 +102,7 @@ def test_one_bad_field_costs_only_itself() -> None:
         assert own.nftables_mode is NftablesMode.DISABLED
         assert (own.vxlan_port, own.nftables, own.log_prefix) == (
             4789,
-            Manner(0x10000, 0x20000),
+            Manner(0x10000, 0x20000, others=OTHERS),
             "calico-packet",
         )
 

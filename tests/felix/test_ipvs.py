@@ -1,0 +1,327 @@
+"""Services of kube-proxy's mode ipvs: policy sees their clients and their pods, whoever asks.
+
+The rules are those that felix makes in the kernel here, which has no ipvs; packets meet them in a
+guest whose kernel has.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.net import parse_net
+from datastore.interface import JSON
+from felix.conntrack_judge import Judge
+from felix.network import host_addresses
+from kernel.conntrack import Tuple
+from kernel.netns import inside
+from kernel.nftables import Nftables, Transaction
+from tests.felix import ipvs_guest
+from tests.felix.gateway import FAR, NEAR, NODE, NODE_FAR, POD, Gateway
+from tests.felix.world import V3, Pod, global_policy
+from tests.support.guest import run_in_guest
+from tests.support.netns import run
+
+ROOT = Path(__file__).parents[2]
+CLIENT = {4: "10.0.0.2", 6: "fd10::2"}
+SERVICE = {
+    4: "10.96.0.10",
+    6: "fd96::10",
+}  # 8080: the pod; 8081: what is far
+BACKENDS = ("nftables", "iptables")
+
+Probes = set[tuple[str, str]]  # from whom, to what
+_ENDS = {"client": CLIENT, "service": SERVICE, "pod": POD}
+SERVICES = {"pod": 8080, "far": 8081}
+WAYS = [(who, what) for who in ("client", "near") for what in ("pod", "far", "node port")]
+ASKING = set(WAYS)
+
+
+class Node(Gateway):
+    """A gateway with another pod, and the interface that kube-proxy makes in mode ipvs."""
+
+    def __init__(self, backend: str, stack: ExitStack) -> None:
+        self.transactions: list[list[tuple[int, int, str]]] = []
+        monkeypatch = stack.enter_context(pytest.MonkeyPatch.context())
+        monkeypatch.setattr(Nftables, "commit", self._committing(Nftables.commit))
+        super().__init__(backend, stack)
+        self.client = self.node.pod("client", CLIENT[4], endpoint=False)
+        stack.callback(self.client.netns.close)
+        self.client.add_address(CLIENT[6])
+        self.plug(self.client)
+        run(
+            self.node.netns,
+            *["ip", "link", "add", "kube-ipvs0", "type", "veth", "peer", "name", "other"],
+        )
+        for address in SERVICE.values():
+            run(self.node.netns, "ip", "address", "add", address, "dev", "kube-ipvs0")
+        self.look()
+
+    def _committing(
+        self, commit: Callable[[Nftables, Transaction], None]
+    ) -> Callable[[Nftables, Transaction], None]:
+        """Does that, and notes what was committed."""
+
+        def noting(table: Nftables, transaction: Transaction) -> None:
+            commit(table, transaction)
+            messages = [(each.type, each.flags, each.body.hex()) for each in transaction.messages]
+            self.transactions.append(messages)
+
+        return noting
+
+    def plug(self, pod: Pod, **spec: Any) -> None:
+        """The pod's endpoint is written."""
+        networks = [f"{CLIENT[4]}/32", f"{CLIENT[6]}/128"]
+        obj = pod.endpoint(ipNetworks=networks, labels={"app": "client"}, **spec)
+        self.brain.snapshot.update(pod.key, obj)
+        self.brain.read()
+        self.brain.enforce()
+
+    def look(self) -> None:
+        """See which addresses the node has."""
+        with inside(self.node.netns.fd):
+            if self.brain.calculator.set_host_addresses(host_addresses()):
+                self.brain.enforce()
+
+    def forbids(self) -> bool:
+        """Whether a connection of the client to the pod's service is one to be ended."""
+        own = {name: parse_net(each[4]) for name, each in _ENDS.items()}
+        began = Tuple(own["client"], own["service"], 6, 40000, 8080)
+        answered = Tuple(own["pod"], own["client"], 6, 80, 40000)
+        with inside(self.node.netns.fd):
+            judge = Judge(self.brain.calculator, lambda _: None)
+            try:
+                return judge.forbids_tuple(began, answered)
+            finally:
+                judge.look_around()
+
+    def rules(self) -> dict[str, Any]:
+        """What felix told nftables since it was last asked, or all that iptables has."""
+        if self.backend == "nftables":
+            made, self.transactions = self.transactions, []
+            return {"nftables": made}
+        netns = self.node.netns
+        sets = run(netns, "ipset", "save").stdout
+        commands = [f"{command}-nft" for command in ("iptables", "ip6tables")]
+        return {
+            "ipset": re.sub(r"(?m)^create (\S+) .*$", r"\g<0>\nflush \1", sets),
+            "iptables": {each: run(netns, f"{each}-save").stdout for each in commands},
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is there, and who gets to what then.
+
+    ``talks``: a connection ``begins``, or ``ends`` when the kernel is told to know it no more.
+    """
+
+    name: str
+    objects: tuple[JSON, ...]
+    answered: Probes
+    talks: str = ""
+    plugged: bool = True  # whether the client has an endpoint
+
+
+TO_FAR = {("near", "far"), ("client", "far")}
+OF_NEAR = {each for each in ASKING if each[0] == "near"}
+OF_CLIENT = ASKING - OF_NEAR
+TO_POD = ASKING - TO_FAR
+
+
+def on_port_80(
+    *, source: JSON | None = None, selector: str = "", nets: dict[int, str] | None = None
+) -> list[JSON]:
+    """Allowed to the pod's own port, where services have others: of a selector or of addresses."""
+    target: JSON = {"ports": [80]} | ({"selector": selector} if selector else {})
+    targets = [target]
+    if nets is not None:
+        targets = [target | {"nets": [str(parse_net(address))]} for address in nets.values()]
+    return [
+        {"action": "Allow", "protocol": protocol, "source": source or {}, "destination": each}
+        for protocol in ("TCP", "UDP")
+        for each in targets
+    ]
+
+
+def of_pod(*ingress: JSON) -> JSON:
+    return global_policy("pod", selector="!has(app)", types=["Ingress"], ingress=list(ingress))
+
+
+def of_client(*egress: JSON) -> JSON:
+    return global_policy("client", selector="has(app)", types=["Egress"], egress=list(egress))
+
+
+def host_endpoint(name: str) -> JSON:
+    """Guards an interface, and allows all to and from the node itself."""
+    return {
+        "apiVersion": V3,
+        "kind": "HostEndpoint",
+        "metadata": {"name": name, "labels": {"interface": name}},
+        "spec": {
+            "node": "node1",
+            "interfaceName": name,
+            "profiles": ["projectcalico-default-allow"],
+        },
+    }
+
+
+def of_interface(name: str, **spec: Any) -> JSON:
+    """For what is forwarded through it."""
+    where = f"interface == '{name}'"
+    return global_policy(name, selector=where, applyOnForward=True, **spec)
+
+
+FROM_NEAR = [{"nets": [str(parse_net(address))]} for address in NEAR.values()]
+HOSTS = (host_endpoint("eth0"), host_endpoint("eth1"))
+STEPS = (
+    Step("no policy", (), ASKING, talks="begins"),
+    Step("nothing may go to the pod", (of_pod(),), TO_FAR, talks="ends"),
+    Step(
+        "what a pod may reach is known by the pod, not by the service",
+        (of_pod(*on_port_80(source={"selector": "app == 'client'"})),),
+        TO_FAR | (TO_POD & OF_CLIENT),
+    ),
+    Step(
+        "so is what comes from outside",
+        (of_pod(*(rule for source in FROM_NEAR for rule in on_port_80(source=source))),),
+        TO_FAR | (TO_POD & OF_NEAR),
+    ),
+    Step("the client may send nothing", (of_client(),), OF_NEAR),
+    Step(
+        "the client may send to the pod",
+        (of_client(*on_port_80(selector="!has(app)")),),
+        ASKING - {("client", "far")},
+    ),
+    Step(
+        "what comes by a guarded interface",
+        (*HOSTS, of_interface("eth0", types=["Ingress"], ingress=on_port_80(nets=POD))),
+        ASKING - {("near", "far")},
+    ),
+    Step(
+        "what leaves by a guarded interface",
+        (*HOSTS, of_interface("eth1", types=["Egress"], egress=[])),
+        TO_POD,
+    ),
+    Step("an endpoint that is not there", (), OF_NEAR, plugged=False),
+    Step("no policy any more", (), ASKING),
+)
+
+
+Answers = list[tuple[dict[str, Any], dict[str, Any]]]  # what was asked for, and what was seen
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Answers]:
+    """By backend, of all steps. One guest is for all, as it takes long to start."""
+    steps: dict[str, list[dict[str, Any]]] = {}
+    plan: dict[str, Any] = {}
+    for backend in BACKENDS:
+        with ExitStack() as stack:
+            node = Node(backend, stack)
+            steps[backend] = [_planned(node, step) for step in STEPS]
+            plan = _plan(node)
+        steps[backend][0]["rules"]["anew"] = True
+    plan["steps"] = [step for own in steps.values() for step in own]
+    command = [sys.executable, "-I", "-S", ipvs_guest.__file__]
+    done = run_in_guest(command, directory=ROOT, stdin=json.dumps(plan))
+    assert done.returncode == 0, done.stderr
+    answers = iter(json.loads(done.stdout))
+    return {backend: [(step, next(answers)) for step in own] for backend, own in steps.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_policy_sees_what_ipvs_sends_to_pods(seen: dict[str, Answers], backend: str) -> None:
+    """From pods and from outside, to services' addresses and node ports, TCP and UDP."""
+    for step, answer in seen[backend]:
+        wrong = [
+            probe
+            for probe, answered in zip(step["probes"], answer["answered"], strict=True)
+            if probe[-1] != answered
+        ]
+        assert wrong == [], step["name"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_policy_forbids_later_ends_at_a_service_too(
+    seen: dict[str, Answers], backend: str
+) -> None:
+    """ipvs remembers the connection by itself; what connection tracking forgot is judged anew."""
+    (_, first), (_, second), *_ = seen[backend]
+    ends = (CLIENT, SERVICE, "[0-9]+", 8080), (POD, CLIENT, 80, "[0-9]+")
+    told = " ".join(f"src={s[4]} dst={d[4]} sport={sp} dport={dp}" for s, d, sp, dp in ends)
+    assert re.search(told, first["flow"]), "so do we judge it"
+    assert second["went_on"] and second["ended"]
+    known = [
+        (step, each) for step, (each, _) in zip(STEPS, seen[backend], strict=True) if step.plugged
+    ]
+    assert [each["forbidden"] for _, each in known] == [
+        ("client", "pod") not in step.answered for step, _ in known
+    ]
+
+
+def _planned(node: Node, step: Step) -> dict[str, Any]:
+    if not step.plugged:
+        node.brain.snapshot.update(node.client.key, None)
+    node.enforce(*step.objects)
+    planned = {
+        "name": step.name,
+        "rules": node.rules(),
+        "forbidden": node.forbids(),
+        "talks": step.talks,
+        "probes": [
+            [who, *_target(what, version), protocol, (who, what) in step.answered]
+            for who, what in WAYS
+            for version in (4, 6)
+            for protocol in ("tcp", "udp")
+        ],
+    }
+    node.clean()
+    if not step.plugged:
+        node.plug(node.client)
+    return planned
+
+
+def _target(what: str, version: int) -> tuple[str, int]:
+    if what == "node port":
+        return NODE[version], 30080
+    return SERVICE[version], SERVICES[what]
+
+
+def _plan(node: Node) -> dict[str, Any]:
+    """All that the guest has to know but for the steps."""
+
+    def host(interface: str, here: dict[int, str], there: dict[int, str]) -> dict[str, Any]:
+        ends = [[f"{end[4]}/24", f"{end[6]}/64"] for end in (here, there)]
+        return {"interface": interface, "node": ends[0], "own": ends[1]}
+
+    def pod(made: Pod, addresses: dict[int, str]) -> dict[str, Any]:
+        networks = [str(parse_net(address)) for address in addresses.values()]
+        return {"interface": made.interface, "addresses": networks}
+
+    goals = {"pod": POD, "far": FAR, "node port": POD}
+    return {
+        "hosts": {"near": host("eth0", NODE, NEAR), "far": host("eth1", NODE_FAR, FAR)},
+        "pods": {"pod": pod(node.pod, POD), "client": pod(node.client, CLIENT)},
+        "virtual": list(SERVICE.values()),
+        "services": [
+            [_ported(*_target(what, version)), _ported(goal[version], 80)]
+            for what, goal in goals.items()
+            for version in (4, 6)
+        ],
+        "listeners": [["pod", 80], ["far", 80]],
+    }
+
+
+def _ported(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
