@@ -80,6 +80,8 @@ def _patch(store: Datastore, key: Key, sort: str, patch: Any, dry_run: bool) -> 
         metadata = (entry.value.get("metadata") or {}) | {"resourceVersion": entry.revision}
         wanted = PATCHES[sort](entry.value | {"metadata": metadata}, patch)
         document = _document(key, wanted)
+        if reason := writing.kept_by_kubernetes(store, document):
+            raise click.ClickException(reason)
         (resource,) = check([document])
         if resource.metadata.resource_version not in (None, entry.revision):
             complaint = writing.stale(resource, entry)

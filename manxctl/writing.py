@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from api.errors import InvalidObjectError
 from api.ippool import IPPool
+from api.kinds import CALICO
 from api.metadata import Resource
 from api.policy import TIER_LABEL
 from api.registry import check_update, dump, parse
@@ -39,6 +40,14 @@ AGENT_FIELDS = {
 # another one, in another cluster, whose owners and finalizers are not here. (Kubernetes deletes
 # what has an owner that does not exist.)
 WRITTEN_METADATA = ("name", "namespace", "labels", "annotations")
+# Kinds of Kubernetes' own with nothing in their spec that Manx does not know. Of the others it
+# knows what it reads: to write one back would remove the rest of it.
+WHOLE_KINDS = frozenset(
+    (
+        *("KubernetesNetworkPolicy", "ClusterNetworkPolicy"),
+        *("AdminNetworkPolicy", "BaselineAdminNetworkPolicy"),
+    )
+)
 ATTEMPTS = 20  # how often a write that met another's is done again
 CREATED, CONFIGURED, UNCHANGED, SKIPPED = "created", "configured", "unchanged", "skipped"
 
@@ -63,6 +72,9 @@ def write_all(
     complaints = []
     new: list[tuple[Document, Resource]] = []
     for document, resource in zip(found, resources, strict=True):
+        if reason := kept_by_kubernetes(store, document):
+            complaints.append(reason)
+            continue
         stored = find(store, document)
         if stored is None:
             new.append((document, resource))
@@ -78,6 +90,20 @@ def write_all(
         warn(warning)
     for document, resource in zip(found, resources, strict=True):
         report(f"{document.title} {write(store, document, resource)}")
+
+
+def kept_by_kubernetes(store: Datastore, document: Document) -> str | None:
+    """The complaint about an object that is Kubernetes' own in this store; views of one are ours.
+
+    In other stores we are the only ones who read it.
+    """
+    kind = document.kind
+    if kind.id not in store.given or kind.id in WHOLE_KINDS or kind.api_version == CALICO:
+        return None
+    return document.complain(
+        f"kind: {kind.kind!r}: written with kubectl: Kubernetes keeps it, and Manx knows only the"
+        " fields that it reads"
+    )
 
 
 def find(store: Datastore, document: Document) -> Entry | None:
