@@ -357,7 +357,7 @@ class BirdEngine:
 
     def _too_many(self, intent: Intent, now: float) -> list[EngineEvent]:
         """The peers whose sessions BIRD has ended because they told too much."""
-        if not intent.receive_limit or now < self._limits_at:
+        if not (intent.receive_limit and intent.neighbors) or now < self._limits_at:
             return []
         self._limits_at = now + _LIMITS_SECONDS
         names = {protocol_name(address): address for address in intent.neighbors}
@@ -454,6 +454,8 @@ class BirdEngine:
 
     def _look(self) -> dict[str, ProtocolStatus]:
         """The sessions by the name of their protocol, as of just now."""
+        if not (self._intent and self._intent.neighbors):
+            return {}  # to ask for none is an error to BIRD
         now = time.monotonic()
         if now - self._seen_at > _FRESH_SECONDS:
             self._seen_at = now
