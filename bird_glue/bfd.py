@@ -21,8 +21,10 @@ _POLL, _FINAL, _INDEPENDENT, _AUTHENTICATED, _DEMAND, _MULTIPOINT = 32, 16, 8, 4
 _SLOW = 1_000_000  # no session that isn't up may send more often (RFC 5880 6.8.3)
 _IDLE = 10_000_000  # and who never answers is asked now and then only
 _IDLE_AFTER = 30.0  # seconds of silence
-_LEAST_JITTER = 0.77  # RFC 5880 6.8.7 says 0.75, the rest is for the tick of the process
-_JITTER_OF_ONE = 0.89  # where a single lost packet ends the session
+TURNS = 10  # of the process that runs it to an interval
+# RFC 5880 6.8.7 says 0.75 to 1, and to 0.9 where a single lost packet ends the session; half a turn
+# earlier or later than planned it is still that
+_LEAST_JITTER, _MOST_JITTER, _JITTER_OF_ONE = 0.8, 0.95, 0.85
 _NEVER = float("inf")
 
 
@@ -134,9 +136,10 @@ class Session:
     """
 
     __slots__ = (
-        "_expires", "_heard", "_polling", "_remote_demand", "_remote_multiplier",
-        "_remote_required_rx", "_remote_tx", "_send_at", "diagnostic", "discriminator", "due",
-        "failed", "remote_discriminator", "remote_independent", "remote_state", "settings", "state",
+        "_expires", "_heard", "_packed", "_packed_for", "_polling", "_remote_demand",
+        "_remote_multiplier", "_remote_required_rx", "_remote_tx", "_send_at", "diagnostic",
+        "discriminator", "due", "failed", "remote_discriminator", "remote_independent",
+        "remote_state", "settings", "state",
     )  # fmt: skip
 
     def __init__(self, settings: Settings, discriminator: int, now: float) -> None:
@@ -153,6 +156,8 @@ class Session:
         self._remote_tx = 0
         self._remote_multiplier = 1
         self._polling = False
+        self._packed = b""
+        self._packed_for: tuple[object, ...] = ()
         self._heard = now if settings.active else -_NEVER
         self._expires = _NEVER
         self._send_at = now if settings.active else _NEVER
@@ -193,10 +198,17 @@ class Session:
         self.due = min(self._send_at, self._expires)
         return self._packet(final=True).pack() if packet.poll else None
 
-    def advance(self, now: float, chance: float) -> bytes | None:
+    def receive_again(self, now: float) -> None:
+        """Take in the packet that came last once more: both ends are up, and it polls nothing."""
+        self._heard = now
+        self._expires = now + self.detection
+        self.due = min(self._send_at, self._expires)
+
+    def advance(self, now: float, chance: float, early: float = 0.0) -> bytes | None:
         """What is due. Returns the packet to send, if it is time for one.
 
-        ``chance``: 0 to 1, for jitter, so that many sessions don't fall into step.
+        ``chance``: 0 to 1, for jitter, so that many sessions don't fall into step. ``early``: a
+        packet that is due within so many seconds may be sent now.
         """
         if now >= self._expires:
             self._expires = _NEVER
@@ -205,8 +217,8 @@ class Session:
                 self._go(State.DOWN, Diagnostic.EXPIRED, now)
             self._plan(now)
         sent = None
-        if now >= self._send_at:
-            sent = self._packet().pack()
+        if now + early >= self._send_at:
+            sent = self._next_packet()
             self._plan(now, chance)
         self.due = min(self._send_at, self._expires)
         return sent
@@ -295,10 +307,20 @@ class Session:
             self._send_at = _NEVER
         else:
             interval = max(self._desired_tx(), self._remote_required_rx)
-            most = _JITTER_OF_ONE if self.settings.multiplier == 1 else 1.0
+            most = _JITTER_OF_ONE if self.settings.multiplier == 1 else _MOST_JITTER
             jitter = _LEAST_JITTER + (most - _LEAST_JITTER) * chance
             self._send_at = now + (_IDLE if idle else interval) * jitter / 1e6
         self.due = min(self._send_at, self._expires)
+
+    def _next_packet(self) -> bytes:
+        """The packet to send, which is the same again for as long as nothing changes."""
+        says = (
+            self.state, self.diagnostic, self.discriminator, self.remote_discriminator,
+            self._polling, self.settings,
+        )  # fmt: skip
+        if says != self._packed_for:
+            self._packed, self._packed_for = self._packet().pack(), says
+        return self._packed
 
     def _packet(self, *, final: bool = False) -> Packet:
         return Packet(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
 import random
@@ -11,7 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bird_glue.bfd import Diagnostic, MalformedError, Packet, Session, Settings, State, parse
+from bird_glue.bfd import (
+    TURNS,
+    Diagnostic,
+    MalformedError,
+    Packet,
+    Session,
+    Settings,
+    State,
+    parse,
+)
 
 HALF_SECOND = Settings(500_000, 5, active=True)
 U32 = st.integers(0, 2**32 - 1)
@@ -169,6 +179,32 @@ def test_nobody_sends_more_than_was_agreed(one: Settings, other: Settings) -> No
         assert len(times) >= 20 / slowest - 2
     assert not any(packet.poll or packet.final for _, _, packet in both.sent[start:])
     assert all(packet.independent for _, _, packet in both.sent)
+
+
+@given(st.integers(1, 10), st.integers(0, 2**32))
+def test_turns_of_a_process_keep_to_the_jitter(multiplier: int, seed: int) -> None:
+    """It sends what is due within half a turn together, so that many sessions share a turn."""
+    interval, chance = 0.5, random.Random(seed)
+    session = Session(Settings(500_000, multiplier, active=True), 5, 0.0)
+    session.resume([5, State.UP, State.UP, 7, 1, 500_000, 500_000, 255], 0.0)
+    turn, sent = interval / TURNS, []
+    for count in range(10 * TURNS):
+        now = count * turn
+        if session.due <= now + turn / 2 and session.advance(now, chance.random(), turn / 2):
+            sent.append(now)
+    most = 0.9 if multiplier == 1 else 1.0
+    gaps = [(after - before) / interval for before, after in itertools.pairwise(sent)]
+    assert all(0.75 - 1e-9 <= gap <= most + 1e-9 for gap in gaps)
+
+
+def test_the_same_packet_again_only_takes_time_on() -> None:
+    both = wire()
+    both.run(10.1)
+    packet = next(p for _, sender, p in reversed(both.sent) if sender == 1)
+    session, other = both.ends[0], copy.copy(both.ends[0])
+    assert session.receive(packet, both.now) is None
+    other.receive_again(both.now)
+    assert all(getattr(session, name) == getattr(other, name) for name in Session.__slots__)
 
 
 def test_before_it_is_up_it_is_slow_and_where_nobody_answers_slower_still() -> None:
