@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 
+import bird_glue.lean  # noqa: F401 - what follows imports what it keeps out
 from bird_glue.agent import Agent, AlreadyRunningError
 from bird_glue.choice import AUTO
 from bird_glue.detector import Timing

@@ -18,7 +18,7 @@ MAX_RESTART_SECONDS = 4095  # 12 bits (RFC 4724 3)
 MAX_HOLD_SECONDS = 65535
 MIN_HOLD_SECONDS = 3
 
-_RELAY = Path(__file__).with_name("relay.py")
+RELAY = Path(__file__).with_name("relay_main.py")
 _MAX_TTL = 255
 
 
@@ -73,7 +73,7 @@ def render(neighbors: Iterable[Neighbor], socket: Path) -> tuple[str, str]:
     blocks = [_neighbor(neighbor, templates) for neighbor in neighbors]
     process = (
         "process relay {\n"
-        f"    run {sys.executable} -I -S {_RELAY} {socket};\n"
+        f"    run {sys.executable} -I -S {RELAY} {socket};\n"
         "    encoder json;\n"
         "    respawn false;\n"
         "}\n"

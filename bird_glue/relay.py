@@ -18,8 +18,8 @@ That a message was sent is not news: a route goes to hundreds of peers one after
 a client that is woken for each takes from ExaBGP the time to send. Such lines wait a little for
 more, or for news.
 
-It is run as ``python -I -S relay.py SOCKET`` and needs nothing but a little of the standard
-library: it runs on every node, beside all else, so each module it doesn't import counts.
+It is run by ``relay_main`` and needs nothing but a little of the standard library: it runs on every
+node, beside all else, so each module it doesn't import counts.
 """
 
 from __future__ import annotations
@@ -371,7 +371,3 @@ class Relay:
                 self._to_exabgp.clear()
                 return
             del self._to_exabgp[:sent]
-
-
-if __name__ == "__main__":
-    Relay(sys.argv[1]).run()

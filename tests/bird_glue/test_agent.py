@@ -74,6 +74,28 @@ def test_a_node_without_a_node_object_and_without_peers(tmp_path: Path) -> None:
         eventually(lambda: bool((s := node.status()) and wrong in "".join(s.problems)))
 
 
+def test_what_is_not_needed_is_not_in_memory(tmp_path: Path) -> None:
+    """On each node, that is: OpenSSL, where the datastore is no server; in the children, more."""
+    with world(tmp_path) as made:
+        node = made.node("n1")
+        connect(node.namespace, "eth0", made.host("x").namespace, "eth0", ["172.31.1.11/24"])
+        made.store.node("n1", "172.31.1.11/24")
+        made.store.node("n2", "172.31.1.12/24")
+        node.start()
+        eventually((node.run_dir / "exabgp.sock").exists)  # by then it has all it imports
+        for pid in (node.agent.pid, node.exabgp()):
+            mapped = Path(f"/proc/{pid}/maps").read_text()
+            assert not any(f"lib{name}." in mapped for name in ("crypto", "ssl"))
+    names = "import sys; sys.path.append(sys.argv[1]); import bird_glue.bfd_main, bird_glue.relay"
+    command = [sys.executable, "-I", "-S", "-c", f"{names}; print(*sys.modules)"]
+    root = str(Path(__file__).parents[2])
+    loaded = subprocess.run(
+        [*command, root], check=True, capture_output=True, text=True, timeout=30
+    )
+    unneeded = {"asyncio", "dataclasses", "hashlib", "inspect", "logging", "pathlib", "random"}
+    assert not unneeded & set(loaded.stdout.split())
+
+
 def test_nobody_to_ask(tmp_path: Path) -> None:
     with pytest.raises(StatusError, match="does manx-bird-glue run"):
         query(tmp_path)

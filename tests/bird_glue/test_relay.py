@@ -20,6 +20,7 @@ from bird_glue import relay
 from bird_glue.announcement import Announcement
 from bird_glue.announcer import Announcer
 from bird_glue.channel import Channel, FromRelay
+from bird_glue.config import RELAY
 from bird_glue.dialogue import ANSWER_SECONDS, Dialogue, Result
 from bird_glue.limits import MOST
 from bird_glue.messages import (
@@ -74,7 +75,7 @@ class Running:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", relay.__file__, str(path)],
+            [sys.executable, "-I", "-S", str(RELAY), str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
