@@ -41,7 +41,8 @@ from bird_glue.nexthops import Topology
 from bird_glue.pools import Pools
 from bird_glue.settings import DEFAULT_PRIORITY
 
-_NO_EXPORT, _NO_ADVERTISE = "65535:65281", "65535:65282"  # RFC 1997
+_NO_ADVERTISE = "65535:65282"  # RFC 1997
+_NO_EXPORT = frozenset(("65535:65281", "65535:65283"))  # the second: nor within a confederation
 # never told, not even their subnets: pods, and what kube-proxy puts service addresses on
 _NEVER_DIRECT = ("cali*", "kube-ipvs*")
 
@@ -213,7 +214,7 @@ def learned_announcement(
         return None
     if _NO_ADVERTISE in attributes.communities:
         return None
-    if _NO_EXPORT in attributes.communities and to.external:
+    if to.external and not _NO_EXPORT.isdisjoint(attributes.communities):
         return None
     by_itself = route.told and learned.workload
     if cluster_id is not None:

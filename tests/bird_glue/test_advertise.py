@@ -98,9 +98,10 @@ def test_towards_another_as_our_own_is_put_in_front() -> None:
 
 
 def test_well_known_communities_are_honoured() -> None:
-    no_export = PATH._replace(attributes=Attributes(communities=("65535:65281",)))
-    assert reflected(CLIENT, ROUTER, no_export) is None
-    assert reflected(CLIENT, NODE, no_export)
+    for value in ("65535:65281", "65535:65283"):
+        no_export = PATH._replace(attributes=Attributes(communities=(value,)))
+        assert reflected(CLIENT, ROUTER, no_export) is None
+        assert reflected(CLIENT, NODE, no_export)
     no_advertise = PATH._replace(attributes=Attributes(communities=("65535:65282",)))
     assert reflected(CLIENT, NODE, no_advertise) is None
 

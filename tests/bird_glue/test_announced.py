@@ -174,6 +174,19 @@ def test_communities_of_prefix_advertisements(rack: Rack) -> None:
     )
 
 
+def test_communities_that_say_what_the_router_is_not_to_do(rack: Rack) -> None:
+    """RFC 1997's are for those who are told: "not beyond your AS" is no reason not to tell."""
+    store = rack.world.store
+    for value in ("65535:65281", "65535:65282", "65535:65283"):
+        advertised = [{"cidr": "10.1.0.0/16", "communities": [value]}]
+        store.put("BGPConfiguration", "default", prefixAdvertisements=advertised)
+        rack.shows(f"BGP.community: ({value.replace(':', ',')})")
+    store.delete("BGPConfiguration", "default")
+    eventually(
+        lambda: rack.tor.knows(BLOCK1) and "community" not in rack.tor.shown(BLOCK1),
+    )
+
+
 def service(store: Any, policy: str) -> None:
     spec = {
         "type": "LoadBalancer",
