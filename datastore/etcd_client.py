@@ -77,6 +77,7 @@ _REQUIRE_LEADER = (("hasleader", "true"),)
 # What passes, and has no status code of its own: etcd's, and gRPC's for a connection that ended.
 _UNSAID = ("context ", "raft proposal dropped", "Stream removed")
 _NOT_SENT = ("failed to connect to all addresses", "connections to all backends failing")
+_TOO_LARGE = "message larger than max"  # so will it be at another member, and later
 _OVERLOADED = "etcdserver: too many requests"
 _NOT_DONE = ("etcdserver: no leader", _OVERLOADED, "raft proposal dropped")
 _BAD_TOKEN = ("invalid auth token", "auth store is old", "revision in header is old")
@@ -311,7 +312,8 @@ def explain(settings: EtcdSettings, error: grpc.RpcError, *, closed: bool = Fals
             f"{settings}: turns us away ({details}): more is asked of it than it can do; see what"
             " its disk and its other users are at"
         )
-    if _is_passing(error) or code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+    exhausted = code == grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE not in details
+    if _is_passing(error) or exhausted:
         return UnavailableError(
             f"{settings}: no member answers ({details}); make sure that etcd runs, and that the"
             " endpoints, certificates and time-out in MANX_DATASTORE and MANX_ETCD_* are right"

@@ -48,13 +48,18 @@ class Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a verb; what it could not do becomes a message and exit code 1."""
         from api.errors import InvalidObjectError
-        from datastore.interface import StoreError
+        from datastore.interface import StoreError, UnavailableError
         from ipam.errors import IpamError
         from manxctl.documents import DocumentsError
 
         try:
             return super().invoke(ctx)
-        except (DocumentsError, InvalidObjectError, IpamError, StoreError) as error:
+        except StoreError as error:
+            text = str(error)
+            if error.key and not isinstance(error, UnavailableError) and str(error.key) not in text:
+                text = f"{error.key}: {text}"  # which of many was refused
+            raise click.ClickException(text) from error
+        except (DocumentsError, InvalidObjectError, IpamError) as error:
             raise click.ClickException(str(error)) from error
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from manxctl.main import VERBS
+from manxctl.main import VERBS, main
 from tests.manxctl.conftest import Run
 from tests.manxctl.test_files import POOL
+from tests.support.etcd import Etcd
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,3 +87,20 @@ def test_version(run: Run) -> None:
 
 def test_unknown_verb(run: Run) -> None:
     assert run("aply").exit_code == 2
+
+
+def test_what_a_store_refuses_is_named(etcd: Etcd) -> None:
+    nets = [f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}/32" for n in range(100_000)]
+    value = {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": "GlobalNetworkSet",
+        "metadata": {"name": "vast"},
+        "spec": {"nets": nets},
+    }
+    environment = {"MANX_DATASTORE": f"etcd://{','.join(etcd.endpoints)}"}
+    result = CliRunner().invoke(
+        main, ["create", "-f", "-"], input=json.dumps(value), env=environment
+    )
+    assert result.exit_code == 1
+    assert "Error: GlobalNetworkSet(vast): etcd " in result.stderr
+    assert "request is too large" in result.stderr
