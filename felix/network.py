@@ -141,6 +141,9 @@ class Network:
         for name, other in list(self._links.items()):
             if other.index == event.index and name != event.name:
                 del self._links[name]  # it was renamed
+                if name in self._pods_of:  # no chain knows it: nothing is to go there any more
+                    self._want_interface(name)
+                    self._want_routes(self._pods_of[name])
         if link == self._links.get(event.name):
             return
         if link is None:

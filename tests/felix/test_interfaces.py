@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from datastore.interface import Key
 from tests.felix.world import (
     Listener,
     Node,
@@ -113,6 +114,24 @@ def test_an_interface_that_is_made_anew(node: Node, client: Pod) -> None:
     node.settle()
     filtered = run(node.netns, "sysctl", "-n", f"net.ipv4.conf.{pod.interface}.rp_filter")
     assert filtered.stdout.strip() in ("0", "1")
+    pod.remove()
+
+
+def test_an_interface_that_is_renamed(node: Node, client: Pod) -> None:
+    """Under another name no chain judges what goes there, so nothing does."""
+    pod = node.pod("renamed", "10.0.0.16")
+    node.put(policy("closed", selector="all()", types=["Ingress"]))
+    node.settle()
+    with Listener(pod.netns, 80):
+        assert is_dropped(client.netns, pod.address, 80)
+        run(node.netns, "ip", "link", "set", pod.interface, "name", "stray0")
+        eventually(lambda: pod.address not in routes(node))
+        assert is_dropped(client.netns, pod.address, 80)
+        run(node.netns, "ip", "link", "set", "stray0", "name", pod.interface)
+        eventually(lambda: pod.address in routes(node))
+        assert is_dropped(client.netns, pod.address, 80)
+        node.delete(Key("NetworkPolicy", "closed", "default"))
+        eventually(lambda: reaches(client.netns, pod.address, 80) is not None)
     pod.remove()
 
 
