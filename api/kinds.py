@@ -231,7 +231,7 @@ def kind_of(obj: object) -> Kind:
     if versions:
         problem = Problem("apiVersion", api_version, " or ".join(versions))
     else:
-        kinds = [kind.kind for kind in KINDS.values()]
+        kinds = [kind.kind for kind in KINDS.values()] if isinstance(word, str) else []
         problem = Problem("kind", word, nearest("a kind Manx knows", word, kinds))
     raise InvalidObjectError(str(word or "object"), name_of(obj), [problem])
 

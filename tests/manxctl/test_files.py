@@ -390,6 +390,8 @@ def test_converted_policies_are_not_written(run: Run) -> None:
         ("a: [", "standard input: line 2, column 1: "),
         ("just text", "standard input, document 1: object: 'just text': a mapping with a kind"),
         ("kind: Pol\n", "kind: 'Pol': a kind Manx knows"),
+        ("kind: ippool\n", "kind: 'ippool': a kind Manx knows; did you mean IPPool?"),
+        ("metadata: {name: a}\n", "object a: kind: a kind Manx knows\n"),
         (POOL + "---" + POOL, "document 2: IPPool pods: stands in standard input, document 1, too"),
         (POOL.replace("{name: pods}", "{}"), "metadata.name: '': required"),
         (POOL.replace("metadata", "Metadata"), "metadata, name: expected in lower case"),
