@@ -36,6 +36,7 @@ from datastore.interface import (
     UnavailableError,
     part,
 )
+from datastore.ranges import Ranges
 
 CLUSTER = Key("ClusterInformation", "default")
 FORMAT = "manx-export-1"
@@ -188,20 +189,29 @@ def import_all(
     """
     if not dry_run:
         lock(store)
+    named = [(_named(value), value) for value in objects]
+    ranges = Ranges(store, {key for key, _ in named if isinstance(key, Key)})
     results = []
-    for value in objects:
-        try:
-            kind, namespace, name = key_parts(value)
-        except InvalidObjectError as error:
-            result = Result(Key(str(value.get("kind")), ""), Outcome.REFUSED, str(error))
+    for key, value in named:
+        if isinstance(key, Key):
+            result = _bring(store, ranges, key, value, dry_run)
         else:
-            result = _bring(store, Key(kind, name, namespace), value, dry_run)
+            result = Result(Key(str(value.get("kind")), ""), Outcome.REFUSED, str(key))
         results.append(result)
         tell(result)
     return results
 
 
-def _bring(store: Datastore, key: Key, value: JSON, dry_run: bool) -> Result:
+def _named(value: JSON) -> Key | InvalidObjectError:
+    """The key of an object, or why it has none."""
+    try:
+        kind, namespace, name = key_parts(value)
+    except InvalidObjectError as error:
+        return error
+    return Key(kind, name, namespace)
+
+
+def _bring(store: Datastore, ranges: Ranges, key: Key, value: JSON, dry_run: bool) -> Result:
     try:
         if key == CLUSTER:
             return _bring_cluster(store, value, dry_run)
@@ -209,6 +219,8 @@ def _bring(store: Datastore, key: Key, value: JSON, dry_run: bool) -> Result:
             return _bring_given(store, key, value, dry_run)
         value = _of_no_cluster(value)
         found = _found(store, key)
+        if found is None and (other := ranges.obstacle(key, value)):
+            return Result(key, Outcome.CONFLICT, f"shares addresses with {other}, which is there")
         if found is None and not dry_run:
             try:
                 store.create(key, value)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from api.kinds import KINDS
-from api.net import parse_net
+from api.names import cidr_name
+from api.net import Net, parse_net
 from api.policy import TIER_LABEL
 from datastore import migrate
 from datastore.etcd import EtcdDatastore
@@ -395,6 +396,33 @@ def test_what_is_there_is_never_overwritten(
             migrate.CLUSTER: "differs in spec.clusterGUID",
         }
     assert etcd_store.get(pool.key) == pool
+
+
+def test_no_pool_and_no_block_comes_across_others(sqlite: SqliteDatastore, tmp_path: Path) -> None:
+    """Blocks of two sizes in one range would have the same addresses given twice."""
+    sqlite.create(*v3("IPPool", "ours", {"cidr": "10.70.0.0/16", "blockSize": 28}))
+    sqlite.create(*v3("IPPool", "elsewhere", {"cidr": "10.72.0.0/24"}))
+    allocator = Allocator(sqlite, "n1")
+    block = allocator.assign("k8s-pod-network.a", {"pod": "a"}, pools=["ours"]).block
+    allocator.assign("k8s-pod-network.b", {"pod": "b"}, pools=["elsewhere"])
+    migrate.lock(sqlite)
+    objects = migrate.read(migrate.export(sqlite))
+    with closing(SqliteDatastore(tmp_path / "target.db")) as target:
+        target.create(*v3("IPPool", "theirs", {"cidr": "10.70.0.0/17", "blockSize": 26}))
+        here = Allocator(target, "n2").assign_specific(
+            Net(block.version, block.address, 32), "k8s-pod-network.c", {"pod": "c"}
+        )
+        for dry_run in (True, False, False):
+            results = migrate.import_all(target, objects, dry_run=dry_run)
+            conflicts = {str(r.key): r.reason for r in results if r.outcome == Outcome.CONFLICT}
+            assert conflicts == {
+                "IPPool(ours)": "shares addresses with IPPool(theirs), which is there",
+                f"IPAMBlock({cidr_name(block)})": (
+                    f"shares addresses with IPAMBlock({cidr_name(here.block)}), which is there"
+                ),
+            }
+        assert target.get(Key("IPPool", "elsewhere"))
+        assert len(target.list("IPAMBlock").entries) == 2
 
 
 def test_an_object_the_store_refuses_does_not_keep_the_others(etcd_store: EtcdDatastore) -> None:
