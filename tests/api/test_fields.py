@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,7 @@ from api.bgp import BGPConfiguration, community_expected, split_peer_ip
 from api.errors import InvalidObjectError
 from api.felix import FelixConfiguration, FelixConfigurationSpec
 from api.felix_defaults import DEFAULTS, effective
-from api.net import parse_interface, parse_net
+from api.net import Net, parse_interface, parse_net
 from api.registry import dump, parse, validate
 
 
@@ -257,3 +258,30 @@ def test_an_affinity_about_to_be_deleted_is_refused() -> None:
     assert dump(parse(obj | {"spec": spec}))["spec"] == spec | {"deleted": False}
     with pytest.raises(InvalidObjectError, match="about to go"):
         parse(obj | {"spec": spec | {"deleted": True}})
+
+
+@given(
+    st.from_regex(r"\A[0-9]{1,3}(\.[0-9]{1,3}){2,4}(/[0-9]{0,3})?\Z")
+    | st.builds(
+        "{}/{}".format, st.ip_addresses(v=4), st.integers(0, 33) | st.just("08") | st.just("+8")
+    )
+    | st.ip_addresses(v=4).map(str)
+)
+def test_plain_addresses_are_read_as_all_others(text: str) -> None:
+    """What is read quickly, and what isn't, as ``ipaddress`` reads it."""
+    try:
+        interface = ipaddress.ip_interface(text)
+    except ValueError:
+        for parse in (parse_net, parse_interface):
+            with pytest.raises(ValueError):
+                parse(text)
+        return
+    network, bits = interface.network, interface.max_prefixlen
+    net = Net(network.version, int(network.network_address), network.prefixlen)
+    assert parse_interface(text) == (Net(net.version, int(interface.ip), bits), net)
+    assert parse_net(text, strict=False) == net
+    if interface.ip == network.network_address:
+        assert parse_net(text) == net
+    else:
+        with pytest.raises(ValueError):
+            parse_net(text)
