@@ -58,6 +58,7 @@ class _Table:
         self._lookups: dict[str, str] = {}  # indexes that are looked up in sets, by chain
         self._append = False
         self._dormant = False
+        self._blocked: frozenset[str] = frozenset()  # sets that no chain may use now
         self._neutral: dict[str, AnyChain] = {}
         self._rendered: dict[str, dict[str, RenderedChain]] = {}  # by neutral chain
         self._fragments: dict[str, Fragments] = {}
@@ -147,6 +148,16 @@ class _Table:
                 actual[place] = _UNKNOWN
         self.rules.found(actual)
 
+    def do_without(self, blocked: frozenset[str]) -> None:
+        """Chains drop that look up one of these sets: who uses it keeps it from being mended."""
+        if changed := blocked ^ self._blocked:
+            self.rules.vanished([name for name in self._fragments if self._uses(name, changed)])
+        self._blocked = blocked
+
+    def _uses(self, chain: str, sets: frozenset[str]) -> list[str]:
+        texts = self._fragments[chain]
+        return [name for name in sets if any(f"--match-set {name} " in text for text in texts)]
+
     def apply(self, now: float) -> int:
         steps = self._wake() + self.rules.apply(now)
         if self.rules.errors:
@@ -196,6 +207,12 @@ class _Table:
         wanted = plan.create.keys() | plan.update.keys()
         fragments = {name: self._fragments[name] for name in wanted - self._hooks.keys()}
         refused: dict[str, Exception] = {}
+        for name in fragments.keys() if self._blocked else ():
+            if used := self._uses(name, self._blocked):
+                fragments[name] = _DROP
+                refused[name] = IptablesError(
+                    f"drops until ipset {used[0]} is one of its type", name
+                )
         while True:
             insert, append = self._placed({p: self._hooks[p] for p in wanted & self._hooks.keys()})
             gone = [name for name in plan.delete if not name.startswith("cali-")]
@@ -281,7 +298,11 @@ class IptablesDataplane:
 
     def fill_sets(self, now: float) -> int:
         """Make sets and add members."""
-        return self._sets.fill(now)
+        changes = self._sets.fill(now)
+        blocked = self._sets.blocked()
+        for table in self._tables.values():
+            table.do_without(blocked)
+        return changes
 
     def apply_chains(self, now: float) -> int:
         """Change chains and hooks, each table in one transaction."""

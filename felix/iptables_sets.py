@@ -104,9 +104,21 @@ class IptablesSets:
             del self._uses[name]
             self._unwant(name)
 
+    def blocked(self) -> frozenset[str]:
+        """Sets in whose place there is another of their name, of another type, that rules use."""
+        return frozenset(
+            name
+            for name, error in self.errors.items()
+            if name in self._wanted and isinstance(error, OSError) and error.errno == _BUSY
+        )
+
     def fill(self, now: float) -> int:
         """Make the sets that are missing and add the members that are; so many changes."""
-        for name in self._backoff.due(now):
+        due = self._backoff.due(now)
+        if due:
+            # Perhaps they failed because somebody else changed them.
+            self._present = self._ipsets.headers()
+        for name in due:
             (self._compare if name in self._wanted else self._doomed).add(name)
         changes = sum(self._attempt(name, self._make, now) for name in self._compare)
         self._compare.clear()

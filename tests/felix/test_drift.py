@@ -157,6 +157,19 @@ def put_another_set_in_place_of_one(world: World) -> None:
         run(world.node.netns, "nft", "-f", "-", stdin=changed)
 
 
+def put_another_set_in_place_of_one_and_use_it(world: World) -> None:
+    """So that it can't be deleted while the rule is there, and the chain it is in is ours."""
+    put_another_set_in_place_of_one(world)
+    name = world.set_name()
+    if world.enforcer.iptables:
+        chain = CHAIN + world.web.interface
+        rule = f"-A {chain} -m set --match-set {name} src,dst -j ACCEPT"
+        world.shell(f"iptables -N {chain}", f"iptables {rule}")
+    else:
+        rule = f"add chain ip calico c\nadd rule ip calico c tcp dport @{name} accept\n"
+        run(world.node.netns, "nft", "-f", "-", stdin=rule)
+
+
 def flush_the_ruleset(world: World) -> None:
     world.shell("nft flush ruleset")
 
@@ -246,6 +259,7 @@ STRANGERS = (
     take_an_interface_from_the_dispatch,
     delete_everything_of_ours,
     put_another_set_in_place_of_one,
+    put_another_set_in_place_of_one_and_use_it,
     flush_the_ruleset,
 )
 
