@@ -143,13 +143,13 @@ def test_a_silent_peer_holds_up_no_settings(tmp_path_factory: pytest.TempPathFac
         with inside(silent.namespace.fd):
             listener = socket.create_server(("", 179))
         with listener:
-            listener.settimeout(10)
+            listener.settimeout(60)
             settings = {"peerIP": "172.31.2.1", "asNumber": 65002, "sourceAddress": "None"}
             store.put("BGPPeer", "silent", **settings)
             node.start()
             first, _ = listener.accept()
             with first:
-                first.settimeout(10)
+                first.settimeout(60)
                 assert first.recv(4096)
                 tor.start(BIRD + NEAR)
                 store.put("BGPPeer", "near", peerIP=TOR, asNumber=65001, ttlSecurity=1)
@@ -158,7 +158,7 @@ def test_a_silent_peer_holds_up_no_settings(tmp_path_factory: pytest.TempPathFac
                 assert first.recv(4096) == b""
                 second, _ = listener.accept()
                 with second:
-                    second.settimeout(10)
+                    second.settimeout(60)
                     hold_time = second.recv(4096)[22:24]  # of OPEN (RFC 4271 4.2)
                     assert int.from_bytes(hold_time, "big") == 15
             assert node.established(TOR)
