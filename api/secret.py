@@ -21,5 +21,6 @@ class Secret(Resource):
     kind: Literal["Secret"] = "Secret"
     metadata: KubernetesMeta
     type: str = "Opaque"
+    immutable: bool | None = None
     data: Any = Field(default=None, repr=False)
     string_data: Any = Field(default=None, repr=False)

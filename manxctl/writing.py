@@ -40,11 +40,11 @@ AGENT_FIELDS = {
 # another one, in another cluster, whose owners and finalizers are not here. (Kubernetes deletes
 # what has an owner that does not exist.)
 WRITTEN_METADATA = ("name", "namespace", "labels", "annotations")
-# Kinds of Kubernetes' own with nothing in their spec that Manx does not know. Of the others it
+# Kinds of Kubernetes' own in which there is nothing that Manx does not know. Of the others it
 # knows what it reads: to write one back would remove the rest of it.
 WHOLE_KINDS = frozenset(
     (
-        *("KubernetesNetworkPolicy", "ClusterNetworkPolicy"),
+        *("KubernetesNetworkPolicy", "ClusterNetworkPolicy", "Secret"),
         *("AdminNetworkPolicy", "BaselineAdminNetworkPolicy"),
     )
 )

@@ -91,6 +91,22 @@ def test_a_policy_of_kubernetes_is_written(cluster: Cluster) -> None:
     assert cluster.run("apply", "-f", "-", stdin=policy).output == f"{title} unchanged\n"
 
 
+def test_a_secret_stays_as_it_is(cluster: Cluster) -> None:
+    names = {"name": "bgp", "namespace": SPACE}
+    secret = {"metadata": names, "type": "example.com/password", "immutable": True}
+    path = f"/api/v1/namespaces/{SPACE}/secrets"
+    cluster.make(path, secret | {"stringData": {"tor": "hidden"}})
+    before = cluster.get(f"{path}/bgp")
+    written = secret | {"data": before["data"], "apiVersion": "v1", "kind": "Secret"}
+    result = cluster.run("apply", "-f", "-", stdin=written)
+    assert result.output == f"Secret {SPACE}/bgp unchanged\n"
+    assert cluster.run("label", "secret", "bgp", "-n", SPACE, "a=b").exit_code == 0
+    after = cluster.get(f"{path}/bgp")
+    assert {part: after[part] for part in ("data", "type", "immutable")} == {
+        part: before[part] for part in ("data", "type", "immutable")
+    }
+
+
 def test_what_is_the_same_is_not_written(cluster: Cluster) -> None:
     """Though the API server has counted generations, and kubectl has left its copy."""
     rule = {"action": "Allow", "protocol": "TCP", "destination": {"ports": [80, "90:95"]}}
