@@ -34,14 +34,19 @@ class Hook(NamedTuple):
     chain: str
 
 
+# Where INPUT's packets are handed out once more, behind ipvs. iptables has nothing there.
+AFTER_IPVS = Hook(Table.FILTER, "INPUT-after-ipvs")
+
+
 class Mark(Flag):
     """What a packet remembers from chain to chain."""
 
     NONE = 0
     ACCEPT = auto()  # a policy or profile allowed it
     PASS = auto()  # a policy passed it on to the next tier
-    WORKLOAD = auto()  # a workload sent it to a service that ipvs translates
-    # Digits of a number: by which host endpoint's interface it came for such a service.
+    SERVICE = auto()  # it is for a service that ipvs translates
+    WORKLOAD = auto()  # and a workload sent it
+    # and digits of a number: by which host endpoint's interface it came.
     ENTRY_1 = auto()
     ENTRY_2 = auto()
     ENTRY_4 = auto()

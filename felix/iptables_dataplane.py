@@ -284,6 +284,8 @@ class IptablesDataplane:
             self._tables[key.version, key.table].want_chain(key.name, chain)
         for hook_key, rule in delta.hooks.items():
             place = hook_key.hook
+            if place == chains.AFTER_IPVS:
+                continue
             self._tables[hook_key.version, place.table].want_hook(place.chain, rule)
 
     def read(self) -> None:

@@ -6,6 +6,9 @@ OUTPUT, without FORWARD. It is judged in OUTPUT, where it shows where it goes: w
 somebody else's address is on its way through. From a workload it is by its source, which RAW
 PREROUTING holds to be its own. By which interface it came is forgotten there: where host endpoints
 have policies for what is forwarded, INPUT notes it in the packet's mark.
+
+What ipvs leaves to the node itself, as a service's target or because it knows no such service, is
+judged behind it, as what comes to INPUT is. iptables has no place for that.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from api.net import V4, Net
-from felix import names
+from felix import host_rules, names
 from felix.chains import (
     Allow,
     Chain,
@@ -44,10 +47,12 @@ _ENTRY = (
     Mark.ENTRY_16,
     Mark.ENTRY_32,
 )
-_ANY_ENTRY = ~(Mark.ACCEPT | Mark.PASS | Mark.WORKLOAD)
+_NOTES = ~(Mark.ACCEPT | Mark.PASS)
 # A host without an address sends from these; ipvs sends nothing from there.
 _UNSPECIFIED = tuple(Net(version, 0, length) for version, length in ((V4, 8), (6, 128)))
 FORWARDED = Condition(packet=Match(not_src_nets=_UNSPECIFIED), from_this_host=False)
+_LEAST_MARKS = 2  # SERVICE and WORKLOAD
+_NO_MARK = "The mark mask has no bit for it"
 _UNKNOWN = ChainRule(Drop(), comment="Unknown interface")
 
 
@@ -67,10 +72,20 @@ def to_targets() -> ChainRule:
     return ChainRule(Goto(names.IPVS_OUTPUT), FORWARDED, "From ipvs")
 
 
+def to_host() -> ChainRule:
+    """What ipvs has left, among what comes behind it."""
+    return ChainRule(Goto(names.IPVS_LOCAL), Condition(marked=Mark.SERVICE))
+
+
 def frame(settings: Settings, guard: Guard) -> Iterator[Chain]:
-    """The chains that are gone to from INPUT and OUTPUT."""
+    """The chains that are gone to from INPUT, behind ipvs, and from OUTPUT."""
     yield Chain(names.IPVS_INPUT, tuple(_incoming(settings, guard)))
     yield Chain(names.IPVS_WORKLOAD, (ChainRule(MarkAndReturn(Mark.WORKLOAD)),))
+    from_workloads = (
+        ChainRule(Goto(names.WORKLOAD_TO_HOST), Condition(in_interface=f"{prefix}*"))
+        for prefix in settings.interface_prefixes
+    )
+    yield Chain(names.IPVS_LOCAL, (*from_workloads, *host_rules.incoming(guard)))
     yield Chain(names.IPVS_OUTPUT, tuple(_outgoing(settings, guard)))
 
 
@@ -81,15 +96,14 @@ def _incoming(settings: Settings, guard: Guard) -> Iterator[ChainRule]:
         states = ESTABLISHED.states
         yield ChainRule(Allow(), Condition(in_interface=interface, states=states))
     yield ChainRule(Return(), ESTABLISHED)
-    yield ChainRule(ClearMarks(Mark.WORKLOAD | _ANY_ENTRY))
+    yield ChainRule(ClearMarks(_NOTES))
+    if settings.spare_marks < _LEAST_MARKS:
+        yield ChainRule(Drop(), comment=_NO_MARK)
     for interface in workloads:
-        where = Condition(in_interface=interface)
-        if settings.spare_marks:
-            yield ChainRule(Jump(names.FROM_IPVS_WORKLOAD), where)
-        else:
-            yield ChainRule(Drop(), where, "The mark mask has no bit for it")
+        yield ChainRule(Jump(names.FROM_IPVS_WORKLOAD), Condition(in_interface=interface))
     if Part.FORWARD in guard.parts:
         yield ChainRule(Jump(names.IPVS_ENTRY))
+    yield ChainRule(MarkAndReturn(Mark.SERVICE))
 
 
 def _outgoing(settings: Settings, guard: Guard) -> Iterator[ChainRule]:
@@ -103,7 +117,7 @@ def _outgoing(settings: Settings, guard: Guard) -> Iterator[ChainRule]:
     if Part.FORWARD in guard.parts:
         yield ChainRule(Jump(names.TO_HOST_FORWARD))
     # A tunnel's packets take over the mark of what is in them.
-    yield ChainRule(ClearMarks(Mark.WORKLOAD | _ANY_ENTRY))
+    yield ChainRule(ClearMarks(_NOTES))
     yield ChainRule(Allow(), ALLOWED)
 
 
@@ -129,14 +143,14 @@ def entries(interfaces: Iterable[str], *, default: bool, settings: Settings) -> 
 
     ``default``: there is an endpoint of all other interfaces.
     """
-    digits = _ENTRY[: max(0, settings.spare_marks - 1)]
+    digits = _ENTRY[: max(0, settings.spare_marks - _LEAST_MARKS)]
     every = _combined(digits)
     noting: list[ChainRule] = []
     leading: list[ChainRule] = []
     for number, interface in enumerate(sorted(interfaces), 1):
         where = Condition(in_interface=interface)
         if number >> len(digits):
-            noting.append(ChainRule(Drop(), where, "The mark mask has no bit for it"))
+            noting.append(ChainRule(Drop(), where, _NO_MARK))
             continue
         mark = _combined(digit for place, digit in enumerate(digits) if number >> place & 1)
         noting.append(ChainRule(MarkAndReturn(mark), where))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from felix import names
 from felix.chains import (
+    AFTER_IPVS,
     AnyChain,
     Chain,
     ChainRule,
@@ -65,6 +66,7 @@ _PRIORITIES = {
     (Table.FILTER, "FORWARD"): 0,
     (Table.FILTER, "INPUT"): 0,
     (Table.FILTER, "OUTPUT"): 0,
+    AFTER_IPVS: 101,  # ipvs: 98 and 99 (net/netfilter/ipvs/ip_vs_core.c), srcnat: 100
     (Table.NAT, "PREROUTING"): -100,
     (Table.NAT, "OUTPUT"): -100,
     (Table.NAT, "POSTROUTING"): 110,
@@ -173,7 +175,7 @@ class NftablesTable:
             del self._bases[full]
             return
         kind, priority = _KINDS[hook.table], _PRIORITIES[hook.table, hook.chain]
-        self._bases[full] = BaseChain(kind, hook.chain.lower(), priority)
+        self._bases[full] = BaseChain(kind, hook.chain.partition("-")[0].lower(), priority)
         self._neutral[full] = hook.table, Chain(hook.chain, (rule,))
         self._render(full)
 

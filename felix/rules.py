@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from api.net import V6, Net
 from felix import host_rules, ipvs_rules, names, nat_rules
 from felix.chains import (
+    AFTER_IPVS,
     Accept,
     Action,
     Allow,
@@ -100,14 +101,15 @@ def frame(settings: Settings, version: int, around: Surroundings) -> Frame:
     ]
     if loops is not None:
         chains.append((Table.FILTER, loops))
-    if around.ipvs:
-        chains += ((Table.FILTER, chain) for chain in ipvs_rules.frame(settings, guard))
     hooks = [
         (Hook(Table.RAW, "PREROUTING"), ChainRule(Jump(names.PREROUTING))),
         (Hook(Table.FILTER, "FORWARD"), ChainRule(Jump(names.FORWARD))),
         (Hook(Table.FILTER, "INPUT"), ChainRule(Jump(names.INPUT))),
     ]
     tunnels = (_vxlan(settings, destinations=(names.VXLAN_NODES,)),) if around.vxlan else ()
+    if around.ipvs:
+        chains += ((Table.FILTER, chain) for chain in ipvs_rules.frame(settings, guard))
+        hooks.append((AFTER_IPVS, ipvs_rules.to_host()))
     through = (ipvs_rules.to_targets(),) if around.ipvs else ()
     hooked = [
         *host_rules.frame(guard, settings, tunnels, through),

@@ -265,7 +265,9 @@ def play(plan: dict[str, Any]) -> list[dict[str, Any]]:
         found: dict[str, Any] = {}
         if step["talks"] == "begins":
             talk = Conversation(world, *step["probes"][0][:3])
-            found["flow"] = talk.goes_on() and run("conntrack", "-L", "-p", "tcp")
+            found["flow"] = talk.goes_on() and run(
+                "conntrack", "-L", "-p", "tcp", "--state", "ESTABLISHED"
+            )
         elif step["talks"] == "ends":
             found["went_on"] = talk.goes_on()
             run("conntrack", "-D", "-p", "tcp")

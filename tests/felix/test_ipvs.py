@@ -6,10 +6,13 @@ guest whose kernel has.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,31 +21,37 @@ from typing import Any
 import pytest
 
 from api.net import parse_net
+from api.profile import DEFAULT_ALLOW
 from datastore.interface import JSON
 from felix.conntrack_judge import Judge
 from felix.network import host_addresses
 from kernel.conntrack import Tuple
-from kernel.netns import inside
+from kernel.netns import Namespace, inside
 from kernel.nftables import Nftables, Transaction
 from tests.felix import ipvs_guest
-from tests.felix.gateway import FAR, NEAR, NODE, NODE_FAR, POD, Gateway
-from tests.felix.world import V3, Pod, global_policy
+from tests.felix.fabric import MAKERS
+from tests.felix.gateway import FAR, NEAR, NODE, NODE_FAR, POD, Gateway, allowed, dropped
+from tests.felix.world import V3, Pod, cluster, felix_configuration, global_policy
+from tests.felix.world import Node as AgentNode
 from tests.support.guest import run_in_guest
-from tests.support.netns import run
+from tests.support.netns import connect, eventually, fresh_namespace, run
 
 ROOT = Path(__file__).parents[2]
 CLIENT = {4: "10.0.0.2", 6: "fd10::2"}
-SERVICE = {
-    4: "10.96.0.10",
-    6: "fd96::10",
-}  # 8080: the pod; 8081: what is far
+SERVICE = {4: "10.96.0.10", 6: "fd96::10"}
 BACKENDS = ("nftables", "iptables")
 
-Probes = set[tuple[str, str]]  # from whom, to what
+# As kube-proxy's, but for its kind, which is dummy.
+DEVICE = ("ip", "link", "add", "kube-ipvs0", "type", "veth", "peer", "name", "other")
+
+Probes = AbstractSet[tuple[str, str]]  # from whom, to what
 _ENDS = {"client": CLIENT, "service": SERVICE, "pod": POD}
-SERVICES = {"pod": 8080, "far": 8081}
+SERVICES = {"pod": 8080, "far": 8081, "host": 8082, "stray": 81}
 WAYS = [(who, what) for who in ("client", "near") for what in ("pod", "far", "node port")]
 ASKING = set(WAYS)
+# What ipvs leaves to the node: a service whose target it is, and a port that no service has.
+NEARS = [("near", "host"), ("near", "stray")]
+OWN_WAYS = [("client", "host"), ("client", "stray"), *NEARS]
 
 
 class Node(Gateway):
@@ -62,7 +71,8 @@ class Node(Gateway):
             *["ip", "link", "add", "kube-ipvs0", "type", "veth", "peer", "name", "other"],
         )
         for address in SERVICE.values():
-            run(self.node.netns, "ip", "address", "add", address, "dev", "kube-ipvs0")
+            added = ("ip", "address", "add", address, "dev", "kube-ipvs0", "nodad")
+            run(self.node.netns, *added)
         self.look()
 
     def _committing(
@@ -127,6 +137,7 @@ class Step:
     name: str
     objects: tuple[JSON, ...]
     answered: Probes
+    by_host: Probes = frozenset(NEARS)  # what only nftables judges behind ipvs
     talks: str = ""
     plugged: bool = True  # whether the client has an endpoint
 
@@ -160,7 +171,7 @@ def of_client(*egress: JSON) -> JSON:
     return global_policy("client", selector="has(app)", types=["Egress"], egress=list(egress))
 
 
-def host_endpoint(name: str) -> JSON:
+def host_endpoint(name: str, profiles: Sequence[str] = (DEFAULT_ALLOW,)) -> JSON:
     """Guards an interface, and allows all to and from the node itself."""
     return {
         "apiVersion": V3,
@@ -169,7 +180,7 @@ def host_endpoint(name: str) -> JSON:
         "spec": {
             "node": "node1",
             "interfaceName": name,
-            "profiles": ["projectcalico-default-allow"],
+            "profiles": list(profiles),
         },
     }
 
@@ -181,6 +192,7 @@ def of_interface(name: str, **spec: Any) -> JSON:
 
 
 FROM_NEAR = [{"nets": [str(parse_net(address))]} for address in NEAR.values()]
+TO_HOST = felix_configuration("default", defaultEndpointToHostAction="Accept")
 HOSTS = (host_endpoint("eth0"), host_endpoint("eth1"))
 STEPS = (
     Step("no policy", (), ASKING, talks="begins"),
@@ -198,18 +210,25 @@ STEPS = (
     Step("the client may send nothing", (of_client(),), OF_NEAR),
     Step(
         "the client may send to the pod",
-        (of_client(*on_port_80(selector="!has(app)")),),
+        (of_client(*on_port_80(selector="!has(app)")), TO_HOST),
         ASKING - {("client", "far")},
     ),
     Step(
         "what comes by a guarded interface",
         (*HOSTS, of_interface("eth0", types=["Ingress"], ingress=on_port_80(nets=POD))),
         ASKING - {("near", "far")},
+        by_host=frozenset(),  # it is for what the node gets, too
     ),
     Step(
         "what leaves by a guarded interface",
         (*HOSTS, of_interface("eth1", types=["Egress"], egress=[])),
         TO_POD,
+    ),
+    Step(
+        "what is for the node itself",
+        (host_endpoint("eth0", profiles=[]), TO_HOST),
+        ASKING,
+        by_host=set(OWN_WAYS) - set(NEARS),
     ),
     Step("an endpoint that is not there", (), OF_NEAR, plugged=False),
     Step("no policy any more", (), ASKING),
@@ -274,16 +293,20 @@ def _planned(node: Node, step: Step) -> dict[str, Any]:
     if not step.plugged:
         node.brain.snapshot.update(node.client.key, None)
     node.enforce(*step.objects)
+    ways = [(*way, protocol) for way in WAYS for protocol in ("tcp", "udp")]
+    answered = {*step.answered}
+    if node.backend == "nftables":
+        ways += [(*way, "tcp") for way in OWN_WAYS]
+        answered |= step.by_host
     planned = {
         "name": step.name,
         "rules": node.rules(),
         "forbidden": node.forbids(),
         "talks": step.talks,
         "probes": [
-            [who, *_target(what, version), protocol, (who, what) in step.answered]
-            for who, what in WAYS
+            [who, *_target(what, version), protocol, (who, what) in answered]
+            for who, what, protocol in ways
             for version in (4, 6)
-            for protocol in ("tcp", "udp")
         ],
     }
     node.clean()
@@ -309,19 +332,138 @@ def _plan(node: Node) -> dict[str, Any]:
         networks = [str(parse_net(address)) for address in addresses.values()]
         return {"interface": made.interface, "addresses": networks}
 
-    goals = {"pod": POD, "far": FAR, "node port": POD}
+    goals = {"pod": (POD, 80), "far": (FAR, 80), "node port": (POD, 80), "host": (NODE_FAR, 81)}
     return {
         "hosts": {"near": host("eth0", NODE, NEAR), "far": host("eth1", NODE_FAR, FAR)},
         "pods": {"pod": pod(node.pod, POD), "client": pod(node.client, CLIENT)},
         "virtual": list(SERVICE.values()),
         "services": [
-            [_ported(*_target(what, version)), _ported(goal[version], 80)]
-            for what, goal in goals.items()
+            [_ported(*_target(what, version)), _ported(goal[version], port)]
+            for what, (goal, port) in goals.items()
             for version in (4, 6)
         ],
-        "listeners": [["pod", 80], ["far", 80]],
+        "listeners": [["pod", 80], ["far", 80], ["node", 81]],
     }
 
 
 def _ported(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+# --- in the kernel here: who may send from others' addresses does as ipvs does ---
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def made(request: pytest.FixtureRequest) -> Iterator[Node]:
+    with ExitStack() as stack:
+        yield Node(request.param, stack)
+
+
+@pytest.fixture
+def node(made: Node) -> Iterator[Node]:
+    yield made
+    made.clean()
+
+
+def passes(sender: Namespace, source: dict[int, str], to: dict[int, str]) -> set[int]:
+    """The IP versions in which a packet leaves that claims to be from an address."""
+    found = set()
+    for version, address in source.items():
+        with inside(sender.fd):
+            family = socket.AF_INET if version == 4 else socket.AF_INET6
+            made = socket.socket(family, socket.SOCK_DGRAM)
+        with made:
+            made.setsockopt(*_TRANSPARENT[version], 1)
+            made.bind((address, 0))
+            with contextlib.suppress(PermissionError):  # dropped in OUTPUT
+                made.sendto(b"", (to[version], 80))
+                found.add(version)
+    return found
+
+
+_TRANSPARENT = {4: (socket.SOL_IP, 19), 6: (socket.IPPROTO_IPV6, 75)}  # linux/in.h, linux/in6.h
+BOTH = {4, 6}
+
+
+def test_rules_for_ipvs_are_recognised_by_who_made_them(node: Node) -> None:
+    """Nothing of them is made anew at a restart."""
+    both = ["Ingress", "Egress"]
+    node.enforce(*HOSTS, of_interface("eth0", types=both), of_interface("eth1", types=both))
+    node.brain.read()
+    assert node.brain.apply() == 0
+
+
+def test_what_the_host_sends_to_its_pods_is_its_own(node: Node) -> None:
+    node.enforce(of_pod())
+    assert passes(node.node.netns, NODE, POD) == BOTH
+    assert passes(node.node.netns, NEAR, POD) == set()
+    assert passes(node.node.netns, CLIENT, POD) == set()
+
+
+def test_of_many_pods_each_is_known_by_its_address(node: Node) -> None:
+    """So many that iptables has a chain for each sixteen."""
+    with ExitStack() as stack:
+        for number in range(30):
+            pod = node.node.pod(f"p{number}", f"10.0.0.{100 + number}", endpoint=False)
+            stack.callback(pod.netns.close)
+            spec = {"labels": {"app": f"p{number}"}}
+            node.brain.snapshot.update(pod.key, pod.endpoint(**spec))
+            stack.callback(node.brain.snapshot.update, pod.key, None)
+        node.brain.read()
+        forbidden = "app == 'p17'"
+        node.enforce(global_policy("one", selector=forbidden, types=["Egress"], egress=[]))
+        for number in range(30):
+            source = {4: f"10.0.0.{100 + number}", 6: CLIENT[6]}
+            expected = {6} if number == 17 else BOTH
+            assert passes(node.node.netns, source, POD) == expected, number
+    node.brain.enforce()
+
+
+def test_what_ipvs_leaves_to_the_node_is_for_the_node(node: Node) -> None:
+    """Here that is everything. iptables can't ask again behind ipvs."""
+    client = node.client.netns
+    assert dropped(client, NODE, 80), "no service has the port"
+    node.enforce(felix_configuration("default", kubeNodePortRanges=["80:80"]))
+    assert dropped(client, NODE, 81)
+    for target in (SERVICE, NODE):
+        judged = dropped if node.backend == "nftables" else allowed
+        assert judged(client, target, 80)
+    node.enforce(TO_HOST)
+    assert allowed(client, SERVICE, 80) and allowed(client, NODE, 80)
+
+
+def test_without_bits_to_mark_them_packets_for_services_are_dropped(node: Node) -> None:
+    masks = {f"{enforcer}MarkMask": 0x30000 for enforcer in ("iptables", "nftables")}
+    node.enforce(felix_configuration("default", defaultEndpointToHostAction="Accept", **masks))
+    assert dropped(node.client.netns, SERVICE, 80) and allowed(node.client.netns, NODE, 80)
+
+
+def test_ipvs_comes_and_goes_while_the_agent_runs() -> None:
+    """With its interface; what it sent to pods before that was judged is ended."""
+    with cluster("node1") as (node,), fresh_namespace() as near:
+        connect(node.netns, "eth0", near, "eth0", [f"{NODE[4]}/24", f"{NEAR[4]}/24"])
+        node.put(of_pod())
+        pod = node.pod("pod", POD[4])
+        node.start()
+
+        def unjudged() -> bool:
+            return passes(node.netns, {4: NEAR[4]}, {4: pod.address}) == {4}
+
+        assert unjudged() and "ipvs" not in _nft(node)
+        for _ in range(2):
+            run(node.netns, *DEVICE)
+            eventually(lambda: not unjudged())
+            run(node.netns, "ip", "address", "add", SERVICE[4], "dev", "kube-ipvs0")
+            eventually(lambda: f"elements = {{ {SERVICE[4]} }}" in _nft(node))
+            node.kill()
+            assert not unjudged()
+            node.start()
+            assert not unjudged() and SERVICE[4] in _nft(node)
+            run(node.netns, "ip", "link", "del", "kube-ipvs0")
+            eventually(unjudged)
+            assert "ipvs" not in _nft(node)
+        assert node.errors() == {}
+
+
+def _nft(node: AgentNode) -> str:
+    return run(node.netns, "nft", "list", "table", "ip", "calico").stdout

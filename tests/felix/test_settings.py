@@ -28,7 +28,6 @@ from policy.compile import compile_policy
 from policy.engine import UNPLACED
 from policy.model import Action, PolicyId
 
-
 OTHERS = tuple(1 << bit for bit in range(18, 32))
 
 
