@@ -588,6 +588,7 @@ KUBERNETES_EXAMPLES: list[JSON] = [
         "Secret",
         "kube-system",
         type="Opaque",
+        immutable=False,
         data={"password": "c2VjcmV0"},
         stringData={"other": "text"},
     ),
