@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import queue
+import socket
 import time
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
@@ -168,8 +169,8 @@ class Agent:
             case LinkEventsLost():
                 self._drift.doubt()
                 self._addresses_changed = self._ipvs_changed = True
-            case AddressEvent():
-                self._addresses_changed = True
+            case AddressEvent(interfaces):
+                self._addresses_changed |= not all(map(self._is_workload, interfaces))
             case TableChanged():
                 self._drift.suspect(item)
             case RegistrationProblem(text):
@@ -182,6 +183,13 @@ class Agent:
                 pass  # the turn that it began sees to them
             case Stop():
                 self._stopping = True
+
+    def _is_workload(self, index: int) -> bool:
+        """Whether an interface is a workload's; not if it is gone."""
+        try:
+            return self._calculator.settings.is_workload(socket.if_indextoname(index))
+        except OSError:
+            return False
 
     def _link_changed(self, event: LinkEvent) -> None:
         if self._dataplane is None or self._drift.in_doubt:

@@ -8,7 +8,7 @@ import select
 import struct
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from kernel.addresses import RTM_DELADDR, RTM_NEWADDR
@@ -70,6 +70,7 @@ _ONLY_DELETIONS = (
 
 _IFINFO = struct.Struct("=BxHiII")  # family, device type, index, flags, change mask
 _ANY = bytes(_IFINFO.size)
+_IFADDR = struct.Struct("=4xI")  # family, prefix length, flags, scope; index
 _NUMBER = struct.Struct("=HHI")  # an attribute that holds one: length, type, value
 
 # linux/ip.h IPV4_DEVCONF_…: the names under /proc/sys/net/ipv4/conf/DEVICE/
@@ -402,7 +403,9 @@ class LinkEventsLost:
 
 @dataclass(frozen=True, slots=True)
 class AddressEvent:
-    """An interface got an address or lost one."""
+    """Interfaces, by index, got addresses or lost some."""
+
+    interfaces: frozenset[int] = field(default=frozenset(), compare=False)
 
 
 class LinkMonitor:
@@ -464,8 +467,12 @@ class LinkMonitor:
         except MessagesLostError:
             self._sink(LinkEventsLost())
             return
-        if any(message.type in (RTM_NEWADDR, RTM_DELADDR) for message in messages):
-            self._sink(AddressEvent())
+        if moved := frozenset(
+            _IFADDR.unpack_from(message.body)[0]
+            for message in messages
+            if message.type in (RTM_NEWADDR, RTM_DELADDR)
+        ):
+            self._sink(AddressEvent(moved))
         for message in messages:
             # A bridge tells of its ports in messages of family AF_BRIDGE, where "deleted"
             # only means "left the bridge".
