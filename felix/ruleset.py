@@ -58,6 +58,7 @@ class Ruleset:
         self._nets: dict[str, tuple[Net, ...]] = {}  # of interfaces' endpoints
         self._known: dict[int, set[str]] = {version: set() for version in VERSIONS}
         self._dirty: set[str] = set()
+        self._moved = False  # an interface has come, gone or got other addresses
         self._sources: dict[str, tuple[Net, ...]] = {}
         self._nats: dict[str, tuple[tuple[Net, Net], ...]] = {}
         self._services: tuple[Net, ...] = ()
@@ -106,6 +107,7 @@ class Ruleset:
             self._interfaces[holder] = name
             self._nets[name] = tuple(nets)
         self._dirty.add(name)
+        self._moved = True
 
     def set_hosts(self, hosts: Mapping[str, EndpointId]) -> None:
         """The host endpoints by interface; that of all others by ``names.ANY_INTERFACE``."""
@@ -179,7 +181,7 @@ class Ruleset:
             if fresh or version in redispatch:
                 for dispatch in rules.dispatches(self._known[version]):
                     self._chain(delta, version, dispatch.name, dispatch)
-            if fresh or self._dirty:
+            if fresh or (self._ipvs and self._moved):
                 self._update_ipvs(delta, version)
             self._update_policies(delta, version, changes, moved, before[version], fresh)
             self._update_indexes(delta, version, indexes, before[version])
@@ -192,6 +194,7 @@ class Ruleset:
             if change.deleted:
                 del self._kinds[set_id]
         self._dirty.clear()
+        self._moved = False
 
     def _is_active(self, version: int) -> bool:
         """Whether policies and sets are needed in an IP version."""
