@@ -18,6 +18,8 @@ from pathlib import Path
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "manx" / "guest"
 _META = "linux-image-amd64"  # depends on the newest of Debian's kernels
 _BOOT_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
+# Of 400 MB of modules, those that networks need.
+_KEPT = ("arch", "crypto", "drivers", "drivers/net", "drivers/virtio", "fs", "lib", "net")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # What the kernel starts first: this machine's files below, memory above them to write to.
@@ -55,28 +57,30 @@ sleep 60
 
 
 def build() -> Path:
-    """The directory with ``vmlinuz``, ``initrd`` and ``modules``; what is missing is made, once.
+    """The directory with ``vmlinuz``, ``initrd`` and ``modules``, made when there is none.
 
-    Needs apt and Debian's archive, once. Raises RuntimeError.
+    Needs apt's lists and Debian's archive, once. Raises RuntimeError.
     """
-    depends = _output("apt-cache", "depends", "--important", _META)
-    package = next(
-        (line.split()[-1] for line in depends.splitlines() if "Depends: linux-image-" in line), None
-    )
-    if package is None:
-        raise RuntimeError(f"apt-cache knows no kernel that {_META} depends on: apt-get update")
-    target = _CACHE / package
     _CACHE.mkdir(parents=True, exist_ok=True)
+    target = _CACHE / "machine"
     with (_CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_dir():
-            print(f"unpacking {package}, once", file=sys.stderr, flush=True)
-            half = _CACHE / f"{package}.new"
+            print("unpacking Debian's kernel, once", file=sys.stderr, flush=True)
+            half = _CACHE / "machine.new"
             shutil.rmtree(half, ignore_errors=True)
             half.mkdir()
-            _unpack(package, half)
+            _unpack(_package(), half)
             half.rename(target)
     return target
+
+
+def _package() -> str:
+    depends = _output("apt-cache", "depends", "--important", _META)
+    for line in depends.splitlines():
+        if "Depends: linux-image-" in line:
+            return line.split()[-1]
+    raise RuntimeError(f"apt-cache knows no kernel that {_META} depends on: apt-get update first")
 
 
 def _unpack(package: str, directory: Path) -> None:
@@ -86,6 +90,10 @@ def _unpack(package: str, directory: Path) -> None:
         _output("dpkg", "-x", str(deb), scratch)
         (kernel,) = Path(scratch).glob("boot/vmlinuz-*")
         (modules,) = Path(scratch).glob("lib/modules/*")
+        for kind in ("*", "drivers/*"):
+            for found in modules.glob(f"kernel/{kind}"):
+                if str(found.relative_to(modules / "kernel")) not in _KEPT:
+                    shutil.rmtree(found)
         _output("depmod", "-b", scratch, modules.name)
         (directory / "initrd").write_bytes(_initrd(Path(scratch), modules.name))
         kernel.rename(directory / "vmlinuz")
