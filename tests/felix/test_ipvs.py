@@ -171,17 +171,15 @@ def of_client(*egress: JSON) -> JSON:
     return global_policy("client", selector="has(app)", types=["Egress"], egress=list(egress))
 
 
-def host_endpoint(name: str, profiles: Sequence[str] = (DEFAULT_ALLOW,)) -> JSON:
+def host_endpoint(
+    interface: str, *, name: str = "", profiles: Sequence[str] = (DEFAULT_ALLOW,)
+) -> JSON:
     """Guards an interface, and allows all to and from the node itself."""
     return {
         "apiVersion": V3,
         "kind": "HostEndpoint",
-        "metadata": {"name": name, "labels": {"interface": name}},
-        "spec": {
-            "node": "node1",
-            "interfaceName": name,
-            "profiles": list(profiles),
-        },
+        "metadata": {"name": name or interface, "labels": {"interface": name or interface}},
+        "spec": {"node": "node1", "interfaceName": interface, "profiles": list(profiles)},
     }
 
 
@@ -398,6 +396,20 @@ def test_what_the_host_sends_to_its_pods_is_its_own(node: Node) -> None:
     assert passes(node.node.netns, NODE, POD) == BOTH
     assert passes(node.node.netns, NEAR, POD) == set()
     assert passes(node.node.netns, CLIENT, POD) == set()
+
+
+def test_what_is_not_tracked_of_the_host_lets_nothing_of_others_through(node: Node) -> None:
+    """RAW OUTPUT sees packets that ipvs sends as if they were the host's."""
+    allow = [{"action": "Allow"}]
+    types = ["Ingress", "Egress"]
+    untracked = of_interface("all", doNotTrack=True, types=types, ingress=allow, egress=allow)
+    forward = of_interface("all", types=["Ingress"], ingress=[])
+    forward["metadata"]["name"] = "forward"
+    node.enforce(host_endpoint("*", name="all"), untracked)
+    assert passes(node.node.netns, NEAR, POD) == BOTH
+    node.enforce(forward)
+    assert passes(node.node.netns, NEAR, POD) == set(), "it came by a guarded interface"
+    assert passes(node.node.netns, NODE, POD) == BOTH
 
 
 def test_of_many_pods_each_is_known_by_its_address(node: Node) -> None:
