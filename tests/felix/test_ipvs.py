@@ -66,10 +66,11 @@ class Node(Gateway):
         stack.callback(self.client.netns.close)
         self.client.add_address(CLIENT[6])
         self.plug(self.client)
-        run(
-            self.node.netns,
-            *["ip", "link", "add", "kube-ipvs0", "type", "veth", "peer", "name", "other"],
-        )
+        self.add_device()
+
+    def add_device(self) -> None:
+        """What kube-proxy does first."""
+        run(self.node.netns, *DEVICE)
         for address in SERVICE.values():
             added = ("ip", "address", "add", address, "dev", "kube-ipvs0", "nodad")
             run(self.node.netns, *added)
@@ -98,8 +99,22 @@ class Node(Gateway):
     def look(self) -> None:
         """See which addresses the node has."""
         with inside(self.node.netns.fd):
-            if self.brain.calculator.set_host_addresses(host_addresses()):
-                self.brain.enforce()
+            moved = self.brain.calculator.set_host_addresses(host_addresses())
+        if moved:
+            with inside(self.node.netns.fd):
+                self.brain.dataplane.want(self.brain.calculator.calculate(self.brain.snapshot))
+            self.brain.settle()  # a set goes only when the kernel has let go of its rules
+
+    def listed(self) -> str:
+        """All that enforces, as it is shown."""
+        commands = ["nft -s list ruleset"]
+        if self.backend != "nftables":
+            variant = "legacy" if self.backend.endswith("legacy") else "nft"
+            commands = [f"{each}-{variant}-save" for each in ("iptables", "ip6tables")]
+            commands.append("ipset list -name")
+        shown = (run(self.node.netns, *each.split()).stdout for each in commands)
+        # When it was written, how many packets there were.
+        return re.sub(r"(?m)^#.*$|\[.*\]$", "", "".join(shown))
 
     def forbids(self) -> bool:
         """Whether a connection of the client to the pod's service is one to be ended."""
@@ -406,10 +421,12 @@ def test_what_is_not_tracked_of_the_host_lets_nothing_of_others_through(node: No
     forward = of_interface("all", types=["Ingress"], ingress=[])
     forward["metadata"]["name"] = "forward"
     node.enforce(host_endpoint("*", name="all"), untracked)
-    assert passes(node.node.netns, NEAR, POD) == BOTH
+    for target in (POD, FAR):
+        assert passes(node.node.netns, NEAR, target) == BOTH
     node.enforce(forward)
-    assert passes(node.node.netns, NEAR, POD) == set(), "it came by a guarded interface"
-    assert passes(node.node.netns, NODE, POD) == BOTH
+    for target in (POD, FAR):
+        assert passes(node.node.netns, NEAR, target) == set(), "it came by a guarded interface"
+        assert passes(node.node.netns, NODE, target) == BOTH
 
 
 def test_of_many_pods_each_is_known_by_its_address(node: Node) -> None:
@@ -448,6 +465,22 @@ def test_without_bits_to_mark_them_packets_for_services_are_dropped(node: Node) 
     masks = {f"{enforcer}MarkMask": 0x30000 for enforcer in ("iptables", "nftables")}
     node.enforce(felix_configuration("default", defaultEndpointToHostAction="Accept", **masks))
     assert dropped(node.client.netns, SERVICE, 80) and allowed(node.client.netns, NODE, 80)
+
+
+def test_without_ipvs_there_is_nothing_of_it(node: Node) -> None:
+    node.enforce(*HOSTS, of_interface("eth0", types=["Ingress", "Egress"]))
+    run(node.node.netns, "ip", "link", "del", "kube-ipvs0")
+    node.look()
+    before = node.listed()
+    assert "ipvs" not in before and "wl-address" not in before
+    node.add_device()
+    node.look()
+    assert node.listed() != before
+    run(node.node.netns, "ip", "link", "del", "kube-ipvs0")
+    node.look()
+    assert node.listed() == before
+    node.add_device()
+    node.look()
 
 
 def test_ipvs_comes_and_goes_while_the_agent_runs() -> None:
