@@ -15,7 +15,7 @@ from api.net import V4, Net
 from api.policy import Rule, Tier
 from api.profile import DEFAULT_ALLOW
 from datastore.interface import Key
-from felix import names
+from felix import ipvs_rules, names
 from felix.desired import UNLIMITED, Delta, Device, Limits, Local, Registration, SetKey
 from felix.hosts import ALL_INTERFACES, HostPlace, resolve
 from felix.overlay import Encapsulation, Overlay
@@ -175,6 +175,16 @@ class Calculator:
     def has_ipvs(self) -> bool:
         """Whether kube-proxy has ipvs translate services' addresses here."""
         return self._service_addresses is not None
+
+    def is_for_ipvs(self, address: Net, protocol: int, port: int | None) -> bool:
+        """Whether what comes for an address of the node is a service's, as INPUT can tell."""
+        if self._service_addresses is None:
+            return False
+        if address in self._service_addresses:
+            return True
+        if protocol not in ipvs_rules.PORTED or port is None:
+            return False
+        return any(first <= port <= last for first, last in self._settings.node_ports)
 
     def is_news(self, interface: str, *, gone: bool) -> bool:
         """Whether host endpoints' addresses may be elsewhere, now that the kernel told of it.

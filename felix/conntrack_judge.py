@@ -99,6 +99,8 @@ class Judge:
         to_host = receiver is None and dst in self._around.own
         if from_host and (to_host or receiver is not None):
             return False  # not judged at all
+        if to_host and self._calculator.is_for_ipvs(began.dst, began.protocol, began.dst_port):
+            return False  # not judged at all with iptables, see ``ipvs_rules``
         settings = self._calculator.settings
         if (from_host or to_host) and (began.protocol, port) == (_UDP, settings.vxlan_port):
             return False  # the nodes' tunnel

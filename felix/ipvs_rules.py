@@ -38,7 +38,7 @@ from felix.policy_rules import ALLOWED, ESTABLISHED
 from felix.settings import Settings
 from policy.model import Direction, Match, Part
 
-_PORTED = (6, 17, 132)  # the protocols of node ports: TCP, UDP, SCTP
+PORTED = (6, 17, 132)  # the protocols of node ports: TCP, UDP, SCTP
 _ENTRY = (
     Mark.ENTRY_1,
     Mark.ENTRY_2,
@@ -61,7 +61,7 @@ def to_services(settings: Settings) -> Iterator[ChainRule]:
     services = Condition(packet=Match(dst_sets=(names.SERVICE_ADDRESSES,)))
     yield ChainRule(Goto(names.IPVS_INPUT), services, "To a service")
     if settings.node_ports:
-        for protocol in _PORTED:
+        for protocol in PORTED:
             match = Match(protocol=protocol, dst_ports=settings.node_ports)
             condition = Condition(packet=match, to_this_host=True)
             yield ChainRule(Goto(names.IPVS_INPUT), condition, "To a node port")

@@ -45,7 +45,6 @@ BACKENDS = ("nftables", "iptables")
 DEVICE = ("ip", "link", "add", "kube-ipvs0", "type", "veth", "peer", "name", "other")
 
 Probes = AbstractSet[tuple[str, str]]  # from whom, to what
-_ENDS = {"client": CLIENT, "service": SERVICE, "pod": POD}
 SERVICES = {"pod": 8080, "far": 8081, "host": 8082, "stray": 81}
 WAYS = [(who, what) for who in ("client", "near") for what in ("pod", "far", "node port")]
 ASKING = set(WAYS)
@@ -116,11 +115,11 @@ class Node(Gateway):
         # When it was written, how many packets there were.
         return re.sub(r"(?m)^#.*$|\[.*\]$", "", "".join(shown))
 
-    def forbids(self) -> bool:
-        """Whether a connection of the client to the pod's service is one to be ended."""
-        own = {name: parse_net(each[4]) for name, each in _ENDS.items()}
-        began = Tuple(own["client"], own["service"], 6, 40000, 8080)
-        answered = Tuple(own["pod"], own["client"], 6, 80, 40000)
+    def forbids(self, target: str = POD[4], address: str = SERVICE[4], port: int = 8080) -> bool:
+        """Whether a connection of the client to a service of the target is one to be ended."""
+        client = parse_net(CLIENT[4])
+        began = Tuple(client, parse_net(address), 6, 40000, port)
+        answered = Tuple(parse_net(target), client, 6, 80, 40000)
         with inside(self.node.netns.fd):
             judge = Judge(self.brain.calculator, lambda _: None)
             try:
@@ -459,6 +458,17 @@ def test_what_ipvs_leaves_to_the_node_is_for_the_node(node: Node) -> None:
         assert judged(client, target, 80)
     node.enforce(TO_HOST)
     assert allowed(client, SERVICE, 80) and allowed(client, NODE, 80)
+
+
+def test_what_is_for_the_node_goes_on_as_iptables_cannot_judge_it(node: Node) -> None:
+    assert not node.forbids(NODE[4])
+    assert not node.forbids(NODE[4], NODE[4], 30000)
+    assert node.forbids(NODE[4], NODE[4], 80), "no service has the port"
+    run(node.node.netns, "ip", "link", "del", "kube-ipvs0")
+    node.look()
+    assert node.forbids(NODE[4], NODE[4], 30000)
+    node.add_device()
+    node.look()
 
 
 def test_without_bits_to_mark_them_packets_for_services_are_dropped(node: Node) -> None:
