@@ -166,7 +166,7 @@ def environment(listen: Listen, log_file: Path) -> dict[str, str]:
         _BIND: " ".join(listen.addresses),
         "exabgp_tcp_port": str(listen.port),
         # A round of its loop takes as many hundredths of a second while nothing comes in (which
-        # wakes it), and looks at each session: 200 take 3% of a core so, 24% with the default.
+        # wakes it), and looks at its listening sockets, its child and each session that isn't up.
         "exabgp_reactor_speed": "15",
         "exabgp_api_cli": "false",
         "exabgp_api_respawn": "false",
