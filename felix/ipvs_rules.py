@@ -50,7 +50,8 @@ _ENTRY = (
 _NOTES = ~(Mark.ACCEPT | Mark.PASS)
 # A host without an address sends from these; ipvs sends nothing from there.
 _UNSPECIFIED = tuple(Net(version, 0, length) for version, length in ((V4, 8), (6, 128)))
-FORWARDED = Condition(packet=Match(not_src_nets=_UNSPECIFIED), from_this_host=False)
+_FORWARDED = Condition(packet=Match(not_src_nets=_UNSPECIFIED), from_this_host=False)
+_NOTED = Condition(marked=Mark.SERVICE)
 _LEAST_MARKS = 2  # SERVICE and WORKLOAD
 _NO_MARK = "The mark mask has no bit for it"
 _UNKNOWN = ChainRule(Drop(), comment="Unknown interface")
@@ -67,14 +68,21 @@ def to_services(settings: Settings) -> Iterator[ChainRule]:
             yield ChainRule(Goto(names.IPVS_INPUT), condition, "To a node port")
 
 
-def to_targets() -> ChainRule:
+def to_targets(settings: Settings) -> Iterator[ChainRule]:
     """What ipvs has translated, among what comes to OUTPUT."""
-    return ChainRule(Goto(names.IPVS_OUTPUT), FORWARDED, "From ipvs")
+    if _can_mark(settings):  # an IPv6 address of the host may be pretended
+        yield ChainRule(Goto(names.IPVS_OUTPUT), _NOTED, "From ipvs")
+    yield ChainRule(Goto(names.IPVS_OUTPUT), _FORWARDED, "From ipvs")
 
 
-def to_host() -> ChainRule:
+def to_host(settings: Settings) -> Iterator[ChainRule]:
     """What ipvs has left, among what comes behind it."""
-    return ChainRule(Goto(names.IPVS_LOCAL), Condition(marked=Mark.SERVICE))
+    if _can_mark(settings):
+        yield ChainRule(Goto(names.IPVS_LOCAL), _NOTED)
+
+
+def _can_mark(settings: Settings) -> bool:
+    return settings.spare_marks >= _LEAST_MARKS
 
 
 def frame(settings: Settings, guard: Guard) -> Iterator[Chain]:
@@ -97,7 +105,7 @@ def _incoming(settings: Settings, guard: Guard) -> Iterator[ChainRule]:
         yield ChainRule(Allow(), Condition(in_interface=interface, states=states))
     yield ChainRule(Return(), ESTABLISHED)
     yield ChainRule(ClearMarks(_NOTES))
-    if settings.spare_marks < _LEAST_MARKS:
+    if not _can_mark(settings):
         yield ChainRule(Drop(), comment=_NO_MARK)
     for interface in workloads:
         yield ChainRule(Jump(names.FROM_IPVS_WORKLOAD), Condition(in_interface=interface))

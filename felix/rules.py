@@ -109,8 +109,8 @@ def frame(settings: Settings, version: int, around: Surroundings) -> Frame:
     tunnels = (_vxlan(settings, destinations=(names.VXLAN_NODES,)),) if around.vxlan else ()
     if around.ipvs:
         chains += ((Table.FILTER, chain) for chain in ipvs_rules.frame(settings, guard))
-        hooks.append((AFTER_IPVS, ipvs_rules.to_host()))
-    through = (ipvs_rules.to_targets(),) if around.ipvs else ()
+        hooks += ((AFTER_IPVS, rule) for rule in ipvs_rules.to_host(settings))
+    through = tuple(ipvs_rules.to_targets(settings)) if around.ipvs else ()
     hooked = [
         *host_rules.frame(guard, settings, tunnels, through),
         *nat_rules.frame(masquerade=around.masquerade, floating=bool(around.nats)),

@@ -23,6 +23,7 @@ import pytest
 from api.net import parse_net
 from api.profile import DEFAULT_ALLOW
 from datastore.interface import JSON
+from felix.chains import Mark
 from felix.conntrack_judge import Judge
 from felix.network import host_addresses
 from kernel.conntrack import Tuple
@@ -377,7 +378,9 @@ def node(made: Node) -> Iterator[Node]:
     made.clean()
 
 
-def passes(sender: Namespace, source: dict[int, str], to: dict[int, str]) -> set[int]:
+def passes(
+    sender: Namespace, source: dict[int, str], to: dict[int, str], mark: int = 0
+) -> set[int]:
     """The IP versions in which a packet leaves that claims to be from an address."""
     found = set()
     for version, address in source.items():
@@ -386,6 +389,7 @@ def passes(sender: Namespace, source: dict[int, str], to: dict[int, str]) -> set
             made = socket.socket(family, socket.SOCK_DGRAM)
         with made:
             made.setsockopt(*_TRANSPARENT[version], 1)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
             made.bind((address, 0))
             with contextlib.suppress(PermissionError):  # dropped in OUTPUT
                 made.sendto(b"", (to[version], 80))
@@ -410,6 +414,8 @@ def test_what_the_host_sends_to_its_pods_is_its_own(node: Node) -> None:
     assert passes(node.node.netns, NODE, POD) == BOTH
     assert passes(node.node.netns, NEAR, POD) == set()
     assert passes(node.node.netns, CLIENT, POD) == set()
+    of_services = node.brain.calculator.settings.nftables.bits(Mark.SERVICE)
+    assert passes(node.node.netns, NODE, POD, of_services) == set(), "it came as another's"
 
 
 def test_what_is_not_tracked_of_the_host_lets_nothing_of_others_through(node: Node) -> None:
