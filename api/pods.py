@@ -57,6 +57,16 @@ def labels(own: Mapping[str, str], namespace: str, account: str | None) -> dict[
     return result
 
 
+def own_labels(found: Mapping[str, str]) -> dict[str, str]:
+    """Those that an endpoint can have of itself: none that would hide what its profiles say.
+
+    Else a pod could pass for one of another namespace or service account. Source:
+    libcalico-go/lib/backend/syncersv1/updateprocessors/workloadendpointprocessor.go.
+    """
+    inherited = (NAMESPACE_PREFIX, SERVICE_ACCOUNT_PREFIX)
+    return {name: value for name, value in found.items() if not name.startswith(inherited)}
+
+
 def profiles(namespace: str, account: str | None) -> tuple[str, ...]:
     """Names of the profiles a pod has: that of its namespace and that of its service account."""
     own = namespace_profile(namespace)

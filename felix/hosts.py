@@ -14,7 +14,7 @@ from api.fields import protocol_number
 from api.hostendpoint import HostEndpoint
 from api.net import Net, parse_interface, parse_net
 from api.networkset import GlobalNetworkSet, NetworkSet
-from api.pods import namespace_profile
+from api.pods import namespace_profile, own_labels
 from api.registry import parse_as
 from datastore.interface import JSON, Key
 from felix.names import is_interface
@@ -135,6 +135,7 @@ def _set(key: Key, nets: Iterable[Net], own: tuple[tuple[str, str], ...]) -> Set
     named = {name: value for name, value in own if name != labels.NAMESPACE}
     profiles: tuple[str, ...] = ()
     if key.namespace:
+        named = own_labels(named)
         named[labels.NAMESPACE] = key.namespace
         profiles = (namespace_profile(key.namespace),)
     return SetView(tuple(dict.fromkeys(nets)), tuple(sorted(named.items())), profiles)

@@ -21,6 +21,7 @@ from api.ippool import IPPool
 from api.kubernetes import Pod
 from api.net import Net, parse_interface, parse_net
 from api.node import Node
+from api.pods import own_labels
 from api.policy import Tier
 from api.registry import known_part, parse_as
 from datastore.interface import JSON, Key
@@ -44,7 +45,7 @@ from felix.policies import (
 )
 from felix.settings import Configuration, read_configuration
 from felix.workloads import Workload, read_workload, workload_as_far_as_readable
-from policy import convert
+from policy import convert, labels
 from policy.engine import Profile
 from policy.model import NamedPort, ServiceSlice
 
@@ -263,8 +264,13 @@ def _of_what_is_known(read: Callable[[Key, JSON], T | None]) -> Callable[[Key, J
 
 def _read_pod(key: Key, value: JSON) -> PodView:
     pod = _parsed(key, value, Pod)
+    own = own_labels(convert.pod_labels(pod))
+    # Its label may be missing, as that of a long name is, or be the pod's own.
+    own.pop(labels.SERVICE_ACCOUNT, None)
+    if pod.spec.service_account_name:
+        own[labels.SERVICE_ACCOUNT] = pod.spec.service_account_name
     return PodView(
-        labels=tuple(sorted(convert.pod_labels(pod).items())),
+        labels=tuple(sorted(own.items())),
         profiles=convert.pod_profiles(pod),
         ports=convert.named_ports(convert.pod_ports(pod)),
         finished=convert.pod_finished(pod),

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from api.endpoint import WorkloadEndpoint, WorkloadEndpointSpec
 from api.fields import protocol_number
 from api.net import Net, parse_net
-from api.pods import namespace_profile
+from api.pods import namespace_profile, own_labels
 from api.registry import dump, parse_as
 from datastore.interface import JSON, Key
 from felix.desired import UNLIMITED, Limit, Limits
@@ -93,7 +93,9 @@ def workload_as_far_as_readable(key: Key, value: object) -> Workload:
         nets=tuple(net for net in _each(_parts(spec.get("ipNetworks")), parse_net) if net.is_host),
         sources=(),
         nats=(),
-        labels=_labels(key, own, _word(spec.get("orchestrator"))),
+        labels=_labels(
+            key, own, _word(spec.get("orchestrator")), _word(spec.get("serviceAccountName"))
+        ),
         profiles=profiles or (namespace_profile(key.namespace),),
         ports=tuple(_each(_parts(spec.get("ports")), _port)),
     )
@@ -121,7 +123,9 @@ def _plain_workload(key: Key, value: JSON) -> Workload:
             (parse_net(nat["externalIP"]), parse_net(nat["internalIP"]))
             for nat in _list(spec.get("ipNATs"))
         ),
-        labels=_labels(key, own, _text(spec.get("orchestrator"))),
+        labels=_labels(
+            key, own, _text(spec.get("orchestrator")), _text(spec.get("serviceAccountName"))
+        ),
         profiles=tuple(_text(name) for name in _list(spec.get("profiles"))),
         ports=tuple(_port(port) for port in _list(spec.get("ports")) if port.get("name")),
         limits=_limits(spec["qosControls"]) if spec.get("qosControls") else UNLIMITED,
@@ -149,12 +153,17 @@ def _text(value: Any) -> str:
     return value
 
 
-def _labels(key: Key, own: dict[str, str], orchestrator: str) -> tuple[tuple[str, str], ...]:
+def _labels(
+    key: Key, own: dict[str, str], orchestrator: str, account: str
+) -> tuple[tuple[str, str], ...]:
     # Where an endpoint comes from is not for it to choose.
-    own[labels.NAMESPACE] = key.namespace
+    found = own_labels(own)
+    found[labels.NAMESPACE] = key.namespace
     if orchestrator:
-        own[labels.ORCHESTRATOR] = orchestrator
-    return tuple(sorted(own.items()))
+        found[labels.ORCHESTRATOR] = orchestrator
+    if account:
+        found[labels.SERVICE_ACCOUNT] = account
+    return tuple(sorted(found.items()))
 
 
 def _label(pair: tuple[Any, Any]) -> tuple[str, str]:

@@ -84,12 +84,12 @@ class Crossroads:
 def _endpoint(pod: Pod, drawn: dict[str, Any]) -> JSON:
     """A pod's endpoint as the CNI plugin writes it."""
     profiles = [f"kns.{pod.namespace}"]
-    labels = dict(drawn["labels"])
+    spec: dict[str, Any] = {"ports": drawn["ports"], "profiles": profiles}
     if drawn["account"]:
-        labels["projectcalico.org/serviceaccount"] = drawn["account"]
+        spec["serviceAccountName"] = drawn["account"]
         profiles.append(f"ksa.{pod.namespace}.{drawn['account']}")
     networks = [str(parse_net(text)) for text in ADDRESSES[pod.namespace, pod.name].values()]
-    return pod.endpoint(labels=labels, profiles=profiles, ports=drawn["ports"], ipNetworks=networks)
+    return pod.endpoint(labels=drawn["labels"], ipNetworks=networks, **spec)
 
 
 def _attach(node: Node, name: str, netns: Namespace) -> None:

@@ -42,12 +42,15 @@ class Place:
         *objects: JSON,
         ports: dict[int, list[JSON]] | None = None,
         namespaces: tuple[str, ...] = ("red", "blue"),
+        labels_of_c: JSON | None = None,
+        account_of_c: str | None = None,
     ) -> None:
         """Beside the pods there are these."""
         world: dict[Key, JSON] = {}
         for number, (namespace, name) in enumerate(PODS):
-            labels = ({"app": "web"}, {"app": "db"}, {})[number]
-            spec = {"labels": labels, "account": None, "ports": (ports or {}).get(number, [])}
+            labels = ({"app": "web"}, {"app": "db"}, labels_of_c or {})[number]
+            account = account_of_c if number == C else None
+            spec = {"labels": labels, "account": account, "ports": (ports or {}).get(number, [])}
             world[Key("WorkloadEndpoint", name, namespace)] = {"spec": spec}
         for name in namespaces:
             labels = {"team": "red"} if name == "red" else {}
@@ -277,17 +280,62 @@ def test_a_rule_with_nets_is_of_their_ip_version_whether_it_takes_them_in_or_out
         assert place.reached(B, A, versions=versions)
 
 
+def pod_of_c(account: str | None = None, **labels: str) -> JSON:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "a", "namespace": "blue", "labels": labels},
+        "spec": {"nodeName": "node1", **({"serviceAccountName": account} if account else {})},
+        "status": {"phase": "Running", "podIP": "10.0.1.1"},
+    }
+
+
 def test_19_a_finished_pod_has_no_address(place: Place) -> None:
     rule = from_(selector="projectcalico.org/namespace == 'blue'")
     allow_c = global_policy("p", **FOR_B, ingress=[rule])
-    pod = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": "a", "namespace": "blue"},
-        "spec": {"nodeName": "node1"},
-        "status": {"phase": "Running", "podIP": "10.0.1.1"},
-    }
+    pod = pod_of_c()
     place.become(allow_c, pod)
     assert place.reached(B, C)
     place.become(allow_c, {**pod, "status": {"phase": "Succeeded"}})
     assert place.reached(B)
+
+
+def test_20_no_pod_chooses_what_it_is_to_inherit(place: Place) -> None:
+    """``updateprocessors/workloadendpointprocessor.go``: labels of its own would hide those of its
+    namespace and its service account, and it would pass for a pod of another.
+    """
+    false = {"pcns.team": "red", "pcsa.team": "red"}
+    of_team = {"podSelector": {}, "namespaceSelector": {"matchLabels": {"team": "red"}}}
+    of_account = {"serviceAccounts": {"selector": "team == 'red'"}, "namespaceSelector": "all()"}
+    for known, rule in (
+        (kubernetes(ingress=[{"from": [of_team]}]), A),
+        (policy("p", "red", **FOR_B, ingress=[from_(**of_account)]), None),
+    ):
+        by = () if rule is None else (rule,)
+        place.become(known, labels_of_c=false)
+        assert place.reached(B, *by)
+        place.become(known, pod_of_c(**false))
+        assert place.reached(B, *by)
+    of_team = {"selector": "has(office)", "namespaceSelector": "team == 'red'"}
+    near = outside("s", "blue", office="", **false)
+    place.become(policy("p", "red", **FOR_B, ingress=[from_(**of_team)]), near)
+    assert place.reached(B), "nor can a network set"
+
+
+def test_20_a_service_account_is_known_by_its_name_whatever_its_length(place: Place) -> None:
+    """As above: a name may be longer than the value of a label, and is not the pod's to choose."""
+    account = "a" * 70
+    rule = {"serviceAccounts": {"names": [account]}, "namespaceSelector": "all()"}
+    known = policy("p", "red", **FOR_B, ingress=[{**DENY, "source": rule}, ALLOW])
+    place.become(known, account_of_c=account)
+    assert place.reached(B, A, NEAR, FAR)
+    place.become(known, pod_of_c(account))
+    assert place.reached(B, A, NEAR, FAR)
+    false = {"projectcalico.org/serviceaccount": "admin"}
+    rule = {"serviceAccounts": {"names": ["admin"]}, "namespaceSelector": "all()"}
+    known = policy("p", "red", **FOR_B, ingress=[from_(**rule)])
+    place.become(known, labels_of_c=false, account_of_c=account)
+    assert place.reached(B)
+    for pod in (pod_of_c(account, **false), pod_of_c(**false)):
+        place.become(known, pod)
+        assert place.reached(B)
