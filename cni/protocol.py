@@ -58,8 +58,10 @@ def is_complete(connection: socket.socket) -> bool:
         return False
     except OSError:
         return True  # as ``receive`` will say
-    if len(header) < _HEADER.size or header[: len(MAGIC)] != MAGIC:
-        return True  # it ends, or is refused
+    if not header or not MAGIC.startswith(header[: len(MAGIC)]):
+        return True  # it is at its end, or none of ours
+    if len(header) < _HEADER.size:
+        return False
     _, environment, configuration = _HEADER.unpack(header)
     there = array.array("i", [0])
     fcntl.ioctl(connection, termios.FIONREAD, there)

@@ -186,10 +186,13 @@ class Server:
                 (group if joins else self._left).append(conversation)
 
     def _handle(self, group: Sequence[Conversation]) -> None:
-        left = self._handler(group)
-        for conversation in group:
-            if conversation not in left:
-                conversation.request.close()
+        left: Sequence[Conversation] = ()
+        try:
+            left = self._handler(group)
+        finally:
+            for conversation in group:
+                if conversation not in left:
+                    conversation.request.close()
         self._left.extend(left)
 
     def _understand(self, conversation: Conversation) -> bool:

@@ -219,35 +219,36 @@ def configure_all(
     for failure in host.batch([message for _, (_, message) in steps]):
         place, (what, _) = steps[failure.index]
         problems[place] = problems[place] or failure.error(what)
-    with contextlib.ExitStack() as containers:
-        open_: list[tuple[int, NetlinkSocket, Wire]] = []
-        for place, (netns_fd, wire, ends) in enumerate(pairs):
-            if problems[place]:
-                continue
+    for place, (netns_fd, wire, ends) in enumerate(pairs):
+        if problems[place] is None:
             try:
-                container = containers.enter_context(NetlinkSocket(netns_fd=netns_fd, home_fd=home))
-                open_.append((place, container, wire))
-                with aside:
-                    _configure_container(container, netns_fd, wire, ends)
+                _configure_container(netns_fd, wire, ends, aside, home)
             except OSError as error:
                 problems[place] = error
-        for place, container, wire in open_:
-            if V6 in wire.versions and not problems[place]:
-                try:
-                    _wait_for_ipv6(container, wire)
-                except OSError as error:
-                    problems[place] = error
+    for place, (netns_fd, wire, _) in enumerate(pairs):
+        if problems[place] is None and V6 in wire.versions:
+            try:
+                _wait_for_ipv6(netns_fd, wire)
+            except OSError as error:
+                problems[place] = error
     return problems
 
 
-def _configure_container(container: NetlinkSocket, netns_fd: int, wire: Wire, ends: Ends) -> None:
+def _configure_container(
+    netns_fd: int,
+    wire: Wire,
+    ends: Ends,
+    aside: contextlib.AbstractContextManager[None],
+    home: int | None,
+) -> None:
     steps = _container_steps(wire, ends.peer_index)
-    failed = container.batch([message for _, message in steps])
-    if failed and (V6 not in wire.versions or failed[0].errno != errno.EACCES):
-        raise failed[0].error(steps[failed[0].index][0])
-    if failed:  # some runtimes make namespaces without IPv6
-        _switch_ipv6_on(netns_fd, wire.interface)
-        _do(container, [steps[each.index] for each in failed])
+    with NetlinkSocket(netns_fd=netns_fd, home_fd=home, brief=True) as container, aside:
+        failed = container.batch([message for _, message in steps])
+        if failed and (V6 not in wire.versions or failed[0].errno != errno.EACCES):
+            raise failed[0].error(steps[failed[0].index][0])
+        if failed:  # some runtimes make namespaces without IPv6
+            _switch_ipv6_on(netns_fd, wire.interface)
+            _do(container, [steps[each.index] for each in failed])
 
 
 def _switch_ipv6_on(netns_fd: int, name: str) -> None:
@@ -256,19 +257,20 @@ def _switch_ipv6_on(netns_fd: int, name: str) -> None:
             sysctl.write(("net", "ipv6", "conf", interface, "disable_ipv6"), "0")
 
 
-def _wait_for_ipv6(container: NetlinkSocket, wire: Wire) -> None:
+def _wait_for_ipv6(netns_fd: int, wire: Wire) -> None:
     """Wait until the container takes packets for its IPv6 addresses. Raises OSError.
 
     A worker of the kernel makes their local routes, which takes tens of milliseconds where
     others keep the processors.
     """
-    routes = Routes(container)
     deadline = time.monotonic() + _CARRIER_SECONDS
-    for net in wire.addresses:
-        while net.version == V6 and not ((found := routes.lookup(net)) and found.kind == "local"):
-            if time.monotonic() > deadline:
-                raise OSError(errno.ETIMEDOUT, f"{net}: no local route in the container")
-            time.sleep(0.001)
+    with NetlinkSocket(netns_fd=netns_fd, brief=True) as container:
+        routes = Routes(container)
+        for net in (net for net in wire.addresses if net.version == V6):
+            while not ((found := routes.lookup(net)) and found.kind == "local"):
+                if time.monotonic() > deadline:
+                    raise OSError(errno.ETIMEDOUT, f"{net}: no local route in the container")
+                time.sleep(0.001)
 
 
 def allow_forwarding(netns_fd: int, wire: Wire) -> None:

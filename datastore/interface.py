@@ -183,6 +183,14 @@ class GroupingDatastore(Protocol):
         One that exists already (AlreadyExistsError) does not keep the others from being stored.
         """
 
+    def update_with(
+        self, key: Key, value: JSON, revision: str, objects: Sequence[tuple[Key, JSON]]
+    ) -> tuple[Entry, Sequence[Entry]]:
+        """Replace an object at ``revision`` and store new ones, all of it or nothing.
+
+        Raises NotFoundError, ConflictError, AlreadyExistsError.
+        """
+
 
 def create_all(
     store: Datastore, objects: Sequence[tuple[Key, JSON]]

@@ -106,10 +106,7 @@ class SqliteDatastore:
         data = _encoded(key, value)
 
         def insert(connection: sqlite3.Connection, revision: int) -> int:
-            try:
-                connection.execute(_INSERT, (key.kind, key.namespace, key.name, revision, data))
-            except sqlite3.IntegrityError:
-                raise AlreadyExistsError(f"{key}: exists already", key) from None
+            _insert(connection, key, data, revision)
             return revision
 
         return Entry(key, value, str(self._change(key, data, insert)))
@@ -124,10 +121,10 @@ class SqliteDatastore:
             for key, value, data in rows:
                 revision = _log(connection, key, data)
                 try:
-                    connection.execute(_INSERT, (key.kind, key.namespace, key.name, revision, data))
-                except sqlite3.IntegrityError:
+                    _insert(connection, key, data, revision)
+                except AlreadyExistsError as error:
                     connection.execute(_UNLOG, (revision,))
-                    outcomes.append(AlreadyExistsError(f"{key}: exists already", key))
+                    outcomes.append(error)
                 else:
                     outcomes.append(Entry(key, value, str(revision)))
                     last = revision
@@ -138,9 +135,37 @@ class SqliteDatastore:
             outcomes, last = self._file.write(insert)
         except StoreError as error:
             return [error] * len(rows)
-        if last // _CHECKPOINT_EVERY > (last - len(rows)) // _CHECKPOINT_EVERY:
-            self._file.checkpoint()
+        self._checkpoint_if_due(last, len(rows))
         return outcomes
+
+    def update_with(
+        self, key: Key, value: JSON, revision: str, objects: Sequence[tuple[Key, JSON]]
+    ) -> tuple[Entry, Sequence[Entry]]:
+        """Replace an object at ``revision`` and store new ones, in one transaction.
+
+        Raises NotFoundError, ConflictError, AlreadyExistsError; then nothing has changed.
+        """
+        rows = [(new, value_, _encoded(new, value_)) for new, value_ in objects]
+        data = _encoded(key, value)
+
+        def change(connection: sqlite3.Connection) -> list[int]:
+            numbers = []
+            for new, _, data_ in rows:
+                numbers.append(_log(connection, new, data_))
+                _insert(connection, new, data_, numbers[-1])
+            numbers.append(_log(connection, key, data))
+            _replace(connection, key, data, numbers[-1], revision)
+            for number in numbers:
+                self._compact_if_due(connection, number)
+            return numbers
+
+        numbers = self._file.write(change)
+        self._checkpoint_if_due(numbers[-1], len(numbers))
+        entries = [
+            Entry(new, value_, str(number))
+            for (new, value_, _), number in zip(rows, numbers, strict=False)
+        ]
+        return Entry(key, value, str(numbers[-1])), entries
 
     def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
         """Replace an object, only at ``revision`` when one is given.
@@ -148,14 +173,9 @@ class SqliteDatastore:
         Raises NotFoundError, ConflictError.
         """
         data = _encoded(key, value)
-        statement = _UPDATE if revision is None else f"{_UPDATE} AND revision = ?"
 
         def replace(connection: sqlite3.Connection, new: int) -> int:
-            values = [new, data, key.kind, key.namespace, key.name]
-            if revision is not None:
-                values.append(revision)
-            if not connection.execute(statement, values).rowcount:
-                _unchanged(key, _row(connection, key), revision)
+            _replace(connection, key, data, new, revision)
             return new
 
         return Entry(key, value, str(self._change(key, data, replace)))
@@ -195,20 +215,21 @@ class SqliteDatastore:
 
         It is given the revision of the change; when it raises, nothing has changed.
         """
-        due = False
 
-        def change(connection: sqlite3.Connection) -> T:
-            nonlocal due
+        def change(connection: sqlite3.Connection) -> tuple[T, int]:
             revision = _log(connection, key, data)
             result = do(connection, revision)
             self._compact_if_due(connection, revision)
-            due = revision % _CHECKPOINT_EVERY == 0
-            return result
+            return result, revision
 
-        result = self._file.write(change)
-        if due:
-            self._file.checkpoint()
+        result, revision = self._file.write(change)
+        self._checkpoint_if_due(revision, 1)
         return result
+
+    def _checkpoint_if_due(self, revision: int, count: int) -> None:
+        """After ``count`` changes, the last of that revision."""
+        if revision // _CHECKPOINT_EVERY > (revision - count) // _CHECKPOINT_EVERY:
+            self._file.checkpoint()
 
     def _compact_if_due(self, connection: sqlite3.Connection, revision: int) -> None:
         """Forget the oldest changes: always from the front, so that no gap can arise."""
@@ -230,6 +251,24 @@ def _log(connection: sqlite3.Connection, key: Key, data: bytes | None) -> int:
     revision = connection.execute(_LOG, row).lastrowid
     assert revision is not None
     return revision
+
+
+def _insert(connection: sqlite3.Connection, key: Key, data: bytes, revision: int) -> None:
+    try:
+        connection.execute(_INSERT, (key.kind, key.namespace, key.name, revision, data))
+    except sqlite3.IntegrityError:
+        raise AlreadyExistsError(f"{key}: exists already", key) from None
+
+
+def _replace(
+    connection: sqlite3.Connection, key: Key, data: bytes, new: int, revision: str | None
+) -> None:
+    statement = _UPDATE if revision is None else f"{_UPDATE} AND revision = ?"
+    values = [new, data, key.kind, key.namespace, key.name]
+    if revision is not None:
+        values.append(revision)
+    if not connection.execute(statement, values).rowcount:
+        _unchanged(key, _row(connection, key), revision)
 
 
 def _encoded(key: Key, value: JSON) -> bytes:

@@ -11,11 +11,12 @@ block, so none can be given twice.
 
 An assign from a block of the node's that is remembered, while the store is followed, is those
 two writes and no read. Threads that want the same block are served by one write (``writer``).
+New handles are begun together with their block in one transaction, where the store has such
+(``assign_each``).
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -174,9 +175,7 @@ class Allocator:
         a block, borrows), and says what hinders it.
         """
         request = self._request(version, pools, use, None, namespace_labels)
-        with contextlib.ExitStack() as locks:
-            for handle in sorted(newcomers):
-                locks.enter_context(self._locks.hold(handle))
+        with self._locks.hold_all(newcomers):
             self._view.refresh()
             if not self._view.remembers:
                 return {}
@@ -188,6 +187,9 @@ class Allocator:
                 return self._assigner.assign_each(request, wanted)
             except IpamError:
                 return {}
+            finally:
+                for handle in newcomers:
+                    self._holdings.settle(handle)
 
     def assign_specific(
         self,

@@ -77,6 +77,10 @@ class Handles:
                 begun.add(id_)
         return begun
 
+    def note(self, stored: Stored[Handle]) -> None:
+        """One that was begun elsewhere."""
+        self._remember(stored.thing.id, stored)
+
     def doubt(self, id_: str) -> None:
         """What it counts may be wrong: ``settle`` is to count anew."""
         self._unsure.add(id_)

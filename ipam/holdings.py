@@ -60,16 +60,40 @@ class Holdings:
         only_for: str | None = None,
         reserved: Sequence[Net] = (),
     ) -> dict[str, Net | None]:
-        """An address of a block for each handle that is new: one write of all, then of the block.
+        """An address of a block for each handle that is new.
 
-        ``newcomers``: attributes by handle. None: it has one already, or something went wrong.
-        Those for which the block has no address are not in the answer.
+        In one write, where the store can; else, or if one of them is not new, in one for all
+        handles and then one for the block. ``newcomers``: attributes by handle. None: it has one
+        already, or something went wrong. Those for which the block has none are not in the answer.
         """
         writer = self._writer(net)
         offers = self._offers(writer, newcomers, only_for, reserved)
+        if self._records.can_begin:
+            takes = [
+                Take(offer, handle, newcomers[handle], only_for, reserved, begins=True)
+                for handle, offer in offers.items()
+            ]
+            writer.run_all(takes)
+            for take in takes:
+                if take.begun is not None:
+                    self._handles.note(take.begun)
+            if not any(take.refused for take in takes):
+                return {take.handle: take.taken[0] if take.begun else None for take in takes}
+            offers = self._offers(writer, newcomers, only_for, reserved)
+        return self._begin_and_take(writer, offers, newcomers, only_for, reserved)
+
+    def _begin_and_take(
+        self,
+        writer: BlockWriter,
+        offers: Mapping[str, Offer],
+        newcomers: Mapping[str, Mapping[str, str]],
+        only_for: str | None,
+        reserved: Sequence[Net],
+    ) -> dict[str, Net | None]:
+        """Handles first; who is not new gets nothing."""
         if not offers:
             return {}
-        begun = self._handles.begin(list(offers), net)
+        begun = self._handles.begin(list(offers), writer.net)
         takes: dict[str, Take] = {}
         for handle, offer in offers.items():
             if handle in begun:
@@ -84,7 +108,7 @@ class Holdings:
             elif take.taken and not take.void:
                 taken[handle] = take.taken[0]
             else:
-                self._count_back(handle, net, 1)
+                self._count_back(handle, writer.net, 1)
         return taken
 
     def _offers(

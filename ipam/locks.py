@@ -25,20 +25,26 @@ class KeyedLocks:
         self._guard = threading.Lock()
         self._locks: dict[str, _Lock] = {}
 
-    @contextlib.contextmanager
-    def hold(self, name: str) -> Iterator[None]:
+    def hold(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Hold the lock ``name`` for the block. Not reentrant."""
-        entry = self._enter(name)
+        return self.hold_all((name,))
+
+    @contextlib.contextmanager
+    def hold_all(self, names: Iterable[str]) -> Iterator[None]:
+        """Hold several, whoever else wants them in whatever order."""
+        held: list[tuple[str, _Lock]] = []
         try:
-            if not entry.lock.acquire(blocking=False):
-                self._before_waiting()
-                entry.lock.acquire()
-            try:
-                yield
-            finally:
-                entry.lock.release()
+            for name in sorted(names):
+                entry = self._enter(name)
+                if not entry.lock.acquire(blocking=False):
+                    self._before_waiting()
+                    entry.lock.acquire()
+                held.append((name, entry))
+            yield
         finally:
-            self._leave(name, entry)
+            for name, entry in held:
+                entry.lock.release()
+                self._leave(name, entry)
 
     @contextlib.contextmanager
     def hold_free(self, names: Iterable[str]) -> Iterator[set[str]]:

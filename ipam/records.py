@@ -21,6 +21,7 @@ from datastore.interface import (
     JSON,
     Datastore,
     Entry,
+    GroupingDatastore,
     Key,
     Listing,
     NotFoundError,
@@ -90,6 +91,7 @@ class Records:
 
     def __init__(self, store: Datastore) -> None:
         self._store = store
+        self._grouping = store if isinstance(store, GroupingDatastore) else None
 
     def configuration(self) -> IPAMConfigurationSpec:
         """The IPAMConfiguration ``default``, or its defaults. Raises InvalidObjectError."""
@@ -145,6 +147,27 @@ class Records:
         """Write what became of the block, under the next sequence number."""
         stored.thing.sequence += 1
         return Stored(self._update(stored.entry, stored.thing.to_spec()), stored.thing)
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether there is ``write_block_and_begin``."""
+        return self._grouping is not None
+
+    def write_block_and_begin(
+        self, stored: Stored[Block], handles: Sequence[Handle]
+    ) -> tuple[Stored[Block], list[Stored[Handle]]]:
+        """``write_block`` and ``create_handle``, all or nothing. Raises AlreadyExistsError."""
+        assert self._grouping is not None
+        stored.thing.sequence += 1
+        key, value, revision = stored.entry.key, stored.entry.value, stored.entry.revision
+        entry, entries = self._grouping.update_with(
+            key,
+            {**value, "spec": stored.thing.to_spec()},
+            revision,
+            [_handle_object(handle) for handle in handles],
+        )
+        begun = [Stored(each, handle) for each, handle in zip(entries, handles, strict=True)]
+        return Stored(entry, stored.thing), begun
 
     def delete_block(self, stored: Stored[Block]) -> None:
         """Delete the block."""

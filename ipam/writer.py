@@ -6,7 +6,8 @@ gather; the next of them writes them all.
 
 An assign counts its handle between ``offer`` and ``run``. What makes that safe is that the block
 was read before: whoever released the handle in between has written the block. So an offer bears
-the number of that reading (``epoch``), and is void when the block had to be read again.
+the number of that reading (``epoch``), and is void when the block had to be read again. A handle
+that is stored along with the block (``Take.begins``) needs none of this.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from api.net import Net
-from datastore.interface import ConflictError, NotFoundError
+from datastore.interface import AlreadyExistsError, ConflictError, NotFoundError
 from ipam.block import NO_COOLDOWN, Block, BlockError, Cooldown, Released
 from ipam.errors import ContentionError
-from ipam.records import ATTEMPTS, Records, Stored
+from ipam.records import ATTEMPTS, Handle, Records, Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,11 @@ class Wish(ABC):
 
 @dataclass(slots=True)
 class Take(Wish):
-    """Addresses for a handle, or this very ``address``. ``void``: the offer did not hold."""
+    """Addresses for a handle, or this very ``address``. ``void``: the offer did not hold.
+
+    ``begins``: the handle is new, and is stored along with the block, one address counted
+    (``begun``). It is ``refused`` if that of any who begin at the same moment is not new.
+    """
 
     offer: Offer
     handle: str
@@ -55,6 +60,9 @@ class Take(Wish):
     address: Net | None = None
     taken: list[Net] = field(default_factory=list, init=False)
     void: bool = field(default=False, init=False)
+    begins: bool = False
+    begun: Stored[Handle] | None = field(default=None, init=False)
+    refused: bool = field(default=False, init=False)
 
     def fulfil(self, block: Block | None, cooldown: Cooldown) -> bool:
         """Take them; none when the block is no longer ``only_for``'s, or has none."""
@@ -240,12 +248,14 @@ class BlockWriter:
             try:
                 if any(changed) or collected or deserted:
                     # A swap that succeeds also proves right what was found without one.
-                    self._swap(stored)
+                    self._swap(stored, [wish for wish in now if _begins(wish)])
                     return
                 if fresh or not now:
                     return
             except (ConflictError, NotFoundError):
                 pass
+            except AlreadyExistsError:
+                _refuse(now)
             self._stored = None
         raise ContentionError(
             f"block {self.net}: changed by others {ATTEMPTS} times while we tried; try again"
@@ -253,14 +263,23 @@ class BlockWriter:
 
     def _is_void(self, wish: Wish) -> bool:
         if isinstance(wish, Take):
-            wish.void = wish.offer.epoch != self._epoch
+            # What is stored along with the block needs no promise that the block was not written.
+            stale = wish.offer.epoch != self._epoch and not wish.begins
+            wish.void = stale or wish.refused
             return wish.void
         return False
 
-    def _swap(self, stored: Stored[Block]) -> None:
+    def _swap(self, stored: Stored[Block], beginners: Sequence[Wish]) -> None:
         if stored.thing.affinity is None and stored.thing.empty:
             self._records.delete_block(stored)
             self._stored = None
+        elif beginners:
+            takes = [wish for wish in beginners if isinstance(wish, Take)]
+            handles = [Handle(take.handle, {self.net: len(take.taken)}) for take in takes]
+            self._stored, begun = self._records.write_block_and_begin(stored, handles)
+            self._revision = self._stored.entry.revision
+            for take, handle in zip(takes, begun, strict=True):
+                take.begun = handle
         else:
             self._stored = self._records.write_block(stored)
             self._revision = self._stored.entry.revision
@@ -298,3 +317,14 @@ class BlockWriter:
             return None
         self._offered += count
         return Offer(epoch, count)
+
+
+def _begins(wish: Wish) -> bool:
+    return isinstance(wish, Take) and wish.begins and bool(wish.taken)
+
+
+def _refuse(wishes: Sequence[Wish]) -> None:
+    """A handle was there, nobody knows which: none of them begins so."""
+    for wish in wishes:
+        if isinstance(wish, Take) and wish.begins:
+            wish.refused, wish.taken = True, []

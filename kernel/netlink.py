@@ -63,6 +63,7 @@ _BUFFER = 4 << 20
 _RECEIVE = 1 << 16  # the kernel fills at most half of it with one datagram of a dump
 # The kernel answers before send() returns; the limit only guards against a lost answer.
 _ANSWER_SECONDS = 10
+_ANSWER_TIME = struct.pack("@ll", _ANSWER_SECONDS, 0)
 _DUMP_ATTEMPTS = 20
 _SEQUENCE_RESTART = 1 << 31
 
@@ -188,7 +189,8 @@ class NetlinkSocket:
     ``groups`` is the bit mask of multicast groups to hear. ``netns_fd`` is the network
     namespace to speak to, that of the calling thread by default; the socket keeps its
     namespace wherever its user goes. ``home_fd``: see ``kernel.netns.inside``.
-    ``send_buffer`` bounds the bytes of one datagram.
+    ``send_buffer`` bounds the bytes of one datagram. ``brief``: for a few messages and answers and
+    no dump, with buffers as the system has them; it is made in less time.
     """
 
     def __init__(
@@ -199,27 +201,28 @@ class NetlinkSocket:
         netns_fd: int | None = None,
         home_fd: int | None = None,
         send_buffer: int = _BUFFER,
+        brief: bool = False,
     ) -> None:
         with in_namespace(netns_fd, home_fd):
             self._socket = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
             )
         try:
-            self._set_up(groups, send_buffer)
+            self._set_up(groups, send_buffer, brief=brief)
         except BaseException:
             self._socket.close()
             raise
         self._sequence = 0
 
-    def _set_up(self, groups: int, send_buffer: int) -> None:
+    def _set_up(self, groups: int, send_buffer: int, *, brief: bool) -> None:
         own = self._socket
-        own.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, send_buffer)
-        own.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+        if not brief:
+            own.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, send_buffer)
+            own.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+            own.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
         own.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         own.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
-        own.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
-        limit = struct.pack("@ll", _ANSWER_SECONDS, 0)
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _ANSWER_TIME)
         own.bind((0, groups))
 
     def __enter__(self) -> NetlinkSocket:

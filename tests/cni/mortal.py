@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 from api.net import parse_net
+from cni.attaching import Job, Outcome, Wanted
 from cni.attachment import Attachment
 from cni.delegate import Delegate
 from cni.features import Features
-from cni.node import Node, Wanted
+from cni.node import Node
 from cni.repair import repair
 from datastore.connect import connect
 from kernel.netlink import NetlinkSocket
@@ -37,7 +38,8 @@ def _step(last: int) -> None:
 
 def _make_mortal(store: type, last: int) -> None:
     """End this process before its ``last``-th step."""
-    steps = [(store, name) for name in ("create", "update", "delete")]
+    writes = ("create", "create_all", "update", "delete")
+    steps = [(store, name) for name in writes if hasattr(store, name)]
     for of, name in (*steps, (NetlinkSocket, "transact"), (Delegate, "_run")):
         setattr(of, name, _mortal(getattr(of, name), last))
 
@@ -66,11 +68,38 @@ def _do(url: str, node_name: str, job: dict[str, Any]) -> None:
         node.detach(attachment, delegate=delegate)
         return
     netns = os.open(job["netns"], os.O_RDONLY)
+    if job["others"]:
+        _attach_all(node, [(attachment, netns), *map(_other, job["others"])])
+        return
     features = Features(
         families=tuple((version, ()) for version in wants.get("families", (4,))),
         addresses=tuple(parse_net(text) for text in wants.get("addresses", ())),
     )
     node.attach(attachment, netns, Wanted(features, delegate=delegate))
+
+
+def _other(other: dict[str, Any]) -> tuple[Attachment, int]:
+    return Attachment(**other["attachment"]), os.open(other["netns"], os.O_RDONLY)
+
+
+def _attach_all(node: Node, containers: list[tuple[Attachment, int]]) -> None:
+    """One group; what can't be done together follows, each alone."""
+    features = Features(families=((4, ()),))
+    outcomes: list[Outcome] = [None] * len(containers)
+
+    def note(place: int) -> Callable[[Outcome], None]:
+        return lambda outcome: outcomes.__setitem__(place, outcome)
+
+    jobs = [
+        Job(attachment, netns, Wanted(features), note(place))
+        for place, (attachment, netns) in enumerate(containers)
+    ]
+    node.attach_all(jobs)
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome is None:
+            node.attach(job.attachment, job.netns_fd, job.wanted)
 
 
 def _delegate(attachment: Attachment, data: str) -> Delegate:

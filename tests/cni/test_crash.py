@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,24 @@ class Mortals:
             "pod": name,
         }
 
-    def do(self, verb: str, pod: Any = None, netns: Namespace | None = None, die: int = 0) -> bool:
-        """Whether the job was done; False when its process died before."""
+    def do(
+        self,
+        verb: str,
+        pod: Any = None,
+        netns: Namespace | None = None,
+        die: int = 0,
+        others: Sequence[tuple[Any, Namespace]] = (),
+    ) -> bool:
+        """Whether the job was done; False when its process died before.
+
+        ``others`` are attached together with the pod.
+        """
         path = f"/proc/{os.getpid()}/fd/{netns.fd}" if netns else ""
         job = {"verb": verb, "attachment": pod, "netns": path, "die": die, "wants": self.wants}
+        job["others"] = [
+            {"attachment": each, "netns": f"/proc/{os.getpid()}/fd/{theirs.fd}"}
+            for each, theirs in others
+        ]
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(job), file=self._process.stdin, flush=True)
@@ -146,6 +160,37 @@ def test_add_again_after_a_crash(mortals: Mortals) -> None:
         assert mortals.do("detach", pod)
 
     die_at_every_step(mortals, recover)
+
+
+@pytest.mark.parametrize("recovery", ["detach", "attach", "attach together", "repair"])
+def test_a_crash_of_several_at_once(mortals: Mortals, recovery: str) -> None:
+    """Whichever of them had got how far: each is completed or taken back for itself."""
+    for step in range(1, MOST_STEPS):
+        with ExitStack() as stack:
+            pods = [(mortals.pod(), stack.enter_context(Namespace.create())) for _ in range(3)]
+            (first, netns), *others = pods
+            done = mortals.do("attach", first, netns, die=step, others=others)
+            if recovery == "repair":
+                assert mortals.do("repair")
+                rig = mortals.rig
+                assert len(rig.held()) == len(rig.links()) == len(rig.endpoints())
+            elif recovery == "attach together":
+                assert mortals.do("attach", first, netns, others=others)
+            elif recovery == "attach":
+                assert all(mortals.do("attach", pod, theirs) for pod, theirs in pods)
+            if recovery.startswith("attach"):
+                addresses = [
+                    each["spec"]["ipNetworks"] for each in mortals.rig.endpoints().values()
+                ]
+                assert len(set(map(tuple, addresses))) == len(mortals.rig.links()) == 3
+                assert list(mortals.rig.held().values()) == [1, 1, 1]
+            for pod, _ in pods:
+                assert mortals.do("detach", pod)
+            mortals.rig.assert_empty()
+        if done:
+            assert step > 8
+            return
+    raise AssertionError("attaching never ends")
 
 
 WANTS: dict[str, dict[str, Any]] = {

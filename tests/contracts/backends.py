@@ -266,7 +266,7 @@ def write_series(connect: Callable[[], Datastore], name: str, times: int) -> Non
     store.close()
 
 
-def create_all(connect: Callable[[], Datastore], number: int, count: int) -> None:
+def create_others_too(connect: Callable[[], Datastore], number: int, count: int) -> None:
     """Try to create ``count`` objects that others also try to create."""
     store = connect()
     for i in range(count):

@@ -16,16 +16,18 @@ from datastore.interface import (
     Datastore,
     Entry,
     Event,
+    GroupingDatastore,
     NotFoundError,
     RevisionGoneError,
     StoreError,
     UnavailableError,
     Watch,
+    create_all,
 )
 from tests.contracts.backends import (
     Backend,
     count_up,
-    create_all,
+    create_others_too,
     join,
     namespaced,
     namespaced_key,
@@ -87,6 +89,41 @@ def test_create_of_an_object_that_exists_is_refused(store: Datastore) -> None:
         store.create(policy_key("a"), policy("a", 2))
     assert caught.value.key == policy_key("a")
     assert store.get(policy_key("a")) == first
+
+
+def test_many_are_created_and_what_is_there_hinders_no_other(store: Datastore) -> None:
+    there = store.create(policy_key("b"), policy("b", 1))
+    objects = [(policy_key(name), policy(name, 2)) for name in "abc"]
+    with store.watch(["GlobalNetworkPolicy"], store.list("GlobalNetworkPolicy").revision) as watch:
+        first, refused, last = create_all(store, objects)
+        events = exactly(watch, 2)
+    assert isinstance(refused, AlreadyExistsError)
+    assert refused.key == policy_key("b")
+    assert [event.entry for event in events] == [first, last]
+    assert [store.get(policy_key(name)) for name in "abc"] == [first, there, last]
+    assert [type(each) for each in create_all(store, objects)] == [AlreadyExistsError] * 3
+    assert create_all(store, []) == []
+
+
+def test_one_is_replaced_and_others_created_or_nothing_is_done(store: Datastore) -> None:
+    if not isinstance(store, GroupingDatastore):
+        return  # it need not be able to
+    there = store.create(policy_key("a"), policy("a", 1))
+    others = [(policy_key(name), policy(name, 2)) for name in "bc"]
+    with store.watch(["GlobalNetworkPolicy"], store.list("GlobalNetworkPolicy").revision) as watch:
+        with pytest.raises(ConflictError):
+            store.update_with(policy_key("a"), policy("a", 3), "0", others)
+        with pytest.raises(NotFoundError):
+            store.update_with(policy_key("d"), policy("d", 3), there.revision, others)
+        entry, entries = store.update_with(
+            policy_key("a"), policy("a", 3), there.revision, others[:1]
+        )
+        with pytest.raises(AlreadyExistsError) as caught:
+            store.update_with(policy_key("a"), policy("a", 4), entry.revision, others[::-1])
+        events = exactly(watch, 2)
+    assert caught.value.key == policy_key("b")
+    assert [event.entry for event in events] == [*entries, entry]
+    assert store.list("GlobalNetworkPolicy").entries == [entry, *entries]
 
 
 @pytest.mark.parametrize("verb", ["get", "update", "update at", "delete", "delete at"])
@@ -475,7 +512,7 @@ def test_increments_from_threads_all_count(store: Datastore) -> None:
 def test_only_one_of_many_creates_wins(backend: Backend, store: Datastore) -> None:
     revision = store.list("GlobalNetworkPolicy").revision
     with store.watch(["GlobalNetworkPolicy"], revision) as watch:
-        racers = [start(create_all, backend.connect, number, 20) for number in range(3)]
+        racers = [start(create_others_too, backend.connect, number, 20) for number in range(3)]
         events = exactly(watch, 20)
         join(*racers)
         assert not watch.next(timeout=0)

@@ -663,6 +663,29 @@ def test_a_followed_store_is_only_written_to(store: SqliteDatastore) -> None:
         assert (counting.reads, counting.writes) == (0, 4)  # block, handle
 
 
+def test_several_handles_at_once(small: SqliteDatastore) -> None:
+    """All in one write for each handle and one of the block; who has an address is left over."""
+    with following(small, "n1") as allocator:
+        allocator.assign("there", POD)
+        until_heard(allocator, small)
+        before = int(small.list("IPAMHandle").revision)
+        wanted = {name: POD | {"pod": name} for name in ("a", "there", "b", "c", "d")}
+        found = allocator.assign_each(wanted)
+        assert found.keys() == {"a", "b"}  # the block has three; one was thought of for "there"
+        assert int(small.list("IPAMHandle").revision) == before + 3
+        given = {assignment.address: handle for handle, assignment in found.items()}
+        has = allocated(small)
+        assert has.items() >= given.items()
+        assert len(has) == 3
+        [block] = blocks(small).values()
+        assert [block.holder(net)["secondary"]["pod"] for net in given] == ["a", "b"]  # type: ignore[index]
+        assert allocator.assign_each({"c": POD, "d": POD}).keys() == {"c"}
+        assert allocator.assign_each({"d": POD}) == {}  # its block is full
+        counts = {id_: sum(handle.counts.values()) for id_, handle in handles(small).items()}
+        assert counts == dict.fromkeys(["there", "a", "b", "c"], 1)
+        assert allocator.release("a") == [found["a"].address]
+
+
 def test_the_follower_of_another_is_as_good(store: SqliteDatastore) -> None:
     """It is asked by its owner alone; then an assign is two writes and no read."""
     add_pool(store, "one", "10.1.0.0/24", 28)

@@ -33,6 +33,7 @@ from ipam.orphans import delete_orphans
 from ipam.records import CONFIRMED, Records, owner
 from tests.ipam.world import (
     Died,
+    Grouping,
     Interposed,
     Remembering,
     add_pool,
@@ -77,7 +78,7 @@ class Memory(StrEnum):
 class Node:
     """A node with two programs, the CNI daemon and the agent."""
 
-    def __init__(self, store: Datastore, name: str, memory: Memory) -> None:
+    def __init__(self, store: SqliteDatastore, name: str, memory: Memory) -> None:
         self.name = name
         self.store = store
         self.memory = memory
@@ -103,7 +104,9 @@ class Node:
     def client(self, **hooks: Callable[[int], object]) -> Interposed:
         if self.memory is Memory.NOTHING:
             return Interposed(self.store, **hooks)
-        return Remembering(self.store, late=self.memory is Memory.LATE, **hooks)
+        if self.memory is Memory.FRESH:
+            return Grouping(self.store, **hooks)
+        return Remembering(self.store, late=True, **hooks)
 
     def begin(self, allocator: Allocator) -> None:
         if self.memory is not Memory.NOTHING:
@@ -170,6 +173,7 @@ class IpamMachine(RuleBasedStateMachine):
         self.in_use: set[Net] = set()  # before the operation
         self.assigning: list[str] = []  # handles for which an assign is under way
         self.overtaken: list[str] = []  # those of them that were released meanwhile
+        self.together: set[str] = set()  # those for which one assign is made, in an operation
 
     # what a program does
 
@@ -192,6 +196,25 @@ class IpamMachine(RuleBasedStateMachine):
         finally:
             self.assigning.remove(handle)
         assert len(found) == count
+        self.note_assigned(handle, found, released)
+
+    def do_assign_each(self, allocator: Allocator, wanted: set[str], version: int) -> None:
+        """For several handles at once; those that are not new by then get nothing."""
+        self.together |= wanted
+        self.assigning += wanted
+        released = len(self.overtaken)
+        try:
+            attributes = {"node": allocator.node}
+            found = allocator.assign_each(dict.fromkeys(wanted, attributes), version=version)
+        finally:
+            for handle in wanted:
+                self.assigning.remove(handle)
+        assert found.keys() <= wanted
+        for handle, assignment in found.items():
+            self.note_assigned(handle, [assignment], released)
+
+    def note_assigned(self, handle: str, found: list[Assignment], released: int) -> None:
+        """``released``: the number of those that were overtaken, before."""
         assert not self.reserved & {assignment.address for assignment in found}
         if handle in self.overtaken[released:]:
             # Whoever released the handle meanwhile has released what was taken by then; and of that
@@ -255,9 +278,11 @@ class IpamMachine(RuleBasedStateMachine):
     def draw_action(self, data: st.DataObject, handle: str) -> Action:
         version, count = data.draw(versions), data.draw(counts)
         place, empty = data.draw(places), data.draw(st.booleans())
+        together = {handle, *data.draw(st.sets(holders, max_size=3))}
         actions: dict[str, Action] = {
             "assign": lambda by, store: self.do_assign(by, handle, version, count),
             "assign one": lambda by, store: self.do_assign(by, handle, version, 1),
+            "assign each": lambda by, store: self.do_assign_each(by, together, version),
             "specific": lambda by, store: self.do_assign_specific(by, handle, place),
             "release": lambda by, store: self.do_release(by, handle),
             "release all": lambda by, store: self.do_release(by, handle),
@@ -281,6 +306,13 @@ class IpamMachine(RuleBasedStateMachine):
         node = self.nodes[name]
         with self.disturbed(data, node, handle):
             self.do_assign(node.daemon, handle, version, count)
+
+    @rule(name=nodes, wanted=st.sets(holders, min_size=1), version=versions, data=st.data())
+    def assign_each(self, name: str, wanted: set[str], version: int, data: st.DataObject) -> None:
+        """The same for several at once."""
+        node = self.nodes[name]
+        with self.disturbed(data, node, min(wanted)):
+            self.do_assign_each(node.daemon, wanted, version)
 
     @rule(name=nodes, handle=holders, version=versions)
     def assign_undisturbed(self, name: str, handle: str, version: int) -> None:
@@ -366,9 +398,11 @@ class IpamMachine(RuleBasedStateMachine):
             yield
         except Died:
             node.restart()
-            self.doubtful.add(handle)
-            self.held.pop(handle, None)
+            for lost in {handle, *self.together}:
+                self.doubtful.add(lost)
+                self.held.pop(lost, None)
         finally:
+            self.together = set()
             node.hooks = Hooks()
 
     def another(self, data: st.DataObject, node: Node, handle: str) -> Callable[[], None]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from api.net import Net, parse_net
-from datastore.interface import JSON, Datastore, Entry, Event, Key, Listing, Watch
+from datastore.interface import JSON, Datastore, Entry, Event, Key, Listing, StoreError, Watch
+from datastore.sqlite import SqliteDatastore
 from ipam.allocator import Allocator
 from ipam.block import Block
 from ipam.records import CONFIRMED, Affinity, Handle, Records, owner
+
+T = TypeVar("T")
 
 
 def add_pool(store: Datastore, name: str, cidr: str, block_size: int, **spec: Any) -> None:
@@ -134,7 +137,7 @@ class Interposed:
         self.calls += 1
         self._call(number)
 
-    def _write(self, write: Callable[[], Entry]) -> Entry:
+    def _write(self, write: Callable[[], T]) -> T:
         self._called()
         number = self.writes
         self._before(number)
@@ -166,6 +169,22 @@ class Remembering(Interposed):
         """Of so many of the changes it has not heard of yet; None: of all there are."""
         for watch in self._watches:
             watch.hear(count)
+
+
+class Grouping(Remembering):
+    """One whose store writes several objects in one go: nobody dies in the midst of that."""
+
+    def __init__(self, store: SqliteDatastore, **hooks: Callable[[int], object]) -> None:
+        super().__init__(store, late=False, **hooks)
+        self._sqlite = store
+
+    def create_all(self, objects: Sequence[tuple[Key, JSON]]) -> Sequence[Entry | StoreError]:
+        return self._write(lambda: self._sqlite.create_all(objects))
+
+    def update_with(
+        self, key: Key, value: JSON, revision: str, objects: Sequence[tuple[Key, JSON]]
+    ) -> tuple[Entry, Sequence[Entry]]:
+        return self._write(lambda: self._sqlite.update_with(key, value, revision, objects))
 
 
 class LateWatch:
