@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, takewhile
 from types import MappingProxyType
 
 from api.errors import Problem
@@ -362,7 +362,9 @@ class Engine:
         selecting = sorted(
             self._selecting(self._local.selectors_of(endpoint.id)), key=self._sort_key
         )
-        profiles = dict.fromkeys(map(profile_id, endpoint.profiles))
+        # Nobody knows what a profile that isn't there says. It may deny: nothing is asked behind it.
+        known = takewhile(self._profiles.__contains__, endpoint.profiles)
+        profiles = dict.fromkeys(map(profile_id, known))
         normal = EndpointBinding(
             self._tier_bindings(selecting, Part.NORMAL),
             tuple(id for id in profiles if id in self._rules.active),

@@ -117,10 +117,11 @@ class State:
         if part != NORMAL:
             return None
         for name in endpoint.profiles:
-            if name in self.profile:
-                found = self._first(rules_of(self.profile[name], direction), flow, direction, None)
-                if found in ("Allow", "Deny"):
-                    return found
+            if name not in self.profile:
+                break
+            found = self._first(rules_of(self.profile[name], direction), flow, direction, None)
+            if found in ("Allow", "Deny"):
+                return found
         return "Deny"
 
     def _first(

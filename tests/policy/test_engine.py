@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.net import parse_net
-from policy.engine import UNPLACED, Changes, Engine
+from policy.engine import UNPLACED, Changes, Engine, Profile
 from policy.model import (
     Action,
     Binding,
@@ -246,11 +246,27 @@ def test_own_labels_win_over_inherited_ones() -> None:
 def test_a_profile_without_rules_is_not_enforced() -> None:
     world = World()
     world.namespace("ns")
-    world.engine.set_profile("ksa.ns.robot", world.engine._profiles.get("none"))
-    world.add(endpoint("local", "10.0.0.1", profiles=("kns.ns", "ksa.ns.robot", "kns.absent")))
+    world.engine.set_profile("ksa.ns.robot", Profile())
+    world.add(endpoint("local", "10.0.0.1", profiles=("ksa.ns.robot", "kns.ns", "kns.absent")))
     world.flush()
     binding = binding_of(world.engine, endpoint_id("local"))
     assert [id.name for id in binding.profiles] == ["kns.ns"]
+
+
+def test_nothing_is_asked_behind_a_profile_that_is_not_there() -> None:
+    """``felix/calc/active_rules_calculator.go``: it stands for one that denies everything."""
+    world = World()
+    world.namespace("ns")
+    world.add(endpoint("local", "10.0.0.1", profiles=("custom", "kns.ns")))
+    world.flush()
+    assert not binding_of(world.engine, endpoint_id("local")).profiles
+    assert not world.allows("192.0.2.1", "local")
+    world.engine.set_profile("custom", Profile())
+    world.flush()
+    assert world.allows("192.0.2.1", "local")
+    world.engine.set_profile("custom", None)
+    world.flush()
+    assert not world.allows("192.0.2.1", "local")
 
 
 @pytest.mark.parametrize(
