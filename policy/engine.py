@@ -362,7 +362,7 @@ class Engine:
         selecting = sorted(
             self._selecting(self._local.selectors_of(endpoint.id)), key=self._sort_key
         )
-        # Nobody knows what a profile that isn't there says. It may deny: nothing is asked behind it.
+        # What a profile says that isn't there nobody knows: none is asked behind it.
         known = takewhile(self._profiles.__contains__, endpoint.profiles)
         profiles = dict.fromkeys(map(profile_id, known))
         normal = EndpointBinding(
