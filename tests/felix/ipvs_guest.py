@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _PATIENCE = 60.0  # for what is to arrive
-_GRACE = 0.5  # for what is not, once all else has
+_GRACE = 0.25  # for what is not, once all else has
 _TABLES = ("raw", "mangle", "nat", "filter")
 _MAC = "ee:ee:ee:ee:ee:ee"
 _GATEWAYS = ("169.254.1.1", "fe80::ecee:eeff:feee:eeee")
@@ -271,7 +271,7 @@ def play(plan: dict[str, Any]) -> list[dict[str, Any]]:
         elif step["talks"] == "ends":
             found["went_on"] = talk.goes_on()
             run("conntrack", "-D", "-p", "tcp")
-            found["ended"] = not talk.goes_on(patience=2 * _GRACE)
+            found["ended"] = not talk.goes_on(patience=4 * _GRACE)
         found["answered"] = world.probe(step["probes"])
         seen.append(found)
     return seen

@@ -6,6 +6,7 @@ It sees this machine's files as they are, may write to none of them, and is gone
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shlex
 import shutil
@@ -36,7 +37,7 @@ $b mount -t overlay -o lowerdir=/below,upperdir=/above/upper,workdir=/above/work
 $b mount --move /dev /root/dev
 $b mount --move /proc /root/proc
 $b mount -t sysfs none /root/sys
-for directory in run tmp dev/shm; do
+for directory in run dev/shm; do
     $b mkdir -p /root/$directory
     $b mount -t tmpfs none /root/$directory
 done
@@ -62,12 +63,13 @@ def build() -> Path:
     Needs apt's lists and Debian's archive, once. Raises RuntimeError.
     """
     _CACHE.mkdir(parents=True, exist_ok=True)
-    target = _CACHE / "machine"
+    made_of = repr((_INIT, _BOOT_MODULES, _KEPT))
+    target = _CACHE / hashlib.sha256(made_of.encode()).hexdigest()[:16]
     with (_CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_dir():
             print("unpacking Debian's kernel, once", file=sys.stderr, flush=True)
-            half = _CACHE / "machine.new"
+            half = target.with_suffix(".new")
             shutil.rmtree(half, ignore_errors=True)
             half.mkdir()
             _unpack(_package(), half)
