@@ -37,7 +37,16 @@ from policy.model import (
     Rule,
     SetKind,
 )
-from policy.selector import Compare, Everything, Selector, SelectorError, parse, unique_id
+from policy.selector import (
+    And,
+    Compare,
+    Everything,
+    Not,
+    Selector,
+    SelectorError,
+    parse,
+    unique_id,
+)
 
 _DENY_ALL: tuple[Rule, ...] = (Rule(Action.DENY),)
 _ANY = Selector(Everything("all"))
@@ -253,6 +262,9 @@ class _Compiler:
     def _side(self, entity: EntityRule, protocol: int | None, own: Selector, where: str) -> _Side:
         negative = self.selector(entity.not_selector, f"{where}.notSelector")
         positive = self._positive_selector(entity, where)
+        if positive and negative:
+            # Both are about the same endpoints; alone, the negative one is about addresses.
+            positive, negative = _both(positive, negative), None
         ports, names = self._ports(entity.ports, protocol, f"{where}.ports")
         not_ports, not_names = self._ports(entity.not_ports, protocol, f"{where}.notPorts")
         # A named port is looked for at the selected endpoints only (at the policy's own end,
@@ -344,6 +356,13 @@ class _Compiler:
         specs = [named_port_set(selector, name, protocol or 0) for name in names]
         self.sets += specs
         return tuple(spec.id for spec in specs)
+
+
+def _both(positive: Selector, negative: Selector) -> Selector:
+    """What one selects and the other doesn't."""
+    unwanted = negative.root
+    excluding = unwanted.operand if isinstance(unwanted, Not) else Not(unwanted)
+    return Selector(And((positive.root, excluding)))
 
 
 def _version(rule: ApiRule, protocol: int | None, not_nets: Iterable[Net]) -> int | None:

@@ -192,11 +192,12 @@ class State:
             named = [e for e in owners if self._entity_selects(entity, e, namespace)]
             if not named:
                 return False
+        elif entity.not_selector and self._any_matches(entity.not_selector, owners):
+            return False
         elif own and policy and parts_of(policy) == (NORMAL,):
             named = [e for e in owners if self._applies(policy, e)]
         return (
-            not (entity.not_selector and self._any_matches(entity.not_selector, owners))
-            and (not entity.nets or in_any(address, entity.nets))
+            (not entity.nets or in_any(address, entity.nets))
             and (not entity.not_nets or is_of_version(address, entity.not_nets))
             and not in_any(address, entity.not_nets)
             and (not entity.ports or has_port(entity.ports, port, flow.protocol, named))
@@ -230,6 +231,8 @@ class State:
             selector = parse(accounts.selector)
             if accounts.selector and not selector.matches(self._prefixed(endpoint, "pcsa.")):
                 return False
+        if entity.not_selector and self._any_matches(entity.not_selector, (endpoint,)):
+            return False
         return parse(entity.selector).matches(self._labels(endpoint))
 
     def _namespace_matches(self, selector: str, endpoint: Endpoint) -> bool:

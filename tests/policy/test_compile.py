@@ -15,6 +15,7 @@ from api.policy import NetworkPolicy, Rule
 from policy.compile import Compilation, compile_policy, compile_rules, named_port_set
 from policy.evaluate import Flow, is_match
 from policy.model import Action, Match, PolicyId, PortRange
+from policy.model import Rule as PolicyRule
 from policy.selector import MAX_DEPTH, SelectorError, parse
 from tests.policy.world import World, endpoint, global_policy, policy, policy_id
 
@@ -35,17 +36,14 @@ def match(**rule: Any) -> Match:
     return only.match
 
 
-def set_id(selector: str) -> str:
-    return parse(f"projectcalico.org/namespace == 'ns' && ({selector})").id
-
-
 def test_every_field() -> None:
     ports = {"ports": [80, "8000:8010"], "notPorts": [81]}
     nets = {"nets": ["10.0.0.0/8"], "notNets": ["10.1.0.0/16"]}
     selectors = {"selector": "has(a)", "notSelector": "has(b)"}
     side = {**ports, **nets, **selectors}
     result = match(ipVersion=4, protocol="TCP", notProtocol="UDP", source=side, destination=side)
-    positive, negative = (set_id("has(a)"),), (parse("has(b)").id,)
+    own = "projectcalico.org/namespace == 'ns'"
+    selected = (parse(f"(({own}) && (has(a))) && (!(has(b)))").id,)
     net, not_net = (parse_net("10.0.0.0/8"),), (parse_net("10.1.0.0/16"),)
     port, not_port = (PortRange(80, 80), PortRange(8000, 8010)), (PortRange(81, 81),)
     assert result == Match(
@@ -56,14 +54,22 @@ def test_every_field() -> None:
         not_src_nets=not_net,
         dst_nets=net,
         not_dst_nets=not_net,
-        src_sets=positive,
-        not_src_sets=negative,
-        dst_sets=positive,
-        not_dst_sets=negative,
+        src_sets=selected,
+        dst_sets=selected,
         src_ports=port,
         not_src_ports=not_port,
         dst_ports=port,
         not_dst_ports=not_port,
+    )
+
+
+def test_a_negative_selector_alone_is_of_addresses() -> None:
+    side = {"notSelector": "has(b)"}
+    rule = {"action": "Deny", "source": side, "destination": side}
+    result = compile_policy(ID, global_policy({"egress": [rule]})).rules.policy
+    unwanted = (parse("has(b)").id,)
+    assert result.egress == (
+        PolicyRule(Action.DENY, Match(not_src_sets=unwanted, not_dst_sets=unwanted)),
     )
 
 

@@ -117,6 +117,25 @@ def test_tricky_6_a_rule_without_selectors_is_not_limited_to_the_namespace(world
     assert not world.allows("192.0.2.1", "b")
 
 
+def test_a_negative_selector_beside_a_positive_one_is_about_the_same_endpoints(
+    world: World,
+) -> None:
+    """``felix/calc/rule_scanner.go`` combineMatchesIfPossible: together they are one selector.
+
+    That a trusted network lies around a pod doesn't make the pod trusted. Alone, ``notSelector``
+    is about addresses, also those of nobody we know.
+    """
+    world.add(network_set("around", "10.0.0.0/24", own={"trusted": ""}))
+    source = {"namespaceSelector": "all()", "notSelector": "has(trusted)"}
+    deny = {"action": "Deny", "source": source}
+    world.add(global_policy({"selector": "app == 'db'", "ingress": [deny, ALLOW]}))
+    assert not world.allows("a", "b")
+    assert world.allows("10.0.0.77", "b") and world.allows("192.0.2.1", "b")
+    deny = {"action": "Deny", "source": {"notSelector": "has(trusted)"}}
+    world.add(global_policy({"selector": "app == 'db'", "ingress": [deny, ALLOW]}))
+    assert world.allows("a", "b") and not world.allows("192.0.2.1", "b")
+
+
 @pytest.mark.parametrize(
     ("spec", "ingress", "egress"),
     [
