@@ -34,7 +34,7 @@ _SWITCH_INTERVAL = 0.0005
 # wait go together, as many as cost together hardly more; with more, half of fifty would not be done
 # sooner. Other stores are what most wait for most of the time, side by side.
 _LOCAL = "sqlite:"
-_TOGETHER = 12
+_TOGETHER = 8
 
 # Seconds between two looks at what vanished, and at what kernel and datastore disagree on.
 _PATROL = "MANX_PATROL_SECONDS"
