@@ -6,6 +6,7 @@ it would have decided, and decides nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ def policy_chain(policy: CompiledPolicy, direction: Direction, settings: Setting
         names.policy_chain(direction, policy.id),
         tuple(
             ChainRule(
-                _action(rule, settings, staged=policy.id.is_staged),
+                _action(rule, policy, settings),
                 Condition(packet=rule.match),
                 f"{policy.id} {direction.value} rule {rule.index}",
             )
@@ -69,12 +70,28 @@ def policy_chain(policy: CompiledPolicy, direction: Direction, settings: Setting
     )
 
 
-def _action(rule: Rule, settings: Settings, *, staged: bool) -> Action:
-    if staged:
+def _action(rule: Rule, policy: CompiledPolicy, settings: Settings) -> Action:
+    if policy.id.is_staged:
         return Return()  # and the rule is counted
     if rule.action is PolicyAction.LOG:
-        return Log(f"{settings.log_prefix}: ")
+        return Log(f"{_log_prefix(settings.log_prefix, policy)}: ")
     return UNIFORM[rule.action]
+
+
+# Of those that can log.
+_SHORT_KINDS = {"NetworkPolicy": "np", "GlobalNetworkPolicy": "gnp", "Profile": "pro"}
+
+
+def _log_prefix(form: str, policy: CompiledPolicy) -> str:
+    """What ``logPrefix`` becomes: which policy logs."""
+    id = policy.id
+    words = {
+        "%t": policy.tier,
+        "%k": _SHORT_KINDS.get(id.kind, id.kind),
+        "%n": id.name,
+        "%p": f"{id.namespace}/{id.name}" if id.namespace else id.name,
+    }
+    return re.sub("%[tknp]", lambda found: words[found[0]], form)
 
 
 class Step(NamedTuple):

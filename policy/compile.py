@@ -122,6 +122,7 @@ def compile_policy(id: PolicyId, policy: NetworkPolicy | GlobalNetworkPolicy) ->
             id,
             ingress if "Ingress" in spec.types else None,
             egress if "Egress" in spec.types else None,
+            spec.tier,
         )
     )
     order = math.inf if spec.order is None else spec.order

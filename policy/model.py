@@ -145,11 +145,15 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class CompiledPolicy:
-    """A policy or profile, ready to render. None: it does not apply in that direction."""
+    """A policy or profile, ready to render. None: it does not apply in that direction.
+
+    ``tier``: which tier a policy is in; empty for a profile.
+    """
 
     id: PolicyId
     ingress: tuple[Rule, ...] | None
     egress: tuple[Rule, ...] | None
+    tier: str = ""
 
 
 @dataclass(frozen=True, slots=True)

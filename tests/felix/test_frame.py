@@ -232,6 +232,29 @@ def test_staged_policies_are_counted_and_do_nothing(world: Gateway) -> None:
     assert " LOG " not in _listed(world) and "log prefix" not in _listed(world)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "own", "everybodys"),
+    [
+        ("%t %k %n %p", "first np p default/p", "default gnp g g"),
+        ("%x%p%%t", "%xdefault/p%first", "%xg%default"),
+        ("fixed", "fixed", "fixed"),
+        ("", "calico-packet", "calico-packet"),
+    ],
+)
+def test_a_log_tells_which_policy(world: Gateway, prefix: str, own: str, everybodys: str) -> None:
+    """``felix/rules/policy.go`` generateLogPrefix. iptables shows 29 characters."""
+    log = {"ingress": [{"action": "Log"}], "selector": "all()"}
+    tier = {"apiVersion": V3, "kind": "Tier", "metadata": {"name": "first"}, "spec": {"order": 1}}
+    policies = (policy("p", tier="first", **log), global_policy("g", **log))
+    world.enforce(settings(logPrefix=prefix), tier, *policies)
+    for text in (own, everybodys):
+        told = f"{text}: "[: 127 if world.backend == "nftables" else 29]
+        assert f'prefix "{told}"' in _listed(world)
+    if "%t" in prefix:
+        world.enforce(settings(logPrefix=prefix), policy("p", **log))
+        assert own.replace("first", "default")[:20] in _listed(world), "it moved to another tier"
+
+
 def _listed(world: Gateway) -> str:
     command = {
         "nftables": ("nft", "list", "table", "ip", "calico"),
