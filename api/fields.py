@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, get_args
 
+from annotated_types import MaxLen
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -22,7 +23,7 @@ from pydantic import (
     PlainSerializer,
     ValidationInfo,
 )
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic_core import PydanticCustomError, PydanticKnownError, core_schema
 
 from api.net import Net, parse_as_number, parse_interface, parse_net
 
@@ -174,12 +175,37 @@ InterfaceV6 = Annotated[
 AnyCidr = Annotated[str, _check(parse_interface, "an IP address or CIDR")]
 
 
+def stored(text: str) -> None:
+    """The check of a selector, to give as the context, by those who read what has been stored.
+
+    It refuses nothing, and with it nothing is too long that is ``AtMost`` so long: Calico has had
+    these limits only since version 3.34, and what was written before is in force.
+    """
+
+
+class AtMost(MaxLen):
+    """How long a list may be that is written now."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        """Refuses a list that is longer, unless it is ``stored``."""
+
+        def check(value: list[Any], info: ValidationInfo) -> list[Any]:
+            if len(value) > self.max_length and info.context is not stored:
+                bounds = {"max_length": self.max_length, "actual_length": len(value)}
+                raise PydanticKnownError("too_long", {"field_type": "List", **bounds})
+            return value
+
+        return core_schema.with_info_after_validator_function(check, handler(source))
+
+
 class SelectorMark:
     """Marks a field whose text is a selector."""
 
 
 def _selector(text: str, info: ValidationInfo) -> str:
-    if len(text) > 1024:
+    if len(text) > 1024 and info.context is not stored:
         raise refuse("a selector of at most 1024 characters")
     if text and info.context is not None:
         try:

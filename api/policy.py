@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, PrivateAttr
 
 from api.fields import (
     PORT_PROTOCOLS,
+    AtMost,
     Cidr,
     Name,
     Order,
@@ -66,8 +67,8 @@ class HTTPPath(OneOf):
 class HTTPMatch(Checked):
     """HTTP requests: any of the methods and any of the paths."""
 
-    methods: list[str] = Field(default_factory=list, max_length=20)
-    paths: list[HTTPPath] = Field(default_factory=list, max_length=20)
+    methods: Annotated[list[str], AtMost(20)] = Field(default_factory=list)
+    paths: Annotated[list[HTTPPath], AtMost(20)] = Field(default_factory=list)
 
     def faults(self) -> Iterator[Fault]:
         """A method that stands there twice."""
@@ -92,13 +93,13 @@ class ServiceMatch(Model):
 class EntityRule(Checked):
     """One side of a connection: everything that is present must match."""
 
-    nets: list[Cidr] = Field(default_factory=list, max_length=256)
-    not_nets: list[Cidr] = Field(default_factory=list, max_length=256)
+    nets: Annotated[list[Cidr], AtMost(256)] = Field(default_factory=list)
+    not_nets: Annotated[list[Cidr], AtMost(256)] = Field(default_factory=list)
     selector: Selector = ""
     not_selector: Selector = ""
     namespace_selector: Selector = ""
-    ports: list[Port] = Field(default_factory=list, max_length=50)
-    not_ports: list[Port] = Field(default_factory=list, max_length=50)
+    ports: Annotated[list[Port], AtMost(50)] = Field(default_factory=list)
+    not_ports: Annotated[list[Port], AtMost(50)] = Field(default_factory=list)
     services: ServiceMatch | None = None
     service_accounts: ServiceAccountMatch | None = None
 
@@ -229,8 +230,8 @@ class NetworkPolicySpec(Checked):
     selector: Selector = ""
     service_account_selector: Selector = ""
     types: list[PolicyType] = Field(default_factory=list)
-    ingress: list[Rule] = Field(default_factory=list, max_length=1024)
-    egress: list[Rule] = Field(default_factory=list, max_length=1024)
+    ingress: Annotated[list[Rule], AtMost(1024)] = Field(default_factory=list)
+    egress: Annotated[list[Rule], AtMost(1024)] = Field(default_factory=list)
     performance_hints: list[Literal["AssumeNeededOnEveryNode"]] = Field(default_factory=list)
 
     def model_post_init(self, context: Any, /) -> None:

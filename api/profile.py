@@ -5,11 +5,11 @@ With Kubernetes, every Namespace is a profile ``kns.<name>`` and every ServiceAc
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from api.fields import is_subdomain
+from api.fields import AtMost, is_subdomain
 from api.metadata import CalicoResource, Checked, Fault, label_faults
 from api.policy import Rule
 
@@ -23,8 +23,8 @@ NAME_LABELS = frozenset(("pcns.projectcalico.org/name", "pcsa.projectcalico.org/
 class ProfileSpec(Checked):
     """spec of a Profile. An endpoint's own labels win over ``labels_to_apply``."""
 
-    ingress: list[Rule] = Field(default_factory=list, max_length=1024)
-    egress: list[Rule] = Field(default_factory=list, max_length=1024)
+    ingress: Annotated[list[Rule], AtMost(1024)] = Field(default_factory=list)
+    egress: Annotated[list[Rule], AtMost(1024)] = Field(default_factory=list)
     labels_to_apply: dict[str, str] = Field(default_factory=dict)
 
     def faults(self) -> Iterator[Fault]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from api.errors import UNREADABLE, InvalidObjectError, Problem
-from api.fields import SELECTOR
+from api.fields import SELECTOR, stored
 from api.kinds import KINDS, Kind, find_kind, key_parts, kind_of, name_of, nearest
 from api.metadata import Resource
 
@@ -24,6 +24,7 @@ __all__ = [
     "known_part",
     "parse",
     "parse_as",
+    "parse_stored",
     "selectors",
     "validate",
 ]
@@ -44,6 +45,11 @@ def parse(obj: object, *, selector: Check | None = None) -> Resource:
 def parse_as(kind_id: str, obj: object) -> Resource:
     """As ``parse``, for an object whose kind is known (apiVersion and kind may be absent)."""
     return validate(KINDS[kind_id].model, obj)
+
+
+def parse_stored(kind_id: str, obj: object) -> Resource:
+    """As ``parse_as``, for an object that may be older than the limits of what is written now."""
+    return validate(KINDS[kind_id].model, obj, selector=stored)
 
 
 def known_part(kind_id: str, obj: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from api.kubernetes import KubernetesNetworkPolicy, Namespace, ServiceAccount
 from api.pods import account_profile, namespace_profile
 from api.policy import GlobalNetworkPolicy, NetworkPolicy
 from api.profile import Profile as ProfileResource
-from api.registry import parse_as
+from api.registry import parse_as, parse_stored
 from api.services import EndpointSlice
 from datastore.interface import JSON, Key
 from policy import cluster, convert
@@ -40,7 +40,7 @@ def read_policy(key: Key, value: JSON) -> tuple[AnyPolicy | None, tuple[Problem,
 
     Raises InvalidObjectError.
     """
-    match parse_as(key.kind, value):
+    match parse_stored(key.kind, value):
         case NetworkPolicy() | GlobalNetworkPolicy() as policy:
             return policy, ()
         case KubernetesNetworkPolicy() as policy:
@@ -80,7 +80,7 @@ def profile_keys(key: Key) -> tuple[str, tuple[Key, ...]]:
 
 def read_profile(key: Key, value: JSON) -> Profile:
     """Raises InvalidObjectError."""
-    match parse_as(key.kind, value):
+    match parse_stored(key.kind, value):
         case Namespace() as namespace:
             return convert.namespace_profile(namespace)[1]
         case ServiceAccount() as account:

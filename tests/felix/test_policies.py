@@ -176,6 +176,29 @@ def test_a_field_of_a_newer_calico_costs_itself_alone() -> None:
     assert all("newer" in told[what] for what in ("IPPool(p)", "Node(node2)"))
 
 
+def test_a_policy_longer_than_what_may_be_written_now_is_in_force() -> None:
+    """Calico's limits came with 3.34, long after most policies (``api/pkg/apis/projectcalico/v3``
+    MaxItems); its agent has none.
+    """
+    many = [f"198.51.{number // 256}.{number % 256}/32" for number in range(300)]
+    ports = [{**ALLOW, "protocol": "TCP", "destination": {"ports": [*range(1000, 1060), 80]}}]
+    long = " || ".join(f"app == 'application-number-{number}'" for number in range(60))
+    only = {"selector": f"{long} || all()", "types": ["Ingress"]}
+    for spec in (
+        {"ingress": [{**ALLOW, "source": {"nets": [*many, "10.0.0.1/32"]}}]},
+        {"ingress": [{**DENY, "source": {"notNets": [*many, "10.0.0.1/32"]}}, ALLOW]},
+        {"ingress": ports},
+        {"ingress": [*[{**DENY, "source": {"nets": ["203.0.113.1/32"]}}] * 1100, ALLOW]},
+        {"ingress": [{**ALLOW, "source": {"selector": f"{long} || all()"}}]},
+    ):
+        for kind, namespace in (("NetworkPolicy", "default"), ("GlobalNetworkPolicy", "")):
+            run_ = fed(of(kind, "p", {**only, **spec}, namespace))
+            assert allows(run_, A, B) and not run_.snapshot.problems
+    profile = of("Profile", "kns.old", {"ingress": [ALLOW] * 1100})
+    run_ = fed(profile, workload("b", "10.0.0.2", profiles=["kns.old"]))
+    assert allows(run_, A, B)
+
+
 def test_a_broken_network_set_keeps_what_can_be_read() -> None:
     nets = ["198.51.100.0/24", "nowhere", 7, "203.0.113.7/24"]
     broken = of("GlobalNetworkSet", "bad", {"nets": nets}, metadata={"labels": {"is": "bad"}})
