@@ -282,6 +282,8 @@ class Agent:
         engine.stop()
         self._detector.end()
         self._fib.clear()
+        self._peering.apply({}, look=False)
+        self._core.forget()
         answer = {"left": True} if left else {"error": "not all peers could be told"}
         for request in self._leaving:
             request.answer(answer)

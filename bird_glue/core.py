@@ -175,6 +175,12 @@ class Core:
         if not self._resources.locked:
             self._keepsake.forget()
 
+    def forget(self) -> None:
+        """Nothing of this node is in force any more, and no next agent needs to know what was."""
+        self._engines.forget()
+        self._keepsake.forget()
+        self._passwords.forget()
+
     def set_topology(self, topology: Topology) -> None:
         """The kernel's routes or addresses are these."""
         self._drops.look()

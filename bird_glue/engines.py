@@ -81,6 +81,12 @@ class Engines:
         self.current = wanted
         return changed or bool(ran)
 
+    def forget(self) -> None:
+        """Remove what they ran on, which has passwords in it; none runs any more."""
+        for name in self._engines:
+            for suffix in ("conf", "new"):
+                (self._run_dir / f"{name}.{suffix}").unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let go of the daemon, which goes on."""
         for engine in self._engines.values():

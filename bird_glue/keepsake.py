@@ -87,6 +87,11 @@ class Passwords:
             else:
                 self._keepsake.forget()
 
+    def forget(self) -> None:
+        """There are no sessions any more."""
+        self._kept = None
+        self._keepsake.forget()
+
     def _used(self, name: str) -> Mapping[str, bytes]:
         found = self._keepsake.load() if self._kept is None else self._kept
         return {

@@ -14,6 +14,7 @@ import pytest
 from api.net import parse_net
 from bird_glue.config import Neighbor
 from bird_glue.drops import Drops
+from bird_glue.status import leave
 from tests.bird_glue.world import BIRD_COMMON, BIRD_SESSION, Bird, Node, World, world
 from tests.support.netns import connect, eventually
 
@@ -108,6 +109,13 @@ def test_rotated_one_at_a_time(racks: Racks) -> None:
         + (node.directory / "agent.log").read_text()
     )
     assert (node.run_dir / f"{node.engine}.conf").stat().st_mode & 0o777 == 0o600
+
+    # a node that has left has none of them
+    leave(node.run_dir)
+    assert node.agent.wait() == 0
+    spelt = {b"first-tor2", base64.b64encode(b"first-tor2")}
+    files = [path for path in node.run_dir.iterdir() if path.is_file()]
+    assert [path for path in files for word in spelt if word in path.read_bytes()] == []
 
 
 def test_a_wrong_password_makes_no_session_and_is_named(racks: Racks) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from api.net import parse_net
+from bird_glue.status import leave
 from bird_glue.workloads import Workload, Workloads
 from datastore.interface import JSON, Key
 from tests.bird_glue.world import BIRD_COMMON, Bird, Node, World, world
@@ -116,3 +117,8 @@ def test_what_a_workload_says_is_told_to_all(scene: Scene) -> None:
     scene.world.store.delete("BGPPeer", "vms")
     eventually(lambda: n1.route_to(NETWORK) == "" == n2.route_to(NETWORK))
     eventually(lambda: CALLED not in n1.run("ip", "address", "show", "calivm"))
+
+    scene.world.store.put("BGPPeer", "vms", localWorkloadSelector="has(bgp)", asNumber=65001)
+    eventually(lambda: n1.established(VM))
+    leave(n1.run_dir)
+    assert CALLED not in n1.run("ip", "address", "show", "calivm")
