@@ -1,7 +1,7 @@
 """ClusterNetworkPolicy (policy.networking.k8s.io/v1alpha2): policy of cluster administrators.
 
-As in a Kubernetes NetworkPolicy, a field that is not known in ``spec`` is refused, and so the
-whole policy, which then fails closed: a condition less would allow more than its author wrote.
+As in a Kubernetes NetworkPolicy, a field that is not known in ``spec`` is refused: a condition less
+would allow more than its author wrote. Who enforces the rest has the rule with it fail closed.
 An API server with our CRD stores no such field; one with a newer CRD may. ``status`` is what
 others say about the policy and changes nothing.
 """

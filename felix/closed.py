@@ -3,6 +3,7 @@
 Leaving the policy out could let through what it forbids, and keeping an older version of it
 would make the result depend on what was before. So what can be read of it says where it
 applies (selectors, directions, tier, order), and what can't be read is taken as "everywhere".
+In one of a cluster's administrators it is only those rules that deny that can't be read.
 A tier is read as far as it goes, too; see ``policy.engine`` for one whose order can't be.
 """
 
@@ -11,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from api.adminnetworkpolicy import AdminNetworkPolicy, BaselineAdminNetworkPolicy
 from api.clusternetworkpolicy import ClusterNetworkPolicy
 from api.errors import InvalidObjectError
 from api.kubernetes import KubernetesNetworkPolicy
@@ -105,7 +107,10 @@ def _kubernetes(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy:
 
 
 def _of_administrators(key: Key, spec: Mapping[str, Any]) -> GlobalNetworkPolicy:
-    """It applies in the directions in which it has rules: to all pods, if not its subject's."""
+    """It applies in the directions in which it has rules: to all pods, if not its subject's.
+
+    Where all but some rules can be read those rules alone fail closed, as the API wants it.
+    """
     types: list[PolicyType] = []
     if spec.get("ingress"):
         types.append("Ingress")
@@ -121,10 +126,43 @@ def _of_administrators(key: Key, spec: Mapping[str, Any]) -> GlobalNetworkPolicy
             selector=pods,
             namespace_selector=namespaces,
             types=types,
-            ingress=_DENY,
-            egress=_DENY,
+            ingress=_rules_of_administrators(key, spec, "ingress"),
+            egress=_rules_of_administrators(key, spec, "egress"),
         ),
     )
+
+
+def _rules_of_administrators(
+    key: Key, spec: Mapping[str, Any], direction: Literal["ingress", "egress"]
+) -> list[Rule]:
+    """Of the rules that can't be read one that accepts is left out; any other denies everything."""
+    rest = {name: part for name, part in spec.items() if name not in ("ingress", "egress")}
+
+    def read(rules: list[Any]) -> list[Rule]:
+        readable = {"metadata": {"name": key.name}, "spec": {**rest, direction: rules}}
+        policy = parse_as(key.kind, readable)
+        assert isinstance(
+            policy, ClusterNetworkPolicy | AdminNetworkPolicy | BaselineAdminNetworkPolicy
+        )
+        converted = cluster.global_policy(policy)[0].spec
+        return converted.ingress if direction == "ingress" else converted.egress
+
+    given = spec.get(direction)
+    try:
+        read([])
+    except InvalidObjectError:
+        return _DENY
+    if not isinstance(given, list):
+        return _DENY
+    found: list[Rule] = []
+    for index, rule in enumerate(given):
+        try:
+            rules = read([rule])
+        except InvalidObjectError:
+            accepts = isinstance(rule, Mapping) and rule.get("action") in ("Accept", "Allow")
+            rules = [] if accepts else [Rule(action="Deny")]
+        found += [each.made_from(index) for each in rules]
+    return found
 
 
 def _subject(spec: Mapping[str, Any]) -> tuple[str, str]:

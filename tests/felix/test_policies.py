@@ -264,6 +264,40 @@ def test_a_broken_policy_of_administrators_denies_in_its_place() -> None:
     assert problem == "ClusterNetworkPolicy(admin)"
 
 
+@pytest.mark.parametrize("kind", ["ClusterNetworkPolicy", "AdminNetworkPolicy"])
+def test_of_a_policy_of_administrators_a_rule_that_cannot_be_read_fails_closed_alone(
+    kind: str,
+) -> None:
+    """``apis/v1alpha2`` ClusterNetworkPolicyIngressPeer: what accepts matches nothing, what denies
+    or passes denies all. The rules before it are asked before it, and those behind it behind.
+    """
+    accept, frame = "Accept", {"tier": "Admin", "priority": 1, "subject": {"namespaces": {}}}
+    if kind == "AdminNetworkPolicy":
+        accept = "Allow"
+        del frame["tier"]
+    pods = {"podSelector": {"matchLabels": {"app": "c"}}, "namespaceSelector": {}}
+    from_c = {"action": accept, "from": [{"pods": pods}]}
+    c = workload("c", "10.0.0.3")
+
+    def unknown(action: str) -> JSON:
+        return {"action": action, "from": [{"namespaces": {}, "weather": "fine"}]}
+
+    def reach(*rules: JSON, **spec: Any) -> tuple[bool, bool]:
+        run_ = fed(c, of(kind, "p", {**frame, "ingress": list(rules), **spec}))
+        assert f"{kind}(p)" in dict(run_.calculator.problems(run_.snapshot))
+        return allows(run_, "10.0.0.3", B), allows(run_, A, B)
+
+    deny = {"action": "Deny", "from": [{"namespaces": {}}]}
+    assert reach(from_c, unknown("Deny")) == (True, False)
+    assert reach(unknown("Pass"), from_c) == (False, False)
+    assert reach(unknown(accept), from_c, deny) == (True, False)
+    assert reach(unknown(accept)) == (True, True), "as if it weren't there"
+    assert reach(unknown(accept), egress=[{**deny, "to": 7}]) == (True, False), "A's egress"
+    assert reach(from_c, unknown("Deny"), subject=7) == (False, False), "it could be anybody's"
+    assert reach(from_c, unknown("Deny"), priority="x") == (False, False)
+    assert reach(from_c, unknown("Deny"), weather="fine") == (False, False)
+
+
 FORWARD: JSON = {"applyOnForward": True}
 TO_HOST = Flow(parse_net("192.0.2.1"), parse_net("172.31.1.1"), 6, 40000, 80, dst_endpoint=HOST)
 THROUGH = Flow(parse_net("192.0.2.1"), parse_net("198.51.100.1"), 6, 40000, 80, entry=HOST)
