@@ -3,7 +3,7 @@
 Leaving the policy out could let through what it forbids, and keeping an older version of it
 would make the result depend on what was before. So what can be read of it says where it
 applies (selectors, directions, tier, order), and what can't be read is taken as "everywhere".
-In one of a cluster's administrators it is only those rules that deny that can't be read.
+Where all but some rules can be read, those rules alone fail closed.
 A tier is read as far as it goes, too; see ``policy.engine`` for one whose order can't be.
 """
 
@@ -14,7 +14,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from api.adminnetworkpolicy import AdminNetworkPolicy, BaselineAdminNetworkPolicy
 from api.clusternetworkpolicy import ClusterNetworkPolicy
 from api.errors import InvalidObjectError
 from api.kubernetes import KubernetesNetworkPolicy
@@ -32,6 +31,7 @@ from api.policy import (
 )
 from api.registry import parse_as
 from datastore.interface import Key
+from felix.policies import read_policy
 from policy import cluster, convert
 from policy.engine import UNPLACED
 
@@ -60,8 +60,8 @@ def closed_policy(key: Key, value: object) -> NetworkPolicy | GlobalNetworkPolic
         "selector": _text(spec.get("selector")),
         "service_account_selector": _text(spec.get("serviceaccountselector")),
         "types": _types(spec),
-        "ingress": _DENY,
-        "egress": _DENY,
+        "ingress": _rules(key, spec, "ingress"),
+        "egress": _rules(key, spec, "egress"),
     }
     metadata = ObjectMeta.model_construct(name=key.name, namespace=key.namespace)
     if key.kind == "NetworkPolicy":
@@ -101,16 +101,14 @@ def _kubernetes(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy:
         policy = convert.network_policy(readable)
         declared = {"types": spec.get("policyTypes"), "egress": spec.get("egress")}
         policy.spec.types = _types(declared)
-        policy.spec.ingress, policy.spec.egress = _DENY, _DENY
+        policy.spec.ingress = _rules(key, spec, "ingress")
+        policy.spec.egress = _rules(key, spec, "egress")
         return policy
     raise AssertionError(f"{key}: an empty podSelector can be read")
 
 
 def _of_administrators(key: Key, spec: Mapping[str, Any]) -> GlobalNetworkPolicy:
-    """It applies in the directions in which it has rules: to all pods, if not its subject's.
-
-    Where all but some rules can be read those rules alone fail closed, as the API wants it.
-    """
+    """It applies in the directions in which it has rules: to all pods, if not its subject's."""
     types: list[PolicyType] = []
     if spec.get("ingress"):
         types.append("Ingress")
@@ -126,26 +124,26 @@ def _of_administrators(key: Key, spec: Mapping[str, Any]) -> GlobalNetworkPolicy
             selector=pods,
             namespace_selector=namespaces,
             types=types,
-            ingress=_rules_of_administrators(key, spec, "ingress"),
-            egress=_rules_of_administrators(key, spec, "egress"),
+            ingress=_rules(key, spec, "ingress"),
+            egress=_rules(key, spec, "egress"),
         ),
     )
 
 
-def _rules_of_administrators(
+def _rules(
     key: Key, spec: Mapping[str, Any], direction: Literal["ingress", "egress"]
 ) -> list[Rule]:
-    """Of the rules that can't be read one that accepts is left out; any other denies everything."""
+    """Of those that can't be read one that allows is left out; any other denies everything.
+
+    So does the policy, where anything else can't be read.
+    """
     rest = {name: part for name, part in spec.items() if name not in ("ingress", "egress")}
+    metadata = {"name": key.name} | ({"namespace": key.namespace} if key.namespace else {})
 
     def read(rules: list[Any]) -> list[Rule]:
-        readable = {"metadata": {"name": key.name}, "spec": {**rest, direction: rules}}
-        policy = parse_as(key.kind, readable)
-        assert isinstance(
-            policy, ClusterNetworkPolicy | AdminNetworkPolicy | BaselineAdminNetworkPolicy
-        )
-        converted = cluster.global_policy(policy)[0].spec
-        return converted.ingress if direction == "ingress" else converted.egress
+        policy, _ = read_policy(key, {"metadata": metadata, "spec": {**rest, direction: rules}})
+        assert policy is not None
+        return policy.spec.ingress if direction == "ingress" else policy.spec.egress
 
     given = spec.get(direction)
     try:
@@ -159,10 +157,15 @@ def _rules_of_administrators(
         try:
             rules = read([rule])
         except InvalidObjectError:
-            accepts = isinstance(rule, Mapping) and rule.get("action") in ("Accept", "Allow")
-            rules = [] if accepts else [Rule(action="Deny")]
+            rules = [] if _never_denies(key, rule) else [Rule(action="Deny")]
         found += [each.made_from(index) for each in rules]
     return found
+
+
+def _never_denies(key: Key, rule: object) -> bool:
+    if key.kind == "KubernetesNetworkPolicy":
+        return True
+    return isinstance(rule, Mapping) and rule.get("action") in ("Allow", "Accept", "Log")
 
 
 def _subject(spec: Mapping[str, Any]) -> tuple[str, str]:

@@ -264,6 +264,35 @@ def test_a_broken_policy_of_administrators_denies_in_its_place() -> None:
     assert problem == "ClusterNetworkPolicy(admin)"
 
 
+@pytest.mark.parametrize("kind", ["NetworkPolicy", "GlobalNetworkPolicy"])
+def test_a_rule_that_cannot_be_read_fails_closed_alone(kind: str) -> None:
+    from_a = {**ALLOW, "source": {"selector": "app == 'a'"}}
+    newer = {"source": {"weather": "fine"}}
+
+    def reach(*rules: JSON, **spec: Any) -> tuple[bool, bool]:
+        fields = {"selector": "app == 'b'", "types": ["Ingress"], "ingress": list(rules), **spec}
+        run_ = fed(of(kind, "p", fields, "default" if kind == "NetworkPolicy" else ""))
+        assert list(run_.snapshot.problems)
+        return allows(run_, A, B), allows(run_, "10.0.0.3", B)
+
+    assert reach({**ALLOW, **newer}, from_a) == (True, False)
+    assert reach({"action": "Log", **newer}, from_a, ALLOW) == (True, True)
+    assert reach(from_a, {**DENY, **newer}, ALLOW) == (True, False)
+    for action in ("Deny", "Pass", "Maybe"):
+        assert reach({"action": action, **newer}, from_a) == (False, False)
+    for wrong in ({"order": "x"}, {"tier": 7}, {"selector": 7}, {"weather": "fine"}):
+        assert reach(from_a, {**DENY, **newer}, **wrong) == (False, False)
+
+
+def test_of_a_kubernetes_policy_a_rule_that_cannot_be_read_allows_nothing() -> None:
+    peer = {"podSelector": {"matchLabels": {"app": "a"}}}
+    spec: JSON = {"podSelector": {"matchLabels": {"app": "b"}}, "policyTypes": ["Ingress"]}
+    rules = [{"from": [{}], "weather": "fine"}, {"from": [peer]}]
+    run_ = fed(of("KubernetesNetworkPolicy", "p", {**spec, "ingress": rules}, "default"))
+    assert list(run_.snapshot.problems)
+    assert allows(run_, A, B) and not allows(run_, "10.0.0.3", B)
+
+
 @pytest.mark.parametrize("kind", ["ClusterNetworkPolicy", "AdminNetworkPolicy"])
 def test_of_a_policy_of_administrators_a_rule_that_cannot_be_read_fails_closed_alone(
     kind: str,
