@@ -208,6 +208,7 @@ class Attaching:
             case.wanted.mtu or self._largest_mtu(),
             routes=case.lease.routes if case.lease else (),
             forwarding=case.wanted.forwarding,
+            exclusive=not (case.lease or case.wanted.features.outside_ipam),
         )
 
     def _assign_group(self, cases: Sequence[Case]) -> None:

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from api.net import V4, V6, Net, parse_net
+from cni.attachment import from_alias
 from kernel import sysctl
 from kernel.addresses import Address, Addresses, AddressKey, address_add
 from kernel.links import (
@@ -82,7 +83,8 @@ class Wire:
     """A wire as it ought to be. ``addresses``: host Nets. ``mtu`` in bytes, 0: any.
 
     ``routes``: where the container's traffic may go; none of a family: everywhere.
-    ``forwarding``: the container may forward what it receives.
+    ``forwarding``: the container may forward what it receives. ``exclusive``: IPAM gave the
+    addresses, so no other attachment may have them.
     """
 
     host_interface: str
@@ -93,6 +95,7 @@ class Wire:
     mtu: int
     routes: tuple[Net, ...] = ()
     forwarding: bool = False
+    exclusive: bool = False
 
     @property
     def versions(self) -> list[int]:
@@ -218,7 +221,11 @@ def configure_all(
              for step in _node_steps(wire, ends.index)]  # fmt: skip
     for failure in host.batch([message for _, (_, message) in steps]):
         place, (what, _) = steps[failure.index]
-        problems[place] = problems[place] or failure.error(what)
+        if isinstance(what, Route) and failure.errno == errno.EEXIST:
+            problem = _take_over(host, pairs[place][1], what)
+        else:
+            problem = failure.error(what)
+        problems[place] = problems[place] or problem
     for place, (netns_fd, wire, ends) in enumerate(pairs):
         if problems[place] is None:
             try:
@@ -232,6 +239,26 @@ def configure_all(
             except OSError as error:
                 problems[place] = error
     return problems
+
+
+def _take_over(host: NetlinkSocket, wire: Wire, route: Route) -> OSError | None:
+    """Put our route in place of the one that is there, unless another attachment has the address.
+
+    It may be one from BGP, or felix was quicker than we. What the datastore has forgotten, because
+    an older copy of it was put back, still has its address.
+    """
+    found = Routes(host).lookup(route.net)
+    if wire.exclusive and found is not None and found.net == route.net and found.hops:
+        with contextlib.suppress(OSError):  # it has gone meanwhile
+            holder = Links(host).get(found.hops[0].ifindex)
+            if holder.alias != wire.alias and from_alias(holder.alias) is not None:
+                return OSError(
+                    errno.EADDRINUSE,
+                    f"{route.net}: {holder.name} has this address ({holder.alias}), of which the"
+                    " datastore knows nothing: expected one that no container of the node has",
+                )
+    failures = host.batch([route_replace(route)])
+    return failures[0].error(route) if failures else None
 
 
 def _configure_container(
@@ -381,10 +408,9 @@ def _node_steps(wire: Wire, index: int) -> list[Step]:
     settings = link_set(index, alias=wire.alias, inet_conf=_HOST_CONF)
     steps: list[Step] = [(f"interface {name}", settings)]
     for net in wire.addresses:
-        # Another wire to the same address, of a container that is gone, gives way.
         route = Route(net, (Hop(index),), protocol=PROTO_FELIX, scope=SCOPE_LINK)
         neighbour = Neighbour(index, net, wire.mac, _PROTO_BOOT)
-        steps += [(route, route_replace(route)), (neighbour, neighbour_replace(neighbour))]
+        steps += [(route, route_add(route)), (neighbour, neighbour_replace(neighbour))]
     return steps
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from api.net import parse_net
 from cni import findings
 from cni.wiring import ContainerInterfaceExistsError, HostInterfaceExistsError, Wire, create_all
+from datastore.connect import connect
 from datastore.interface import Key
 from kernel.links import Ends, Links, delete_link, link_set, veth
 from kernel.netlink import NetlinkSocket
@@ -219,3 +221,33 @@ def test_another_cluster_in_our_pool_is_told_of(node: Rig) -> None:
     eventually(lambda: len(told(node)) == 1)
     assert f"IPPool(pods): the next hop 172.31.1.1 announces {other}, which" in told(node)[0]
     node.delete(ours)
+
+
+def test_what_the_datastore_has_forgotten_keeps_its_address(node: Rig, tmp_path: Path) -> None:
+    """An older copy of it was put back: of the container since then it knows nothing."""
+    older, newer = node.container(), node.container()
+    node.add(older)
+    with (
+        contextlib.closing(sqlite3.connect(node.directory / "datastore.db")) as source,
+        contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy,
+    ):
+        source.backup(copy)
+    address = node.add(newer)["ips"][0]["address"].partition("/")[0]
+    node.kill()
+    node.store.close()
+    for left in node.directory.glob("datastore.db*"):
+        left.unlink()
+    shutil.copy(tmp_path / "copy.db", node.directory / "datastore.db")
+    node.store = connect(node.url)
+    node.start()
+    third = node.container()
+    refused = node.call("ADD", third, configuration())
+    assert refused.code != 0
+    assert address in refused.output.decode() and newer.id in refused.output.decode()
+    assert node.held().keys() == {f"k8s-pod-network.{older.id}"}
+    other = node.add(third)["ips"][0]["address"].partition("/")[0]
+    assert address != other
+    assert newer.pings(other) and third.pings(address)
+    for container in (older, newer, third):
+        node.delete(container)
+    node.assert_empty()
