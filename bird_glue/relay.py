@@ -371,3 +371,9 @@ class Relay:
                 self._to_exabgp.clear()
                 return
             del self._to_exabgp[:sent]
+
+
+# Agents of version 0.1.0 run it so; one that has not been started anew since the files were
+# replaced would have an ExaBGP without a relay.
+if __name__ == "__main__":
+    Relay(sys.argv[1]).run()

@@ -56,10 +56,6 @@ VARIABLES = {
 }
 ANNOUNCE = f"neighbor {TOR} announce attributes next-hop self origin igp nlri {BLOCK}\n"
 EOR = f"neighbor {TOR} announce eor ipv4 unicast\n"
-# The relay was another program then, which may be gone by now.
-EARLIER_RELAY = (
-    "import runpy, sys; sys.argv[0] = {now!r}; runpy.run_path({now!r}, None, '__main__')"
-)
 
 
 @dataclass
@@ -81,13 +77,11 @@ class Node:
         return path
 
     def start_exabgp(self) -> None:
-        relay = self.run_dir.parent / "relay.py"
-        relay.write_text(EARLIER_RELAY.format(now=str(RELAY)))
-        path = self.write("exabgp.conf", PYTHON=sys.executable, RELAY=str(relay))
+        relay = str(RELAY.with_name("relay.py"))  # another program than today's
+        path = self.write("exabgp.conf", PYTHON=sys.executable, RELAY=relay)
         with inside(self.rack.node.namespace.fd):
             ExaBgp.start(self.run_dir, path, VARIABLES).close()
         eventually((self.run_dir / "exabgp.sock").exists)
-        relay.unlink()
         eventually(lambda: "Established" in self.rack.tor.birdc("show", "protocols", "n1"))
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(20)
