@@ -243,7 +243,7 @@ def test_staged_policies_are_counted_and_do_nothing(world: Gateway) -> None:
 )
 def test_a_log_tells_which_policy(world: Gateway, prefix: str, own: str, everybodys: str) -> None:
     """``felix/rules/policy.go`` generateLogPrefix. iptables shows 29 characters."""
-    log = {"ingress": [{"action": "Log"}], "selector": "all()"}
+    log: dict[str, Any] = {"ingress": [{"action": "Log"}], "selector": "all()"}
     tier = {"apiVersion": V3, "kind": "Tier", "metadata": {"name": "first"}, "spec": {"order": 1}}
     policies = (policy("p", tier="first", **log), global_policy("g", **log))
     world.enforce(settings(logPrefix=prefix), tier, *policies)

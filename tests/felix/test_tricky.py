@@ -316,9 +316,9 @@ def test_20_no_pod_chooses_what_it_is_to_inherit(place: Place) -> None:
         assert place.reached(B, *by)
         place.become(known, pod_of_c(**false))
         assert place.reached(B, *by)
-    of_team = {"selector": "has(office)", "namespaceSelector": "team == 'red'"}
+    of_office = {"selector": "has(office)", "namespaceSelector": "team == 'red'"}
     near = outside("s", "blue", office="", **false)
-    place.become(policy("p", "red", **FOR_B, ingress=[from_(**of_team)]), near)
+    place.become(policy("p", "red", **FOR_B, ingress=[from_(**of_office)]), near)
     assert place.reached(B), "nor can a network set"
 
 

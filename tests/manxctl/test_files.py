@@ -240,8 +240,12 @@ def test_calicos_own_crds(run: Run, store: SqliteDatastore) -> None:
 @pytest.mark.parametrize("verb", ["apply", "create", "replace", "delete"])
 def test_no_file_unlocks_a_datastore(run: Run, store: SqliteDatastore, verb: str) -> None:
     run("datastore", "migrate", "lock")
-    unlocked = {"apiVersion": "projectcalico.org/v3", "kind": "ClusterInformation"}
-    unlocked |= {"metadata": {"name": "default"}, "spec": {"datastoreReady": True}}
+    unlocked = {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": "ClusterInformation",
+        "metadata": {"name": "default"},
+        "spec": {"datastoreReady": True},
+    }
     result = run(verb, "-f", "-", stdin=json.dumps(unlocked))
     assert result.exit_code == 1
     assert "manxctl datastore migrate lock and unlock" in result.stderr
