@@ -56,6 +56,7 @@ _DATA_TYPE = 6
 _DESCRIPTION = 9
 _ID = 10
 _TIMEOUT = 11
+_USERDATA = 13
 _DESCRIPTION_SIZE = 1
 _DESCRIPTION_FIELDS = 2
 
@@ -66,6 +67,10 @@ _ELEMENT_KEY = 1
 _ELEMENT_DATA = 2
 _ELEMENT_FLAGS = 3
 _ELEMENT_EXPRESSIONS = (7, 11)
+
+# What nft(8) needs to show such keys: NFTNL_UDATA_SET_KEYBYTEORDER is BYTEORDER_HOST_ENDIAN.
+_HOST_ORDERED = ((MARK,), (INTERFACE,))
+_HOST_ORDER = struct.pack("=BBI", 0, 4, 1)
 
 _BE32 = struct.Struct(">I")
 _BULK_BYTES = 60_000  # an attribute holds at most 64 KiB
@@ -167,6 +172,8 @@ def declaration(wanted: NftSet, identity: int) -> bytes:
         parts.append(attribute(_TIMEOUT, (1000 * wanted.timeout).to_bytes(8, "big")))
     if wanted.verdicts:
         parts.append(number(_DATA_TYPE, _VERDICT_TYPE))
+    if wanted.key in _HOST_ORDERED:
+        parts.append(attribute(_USERDATA, _HOST_ORDER))
     description = []
     if wanted.size:
         description.append(number(_DESCRIPTION_SIZE, wanted.size))

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,7 @@ from kernel.nft_sets import (
     ADDRESS4,
     ADDRESS6,
     INTERFACE,
+    MARK,
     PORT,
     PROTOCOL,
     ForeignElementError,
@@ -234,6 +236,22 @@ def test_what_was_written_is_read_back(table: Nftables) -> None:
     assert state.chains == {"forward": ChainState(FORWARD, ())}
     assert state.sets.keys() == {"nets", "passing", "ports", "interfaces"}
     assert not table.keys("ports")
+
+
+def test_nft_shows_keys_that_are_of_the_host_s_byte_order(namespace: Namespace) -> None:
+    """Which it learns of the set, or shows an interface's name as nothing."""
+    with Nftables(4, "calico", netns_fd=namespace.fd) as table:
+        transaction = table.transaction()
+        transaction.create_table()
+        transaction.create_set(NftSet("interfaces", (INTERFACE,), verdicts=True))
+        transaction.create_set(NftSet("marks", (MARK,)))
+        drop = {nft.interface_name("cali1"): Target(Verdict.DROP)}
+        transaction.add_targets("interfaces", drop)
+        transaction.add_keys("marks", [(0x10).to_bytes(4, sys.byteorder)])
+        table.commit(transaction)
+    listing = run(namespace, "nft", "list", "table", "ip", "calico").stdout
+    assert 'elements = { "cali1" : drop }' in listing
+    assert "elements = { 0x00000010 }" in listing
 
 
 @st.composite
