@@ -220,7 +220,7 @@ class _Probe:
         self.answered = False
         self._world = world
         self._socket = socket_in(source, 6 if ":" in address else 4, kind)
-        # Not one that the kernel chooses: an earlier step's flow, which was allowed, may have had it.
+        # Not one that the kernel chooses: a flow that was allowed before may have had it.
         self._socket.bind(("", next(_ports)))
         with contextlib.suppress(BlockingIOError):
             self._socket.connect((address, port))
