@@ -62,7 +62,7 @@ _ESTABLISHED = "Established"
 _STATES = {"Down": "Idle", "Close": "Idle", "Passive": "Active"}  # ours for BIRD's
 _RECEIVED, _OURS, _SOCKET = "Received: ", "BGP Error: ", "Socket: "
 _REFUSED = "Socket: Connection refused"
-_SHAKE_SECONDS = 0.3
+_SHAKE_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,7 @@ class ProtocolStatus:
     def after(self, before: ProtocolStatus) -> ProtocolStatus:
         """The same, where it is known what was seen before."""
         since, said = self.since, ""
-        # BIRD works out a time of day from two clocks, anew whenever it is asked; one of them it
-        # read when it began with what it is at, so it is late by what that has taken till then.
+        # BIRD works out a time of day from two clocks, anew whenever it is asked
         if self.state == before.state and abs(since - before.since) < _SHAKE_SECONDS:
             since = before.since
         if self.state != _ESTABLISHED:

@@ -330,31 +330,20 @@ class Bird(Router):
         output = self.birdc("show", "route", "where", "source", "=", "RTS_BGP")
         return set(re.findall(r"^([0-9a-f.:]+/\d+)\s", output, re.MULTILINE))
 
-    def since(self, protocol: str) -> Since:
-        """When the state of a protocol last changed."""
-        return Since(self.birdc("show", "protocols", protocol).splitlines()[-1].split()[4])
+    def session(self, protocol: str) -> set[str]:
+        """The two ends of the session's TCP connection: a session made anew has others.
+
+        The time that BIRD shows for it moves with the machine's clock, when that is set.
+        """
+        shown = self.birdc("show", "protocols", "all", protocol)
+        (neighbor,) = re.findall(r"Neighbor address: ([^\s%]+)", shown)
+        found = self.run("ss", "-tnH", "state", "established", "dst", neighbor)
+        ends = (" ".join(line.split()[2:4]) for line in found.splitlines())
+        return {both for both in ends if re.search(r":179\b", both)}
 
     def end(self) -> None:
         with contextlib.suppress(AttributeError):
             self.daemon.__exit__()
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Since:
-    """A time of day as BIRD shows it, which works it out anew from two clocks each time, one of
-    them read when it began with what it is at: the same one may differ by what that takes.
-    """
-
-    text: str
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Since) and abs(self._ms() - other._ms()) <= 300
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def _ms(self) -> int:
-        hours, minutes, seconds = self.text.split(":")
-        return (int(hours) * 60 + int(minutes)) * 60_000 + round(float(seconds) * 1000)
 
 
 class Frr(Router):
