@@ -92,9 +92,9 @@ class _Rack:
         return ping.lost
 
     def _kill_engine(self) -> None:
-        since = self._tor.since("n1")
+        session = self._tor.session("n1")
         self._end_engine()
-        eventually(lambda: self._tor.since("n1") != since)
+        eventually(lambda: self._tor.session("n1") != session)
 
     def _renew_agent(self, number: int) -> None:
         self._node.agent.end(number)

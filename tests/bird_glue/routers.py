@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,8 +253,34 @@ class FrrRouter(Frr, TopOfRack):
             self.daemons = (self._daemon("zebra"),)
             eventually((self.files / "z").exists)
             self.daemons += (self._daemon("bfdd", "--bfdctl", str(self.files / "bfdd.sock")),)
-        self.bgpd = self._daemon("bgpd")
-        eventually((self.files / "bgpd.vty").exists)
+        with self._four_first() if graceful else nullcontext():
+            self.bgpd = self._daemon("bgpd")
+            eventually((self.files / "bgpd.vty").exists)
+
+    @contextmanager
+    def _four_first(self) -> Iterator[None]:
+        """IPv6 waits until IPv4 has been decided about.
+
+        Zebra deletes what it kept of both when the End-of-RIB of one has come, however soon after
+        it the routes of the other come.
+        """
+        rules = "tcp dport 179 drop; tcp sport 179 drop;"
+        hook = "type filter hook input priority 0;"
+        self.run("nft", f"table ip6 late {{ chain c {{ {hook} {rules} }}; }}")
+        try:
+            yield
+            eventually(self._has_decided)
+        finally:
+            self.run("nft", "delete table ip6 late")
+
+    def _has_decided(self) -> bool:
+        """Whether it has chosen a path of IPv4, which it puts off while it starts again."""
+        learned = self.prefixes()
+        return any(
+            net in learned and any(path.get("bestpath") for path in paths)
+            for net, paths in self._tables()
+            if ":" not in net
+        )
 
     def _daemon(self, name: str, *options: str) -> Process:
         for left in (self.files / f"{name}.pid", self.files / f"{name}.vty"):

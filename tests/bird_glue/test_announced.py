@@ -112,7 +112,7 @@ def test_an_address_borrowed_from_another_nodes_block_is_reached(rack: Rack) -> 
 
 def test_filters_decide_and_touch_no_session(rack: Rack) -> None:
     """The peer's settings change to name a filter; the rest follows without a reset."""
-    store, since = rack.world.store, rack.tor.session("n1")
+    store, session = rack.world.store, rack.tor.session("n1")
     rules = [
         {"action": "Reject", "communities": {"values": ["65001:60"]}},
         {"action": "Reject", "asPathPrefix": [65001, 65099]},
@@ -151,7 +151,7 @@ def test_filters_decide_and_touch_no_session(rack: Rack) -> None:
     eventually(lambda: "BGPPeer tor: spec.filters: 'f'" in problems(rack.n1))
     rack.peer()
     rack.settle()
-    assert rack.tor.session("n1") == since
+    assert rack.tor.session("n1") == session
 
 
 def problems(node: Node) -> str:

@@ -142,7 +142,7 @@ def test_blocks_are_told_routes_learned_and_packets_flow(rack: Rack) -> None:
 
 def test_blocks_and_routes_come_and_go(rack: Rack) -> None:
     store, node, tor = rack.world.store, rack.node, rack.tor
-    since = tor.session("n1")
+    session = tor.session("n1")
     store.block("n1", "10.1.9.0/26")
     tor.configure(tor_configuration("10.50.0.0/16", "10.2.7.0/26", "10.1.0.4/30"))
     eventually(lambda: tor.blocks() == {BLOCK, "10.1.9.0/26"})
@@ -152,12 +152,12 @@ def test_blocks_and_routes_come_and_go(rack: Rack) -> None:
     store.drop_block("n1", "10.1.9.0/26")
     tor.configure(tor_configuration())
     eventually(lambda: tor.blocks() == {BLOCK})
-    assert tor.session("n1") == since
+    assert tor.session("n1") == session
 
 
 def test_a_change_to_one_peer_leaves_the_others_alone(rack: Rack) -> None:
     store, tor = rack.world.store, rack.tor
-    since = tor.session("n1")
+    session = tor.session("n1")
     store.put("BGPPeer", "other", peerIP="172.31.1.77", asNumber=65001, keepaliveTime="10s")
     eventually(lambda: rack.node.peer("172.31.1.77") is not None)
     missing = "no answer from 172.31.1.77 on its link"
@@ -166,7 +166,7 @@ def test_a_change_to_one_peer_leaves_the_others_alone(rack: Rack) -> None:
     eventually(lambda: rack.node.peer("172.31.1.78") is not None)
     store.delete("BGPPeer", "other")
     eventually(lambda: rack.node.peer("172.31.1.78") is None)
-    assert tor.session("n1") == since
+    assert tor.session("n1") == session
 
 
 def test_wrong_as_is_explained(rack: Rack) -> None:
@@ -180,7 +180,7 @@ def test_wrong_as_is_explained(rack: Rack) -> None:
 @pytest.mark.parametrize("who", ["agent", "engine", "agent and engine"])
 def test_nothing_is_lost_when_it_is_killed(rack: Rack, who: str) -> None:
     node, tor = rack.node, rack.tor
-    since, daemon = tor.session("n1"), rack.daemon()
+    session, daemon = tor.session("n1"), rack.daemon()
     with Ping(rack.outside, POD) as ping:
         if "agent" in who:
             node.agent.end()
@@ -189,12 +189,12 @@ def test_nothing_is_lost_when_it_is_killed(rack: Rack, who: str) -> None:
         if "agent" in who:
             node.start()
         if "engine" in who:
-            eventually(lambda: tor.session("n1") != since)
+            eventually(lambda: tor.session("n1") != session)
         rack.settle()
         eventually(lambda: "restart active" not in tor.birdc("show", "protocols", "all", "n1"))
     assert ping.lost == 0
     if who == "agent":
-        assert (rack.daemon(), tor.session("n1")) == (daemon, since)
+        assert (rack.daemon(), tor.session("n1")) == (daemon, session)
 
 
 def test_a_router_that_restarts_gracefully_loses_nothing(rack: Rack) -> None:
@@ -288,10 +288,10 @@ def test_engines_change_under_traffic(rack: Rack) -> None:
     first, other = rack.engine, {"exabgp": "bird", "bird": "exabgp"}[rack.engine]
     with Ping(rack.outside, POD) as inward, Ping(rack.pod, OUTSIDE) as outward:
         for engine in (other, first):
-            since, daemon = rack.tor.session("n1"), rack.daemon()
+            session, daemon = rack.tor.session("n1"), rack.daemon()
             set_engine(rack.world, engine)
             rack.engine = engine
-            eventually(lambda since=since: rack.tor.session("n1") != since)  # type: ignore[misc]
+            eventually(lambda session=session: rack.tor.session("n1") != session)  # type: ignore[misc]
             rack.settle()
             assert rack.daemon() != daemon
             eventually(partial(rack.tells, engine))

@@ -79,28 +79,28 @@ def test_rotated_one_at_a_time(racks: Racks) -> None:
     eventually(lambda: node.established(*(address for address, _ in TORS.values())))
     eventually(lambda: all(tor.blocks() == {BLOCK} for tor in racks.tors.values()))
 
-    since = racks.tors["tor2"].session("n1")
+    session = racks.tors["tor2"].session("n1")
     racks.tors["tor1"].configure(configuration("tor1", "it's \\ {new};"))
     racks.world.secret("bgp", tor1="it's \\ {new};", tor2="first-tor2")
     before = racks.tors["tor1"].session("n1")
     eventually(lambda: not node.established(address) or racks.tors["tor1"].session("n1") != before)
     eventually(lambda: node.established(address) and racks.tors["tor1"].blocks() == {BLOCK})
-    assert racks.tors["tor2"].session("n1") == since
+    assert racks.tors["tor2"].session("n1") == session
 
     # an agent that starts knows the password before it touches the sessions, even if it can't
     # read the Secret
     path = racks.world.store.url.removeprefix("sqlite://")
     with contextlib.closing(sqlite3.connect(path)) as store, store:
         store.execute("UPDATE objects SET value = '{' WHERE kind = 'Secret'")
-    since1 = racks.tors["tor1"].session("n1")
+    session1 = racks.tors["tor1"].session("n1")
     node.agent.end()
     node.start()
     eventually(lambda: node.established(*(address for address, _ in TORS.values())))
     log = node.directory / "agent.log"
     eventually(lambda: "Secret bgp not read, what was used stands" in log.read_text())
     assert node.established(*(address for address, _ in TORS.values()))
-    assert racks.tors["tor1"].session("n1") == since1
-    assert racks.tors["tor2"].session("n1") == since
+    assert racks.tors["tor1"].session("n1") == session1
+    assert racks.tors["tor2"].session("n1") == session
 
     text = node.logs() + str(node.status())
     assert "first-tor2" not in text

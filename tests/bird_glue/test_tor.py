@@ -138,7 +138,7 @@ def test_kernel_routes_that_vanish_are_put_back(rack: Rack) -> None:
 
 def test_bad_peers_are_named_and_hurt_nobody(rack: Rack) -> None:
     store, node, tor = rack.world.store, rack.node, rack.tor
-    since = tor.session("n1")
+    session = tor.session("n1")
     store.put(
         "BGPPeer",
         "locked",
@@ -166,7 +166,7 @@ def test_bad_peers_are_named_and_hurt_nobody(rack: Rack) -> None:
     for name in ("locked", "twice", "nobody", "nowhere", "closed", "broken"):
         store.delete("BGPPeer", name)
     eventually(lambda: bool((status := node.status()) and len(status.peers) == 1))
-    assert tor.session("n1") == since
+    assert tor.session("n1") == session
 
 
 WORDS = {
@@ -187,7 +187,7 @@ def test_wrong_as_is_explained(rack: Rack) -> None:
 def test_nothing_is_lost_when_it_is_killed(rack: Rack, who: str) -> None:
     """Echo and its answer take the learned route one way and the announced block the other."""
     node, tor = rack.node, rack.tor
-    since, exabgp = tor.session("n1"), node.exabgp()
+    session, exabgp = tor.session("n1"), node.exabgp()
     with Ping(rack.outside, POD) as ping:
         if "agent" in who:
             node.agent.end()
@@ -196,7 +196,7 @@ def test_nothing_is_lost_when_it_is_killed(rack: Rack, who: str) -> None:
         if "agent" in who:
             node.start()
         if "ExaBGP" in who:
-            eventually(lambda: tor.session("n1") != since)
+            eventually(lambda: tor.session("n1") != session)
         eventually(lambda: node.established(TOR))
         # the end of our routes was marked: BIRD no longer keeps any in the hope to hear of them
         eventually(lambda: "restart active" not in tor.birdc("show", "protocols", "all", "n1"))
@@ -205,7 +205,7 @@ def test_nothing_is_lost_when_it_is_killed(rack: Rack, who: str) -> None:
     assert len(node.routes()) == 2
     if who == "agent":
         assert node.exabgp() == exabgp
-        assert tor.session("n1") == since  # the session didn't notice
+        assert tor.session("n1") == session  # the session didn't notice
 
 
 def test_what_changed_while_the_agent_was_away(rack: Rack) -> None:
@@ -262,7 +262,7 @@ def test_a_peer_that_is_removed_forgets_us_at_once(rack: Rack) -> None:
 def test_sessions_are_added_while_routes_are_being_told(rack: Rack) -> None:
     """ExaBGP loses a request to load its configuration that comes while routes wait."""
     store, node, tor = rack.world.store, rack.node, rack.tor
-    since = tor.session("n1")
+    session = tor.session("n1")
     blocks = [f"10.1.{n}.0/26" for n in range(100, 200)]
     for block in blocks:
         store.block("n1", block)
@@ -277,7 +277,7 @@ def test_sessions_are_added_while_routes_are_being_told(rack: Rack) -> None:
         store.drop_block("n1", block)
     store.delete("BGPPeer", "new")
     eventually(lambda: tor.blocks() == {BLOCK})
-    assert tor.session("n1") == since
+    assert tor.session("n1") == session
 
 
 def test_a_port_that_is_taken_is_named(rack: Rack) -> None:

@@ -156,7 +156,7 @@ def secured(configuration: str) -> str:
 def test_the_engine_of_an_earlier_version_goes_on(node: Node) -> None:
     """It is found, understood and told the configuration of today; no session ends by that."""
     rack, store = node.rack, node.rack.world.store
-    started, since, relays = rack.daemon(), rack.tor.session("n1"), node.relays()
+    started, session, relays = rack.daemon(), rack.tor.session("n1"), node.relays()
     with Ping(rack.outside, POD) as ping, Ping(rack.pod, OUTSIDE) as back:
         rack.node.start()
         rack.settle()
@@ -175,7 +175,7 @@ def test_the_engine_of_an_earlier_version_goes_on(node: Node) -> None:
         rack.node.start()
         eventually(lambda: rack.node.established(TOR))
     assert (ping.lost, back.lost) == (0, 0)
-    assert (rack.daemon(), rack.tor.session("n1"), node.relays()) == (started, since, relays)
+    assert (rack.daemon(), rack.tor.session("n1"), node.relays()) == (started, session, relays)
 
 
 def test_what_the_relay_of_an_earlier_version_says() -> None:

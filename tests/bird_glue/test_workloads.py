@@ -107,12 +107,12 @@ def test_what_a_workload_says_is_told_to_all(scene: Scene) -> None:
     assert peer
     assert peer.type == "local workload"
 
-    since = vm.session("node")
+    session = vm.session("node")
     n1.agent.end()
     n1.start()
     eventually(lambda: n1.established(VM))
     eventually(lambda: bool((status := n1.status()) and not status.holding))
-    assert vm.session("node") == since
+    assert vm.session("node") == session
 
     scene.world.store.delete("BGPPeer", "vms")
     eventually(lambda: n1.route_to(NETWORK) == "" == n2.route_to(NETWORK))
