@@ -28,7 +28,7 @@ from bird_glue.process import Bird as BirdDaemon
 from bird_glue.process import Daemon, ExaBgp
 from kernel.routes import PROTO_BGP
 from tests.bird_glue.world import BIRD_COMMON, BIRD_SESSION, Ping, World, world
-from tests.support.netns import connect, eventually
+from tests.support.netns import eventually
 
 BLOCK, POD, OUTSIDE = "10.1.0.0/26", "10.1.0.5", "192.0.2.9"
 TOR, NODE = "172.31.1.1", "172.31.1.11"
@@ -54,12 +54,8 @@ class _Rack:
 
     def __init__(self, made: World, engine: str) -> None:
         self._daemon = DAEMONS[engine]
-        self._node, self._tor = made.node("n1"), made.bird("tor")
-        self._outside = made.host("outside")
-        node, tor, outside = self._node, self._tor, self._outside
-        connect(node.namespace, "eth0", tor.namespace, "n1", [f"{NODE}/24", f"{TOR}/24"])
-        connect(outside.namespace, "eth0", tor.namespace, "up", [f"{OUTSIDE}/24", "192.0.2.1/24"])
-        outside.run("ip", "route", "add", "default", "via", "192.0.2.1")
+        node, tor, outside = made.rack(NODE, TOR, OUTSIDE)
+        self._node, self._tor, self._outside = node, tor, outside
         made.pod(node, "pod", POD)
         made.store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False, asNumber=64512)
         made.store.put("IPPool", "plain", cidr="10.1.0.0/16")

@@ -24,10 +24,10 @@ from tests.bird_glue.world import (
     World,
     world,
 )
-from tests.support.netns import PROMPTLY, connect, eventually
+from tests.support.netns import PROMPTLY, eventually
 
 BLOCK, POD, OUTSIDE = "10.1.0.0/26", "10.1.0.5", "192.0.2.9"
-TOR = "172.31.1.1"
+TOR, NODE = "172.31.1.1", "172.31.1.11"
 ANNOTATION = "projectcalico.org/BGPEngine"
 STATICS = "protocol static {{ ipv4; {routes} }}\n"
 
@@ -35,7 +35,7 @@ STATICS = "protocol static {{ ipv4; {routes} }}\n"
 def tor_configuration(*statics: str, asn: int = 65001) -> str:
     routes = " ".join(f"route {net} blackhole;" for net in statics)
     session = BIRD_SESSION.format(
-        name="n1", local=TOR, asn=asn, peer="172.31.1.11", peer_asn=64512, export="all"
+        name="n1", local=TOR, asn=asn, peer=NODE, peer_asn=64512, export="all"
     )
     # two that call each other at once may need a second try, which some tests would take for ours
     session = session.replace("hold time 30;", "hold time 30; passive;")
@@ -97,16 +97,13 @@ def rack(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Rack]:
     with world(tmp_path_factory.mktemp("engines")) as made:
-        node, tor, outside = made.node("n1"), made.bird("tor"), made.host("outside")
-        connect(node.namespace, "eth0", tor.namespace, "n1", ["172.31.1.11/24", f"{TOR}/24"])
-        connect(outside.namespace, "eth0", tor.namespace, "up", [f"{OUTSIDE}/24", "192.0.2.1/24"])
-        outside.run("ip", "route", "add", "default", "via", "192.0.2.1")
+        node, tor, outside = made.rack(NODE, TOR, OUTSIDE)
         pod = made.pod(node, "pod", POD)
         set_engine(made, request.param)
         made.store.put("IPPool", "plain", cidr="10.1.0.0/16")
         made.store.put("IPPool", "overlay", cidr="10.2.0.0/16", vxlanMode="Always")
         made.store.put("BGPPeer", "tor", peerIP=TOR, asNumber=65001)
-        made.store.node("n1", "172.31.1.11/24")
+        made.store.node("n1", f"{NODE}/24")
         made.store.block("n1", BLOCK)
         tor.start(tor_configuration())
         node.start()
@@ -333,15 +330,12 @@ def test_a_bird_that_does_not_work_takes_nothing_along(tmp_path: Path, how: str)
     (programs / "bird").write_text(BROKEN[how])
     (programs / "bird").chmod(0o755)
     with world(tmp_path) as made:
-        node, tor, outside = made.node("n1"), made.bird("tor"), made.host("outside")
-        connect(node.namespace, "eth0", tor.namespace, "n1", ["172.31.1.11/24", f"{TOR}/24"])
-        connect(outside.namespace, "eth0", tor.namespace, "up", [f"{OUTSIDE}/24", "192.0.2.1/24"])
-        outside.run("ip", "route", "add", "default", "via", "192.0.2.1")
+        node, tor, outside = made.rack(NODE, TOR, OUTSIDE)
         made.pod(node, "pod", POD)
         set_engine(made, "exabgp")
         made.store.put("IPPool", "plain", cidr="10.1.0.0/16")
         made.store.put("BGPPeer", "tor", peerIP=TOR, asNumber=65001)
-        made.store.node("n1", "172.31.1.11/24")
+        made.store.node("n1", f"{NODE}/24")
         made.store.block("n1", BLOCK)
         tor.start(tor_configuration())
         node.start(PATH=f"{programs}:{os.environ['PATH']}")
@@ -439,7 +433,7 @@ def test_reflector_on_bird(tmp_path: Path) -> None:
             store.block(node.name, f"10.1.{n}.0/26")
             node.start(MANX_BGP_ENGINE="exabgp" if node is one else "bird")
         direct = ["10.1.2.0/26 via 172.31.1.12 dev eth0 metric 1024"]
-        back = ["10.1.1.0/26 via 172.31.1.11 dev eth0 metric 1024"]
+        back = [f"10.1.1.0/26 via {NODE} dev eth0 metric 1024"]
         eventually(partial(learned, one, "10.1.2.0/26", "179", direct))
         eventually(partial(learned, two, "10.1.1.0/26", "bird", back))
         assert pod.reaches("10.1.2.5")

@@ -22,10 +22,10 @@ from tests.bird_glue.world import (
     World,
     world,
 )
-from tests.support.netns import PROMPTLY, connect, eventually
+from tests.support.netns import PROMPTLY, eventually
 
 BLOCK, POD, OUTSIDE = "10.1.0.0/26", "10.1.0.5", "192.0.2.9"
-TOR = "172.31.1.1"
+TOR, NODE = "172.31.1.1", "172.31.1.11"
 STATICS = """
 protocol static {{ ipv4; {routes} }}
 """
@@ -34,7 +34,7 @@ protocol static {{ ipv4; {routes} }}
 def bird_configuration(*statics: str, asn: int = 65001, graceful: str = "on") -> str:
     routes = " ".join(f"route {net} blackhole;" for net in statics)
     session = BIRD_SESSION.format(
-        name="n1", local=TOR, asn=asn, peer="172.31.1.11", peer_asn=64512, export="all"
+        name="n1", local=TOR, asn=asn, peer=NODE, peer_asn=64512, export="all"
     ).replace("graceful restart on;", f"graceful restart {graceful};")
     return BIRD_COMMON.format(router_id=TOR) + STATICS.format(routes=routes) + session
 
@@ -56,17 +56,14 @@ class Rack:
 @pytest.fixture(scope="module")
 def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
     with world(tmp_path_factory.mktemp("tor")) as made:
-        node, tor, outside = made.node("n1"), made.bird("tor"), made.host("outside")
-        connect(node.namespace, "eth0", tor.namespace, "n1", ["172.31.1.11/24", f"{TOR}/24"])
-        connect(outside.namespace, "eth0", tor.namespace, "up", [f"{OUTSIDE}/24", "192.0.2.1/24"])
-        outside.run("ip", "route", "add", "default", "via", "192.0.2.1")
+        node, tor, outside = made.rack(NODE, TOR, OUTSIDE)
         pod = made.pod(node, "pod", POD)
         store = made.store
         store.put("BGPConfiguration", "default", nodeToNodeMeshEnabled=False, asNumber=64512)
         store.put("IPPool", "plain", cidr="10.1.0.0/16")
         store.put("IPPool", "overlay", cidr="10.2.0.0/16", vxlanMode="Always")
         store.put("BGPPeer", "tor", peerIP=TOR, asNumber=65001)
-        store.node("n1", "172.31.1.11/24")
+        store.node("n1", f"{NODE}/24")
         store.block("n1", BLOCK)
         tor.start(bird_configuration())
         node.start()

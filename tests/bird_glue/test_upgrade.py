@@ -32,6 +32,7 @@ from bird_glue.process import ExaBgp
 from kernel.netns import inside
 from tests.bird_glue.test_engines import (
     BLOCK,
+    NODE,
     OUTSIDE,
     POD,
     TOR,
@@ -40,7 +41,7 @@ from tests.bird_glue.test_engines import (
     tor_configuration,
 )
 from tests.bird_glue.world import Ping, world
-from tests.support.netns import connect, eventually
+from tests.support.netns import eventually
 
 RELEASED = Path(__file__).with_name("released")
 VARIABLES = {
@@ -110,10 +111,7 @@ class Node:
 @pytest.fixture(params=["exabgp", "bird"])
 def node(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Node]:
     with world(tmp_path) as made:
-        node, tor, outside = made.node("n1"), made.bird("tor"), made.host("outside")
-        connect(node.namespace, "eth0", tor.namespace, "n1", ["172.31.1.11/24", f"{TOR}/24"])
-        connect(outside.namespace, "eth0", tor.namespace, "up", [f"{OUTSIDE}/24", "192.0.2.1/24"])
-        outside.run("ip", "route", "add", "default", "via", "192.0.2.1")
+        node, tor, outside = made.rack(NODE, TOR, OUTSIDE)
         pod = made.pod(node, "pod", POD)
         set_engine(made, request.param)
         made.secret("bgp", tor="secret-1")
@@ -135,7 +133,7 @@ def node(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Node]:
             password={"secretKeyRef": {"name": "bgp", "key": "tor"}},
             ttlSecurity=1,
         )
-        made.store.node("n1", "172.31.1.11/24")
+        made.store.node("n1", f"{NODE}/24")
         made.store.block("n1", BLOCK)
         tor.start(secured(tor_configuration()))
         node.run_dir.mkdir()

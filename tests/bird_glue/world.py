@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -473,6 +474,16 @@ class World:
             pod.run("ip", "address", "add", f"{six}/128", "dev", "eth0", "nodad")
             pod.run("ip", "route", "add", "default", "via", "fe80::1", "dev", "eth0")
         return pod
+
+    def rack(self, node: str, tor: str, outside: str) -> tuple[Node, Bird, Station]:
+        """A node ``n1``, its top-of-rack router and a host beyond, with these addresses."""
+        made = self.node("n1"), self.bird("tor"), self.host("outside")
+        node_in, tor_in, outside_in = (station.namespace for station in made)
+        connect(node_in, "eth0", tor_in, "n1", [f"{node}/24", f"{tor}/24"])
+        beyond = str(next(ip_network(f"{outside}/24", strict=False).hosts()))
+        connect(outside_in, "eth0", tor_in, "up", [f"{outside}/24", f"{beyond}/24"])
+        made[2].run("ip", "route", "add", "default", "via", beyond)
+        return made
 
     def secret(self, name: str, **values: str) -> None:
         """A Secret of kube-system, where the agent looks for passwords."""
