@@ -55,8 +55,9 @@ def parse_stored(kind_id: str, obj: object) -> Resource:
 def known_part(kind_id: str, obj: Mapping[str, Any]) -> Mapping[str, Any]:
     """An object without the fields that are not known here: a newer Calico may have written them.
 
-    Only for kinds in which a field more can't be a condition more. Of an object that nobody can
-    read nothing is known: it stays as it is.
+    Of a list's element such a field could be a condition: the element goes as a whole. Only for
+    kinds in which it can't be one elsewhere. Of an object that nobody can read nothing is known: it
+    stays as it is.
     """
     spec = obj.get("spec")
     if isinstance(spec, Mapping) and UNREADABLE in spec:
@@ -65,9 +66,10 @@ def known_part(kind_id: str, obj: Mapping[str, Any]) -> Mapping[str, Any]:
         KINDS[kind_id].model.model_validate(obj, by_alias=True, by_name=False)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        unknown = [each["loc"] for each in details if each["type"] == "extra_forbidden"]
+        unknown = (each["loc"] for each in details if each["type"] == "extra_forbidden")
         known = copy.deepcopy(dict(obj))
-        for location in unknown:
+        # the last first, so that elements before it keep their places
+        for location in reversed(dict.fromkeys(map(_element, unknown))):
             _remove(known, location)
         return known
     return obj
@@ -140,11 +142,17 @@ def _problem(model: type[BaseModel], detail: Any) -> Problem:
     return Problem(_path(location), value, expected)
 
 
+def _element(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The element of a list that a field is in, or the field where it is in none."""
+    indices = (end for end, step in enumerate(location, 1) if isinstance(step, int))
+    return location[: next(indices, None)]
+
+
 def _remove(at: Any, location: tuple[int | str, ...]) -> None:
     """Take out what is there, by names in whatever case; one that isn't found stays."""
     first, *rest = location
     if isinstance(first, int):
-        _remove(at[first], tuple(rest))
+        del at[first]
         return
     for name in [name for name in at if str(name).lower() == first.lower()]:
         if not rest:

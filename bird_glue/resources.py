@@ -43,8 +43,9 @@ GROUPS = {"services": SERVICE_KINDS, "workloads": WORKLOAD_KINDS}
 _FOLLOWED_IN_GROUPS = frozenset(kind for kinds in GROUPS.values() for kind in kinds)
 _CLUSTER = Key("ClusterInformation", "default")
 _CONFIGURATION = Key("BGPConfiguration", "default")
-# A field that only a newer Calico knows costs no more than itself. (In a BGPPeer or a BGPFilter it
-# could be a condition, without which more would be told, or to others.)
+# A field that only a newer Calico knows costs no more than itself, or the element of a list that it
+# is in. (In a BGPPeer or a BGPFilter it could be a condition anywhere, without which more would be
+# told, or to others.)
 _KNOWN_PART_COUNTS = frozenset(("Node", "BGPConfiguration", "IPPool", "BlockAffinity"))
 _CONFIRMED = ("confirmed", "")  # "" is an old spelling
 

@@ -8,6 +8,7 @@ from api.errors import UNREADABLE
 from api.net import parse_net
 from bird_glue.filters import Rule
 from bird_glue.resources import Resources
+from bird_glue.settings import prefix_communities
 from datastore.follower import Update
 from datastore.interface import Key
 
@@ -105,6 +106,24 @@ def test_a_field_of_a_newer_calico_costs_itself_alone() -> None:
     assert resources.cluster().nodes["n1"].spec.bgp is not None
     put(resources, "IPPool", "b", {**spec, "disableBGPExport": "no"})
     assert not resources.pools(program_unencapsulated=True).exports_own(parse_net("10.2.0.0/26"))
+
+
+def test_a_field_of_a_newer_calico_costs_the_range_that_it_may_be_a_condition_of() -> None:
+    """Without it the range would be told by every node."""
+    resources = Resources("n1")
+    whole = [{"cidr": cidr} for cidr in ("203.0.113.0/24", "198.51.100.0/24", "192.0.2.0/24")]
+    put(resources, "BGPConfiguration", "default", {"serviceLoadBalancerIPs": whole})
+    assert len(resources.announced_services("n1")) == 3
+    newer = {"nodeSelector": "rack == 'edge'", "newer": 1}
+    ranges = [whole[0] | newer, whole[1], whole[2] | newer]
+    told = [{"cidr": "10.0.0.0/8", "communities": ["1:2"]} | newer]
+    told.append({"cidr": "10.1.0.0/16", "communities": ["1:3"]})
+    spec = {"serviceLoadBalancerIPs": ranges, "prefixAdvertisements": told}
+    put(resources, "BGPConfiguration", "default", spec)
+    assert resources.announced_services("n1") == {parse_net("198.51.100.0/24")}
+    assert prefix_communities(resources.cluster(), "n1") == ((parse_net("10.1.0.0/16"), ("1:3",)),)
+    where = "BGPConfiguration default: spec.serviceLoadBalancerIPs[2].nodeSelector: "
+    assert any(str(problem).startswith(where) for problem in resources.problems)
 
 
 def node_names(resources: Resources) -> list[str]:
