@@ -68,11 +68,12 @@ def build() -> Path:
     with (_CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_dir():
+            package = _package()
             print("unpacking Debian's kernel, once", file=sys.stderr, flush=True)
             half = target.with_suffix(".new")
             shutil.rmtree(half, ignore_errors=True)
             half.mkdir()
-            _unpack(_package(), half)
+            _unpack(package, half)
             half.rename(target)
     return target
 
@@ -195,7 +196,10 @@ def _share(tag: str, path: str, *, readonly: bool = False) -> list[str]:
 
 def _output(*command: str, cwd: str | None = None) -> str:
     """Raises RuntimeError with what the command complained about."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{shlex.join(command)}: {error}") from error
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)}: {done.stderr}")
     return done.stdout
