@@ -166,9 +166,13 @@ def test_adds_of_the_same_containers_meanwhile(node: Rig) -> None:
     node.assert_empty()
 
 
-def test_a_leftover_that_goes_by_itself(node: Rig) -> None:
+def test_a_leftover_that_goes_by_itself() -> None:
     """As a container's network namespace ends: between the kernel's "exists" and our look at it."""
-    with Namespace.create() as container, NetlinkSocket(netns_fd=node.namespace.fd) as host:
+    with (  # and no daemon that takes leftovers away
+        Namespace.create() as container,
+        Namespace.create() as machine,
+        NetlinkSocket(netns_fd=machine.fd) as host,
+    ):
         wire = Wire("cali1", "eth0", alias="", mac="02:00:00:00:00:01", addresses=(), mtu=1500)
         assert host.batch([veth("cali1", "x1")]) == []
         index = Links(host).get("cali1").index
