@@ -194,14 +194,14 @@ def create_all(
 def _not_created(host: NetlinkSocket, netns_fd: int, wire: Wire, failure: Failure) -> Exception:
     if failure.errno != errno.EEXIST:
         return failure.error(f"veth {wire.host_interface}")
-    leftover = find(host, wire.host_interface)
-    if leftover is None:
-        try:
+    try:
+        leftover = find(host, wire.host_interface)
+        if leftover is None:
             with NetlinkSocket(netns_fd=netns_fd) as container:
                 if find(container, wire.interface) is not None:
                     return ContainerInterfaceExistsError(wire.interface)
-        except OSError as error:
-            return error
+    except OSError as error:
+        return error
     return HostInterfaceExistsError(wire.host_interface, leftover)
 
 
@@ -221,10 +221,12 @@ def configure_all(
              for step in _node_steps(wire, ends.index)]  # fmt: skip
     for failure in host.batch([message for _, (_, message) in steps]):
         place, (what, _) = steps[failure.index]
+        problem: OSError | None = failure.error(what)
         if isinstance(what, Route) and failure.errno == errno.EEXIST:
-            problem = _take_over(host, pairs[place][1], what)
-        else:
-            problem = failure.error(what)
+            try:
+                problem = _take_over(host, pairs[place][1], what)
+            except OSError as error:
+                problem = error
         problems[place] = problems[place] or problem
     for place, (netns_fd, wire, ends) in enumerate(pairs):
         if problems[place] is None:

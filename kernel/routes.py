@@ -57,6 +57,11 @@ _KINDS = {
 _KIND_NAMES = {number: name for name, number in _KINDS.items()}
 _WITHOUT_DEVICE = frozenset(("blackhole", "unreachable", "prohibit", "throw"))
 
+# No route, or one that is unreachable, blackhole (EINVAL) or prohibit
+_GO_NOWHERE = frozenset(
+    (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ESRCH, errno.EINVAL, errno.EACCES)
+)
+
 _RTA_DST = 1
 _RTA_OIF = 4
 _RTA_GATEWAY = 5
@@ -223,16 +228,17 @@ class Routes:
         return {route.key: route for route in found if route is not None}
 
     def lookup(self, host: Net) -> Route | None:
-        """The route that packets to ``host`` take, None if there is none.
+        """The route that packets to ``host`` take, None if they go nowhere.
 
-        ``ip route get fibmatch ADDRESS``.
+        ``ip route get fibmatch ADDRESS``. The kernel doesn't tell a route that drops them, of
+        whatever kind; it answers with the error that who sends them gets.
         """
         header = _RTMSG.pack(_FAMILY[host.version], host.length, 0, 0, 0, 0, 0, 0, _RTM_F_FIB_MATCH)
         message = Message(RTM_GETROUTE, 0, header + attribute(_RTA_DST, host.packed()))
         try:
             return parse_route(self._socket.request(message))
         except OSError as error:
-            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ESRCH):
+            if error.errno in _GO_NOWHERE:
                 return None
             raise
 

@@ -224,6 +224,16 @@ def test_what_is_gone_already_is_no_error_to_delete(net: Net2) -> None:
     assert net.routes.apply(Plan(delete={route.key: route for route in routes})) == {}
 
 
+@pytest.mark.parametrize("kind", ["blackhole", "unreachable", "prohibit", "throw"])
+def test_packets_that_go_nowhere(net: Net2, kind: str) -> None:
+    routes = [
+        Route(prefix(version, 9, 32 if version == 4 else 128), kind=kind) for version in (4, 6)
+    ]
+    net.become(*routes)
+    assert [net.routes.lookup(route.net) for route in routes] == [None, None]
+    net.become()
+
+
 def test_a_missing_table_is_empty(net: Net2) -> None:
     for version in (4, 6):
         assert net.routes.read(version=version, table=4242) == {}
