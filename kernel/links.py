@@ -8,7 +8,7 @@ import select
 import struct
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from kernel.addresses import RTM_DELADDR, RTM_NEWADDR
@@ -405,7 +405,7 @@ class LinkEventsLost:
 class AddressEvent:
     """Interfaces, by index, got addresses or lost some."""
 
-    interfaces: frozenset[int] = field(default=frozenset(), compare=False)
+    interfaces: frozenset[int]
 
 
 class LinkMonitor:
