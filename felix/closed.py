@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from api.clusternetworkpolicy import ClusterNetworkPolicy
-from api.errors import InvalidObjectError
+from api.errors import UNREADABLE, InvalidObjectError
 from api.kubernetes import KubernetesNetworkPolicy
 from api.metadata import ObjectMeta
 from api.policy import (
@@ -44,13 +44,14 @@ _TIERS = {
 _WITHOUT_PRIORITY = ("BaselineAdminNetworkPolicy",)
 _BOTH: list[PolicyType] = ["Ingress", "Egress"]
 _DENY = [Rule(action="Deny")]
+_TWICE = object()  # the value of a field that stands there twice, in different case
 
 
 def closed_policy(key: Key, value: object) -> NetworkPolicy | GlobalNetworkPolicy:
     """The stand-in for the object stored under ``key``. Never raises."""
+    spec = _spec(value)
     if key.kind == "KubernetesNetworkPolicy":
-        return _kubernetes(key, _part(value, "spec"))
-    spec = _fields(value)
+        return _kubernetes(key, spec)
     if key.kind in _TIERS:
         return _of_administrators(key, spec)
     fields: dict[str, Any] = {
@@ -59,7 +60,7 @@ def closed_policy(key: Key, value: object) -> NetworkPolicy | GlobalNetworkPolic
         # A selector that can't be parsed selects everything in the policy's reach.
         "selector": _text(spec.get("selector")),
         "service_account_selector": _text(spec.get("serviceaccountselector")),
-        "types": _types(spec),
+        "types": _types(spec.get("types"), spec),
         "ingress": _rules(key, spec, "ingress"),
         "egress": _rules(key, spec, "egress"),
     }
@@ -77,13 +78,14 @@ def closed_policy(key: Key, value: object) -> NetworkPolicy | GlobalNetworkPolic
 
 def tier_as_far_as_readable(key: Key, value: object) -> Tier:
     """The stand-in for a tier: it ends in Deny where it doesn't clearly say Pass. Never raises."""
-    spec = _fields(value)
+    spec = _spec(value)
     order: float | None
     action: object
     if key.name in BUILT_IN_TIERS:
         order, action = BUILT_IN_TIERS[key.name]
     else:
-        order, action = _order(spec.get("order") if spec else ""), spec.get("defaultaction")
+        order = _order("" if UNREADABLE in spec else spec.get("order"))
+        action = spec.get("defaultaction")
     read = TierSpec.model_construct(
         order=order, default_action="Pass" if action == "Pass" else "Deny"
     )
@@ -92,15 +94,14 @@ def tier_as_far_as_readable(key: Key, value: object) -> Tier:
 
 def _kubernetes(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy:
     metadata = {"name": key.name, "namespace": key.namespace}
-    for selector in (spec.get("podSelector") or {}, {}):
+    for selector in (spec.get("podselector") or {}, {}):
         try:
             readable = parse_as(key.kind, {"metadata": metadata, "spec": {"podSelector": selector}})
         except InvalidObjectError:
             continue
         assert isinstance(readable, KubernetesNetworkPolicy)
         policy = convert.network_policy(readable)
-        declared = {"types": spec.get("policyTypes"), "egress": spec.get("egress")}
-        policy.spec.types = _types(declared)
+        policy.spec.types = _types(spec.get("policytypes"), spec, always=("Ingress",))
         policy.spec.ingress = _rules(key, spec, "ingress")
         policy.spec.egress = _rules(key, spec, "egress")
         return policy
@@ -109,11 +110,6 @@ def _kubernetes(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy:
 
 def _of_administrators(key: Key, spec: Mapping[str, Any]) -> GlobalNetworkPolicy:
     """It applies in the directions in which it has rules: to all pods, if not its subject's."""
-    types: list[PolicyType] = []
-    if spec.get("ingress"):
-        types.append("Ingress")
-    if spec.get("egress"):
-        types.append("Egress")
     pods, namespaces = _subject(spec)
     baseline = spec.get("tier") == "Baseline"
     return GlobalNetworkPolicy.model_construct(
@@ -123,7 +119,7 @@ def _of_administrators(key: Key, spec: Mapping[str, Any]) -> GlobalNetworkPolicy
             order=_order(spec.get("priority", None if key.kind in _WITHOUT_PRIORITY else "")),
             selector=pods,
             namespace_selector=namespaces,
-            types=types,
+            types=_directions(spec),
             ingress=_rules(key, spec, "ingress"),
             egress=_rules(key, spec, "egress"),
         ),
@@ -150,6 +146,8 @@ def _rules(
         read([])
     except InvalidObjectError:
         return _DENY
+    if given is None:
+        return []
     if not isinstance(given, list):
         return _DENY
     found: list[Rule] = []
@@ -184,14 +182,21 @@ def _subject(spec: Mapping[str, Any]) -> tuple[str, str]:
     raise AssertionError("all namespaces can be read")
 
 
-def _types(spec: Mapping[str, Any]) -> list[PolicyType]:
-    """The directions it declares; without a word, Ingress, and Egress if it has such rules."""
-    declared = spec.get("types")
+def _types(
+    declared: object, spec: Mapping[str, Any], *, always: tuple[PolicyType, ...] = ()
+) -> list[PolicyType]:
+    """The directions it declares; without a word those of its rules, and ``always``, or Ingress."""
     if declared is None or declared == []:
-        return _BOTH if spec.get("egress") else ["Ingress"]
+        found = {*always, *_directions(spec)} or {"Ingress"}
+        return [word for word in _BOTH if word in found]
     if isinstance(declared, list) and all(word in _BOTH for word in declared):
         return [word for word in _BOTH if word in declared]
     return _BOTH
+
+
+def _directions(spec: Mapping[str, Any]) -> list[PolicyType]:
+    """Those in which it has rules, or what can't be read as none."""
+    return [word for word in _BOTH if spec.get(word.lower()) not in (None, [])]
 
 
 def _flags(spec: Mapping[str, Any]) -> dict[str, bool]:
@@ -207,14 +212,22 @@ def _flags(spec: Mapping[str, Any]) -> dict[str, bool]:
     return {field: bool(flag) for field, flag in found.items()}
 
 
-def _fields(value: object) -> Mapping[str, Any]:
-    """Of its spec, whose names are matched without regard to case, as everywhere."""
-    return {str(name).lower(): part for name, part in _part(value, "spec").items()}
+def _spec(value: object) -> Mapping[str, Any]:
+    fields = _fields(value)
+    return fields if UNREADABLE in fields else _fields(fields.get("spec"))
 
 
-def _part(value: object, name: str) -> Mapping[str, Any]:
-    part = value.get(name) if isinstance(value, Mapping) else None
-    return part if isinstance(part, Mapping) else {}
+def _fields(part: object) -> Mapping[str, Any]:
+    """The fields of a part, whose names are matched without regard to case, as everywhere."""
+    if part is None:
+        return {}
+    if not isinstance(part, Mapping):
+        return {UNREADABLE: part}
+    found: dict[str, Any] = {}
+    for name, value in part.items():
+        name = str(name).lower()
+        found[name] = _TWICE if name in found else value
+    return found
 
 
 def _text(value: object) -> str:

@@ -284,6 +284,33 @@ def test_a_rule_that_cannot_be_read_fails_closed_alone(kind: str) -> None:
         assert reach(from_a, {**DENY, **newer}, **wrong) == (False, False)
 
 
+def test_a_rule_that_cannot_be_read_is_nothing_to_the_other_direction() -> None:
+    """Which the policy may not be for, or in which another allows, or its tier passes on."""
+    of_b = {"selector": "app == 'b'", "egress": [ALLOW, {**ALLOW, "weather": "fine"}]}
+    both = {"types": ["Ingress", "Egress"]}
+    gate = of("Tier", "gate", {"order": 1, "defaultAction": "Pass"})
+    for steps in (
+        [of("NetworkPolicy", "p", of_b, "default")],
+        [of("GlobalNetworkPolicy", "p", of_b)],
+        [gate, of("GlobalNetworkPolicy", "gate.p", {"tier": "gate", **both, **of_b})],
+    ):
+        run_ = fed(*steps)
+        assert run_.snapshot.problems
+        assert allows(run_, A, B) and allows(run_, B, A)
+    for spec in (both, {"types": ["Ingress"]}, {"ingress": 7}):
+        assert not allows(fed(of("GlobalNetworkPolicy", "p", {**of_b, **spec})), A, B), spec
+
+    pods = {"podSelector": {"matchLabels": {"app": "b"}}}
+    peer = {"podSelector": {"matchLabels": {"app": "a"}}}
+    only = {"policyTypes": ["Ingress", "Egress"], "egress": [{}, {"weather": "fine"}]}
+    run_ = fed(
+        of("KubernetesNetworkPolicy", "p", {**pods, **only}, "default"),
+        of("KubernetesNetworkPolicy", "q", {**pods, "ingress": [{"from": [peer]}]}, "default"),
+    )
+    assert run_.snapshot.problems
+    assert allows(run_, A, B) and allows(run_, B, A) and not allows(run_, "10.0.0.3", B)
+
+
 def test_of_a_kubernetes_policy_a_rule_that_cannot_be_read_allows_nothing() -> None:
     peer = {"podSelector": {"matchLabels": {"app": "a"}}}
     spec: JSON = {"podSelector": {"matchLabels": {"app": "b"}}, "policyTypes": ["Ingress"]}

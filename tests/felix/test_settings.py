@@ -181,6 +181,7 @@ BAD_RULE = [{"action": "Maybe"}]
         (NETWORK_POLICY, {"egress": BAD_RULE, "types": ["egress"]}, "ns", 1, 1),
         (NETWORK_POLICY, {"Selector": "has(b)", "surprise": 1}, "has(b)", 1, 0),
         (NETWORK_POLICY, "nothing at all", "ns", 1, 0),
+        (NETWORK_POLICY, {"ingress": [], "Ingress": [], "types": ["Ingress"]}, "ns", 1, 0),
         (GLOBAL, {"selector": "((", "ingress": BAD_RULE}, "all()", 1, 0),
         (GLOBAL, {"namespaceSelector": "team == 'x'", "order": "first"}, "pcns.team", 1, 0),
         (KUBERNETES, {"podSelector": {"matchLabels": {"a": "b"}}, "new": 1}, 'a == "b"', 1, 0),
@@ -199,6 +200,13 @@ def test_an_unreadable_policy_denies_where_it_would_apply(
     ):
         assert (rules is not None) == bool(denies)
         assert [rule.action for rule in rules or ()] == [Action.DENY] * denies
+
+
+def test_what_an_unreadable_policy_says_counts_however_it_is_spelt() -> None:
+    for key in (NETWORK_POLICY, KUBERNETES):
+        policy = closed_policy(key, {"Spec": {"Ingress": [{}], "EGRESS": 7, "new": 1}})
+        assert policy.spec.types == ["Ingress", "Egress"]
+        assert [rule.action for rule in (*policy.spec.ingress, *policy.spec.egress)] == ["Deny"] * 2
 
 
 def test_tier_and_order_of_an_unreadable_policy_are_kept() -> None:
