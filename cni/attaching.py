@@ -192,10 +192,11 @@ class Attaching:
                 case.wire = self.wire(case, case.addresses)
             except Exception as error:
                 case.end(error)
-        self._create(under_way(cases), host, alone=alone)
-        self._configure(under_way(cases), host)
-        self._record(under_way(cases))
-        self._finish(under_way(cases), host)
+        if cases := under_way(cases):
+            self._create(cases, host, alone=alone)
+            self._configure(under_way(cases), host)
+            self._record(under_way(cases))
+            self._finish(under_way(cases), host)
 
     def wire(self, case: Case, addresses: Addresses) -> Wire:
         """The wire as it shall be, with these addresses. Raises StoreError, CniError."""

@@ -147,6 +147,8 @@ class Node:
                 with self.sockets.borrow() as host:
                     self._attach_all(under_way(cases), host, alone=alone)
             except Exception as error:
+                if not under_way(cases):
+                    _log.exception("a fault of the daemon, after all was done")
                 for case in under_way(cases):
                     case.end(error)
             for case in sorted(cases, key=lambda case: case.failed):

@@ -1,0 +1,77 @@
+"""Attachments that are made together, in a process of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from cni.attaching import Attached, Job, Outcome, Wanted
+from cni.attachment import Attachment
+from cni.features import Features
+from cni.node import Node
+from cni.turns import Turns
+from datastore.connect import connect
+from datastore.interface import Key
+from kernel.netns import Namespace, inside
+from tests.cni.rig import NETWORK, NODE
+
+
+class Bed:
+    """A node in a namespace of its own, whose daemon this process is."""
+
+    def __init__(self, directory: Path, namespace: Namespace, stack: ExitStack) -> None:
+        self.turns = Turns(1, alone=True)
+        self.database = directory / "datastore.db"
+        self._namespace = namespace
+        self._stack = stack
+        store = connect(f"sqlite://{self.database}")
+        stack.callback(store.close)
+        for name, cidr in (("pods", "10.65.0.0/24"), ("six", "fd00:65::/64")):
+            metadata = {"name": name}
+            store.create(Key("IPPool", name), {"metadata": metadata, "spec": {"cidr": cidr}})
+        with inside(namespace.fd):
+            self.node = Node(store, NODE, turns=self.turns)
+            self.node.start()
+        stack.callback(self.node.stop)
+
+    def container(self) -> Namespace:
+        return self._stack.enter_context(Namespace.create())
+
+    def job(
+        self,
+        container: Namespace,
+        then: Callable[[Outcome], object],
+        versions: tuple[int, ...] = (4,),
+    ) -> Job:
+        attachment = Attachment(NETWORK, f"container-{container.fd}", "eth0")
+        features = Features(families=tuple((version, ()) for version in versions))
+        return Job(attachment, container.fd, Wanted(features), then)
+
+    def attach(self, *jobs: Job) -> None:
+        self.turns.take()
+        self.turns.compute()
+        with inside(self._namespace.fd):
+            self.node.attach_all(jobs)
+
+
+@pytest.fixture
+def bed(namespace: Namespace, tmp_path: Path) -> Iterator[Bed]:
+    with ExitStack() as stack:
+        yield Bed(tmp_path, namespace, stack)
+
+
+def test_where_there_is_nothing_to_wire(bed: Bed, caplog: pytest.LogCaptureFixture) -> None:
+    """A container that is complete: the node's socket stays open, and no fault is hidden."""
+    outcomes: list[Outcome] = []
+    job = bed.job(bed.container(), outcomes.append)
+    bed.attach(job)
+    with bed.node.sockets.borrow() as host:
+        port = host.port
+    bed.attach(job)
+    assert [isinstance(each, Attached) and each.fresh for each in outcomes] == [True, False]
+    with bed.node.sockets.borrow() as host:
+        assert host.port == port
+    assert not caplog.records
