@@ -163,7 +163,7 @@ def _rules(
 def _never_denies(key: Key, rule: object) -> bool:
     if key.kind == "KubernetesNetworkPolicy":
         return True
-    return isinstance(rule, Mapping) and rule.get("action") in ("Allow", "Accept", "Log")
+    return _fields(rule).get("action") in ("Allow", "Accept", "Log")
 
 
 def _subject(spec: Mapping[str, Any]) -> tuple[str, str]:

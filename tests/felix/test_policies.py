@@ -276,6 +276,8 @@ def test_a_rule_that_cannot_be_read_fails_closed_alone(kind: str) -> None:
         return allows(run_, A, B), allows(run_, "10.0.0.3", B)
 
     assert reach({**ALLOW, **newer}, from_a) == (True, False)
+    assert reach({"Action": "Allow", **newer}, from_a) == (True, False)
+    assert reach({"action": "Allow", "Action": "Deny"}, from_a) == (False, False)
     assert reach({"action": "Log", **newer}, from_a, ALLOW) == (True, True)
     assert reach(from_a, {**DENY, **newer}, ALLOW) == (True, False)
     for action in ("Deny", "Pass", "Maybe"):
