@@ -121,9 +121,11 @@ class Case:
         return self.begun and isinstance(self.outcome, Exception)
 
     def end(self, outcome: Outcome) -> None:
-        """It is decided."""
+        """It is decided. Who waits for it is told at once, unless it is to be taken back first."""
         self.outcome = outcome
         self.under_way = False
+        if not self.failed:
+            self.job.then(outcome)
 
 
 def under_way(cases: Sequence[Case]) -> list[Case]:
@@ -325,8 +327,8 @@ class Attaching:
         return True
 
     def _configure(self, cases: Sequence[Case], host: NetlinkSocket) -> None:
-        pairs = [(case.job.netns_fd, case.wire, case.ends) for case in cases]
-        problems = wiring.configure_all(host, pairs, self._turns.aside(), self._sockets.home)
+        aside = self._turns.aside()
+        problems = wiring.configure_all(host, _pairs(cases), aside, self._sockets.home)
         for case, problem in zip(cases, problems, strict=True):
             try:
                 if problem is None and case.wire.forwarding:
@@ -357,23 +359,13 @@ class Attaching:
         return endpoint
 
     def _finish(self, cases: Sequence[Case], host: NetlinkSocket) -> None:
-        outcomes = wiring.finish_all(host, [case.ends.index for case in cases])
-        waiting = []
-        for case, outcome in zip(cases, outcomes, strict=True):
-            if isinstance(outcome, OSError):
-                case.end(outcome)
-            elif outcome:
-                case.end(Attached(case.wire, case.lease))
-            else:
-                waiting.append(case)
-        if waiting:
-            self._turns.give_up()
-        for case in waiting:
-            try:
-                wiring.wait_for_carrier(host, case.ends.index)
-                case.end(Attached(case.wire, case.lease))
-            except OSError as error:
-                case.end(error)
+        for place, problem in wiring.finish_all(host, _pairs(cases), self._turns.give_up):
+            case = cases[place]
+            case.end(problem or Attached(case.wire, case.lease))
+
+
+def _pairs(cases: Sequence[Case]) -> list[wiring.Pair]:
+    return [(case.job.netns_fd, case.wire, case.ends) for case in cases]
 
 
 def _is_plain(case: Case) -> bool:

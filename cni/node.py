@@ -151,10 +151,10 @@ class Node:
                     _log.exception("a fault of the daemon, after all was done")
                 for case in under_way(cases):
                     case.end(error)
-            for case in sorted(cases, key=lambda case: case.failed):
+            for case in cases:
                 if case.failed:
                     self._roll_back(case.attachment, case.name, case.wanted.delegate)
-                case.job.then(case.outcome)
+                    case.job.then(case.outcome)
 
     def detach(
         self, attachment: Attachment, name: str = "", delegate: Delegate | None = None

@@ -25,7 +25,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,7 +58,7 @@ UNFINISHED = 0x6D616E01  # device groups; "man" and a number
 DELETING = 0x6D616E02
 
 DEFAULT_MTU = 1500
-_CARRIER_SECONDS = 5
+_READY_SECONDS = 5
 _PROTO_BOOT = 3  # as `ip route` writes it: nobody's in particular
 _FORWARDING = {
     V4: ("net", "ipv4", "ip_forward"),
@@ -107,6 +107,9 @@ class Wire:
         return tuple(net for net in self.routes if net.version == version) or (
             DEFAULT_NETS[version],
         )
+
+
+Pair = tuple[int, Wire, Ends]  # one that was made: with the netns_fd of its container
 
 
 class HostInterfaceExistsError(Exception):
@@ -207,7 +210,7 @@ def _not_created(host: NetlinkSocket, netns_fd: int, wire: Wire, failure: Failur
 
 def configure_all(
     host: NetlinkSocket,
-    pairs: Sequence[tuple[int, Wire, Ends]],
+    pairs: Sequence[Pair],
     aside: contextlib.AbstractContextManager[None] = _HERE,
     home: int | None = None,
 ) -> list[OSError | None]:
@@ -232,12 +235,6 @@ def configure_all(
         if problems[place] is None:
             try:
                 _configure_container(netns_fd, wire, ends, aside, home)
-            except OSError as error:
-                problems[place] = error
-    for place, (netns_fd, wire, _) in enumerate(pairs):
-        if problems[place] is None and V6 in wire.versions:
-            try:
-                _wait_for_ipv6(netns_fd, wire)
             except OSError as error:
                 problems[place] = error
     return problems
@@ -286,22 +283,6 @@ def _switch_ipv6_on(netns_fd: int, name: str) -> None:
             sysctl.write(("net", "ipv6", "conf", interface, "disable_ipv6"), "0")
 
 
-def _wait_for_ipv6(netns_fd: int, wire: Wire) -> None:
-    """Wait until the container takes packets for its IPv6 addresses. Raises OSError.
-
-    A worker of the kernel makes their local routes, which takes tens of milliseconds where
-    others keep the processors.
-    """
-    deadline = time.monotonic() + _CARRIER_SECONDS
-    with NetlinkSocket(netns_fd=netns_fd, brief=True) as container:
-        routes = Routes(container)
-        for net in (net for net in wire.addresses if net.version == V6):
-            while not ((found := routes.lookup(net)) and found.kind == "local"):
-                if time.monotonic() > deadline:
-                    raise OSError(errno.ETIMEDOUT, f"{net}: no local route in the container")
-                time.sleep(0.001)
-
-
 def allow_forwarding(netns_fd: int, wire: Wire) -> None:
     """``sysctl net.ipv4.ip_forward=1`` in the container, and the same of IPv6. Raises OSError."""
     with inside(netns_fd):
@@ -309,43 +290,64 @@ def allow_forwarding(netns_fd: int, wire: Wire) -> None:
             sysctl.write(_FORWARDING[version], "1")
 
 
-def finish(host: NetlinkSocket, index: int) -> bool:
-    """``finish_all`` of one. Raises OSError."""
-    [outcome] = finish_all(host, [index])
-    if isinstance(outcome, OSError):
-        raise outcome
-    return outcome
+def finish(host: NetlinkSocket, index: int) -> None:
+    """Take a wire out of group ``UNFINISHED``: its endpoint is recorded. Raises OSError."""
+    _do(host, [(f"interface #{index}", set_group(index, 0))])
 
 
-def finish_all(host: NetlinkSocket, indexes: Sequence[int]) -> list[bool | OSError]:
-    """Take wires out of group ``UNFINISHED``: their endpoints are recorded.
+def finish_all(
+    host: NetlinkSocket, pairs: Sequence[Pair], before_waiting: Callable[[], object]
+) -> Iterator[tuple[int, OSError | None]]:
+    """``finish`` for each. Tells its place when it passes packets, or what hindered it.
 
-    Returns whether the node's end can send already, or what hindered it. Raises OSError when the
-    conversation itself breaks.
+    Those that must be waited for come last, after a call of ``before_waiting``; they have 5 s, all
+    together. Raises OSError when the conversation itself breaks.
     """
+    deadline = time.monotonic() + _READY_SECONDS
+    indexes = [ends.index for _, _, ends in pairs]
     messages = [message for index in indexes for message in (set_group(index, 0), link_get(index))]
     failures, replies = host.transact(messages)
-    outcomes: list[bool | OSError] = [False] * len(indexes)
-    for reply in replies:
-        outcomes[reply.index // 2] = is_running(reply.body)
-    for failure in failures:
-        place = failure.index // 2
-        outcomes[place] = failure.error(f"interface #{indexes[place]}")
-    return outcomes
+    failed = {each.index // 2: each for each in failures}
+    running = {each.index // 2 for each in replies if is_running(each.body)}
+    for place, failure in failed.items():
+        yield place, failure.error(f"interface #{indexes[place]}")
+    waiting = [place for place in range(len(pairs)) if place not in failed]
+    while waiting:
+        late = time.monotonic() > deadline
+        for place in tuple(waiting):
+            problem: OSError | None = None
+            try:
+                missing = _missing(host, *pairs[place], running=place in running)
+                if missing and late:
+                    problem = OSError(errno.ETIMEDOUT, missing)
+            except OSError as error:
+                missing, problem = "", error
+            if not missing or late:
+                waiting.remove(place)
+                yield place, problem
+        if waiting:
+            before_waiting()
+            time.sleep(0.001)
 
 
-def wait_for_carrier(host: NetlinkSocket, index: int) -> None:
-    """Wait until the node's end can send. Raises OSError when it can't.
+def _missing(host: NetlinkSocket, netns_fd: int, wire: Wire, ends: Ends, *, running: bool) -> str:
+    """Why the wire does not pass packets yet; empty when it does. Raises OSError.
 
-    It was up before the other end was, so the kernel drops what it sends until a worker has
-    noticed the carrier; or until somebody asks for the link's state (``ip link show``), which
-    since Linux 6.9 does the worker's job.
+    The node's end was up before the other was, so the kernel drops what it sends until a worker
+    has noticed the carrier; or until somebody asks for the link's state (``ip link show``), which
+    since Linux 6.9 does the worker's job. ``running``: it is known to have one. A worker also makes
+    the local routes of the container's IPv6 addresses, which takes tens of milliseconds where
+    others keep the processors.
     """
-    deadline = time.monotonic() + _CARRIER_SECONDS
-    while not Links(host).get(index).running:
-        if time.monotonic() > deadline:
-            raise OSError(errno.ETIMEDOUT, f"interface #{index}: no carrier")
-        time.sleep(0.001)
+    if not (running or Links(host).get(ends.index).running):
+        return f"interface {wire.host_interface}: no carrier"
+    if V6 in wire.versions:
+        with NetlinkSocket(netns_fd=netns_fd, brief=True) as container:
+            for net in wire.addresses:
+                route = Routes(container).lookup(net) if net.version == V6 else None
+                if net.version == V6 and (route is None or route.kind != "local"):
+                    return f"{net}: no local route in the container"
+    return ""
 
 
 def find(netlink: NetlinkSocket, name: str) -> Link | None:

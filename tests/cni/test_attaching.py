@@ -17,6 +17,7 @@ from datastore.connect import connect
 from datastore.interface import Key
 from kernel.netns import Namespace, inside
 from tests.cni.rig import NETWORK, NODE
+from tests.support.netns import run
 
 
 class Bed:
@@ -54,6 +55,7 @@ class Bed:
         self.turns.take()
         self.turns.compute()
         with inside(self._namespace.fd):
+            self.node.cluster.require_unlocked()
             self.node.attach_all(jobs)
 
 
@@ -75,3 +77,21 @@ def test_where_there_is_nothing_to_wire(bed: Bed, caplog: pytest.LogCaptureFixtu
     with bed.node.sockets.borrow() as host:
         assert host.port == port
     assert not caplog.records
+
+
+def test_one_that_must_be_waited_for_holds_up_nobody(bed: Bed) -> None:
+    """Others are answered before, and somebody else has the turn meanwhile."""
+    slow, quick = bed.container(), bed.container()
+    outcomes: list[Outcome] = []
+    bed.attach(bed.job(bed.container(), outcomes.append, versions=(4, 6)))  # claims blocks
+    # The kernel knows no address to be the container's own. (Without other rules it asks none.)
+    run(slow, "ip", "-6", "rule", "add", "pref", "9", "table", "main")
+    run(slow, "ip", "-6", "rule", "del", "pref", "0")
+
+    def answer(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        run(slow, "ip", "-6", "rule", "add", "pref", "0", "table", "local")
+
+    bed.attach(bed.job(slow, outcomes.append, versions=(6,)), bed.job(quick, answer))
+    assert [type(each) for each in outcomes] == [Attached] * 3
+    assert not bed.turns.held

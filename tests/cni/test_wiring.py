@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from api.net import Net, parse_net
-from cni.wiring import Wire, configure_all, create_all
+from cni.wiring import Wire, configure_all, create_all, finish_all
 from kernel.links import Ends, Links
 from kernel.netlink import NetlinkSocket
 from kernel.netns import Namespace
@@ -67,3 +67,20 @@ def test_an_address_to_which_there_is_a_route(
     assert "cali1" in str(second)
     for address, number in (("10.9.9.1", 2), ("fd00::1", 2), ("10.9.9.2", 1), ("10.9.9.3", 4)):
         assert leads_to(netlink, parse_net(address)) == f"manx net/{number}/eth0"
+
+
+def test_a_carrier_that_comes_late(netlink: NetlinkSocket, containers: list[Namespace]) -> None:
+    """Who has one, and who never will, is told of before it is waited for."""
+    made = make(netlink, containers, wire(1, "10.9.9.1"), wire(2, "10.9.9.2"), wire(3, "10.9.9.3"))
+    assert configure_all(netlink, made) == [None] * 3
+    run(containers[0], "ip", "link", "set", "eth0", "down")
+    run(containers[2], "ip", "link", "del", "eth0")
+    told = []
+
+    def wait() -> None:
+        run(containers[0], "ip", "link", "set", "eth0", "up")
+        told.append("waits")
+
+    for place, problem in finish_all(netlink, made, wait):
+        told.append(f"{place} {problem.errno if problem else 'ready'}")
+    assert [*dict.fromkeys(told)] == [f"2 {errno.ENODEV}", "1 ready", "waits", "0 ready"]
