@@ -84,7 +84,7 @@ class Engines:
     def forget(self) -> None:
         """Remove what they ran on, which has passwords in it; none runs any more."""
         for name in self._engines:
-            for suffix in ("conf", "new"):
+            for suffix in ("conf", "new", "check"):
                 (self._run_dir / f"{name}.{suffix}").unlink(missing_ok=True)
 
     def close(self) -> None:

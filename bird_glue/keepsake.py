@@ -24,15 +24,15 @@ class Keepsake:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._new = path.with_name(f"{path.name}.new")
 
     def save(self, objects: list[dict[str, Any]]) -> None:
         """Keep these, instead of what was kept. A failure is logged."""
-        new = self._path.with_suffix(".new")
         try:
-            new.unlink(missing_ok=True)
-            new.touch(mode=0o600)
-            new.write_bytes(orjson.dumps(objects))
-            new.replace(self._path)
+            self._new.unlink(missing_ok=True)
+            self._new.touch(mode=0o600)
+            self._new.write_bytes(orjson.dumps(objects))
+            self._new.replace(self._path)
         except OSError as error:
             _log.error("%s: the next agent can't do without the datastore: %s", self._path, error)
 
@@ -49,7 +49,8 @@ class Keepsake:
 
     def forget(self) -> None:
         """The datastore counts again."""
-        self._path.unlink(missing_ok=True)
+        for path in (self._path, self._new):  # also what a save that was cut short has left
+            path.unlink(missing_ok=True)
 
 
 class Passwords:

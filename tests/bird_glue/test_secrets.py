@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import queue
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from api.net import parse_net
 from bird_glue.config import Neighbor, render
 from bird_glue.configfile import ConfigurationFile
+from bird_glue.keepsake import Keepsake
 from bird_glue.secrets import (
     PasswordError,
     SecretKey,
@@ -55,6 +57,22 @@ def test_why_there_is_none(known: dict[str, SecretRead], words: str) -> None:
     with pytest.raises(PasswordError, match=words) as caught:
         password_of(KEY, known)
     assert str(caught.value).startswith("Secret bgp")
+
+
+def test_no_file_is_left_of_what_was_forgotten(tmp_path: Path) -> None:
+    """Not even of a save that was cut short; another file is kept."""
+    passwords, objects = (Keepsake(tmp_path / name) for name in ("bgp.passwords", "bgp.objects"))
+    objects.save([{"kind": "Node"}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        passwords.save([{"value": "hidden" * 10}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "hid" in "".join(path.read_text() for path in tmp_path.iterdir())
+    passwords.forget()
+    assert objects.load() == [{"kind": "Node"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["bgp.objects"]
 
 
 JSON = st.recursive(
