@@ -260,6 +260,16 @@ class Node(Station):
         found.close()
         return found.pid
 
+    def failure_detectors(self) -> list[str]:
+        """The process ids of those for BFD, also of one that has only just been started."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_text().split("\0")
+                if str(self.run_dir) in words and any("bfd_main" in word for word in words):
+                    found.append(path.parent.name)
+        return found
+
     def end(self) -> None:
         with contextlib.suppress(AttributeError):
             self.agent.__exit__()
@@ -331,16 +341,24 @@ class Bird(Router):
         output = self.birdc("show", "route", "where", "source", "=", "RTS_BGP")
         return set(re.findall(r"^([0-9a-f.:]+/\d+)\s", output, re.MULTILINE))
 
-    def session(self, protocol: str) -> set[str]:
-        """The two ends of the session's TCP connection: a session made anew has others.
+    def session(self, protocol: str) -> str:
+        """The two ends of the session's TCP connection, once there is one: a session made anew has
+        others.
 
         The time that BIRD shows for it moves with the machine's clock, when that is set.
         """
         shown = self.birdc("show", "protocols", "all", protocol)
         (neighbor,) = re.findall(r"Neighbor address: ([^\s%]+)", shown)
-        found = self.run("ss", "-tnH", "state", "established", "dst", neighbor)
-        ends = (" ".join(line.split()[2:4]) for line in found.splitlines())
-        return {both for both in ends if re.search(r":179\b", both)}
+        ends: list[str] = []
+
+        def is_one() -> bool:
+            found = self.run("ss", "-tnH", "state", "established", "dst", neighbor)
+            both = (" ".join(line.split()[2:4]) for line in found.splitlines())
+            ends[:] = [line for line in both if re.search(r":179\b", line)]
+            return len(ends) == 1
+
+        eventually(is_one)
+        return ends[0]
 
     def end(self) -> None:
         with contextlib.suppress(AttributeError):
