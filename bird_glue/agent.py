@@ -177,6 +177,8 @@ class Agent:
         self._follow_groups()
         self._set_peering_addresses(look=False)
         self._go_on_leaving(now)
+        if self._stopping:  # nothing is to be started any more
+            return
         self._detector.step(now)
         dues = (self._core.next_due(now), self._detector.next_due(now), self._read_due)
         due = min(time for time in dues if time is not None)

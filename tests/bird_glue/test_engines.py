@@ -272,8 +272,10 @@ def test_routes_move_to_another_metric(rack: Rack) -> None:
 def test_leaving_takes_everything_back_first(rack: Rack) -> None:
     from bird_glue.status import leave
 
+    assert rack.node.failure_detectors() != []
     leave(rack.node.run_dir)
     assert rack.node.agent.wait() == 0
+    eventually(lambda: rack.node.failure_detectors() == [])
     eventually(lambda: rack.tor.blocks() == set())
     assert rack.node.routes("proto 179") == rack.node.routes("proto bird") == []
     assert rack.daemon() == 0
