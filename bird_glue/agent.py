@@ -196,8 +196,11 @@ class Agent:
             self._group_followers[group].start()
 
     def _set_peering_addresses(self, *, look: bool) -> None:
+        wanted = self._core.peering_addresses
+        if wanted is None:
+            return
         try:
-            self._peering.apply(self._core.peering_addresses, look=look)
+            self._peering.apply(wanted, look=look)
         except OSError as error:
             _log.warning("can't set the addresses that workloads call: %s", error)
 
@@ -283,10 +286,17 @@ class Agent:
         left = engine.left
         engine.stop()
         self._detector.end()
-        self._fib.clear()
-        self._peering.apply({}, look=False)
-        self._core.forget()
-        answer = {"left": True} if left else {"error": "not all peers could be told"}
+        problems = [] if left else ["not all peers could be told"]
+        for what, remove in (
+            ("files", self._core.forget),
+            ("routes", self._fib.clear),
+            ("addresses", self._peering.clear),
+        ):
+            try:
+                remove()
+            except OSError as error:
+                problems.append(f"not all {what} could be removed: {error}")
+        answer = {"error": "; ".join(problems)} if problems else {"left": True}
         for request in self._leaving:
             request.answer(answer)
         self._stopping = True

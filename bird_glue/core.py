@@ -135,8 +135,10 @@ class Core:
         return self._resources.needs if self._in_sync else frozenset()
 
     @property
-    def peering_addresses(self) -> dict[str, frozenset[Net]]:
-        """By interface: what workloads of this node call."""
+    def peering_addresses(self) -> dict[str, frozenset[Net]] | None:
+        """By interface: what workloads of this node call. None: not known yet."""
+        if self._local is None:
+            return None
         found: dict[str, frozenset[Net]] = {}
         for peer in self._workload_peers:
             if peer.source is not None:

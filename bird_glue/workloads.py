@@ -16,9 +16,17 @@ from api.endpoint import WorkloadEndpoint
 from api.errors import InvalidObjectError
 from api.net import BITS, V4, V6, Net
 from api.registry import parse_as
+from bird_glue.messages import is_link_local
 from bird_glue.settings import ObjectProblem
 from datastore.interface import JSON, Key, part
-from kernel.addresses import SCOPE_LINK, Address, Addresses, address_add, address_delete
+from kernel.addresses import (
+    SCOPE_GLOBAL,
+    SCOPE_LINK,
+    Address,
+    Addresses,
+    address_add,
+    address_delete,
+)
 from kernel.links import Links
 from kernel.netlink import NetlinkSocket
 
@@ -80,13 +88,14 @@ def _workload(value: JSON) -> Workload:
 class PeeringAddresses:
     """The addresses that workloads call, on the node's end of their links.
 
-    Ours are single addresses with scope link that were wanted once, on links of pods.
+    Ours are single addresses with scope link on links of pods, by which those of an earlier agent
+    are known; and of IPv6, where the kernel says which scope it is, any that were wanted once.
     """
 
     def __init__(self, netlink: NetlinkSocket) -> None:
         self._netlink = netlink
         self._ours: set[Net] = set()
-        self._done: Mapping[str, frozenset[Net]] = {}
+        self._done: Mapping[str, frozenset[Net]] | None = None
 
     def apply(self, wanted: Mapping[str, frozenset[Net]], *, look: bool) -> None:
         """Addresses by the name of the interface. ``look``: see what the kernel has anyway.
@@ -108,7 +117,9 @@ class PeeringAddresses:
             key: address
             for version in (V4, V6)
             for key, address in Addresses(self._netlink).read(version=version).items()
-            if key.ifindex in indexes and key.host in self._ours and address.scope == SCOPE_LINK
+            if key.ifindex in indexes
+            and address == _address(key.ifindex, key.host)
+            and (address.scope == SCOPE_LINK or key.host in self._ours)
         }
         messages = [address_add(needed[key]) for key in needed.keys() - there.keys()]
         messages += [address_delete(there[key]) for key in there.keys() - needed.keys()]
@@ -116,6 +127,11 @@ class PeeringAddresses:
             _log.warning("an address for local workloads can't be set: %s", failure.message)
         self._done = wanted
 
+    def clear(self) -> None:
+        """Remove all that are ours. Raises OSError."""
+        self.apply({}, look=True)
+
 
 def _address(ifindex: int, host: Net) -> Address:
-    return Address(ifindex, host, BITS[host.version], SCOPE_LINK)
+    scope = SCOPE_LINK if host.version == V4 or is_link_local(host) else SCOPE_GLOBAL
+    return Address(ifindex, host, BITS[host.version], scope)

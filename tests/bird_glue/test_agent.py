@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import socket
 import subprocess
@@ -11,8 +13,11 @@ from pathlib import Path
 import orjson
 import pytest
 
+from bird_glue.agent import Agent
 from bird_glue.settings import parse_router_id
-from bird_glue.status import StatusError, query
+from bird_glue.status import Request, StatusError, query
+from datastore.connect import connect as connect_store
+from kernel.netns import Namespace, inside
 from tests.bird_glue.world import world
 from tests.support.netns import connect, eventually
 
@@ -94,6 +99,30 @@ def test_what_is_not_needed_is_not_in_memory(tmp_path: Path) -> None:
     )
     unneeded = {"asyncio", "dataclasses", "hashlib", "inspect", "logging", "pathlib", "random"}
     assert not unneeded & set(loaded.stdout.split())
+
+
+def test_leaving_where_the_kernel_gives_no_answer(tmp_path: Path, namespace: Namespace) -> None:
+    """What holds passwords goes all the same, and who asked is told what didn't."""
+    files = [tmp_path / name for name in ("bgp.passwords", "bgp.objects", "exabgp.conf")]
+    for path in files:
+        path.write_text("[]")
+    request, threshold = Request("leave"), gc.get_threshold()
+    with contextlib.closing(connect_store(f"sqlite://{tmp_path}/store.db")) as store:
+        with inside(namespace.fd):
+            agent = Agent("n1", tmp_path, store)
+        agent._netlink.close()
+        agent._queue.put(request)
+        try:
+            agent.run()
+        finally:
+            gc.unfreeze()
+            gc.set_threshold(*threshold)
+    words = "; ".join(
+        f"not all {what} could be removed: [Errno 9] Bad file descriptor"
+        for what in ("routes", "addresses")
+    )
+    assert request.wait(0) == {"error": words}
+    assert not any(path.exists() for path in files)
 
 
 def test_nobody_to_ask(tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ import pytest
 
 from api.net import parse_net
 from bird_glue.status import leave
-from bird_glue.workloads import Workload, Workloads
+from bird_glue.workloads import PeeringAddresses, Workload, Workloads
 from datastore.interface import JSON, Key
+from kernel.addresses import Addresses
+from kernel.netlink import NetlinkSocket
+from kernel.netns import Namespace
 from tests.bird_glue.world import BIRD_COMMON, Bird, Node, World, world
-from tests.support.netns import connect, eventually
+from tests.support.netns import connect, eventually, run
 
 N1, N2, VM, INSIDE, CALLED = "172.31.1.11", "172.31.1.12", "10.1.1.5", "10.1.64.1", "169.254.0.179"
 NETWORK = "10.1.64.0/26"
@@ -53,6 +56,32 @@ def test_those_of_this_node() -> None:
     assert workloads.update(*endpoint(node="n2"))
     assert workloads.known == {}
     assert workloads.problems == []
+
+
+def test_addresses_of_an_earlier_agent_are_known(
+    namespace: Namespace, netlink: NetlinkSocket
+) -> None:
+    def there() -> set[str]:
+        read = (Addresses(netlink).read(version=version) for version in (4, 6))
+        return {str(address) for found in read for address in found.values()} - on_lo
+
+    on_lo: set[str] = set()
+    on_lo = there()
+    run(namespace, "ip", "link", "add", "cali1", "type", "veth", "peer", "name", "other")
+    for address in ("10.9.9.9/32", "fe80::1/64"):
+        run(namespace, "ip", "address", "add", address, "dev", "cali1")
+    others = there()
+    hosts = frozenset(map(parse_net, ("169.254.0.179", "fe80::179", "fd00::179")))
+    first = PeeringAddresses(netlink)
+    first.apply({"cali1": hosts}, look=False)
+    assert there() - others == {"169.254.0.179/32", "fe80::179/128", "fd00::179/128"}
+    second = PeeringAddresses(netlink)
+    second.apply({"cali1": hosts - {parse_net("169.254.0.179")}}, look=False)
+    assert there() - others == {"fe80::179/128", "fd00::179/128"}
+    PeeringAddresses(netlink).clear()
+    assert there() - others == {"fd00::179/128"}
+    second.clear()
+    assert there() == others
 
 
 @dataclass
@@ -120,5 +149,9 @@ def test_what_a_workload_says_is_told_to_all(scene: Scene) -> None:
 
     scene.world.store.put("BGPPeer", "vms", localWorkloadSelector="has(bgp)", asNumber=65001)
     eventually(lambda: n1.established(VM))
+    n1.agent.end()
+    scene.world.store.delete("Node", "n1")  # so the next agent never gets to know what it had
+    n1.start()
+    eventually(lambda: n1.status() is not None)
     leave(n1.run_dir)
     assert CALLED not in n1.run("ip", "address", "show", "calivm")
