@@ -37,7 +37,7 @@ from cni.turns import Turns
 from cni.wiring import Sockets, Wire
 from datastore.interface import Datastore, StoreError
 from ipam.allocator import Allocator
-from ipam.errors import NoPoolError
+from ipam.errors import IpamError, NoPoolError
 from ipam.locks import KeyedLocks
 from ipam.pools import Pools, Request
 from kernel.links import Link, Links
@@ -131,10 +131,15 @@ class Node:
     def attach_all(self, jobs: Sequence[Job]) -> None:
         """As ``attach``, several at once: every step is done for all before the next one.
 
-        Each is told by its ``then``: a failure of one is its own. Of several none waits for
-        what others hold. Raises CniError, before anything was done.
+        Each is told by its ``then``, whatever goes wrong: a failure of one is its own. Of several
+        none waits for what others hold.
         """
-        cases = [Case(job, self.host_interface(job.attachment)) for job in jobs]
+        try:
+            cases = [Case(job, self.host_interface(job.attachment)) for job in jobs]
+        except Exception as error:
+            for job in jobs:
+                job.then(error)
+            return
         names = [case.name for case in cases]
         alone = len(cases) == 1
         with self._locks.hold(names[0]) if alone else self._locks.hold_free(names) as free:
@@ -253,7 +258,8 @@ class Node:
             self._reaper.remove(link.index)
 
     def _attach_all(self, cases: Sequence[Case], host: NetlinkSocket, *, alone: bool) -> None:
-        with contextlib.suppress(StoreError, InvalidObjectError):  # each finds out for itself
+        # each finds out for itself, and finds by its handle what it was given nevertheless
+        with contextlib.suppress(StoreError, IpamError, InvalidObjectError):
             self._attaching.assign_new(cases)
         for case in under_way(cases):
             if case.addresses:

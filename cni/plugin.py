@@ -161,12 +161,8 @@ class Plugin:
                     asked.reply(*_report(asked.request, error))
             else:
                 later.append(asked)
-        try:
-            if jobs:
-                self._node.attach_all(jobs)
-        except CniError as error:
-            for job in jobs:
-                job.then(error)
+        if jobs:
+            self._node.attach_all(jobs)
         return later
 
     def _job(

@@ -14,7 +14,7 @@ from cni.features import Features
 from cni.node import Node
 from cni.turns import Turns
 from datastore.connect import connect
-from datastore.interface import Key
+from datastore.interface import Key, StoreError
 from kernel.netns import Namespace, inside
 from tests.cni.rig import NETWORK, NODE
 from tests.support.netns import run
@@ -95,3 +95,11 @@ def test_one_that_must_be_waited_for_holds_up_nobody(bed: Bed) -> None:
     bed.attach(bed.job(slow, outcomes.append, versions=(6,)), bed.job(quick, answer))
     assert [type(each) for each in outcomes] == [Attached] * 3
     assert not bed.turns.held
+
+
+def test_a_datastore_that_cannot_be_read(bed: Bed) -> None:
+    """From the beginning, so that not even the names of the nodes' ends are known."""
+    outcomes: list[Outcome] = []
+    bed.database.unlink()
+    bed.node.attach_all([bed.job(bed.container(), outcomes.append) for _ in range(2)])
+    assert [isinstance(each, StoreError) for each in outcomes] == [True, True]
