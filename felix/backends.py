@@ -205,7 +205,7 @@ def _passage(variant: str, settings: Settings) -> Delta:
             key = ChainKey(version, Table.FILTER, names.FORWARD)
             delta.chains[key] = Chain(names.FORWARD, rules)
             hook = HookKey(version, Hook(Table.FILTER, "FORWARD"))
-            delta.hooks[hook] = ChainRule(Jump(names.FORWARD), comment="Judged elsewhere")
+            delta.hooks[hook] = (ChainRule(Jump(names.FORWARD), comment="Judged elsewhere"),)
     return delta
 
 

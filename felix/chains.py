@@ -28,14 +28,14 @@ class Table(Enum):
 
 
 class Hook(NamedTuple):
-    """A place where the kernel hands packets out: ``FORWARD`` of the filter table."""
+    """A place where the kernel hands packets out: ``FORWARD`` of the filter table.
+
+    ``behind_ipvs``: where it hands them out once more, after ipvs. iptables has nothing there.
+    """
 
     table: Table
     chain: str
-
-
-# Where INPUT's packets are handed out once more, behind ipvs. iptables has nothing there.
-AFTER_IPVS = Hook(Table.FILTER, "INPUT-after-ipvs")
+    behind_ipvs: bool = False
 
 
 class Mark(Flag):

@@ -89,7 +89,7 @@ class Delta:
     settings: Settings | None = None
     sets: dict[SetKey, SetDelta] = field(default_factory=dict)
     chains: dict[ChainKey, AnyChain | None] = field(default_factory=dict)
-    hooks: dict[HookKey, ChainRule | None] = field(default_factory=dict)
+    hooks: dict[HookKey, tuple[ChainRule, ...] | None] = field(default_factory=dict)
     pods: dict[Net, str | None] = field(default_factory=dict)  # address -> interface
     endpoints: dict[EndpointId, Local | None] = field(default_factory=dict)  # of this node
     loose: dict[str, bool] = field(default_factory=dict)  # interface -> may send with others'

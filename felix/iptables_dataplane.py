@@ -123,12 +123,12 @@ class _Table:
             return self._renderer.index(chain, held, self._indexes.shapes(held))
         return self._renderer.render(chain)
 
-    def want_hook(self, place: str, rule: ChainRule | None) -> None:
-        if rule is None:
+    def want_hook(self, place: str, rules: tuple[ChainRule, ...] | None) -> None:
+        if rules is None:
             del self._hooks[place]
             self.rules.want(place, None)
             return
-        hook = self._renderer.render(Chain(place, (rule,)))[place].fragments
+        hook = self._renderer.render(Chain(place, rules))[place].fragments
         self._hooks[place] = hook
         self.rules.want(place, rule_hashes(place, hook))
 
@@ -282,11 +282,9 @@ class IptablesDataplane:
                 table.change_set(set_key.id, change)
         for key, chain in delta.chains.items():
             self._tables[key.version, key.table].want_chain(key.name, chain)
-        for hook_key, rule in delta.hooks.items():
-            place = hook_key.hook
-            if place == chains.AFTER_IPVS:
-                continue
-            self._tables[hook_key.version, place.table].want_hook(place.chain, rule)
+        for (version, hook), rules in delta.hooks.items():
+            if not hook.behind_ipvs:
+                self._tables[version, hook.table].want_hook(hook.chain, rules)
 
     def read(self) -> None:
         """See what is in the kernel. Raises IptablesError, OSError."""

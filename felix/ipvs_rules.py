@@ -75,10 +75,14 @@ def to_targets(settings: Settings) -> Iterator[ChainRule]:
     yield ChainRule(Goto(names.IPVS_OUTPUT), _FORWARDED, "From ipvs")
 
 
-def to_host(settings: Settings) -> Iterator[ChainRule]:
-    """What ipvs has left, among what comes behind it."""
+def to_host(settings: Settings, guard: Guard) -> Iterator[ChainRule]:
+    """What becomes of what comes behind ipvs, and was noted before: it is for the node itself."""
     if _can_mark(settings):
-        yield ChainRule(Goto(names.IPVS_LOCAL), _NOTED)
+        yield ChainRule(Return(), Condition(unmarked=Mark.SERVICE))
+        for prefix in settings.interface_prefixes:
+            condition = Condition(in_interface=f"{prefix}*")
+            yield ChainRule(Goto(names.WORKLOAD_TO_HOST), condition)
+        yield from host_rules.incoming(guard)
 
 
 def _can_mark(settings: Settings) -> bool:
@@ -86,14 +90,9 @@ def _can_mark(settings: Settings) -> bool:
 
 
 def frame(settings: Settings, guard: Guard) -> Iterator[Chain]:
-    """The chains that are gone to from INPUT, behind ipvs, and from OUTPUT."""
+    """The chains that are gone to from INPUT and from OUTPUT."""
     yield Chain(names.IPVS_INPUT, tuple(_incoming(settings, guard)))
     yield Chain(names.IPVS_WORKLOAD, (ChainRule(MarkAndReturn(Mark.WORKLOAD)),))
-    from_workloads = (
-        ChainRule(Goto(names.WORKLOAD_TO_HOST), Condition(in_interface=f"{prefix}*"))
-        for prefix in settings.interface_prefixes
-    )
-    yield Chain(names.IPVS_LOCAL, (*from_workloads, *host_rules.incoming(guard)))
     yield Chain(names.IPVS_OUTPUT, tuple(_outgoing(settings, guard)))
 
 

@@ -42,8 +42,8 @@ class NftablesDataplane:
         for chain_key, chain in delta.chains.items():
             family = self._families[chain_key.version]
             family.want_chain(chain_key.table, chain_key.name, chain)
-        for hook_key, rule in delta.hooks.items():
-            self._families[hook_key.version].want_hook(hook_key.hook, rule)
+        for (version, hook), rules in delta.hooks.items():
+            self._families[version].want_hook(hook, rules)
         for family in self._families.values():
             family.reshape()
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 from felix import names
 from felix.chains import (
-    AFTER_IPVS,
     AnyChain,
     Chain,
     ChainRule,
@@ -59,17 +58,18 @@ _KINDS = {
     Table.NAT: "nat",
 }
 _PRIORITIES = {
-    (Table.RAW, "PREROUTING"): -300,
-    (Table.RAW, "OUTPUT"): -300,
-    (Table.MANGLE, "PREROUTING"): -150,
-    (Table.MANGLE, "POSTROUTING"): -150,
-    (Table.FILTER, "FORWARD"): 0,
-    (Table.FILTER, "INPUT"): 0,
-    (Table.FILTER, "OUTPUT"): 0,
-    AFTER_IPVS: 101,  # ipvs: 98 and 99 (net/netfilter/ipvs/ip_vs_core.c), srcnat: 100
-    (Table.NAT, "PREROUTING"): -100,
-    (Table.NAT, "OUTPUT"): -100,
-    (Table.NAT, "POSTROUTING"): 110,
+    Hook(Table.RAW, "PREROUTING"): -300,
+    Hook(Table.RAW, "OUTPUT"): -300,
+    Hook(Table.MANGLE, "PREROUTING"): -150,
+    Hook(Table.MANGLE, "POSTROUTING"): -150,
+    Hook(Table.FILTER, "FORWARD"): 0,
+    Hook(Table.FILTER, "INPUT"): 0,
+    Hook(Table.FILTER, "OUTPUT"): 0,
+    # ipvs: 98 and 99 (net/netfilter/ipvs/ip_vs_core.c), srcnat: 100
+    Hook(Table.FILTER, "INPUT", behind_ipvs=True): 101,
+    Hook(Table.NAT, "PREROUTING"): -100,
+    Hook(Table.NAT, "OUTPUT"): -100,
+    Hook(Table.NAT, "POSTROUTING"): 110,
 }
 
 _DISPATCHES = {
@@ -167,16 +167,16 @@ class NftablesTable:
             self._maps[full] = dispatch_map(self._version, table, chain)
             self._dirty_maps.add(full)
 
-    def want_hook(self, hook: Hook, rule: ChainRule | None) -> None:
+    def want_hook(self, hook: Hook, rules: tuple[ChainRule, ...] | None) -> None:
         """What stands where the kernel hands packets over; None: nothing of ours."""
-        full = chain_name(hook.table, hook.chain)
-        if rule is None:
+        name = hook.chain + ("-behind-ipvs" if hook.behind_ipvs else "")
+        full = chain_name(hook.table, name)
+        if rules is None:
             self._forget(full)
             del self._bases[full]
             return
-        kind, priority = _KINDS[hook.table], _PRIORITIES[hook.table, hook.chain]
-        self._bases[full] = BaseChain(kind, hook.chain.partition("-")[0].lower(), priority)
-        self._neutral[full] = hook.table, Chain(hook.chain, (rule,))
+        self._bases[full] = BaseChain(_KINDS[hook.table], hook.chain.lower(), _PRIORITIES[hook])
+        self._neutral[full] = hook.table, Chain(name, rules)
         self._render(full)
 
     def read(self) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from api.net import V6, Net
 from felix import host_rules, ipvs_rules, names, nat_rules
 from felix.chains import (
-    AFTER_IPVS,
     Accept,
     Action,
     Allow,
@@ -61,10 +60,10 @@ _TO_HOST: Mapping[EndpointToHost, Action] = {
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What is there whatever the policies: chains by table, and the hooks that jump to them."""
+    """What is there whatever the policies: chains by table, and what hooks do, as a rule jump."""
 
     chains: tuple[tuple[Table, Chain], ...]
-    hooks: tuple[tuple[Hook, ChainRule], ...]
+    hooks: tuple[tuple[Hook, tuple[ChainRule, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +100,16 @@ def frame(settings: Settings, version: int, around: Surroundings) -> Frame:
     ]
     if loops is not None:
         chains.append((Table.FILTER, loops))
-    hooks = [
-        (Hook(Table.RAW, "PREROUTING"), ChainRule(Jump(names.PREROUTING))),
-        (Hook(Table.FILTER, "FORWARD"), ChainRule(Jump(names.FORWARD))),
-        (Hook(Table.FILTER, "INPUT"), ChainRule(Jump(names.INPUT))),
+    hooks: list[tuple[Hook, tuple[ChainRule, ...]]] = [
+        (Hook(Table.RAW, "PREROUTING"), (ChainRule(Jump(names.PREROUTING)),)),
+        (Hook(Table.FILTER, "FORWARD"), (ChainRule(Jump(names.FORWARD)),)),
+        (Hook(Table.FILTER, "INPUT"), (ChainRule(Jump(names.INPUT)),)),
     ]
     tunnels = (_vxlan(settings, destinations=(names.VXLAN_NODES,)),) if around.vxlan else ()
     if around.ipvs:
         chains += ((Table.FILTER, chain) for chain in ipvs_rules.frame(settings, guard))
-        hooks += ((AFTER_IPVS, rule) for rule in ipvs_rules.to_host(settings))
+        if left := tuple(ipvs_rules.to_host(settings, guard)):
+            hooks.append((Hook(Table.FILTER, "INPUT", behind_ipvs=True), left))
     through = tuple(ipvs_rules.to_targets(settings)) if around.ipvs else ()
     hooked = [
         *host_rules.frame(guard, settings, tunnels, through),
@@ -117,7 +117,7 @@ def frame(settings: Settings, version: int, around: Surroundings) -> Frame:
     ]
     for hook, (table, chain) in hooked:
         chains.append((table, chain))
-        hooks.append((hook, ChainRule(Jump(chain.name))))
+        hooks.append((hook, (ChainRule(Jump(chain.name)),)))
     if around.nats:
         chains += ((Table.NAT, chain) for chain in nat_rules.floating(around.nats))
     if around.masquerade:

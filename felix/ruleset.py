@@ -74,7 +74,7 @@ class Ruleset:
         self._unfiltered: set[PolicyId] = set()
         self._runs = Runs()
         self.chains: dict[ChainKey, AnyChain] = {}
-        self.hooks: dict[HookKey, ChainRule] = {}
+        self.hooks: dict[HookKey, tuple[ChainRule, ...]] = {}
         self.sets: set[SetKey] = set()
 
     @property
@@ -282,11 +282,11 @@ class Ruleset:
             ),
         )
         chains = {ChainKey(version, table, chain.name): chain for table, chain in frame.chains}
-        hooks = {HookKey(version, hook): rule for hook, rule in frame.hooks}
+        hooks = {HookKey(version, hook): rules for hook, rules in frame.hooks}
         for hook_key in [k for k in self.hooks if k.version == version and k not in hooks]:
             _put(self.hooks, delta.hooks, hook_key, None)
-        for hook_key, rule in hooks.items():
-            _put(self.hooks, delta.hooks, hook_key, rule)
+        for hook_key, own in hooks.items():
+            _put(self.hooks, delta.hooks, hook_key, own)
         for key in [*(k for k in self._frame[version] if k not in chains), *chains]:
             _put(self.chains, delta.chains, key, chains.get(key))
         self._frame[version] = frozenset(chains)

@@ -409,6 +409,14 @@ def test_rules_for_ipvs_are_recognised_by_who_made_them(node: Node) -> None:
     assert node.brain.apply() == 0
 
 
+def test_there_is_no_chain_for_ipvs_that_nothing_leads_to(node: Node) -> None:
+    node.enforce(*HOSTS, of_interface("eth0", types=["Ingress", "Egress"]))
+    listed = node.listed()
+    made = set(re.findall(r"cali-ipvs-[a-z-]+", listed))
+    led_to = set(re.findall(r"(?:jump|goto|-j|-g) (?:filter-)?(cali-ipvs-[a-z-]+)", listed))
+    assert made == led_to != set()
+
+
 def test_what_the_host_sends_to_its_pods_is_its_own(node: Node) -> None:
     node.enforce(of_pod())
     assert passes(node.node.netns, NODE, POD) == BOTH
