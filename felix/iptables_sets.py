@@ -106,11 +106,7 @@ class IptablesSets:
 
     def blocked(self) -> frozenset[str]:
         """Sets in whose place there is another of their name, of another type, that rules use."""
-        return frozenset(
-            name
-            for name, error in self.errors.items()
-            if name in self._wanted and isinstance(error, OSError) and error.errno == _BUSY
-        )
+        return frozenset(name for name in self.errors if self._is_obstructed(name))
 
     def fill(self, now: float) -> int:
         """Make the sets that are missing and add the members that are; so many changes."""
@@ -118,6 +114,7 @@ class IptablesSets:
         if due:
             # Perhaps they failed because somebody else changed them.
             self._present = self._ipsets.headers()
+            self._compare.update(filter(self._is_obstructed, self._wanted))
         for name in due:
             (self._compare if name in self._wanted else self._doomed).add(name)
         changes = sum(self._attempt(name, self._make, now) for name in self._compare)
@@ -179,8 +176,7 @@ class IptablesSets:
     def _make(self, name: str) -> int:
         """Make the set; of one that is there, note what is missing and what is too much."""
         ipset, wanted = self._wanted[name].ipset, self._wanted[name].texts()
-        present = self._present.get(name)
-        if present and (present.kind, present.family) != (ipset.kind, ipset.family):
+        if self._is_obstructed(name):
             self._destroy(name)
         actual = self._ipsets.members(name) if name in self._present else None
         if actual is None:
@@ -191,6 +187,13 @@ class IptablesSets:
         self._remove[name] = set(actual - wanted)
         return 0
 
+    def _is_obstructed(self, name: str) -> bool:
+        """Whether a set is wanted where there is one of another type."""
+        wanted, present = self._wanted.get(name), self._present.get(name)
+        if wanted is None or present is None:
+            return False
+        return (present.kind, present.family) != (wanted.ipset.kind, wanted.ipset.family)
+
     def _destroy(self, name: str) -> int:
         if name not in self._present:
             return 0
@@ -200,7 +203,8 @@ class IptablesSets:
 
     def _update(self, deltas: dict[str, tuple[Iterable[str], Iterable[str]]], now: float) -> int:
         sized = {name: (tuple(added), tuple(removed)) for name, (added, removed) in deltas.items()}
-        sized = {name: both for name, both in sized.items() if both[0] or both[1]}
+        # What is in another set's place is not to be changed, but made anew, with all members.
+        sized = {n: both for n, both in sized.items() if any(both) and not self._is_obstructed(n)}
         if not sized:
             return 0
         for name, error in self._ipsets.update(sized).items():

@@ -7,6 +7,7 @@ afterwards, not even what could begin meanwhile.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import shlex
 import socket
@@ -15,13 +16,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from felix.chains import Chain, Dispatch, Side, Table
-from felix.desired import ChainKey, Delta, SetKey
+from api.net import parse_net
+from felix import names
+from felix.chains import Chain, ChainRule, Condition, Dispatch, Drop, Hook, Jump, Side, Table
+from felix.desired import ChainKey, Delta, HookKey, SetKey
+from felix.iptables_dataplane import IptablesDataplane
 from felix.nftables_dataplane import NftablesDataplane
 from felix.settings import settings
 from kernel.netns import Namespace, inside
 from kernel.nftables import Nftables, TableState
-from policy.model import Member
+from policy.engine import SetDelta
+from policy.model import Match, Member, SetKind
 from tests.felix.enforcers import ENFORCERS, Enforcer
 from tests.felix.world import (
     V3,
@@ -36,6 +41,7 @@ from tests.felix.world import (
 )
 from tests.support.netns import eventually, run
 
+_NONE: frozenset[Member] = frozenset()
 CHAIN = "cali-tw-"
 # Of iptables nobody tells, so it is looked at every second. Of nftables the kernel tells: never.
 INTERVALS = {
@@ -425,6 +431,63 @@ def test_nobody_else_changed_anything(namespace: Namespace) -> None:
         assert not own.untouched()
         own.read()
         assert own.untouched()
+
+
+def test_a_set_of_a_strangers_that_stays_lets_nothing_through(namespace: Namespace) -> None:
+    """Of our name, but of another type, and in use: it is not asked, whatever comes meanwhile."""
+    set_id = "s:denied"
+    key, name = SetKey(4, set_id), names.set_name(set_id, 4)
+    members: set[Member] = {parse_net("127.0.0.2")}
+    denied = ChainRule(Drop(), Condition(packet=Match(dst_sets=(set_id,))))
+    hook = HookKey(4, Hook(Table.FILTER, "OUTPUT"))
+
+    def change(*came: Member, created: bool = False) -> Delta:
+        return Delta(sets={key: SetDelta(SetKind.NET, frozenset(came), _NONE, created, False)})
+
+    def reached() -> list[int]:
+        with socket.socket(type=socket.SOCK_DGRAM) as sender:
+            return [number for number in (2, 3, 4) if _is_sent(sender, f"127.0.0.{number}")]
+
+    run(namespace, "ipset", "create", name, "hash:net,port")
+    rule = ("FORWARD", "-m", "set", "--match-set", name, "src,dst", "-j", "ACCEPT")
+    run(namespace, "iptables", "-A", *rule)
+    with (
+        inside(namespace.fd),
+        contextlib.closing(
+            IptablesDataplane(settings(), lambda _: frozenset(members), "nft")
+        ) as own,
+    ):
+        later = itertools.count(1000.0, 1000.0)
+
+        def apply(now: float) -> bool:
+            for step in (own.fill_sets, own.apply_chains, own.trim_sets):
+                step(now)
+            return own.next_retry() is None
+
+        own.read()
+        delta = change(*members, created=True)
+        delta.chains[ChainKey(4, Table.FILTER, "cali-x")] = Chain("cali-x", (denied,))
+        delta.hooks[hook] = (ChainRule(Jump("cali-x")),)
+        own.want(delta)
+        apply(100.0)
+        assert reached() == []
+        members.add(parse_net("127.0.0.3"))
+        own.want(change(parse_net("127.0.0.3")))
+        apply(100.0)
+        assert reached() == []
+        run(namespace, "iptables", "-D", *rule)
+        eventually(lambda: apply(next(later)))
+        assert reached() == [4]
+        assert list(own.problems()) == []
+
+
+def _is_sent(sender: socket.socket, address: str) -> bool:
+    """Whether a packet leaves."""
+    try:
+        sender.sendto(b"", (address, 80))
+    except PermissionError:  # dropped in OUTPUT
+        return False
+    return True
 
 
 def test_a_table_goes_while_it_is_read(
