@@ -158,6 +158,7 @@ def _labels(
 ) -> tuple[tuple[str, str], ...]:
     # Where an endpoint comes from is not for it to choose.
     found = own_labels(own)
+    found.pop(labels.SERVICE_ACCOUNT, None)
     found[labels.NAMESPACE] = key.namespace
     if orchestrator:
         found[labels.ORCHESTRATOR] = orchestrator

@@ -334,8 +334,9 @@ def test_20_a_service_account_is_known_by_its_name_whatever_its_length(place: Pl
     false = {"projectcalico.org/serviceaccount": "admin"}
     rule = {"serviceAccounts": {"names": ["admin"]}, "namespaceSelector": "all()"}
     known = policy("p", "red", **FOR_B, ingress=[from_(**rule)])
-    place.become(known, labels_of_c=false, account_of_c=account)
-    assert place.reached(B)
+    for named in (account, None):
+        place.become(known, labels_of_c=false, account_of_c=named)
+        assert place.reached(B)
     for pod in (pod_of_c(account, **false), pod_of_c(**false)):
         place.become(known, pod)
         assert place.reached(B)
