@@ -231,8 +231,11 @@ class _Compiler:
         to_service = self._service(
             rule.destination.services, f"{where}.destination", with_ports=True
         )
+        versions = _versions(rule, protocol, source.not_nets, destination.not_nets)
+        if not versions:
+            return []
         match = Match(
-            version=_version(rule, protocol, (*source.not_nets, *destination.not_nets)),
+            version=None if len(versions) > 1 else min(versions),
             protocol=protocol,
             not_protocol=None if rule.not_protocol is None else protocol_number(rule.not_protocol),
             src_nets=source.nets,
@@ -366,15 +369,15 @@ def _both(positive: Selector, negative: Selector) -> Selector:
     return Selector(And((positive.root, excluding)))
 
 
-def _version(rule: ApiRule, protocol: int | None, not_nets: Iterable[Net]) -> int | None:
-    """The IP version a rule is about; None: both.
+def _versions(rule: ApiRule, protocol: int | None, *not_nets: Iterable[Net]) -> set[int]:
+    """The IP versions a rule is about; none, where what it says is never true together.
 
     Who writes "all but these", of IPv4, has not spoken of IPv6: like ``nets``, ``notNets`` make it
-    a rule of their version, as they do in Calico.
+    a rule of their version, as they do in Calico (``felix/rules/policy.go`` FilterRuleToIPVersion).
     """
-    versions = {net.version for net in not_nets}
-    implied = versions.pop() if len(versions) == 1 else None
-    return rule.ip_version or ICMP_VERSIONS.get(protocol or 0) or implied
+    said: list[set[int | None]] = [{rule.ip_version}, {ICMP_VERSIONS.get(protocol or 0)}]
+    said += [{net.version for net in nets} for nets in not_nets]
+    return {version for version in (4, 6) if all(version in each for each in said if any(each))}
 
 
 @dataclass(frozen=True, slots=True)

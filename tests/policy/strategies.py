@@ -68,18 +68,25 @@ CONDITIONS: dict[str, tuple[Any, ...]] = {
         {"selector": "role == 'x'"},
         {"names": ["robot", "other"], "selector": "role != 'y'"},
     ),
-    "nets": (["10.0.0.0/30"], ["10.0.0.1/32", "192.0.2.0/24"]),
-    "notNets": (["10.0.0.2/32"],),
     "ports": ([80], ["http"], ["http"], ["8000:8010", "http"]),
     "notPorts": tuple([port] for port in PORTS),
 }
 
 
-def some_entity(chance: random.Random, protocol: str | None) -> dict[str, Any]:
+NETS: dict[int, dict[str, tuple[Any, ...]]] = {
+    4: {
+        "nets": (["10.0.0.0/30"], ["10.0.0.1/32", "192.0.2.0/24"]),
+        "notNets": (["10.0.0.2/32"],),
+    },
+    6: {"nets": (["fd00::/16"],), "notNets": (["2001:db8::1/128"], ["fd00::1/128"])},
+}
+
+
+def some_entity(chance: random.Random, protocol: str | None, version: int) -> dict[str, Any]:
     """One side of a rule; most of its conditions are absent."""
     return {
         field: chance.choice(values)
-        for field, values in CONDITIONS.items()
+        for field, values in (CONDITIONS | NETS[version]).items()
         if chance.random() < (0.4 if field == "ports" else 0.2)
         and (protocol in ("TCP", "UDP") or not field.lower().endswith("ports"))
     }
@@ -88,11 +95,12 @@ def some_entity(chance: random.Random, protocol: str | None) -> dict[str, Any]:
 def some_rule(chance: random.Random, direction: str) -> Rule:
     pick = chance.choice
     protocol = pick((None, None, "TCP", "UDP", "ICMP"))
+    version = pick((4, 4, 6))
     rule: dict[str, Any] = {
         "action": pick(("Allow", "Allow", "Allow", "Deny", "Deny", "Pass", "Log")),
         "protocol": protocol,
-        "source": some_entity(chance, protocol),
-        "destination": some_entity(chance, protocol),
+        "source": some_entity(chance, protocol, version),
+        "destination": some_entity(chance, protocol, version),
     }
     if protocol == "ICMP":
         fields = (None, {"type": 8}, {"type": 8, "code": 0})
@@ -100,7 +108,7 @@ def some_rule(chance: random.Random, direction: str) -> Rule:
     elif protocol is None:
         rule["notProtocol"] = pick((None, None, "TCP"))
         sides = rule["source"].keys() | rule["destination"].keys()
-        rule["ipVersion"] = pick((None, None, 4 if sides & {"nets", "notNets"} else 6))
+        rule["ipVersion"] = pick((None, None, version if sides & {"nets", "notNets"} else 6))
     if chance.random() < 0.1:
         rule["source" if direction == "ingress" else "destination"] = {"services": pick(SERVICES)}
     return Rule.model_validate(rule)

@@ -87,6 +87,17 @@ def test_icmp_belongs_to_its_ip_version() -> None:
     assert match(protocol="ICMPv6") == Match(version=6, protocol=58)
 
 
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_what_is_never_true_together_matches_nothing(side: str) -> None:
+    """``felix/rules/policy.go`` FilterRuleToIPVersion: left out in either version."""
+    for protocol, other, own in (("ICMP", "fd00::/8", 4), ("ICMPv6", "10.0.0.0/8", 6)):
+        for action in ("Allow", "Deny"):
+            rule = {"action": action, "protocol": protocol, side: {"notNets": [other]}}
+            assert compiled(rule).rules.policy.ingress == ()
+        same = "10.0.0.0/8" if own == 4 else "fd00::/8"
+        assert match(protocol=protocol, **{side: {"notNets": [same]}}).version == own
+
+
 TYPES_AND_CODES = (None, {"type": 8}, {"type": 8, "code": 0}, {"type": 3}, {"type": 3, "code": 1})
 
 
