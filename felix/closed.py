@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from api.clusternetworkpolicy import ClusterNetworkPolicy
-from api.errors import UNREADABLE, InvalidObjectError
+from api.errors import UNREADABLE, InvalidObjectError, Problem
 from api.kubernetes import KubernetesNetworkPolicy
 from api.metadata import ObjectMeta
 from api.policy import (
@@ -47,33 +48,24 @@ _DENY = [Rule(action="Deny")]
 _TWICE = object()  # the value of a field that stands there twice, in different case
 
 
-def closed_policy(key: Key, value: object) -> NetworkPolicy | GlobalNetworkPolicy:
-    """The stand-in for the object stored under ``key``. Never raises."""
+def closed_policy(
+    key: Key, value: object
+) -> tuple[NetworkPolicy | GlobalNetworkPolicy, tuple[Problem, ...]]:
+    """The stand-in for the object stored under ``key``, and what of it couldn't be converted.
+
+    Never raises.
+    """
     spec = _spec(value)
+    policy: NetworkPolicy | GlobalNetworkPolicy
     if key.kind == "KubernetesNetworkPolicy":
-        return _kubernetes(key, spec)
-    if key.kind in _TIERS:
-        return _of_administrators(key, spec)
-    fields: dict[str, Any] = {
-        "tier": _tier(spec.get("tier")),
-        "order": _order(spec.get("order")),
-        # A selector that can't be parsed selects everything in the policy's reach.
-        "selector": _text(spec.get("selector")),
-        "service_account_selector": _text(spec.get("serviceaccountselector")),
-        "types": _types(spec.get("types"), spec),
-        "ingress": _rules(key, spec, "ingress"),
-        "egress": _rules(key, spec, "egress"),
-    }
-    metadata = ObjectMeta.model_construct(name=key.name, namespace=key.namespace)
-    if key.kind == "NetworkPolicy":
-        return NetworkPolicy.model_construct(
-            metadata=metadata, spec=NetworkPolicySpec.model_construct(**fields)
-        )
-    fields["namespace_selector"] = _text(spec.get("namespaceselector"))
-    fields |= _flags(spec)
-    return GlobalNetworkPolicy.model_construct(
-        metadata=metadata, spec=GlobalNetworkPolicySpec.model_construct(**fields)
-    )
+        policy = _kubernetes(key, spec)
+    elif key.kind in _TIERS:
+        policy = _of_administrators(key, spec)
+    else:
+        policy = _calicos(key, spec)
+    policy.spec.ingress, of_ingress = _rules(key, spec, "ingress")
+    policy.spec.egress, of_egress = _rules(key, spec, "egress")
+    return policy, (*of_ingress, *of_egress)
 
 
 def tier_as_far_as_readable(key: Key, value: object) -> Tier:
@@ -92,6 +84,27 @@ def tier_as_far_as_readable(key: Key, value: object) -> Tier:
     return Tier.model_construct(metadata=ObjectMeta.model_construct(name=key.name), spec=read)
 
 
+def _calicos(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy | GlobalNetworkPolicy:
+    fields: dict[str, Any] = {
+        "tier": _tier(spec.get("tier")),
+        "order": _order(spec.get("order")),
+        # A selector that can't be parsed selects everything in the policy's reach.
+        "selector": _text(spec.get("selector")),
+        "service_account_selector": _text(spec.get("serviceaccountselector")),
+        "types": _types(spec.get("types"), spec),
+    }
+    metadata = ObjectMeta.model_construct(name=key.name, namespace=key.namespace)
+    if key.kind == "NetworkPolicy":
+        return NetworkPolicy.model_construct(
+            metadata=metadata, spec=NetworkPolicySpec.model_construct(**fields)
+        )
+    fields["namespace_selector"] = _text(spec.get("namespaceselector"))
+    fields |= _flags(spec)
+    return GlobalNetworkPolicy.model_construct(
+        metadata=metadata, spec=GlobalNetworkPolicySpec.model_construct(**fields)
+    )
+
+
 def _kubernetes(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy:
     metadata = {"name": key.name, "namespace": key.namespace}
     for selector in (spec.get("podselector") or {}, {}):
@@ -102,8 +115,6 @@ def _kubernetes(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy:
         assert isinstance(readable, KubernetesNetworkPolicy)
         policy = convert.network_policy(readable)
         policy.spec.types = _types(spec.get("policytypes"), spec, always=("Ingress",))
-        policy.spec.ingress = _rules(key, spec, "ingress")
-        policy.spec.egress = _rules(key, spec, "egress")
         return policy
     raise AssertionError(f"{key}: an empty podSelector can be read")
 
@@ -120,44 +131,50 @@ def _of_administrators(key: Key, spec: Mapping[str, Any]) -> GlobalNetworkPolicy
             selector=pods,
             namespace_selector=namespaces,
             types=_directions(spec),
-            ingress=_rules(key, spec, "ingress"),
-            egress=_rules(key, spec, "egress"),
         ),
     )
 
 
 def _rules(
     key: Key, spec: Mapping[str, Any], direction: Literal["ingress", "egress"]
-) -> list[Rule]:
+) -> tuple[list[Rule], list[Problem]]:
     """Of those that can't be read one that allows is left out; any other denies everything.
 
-    So does the policy, where anything else can't be read.
+    So does the policy, where anything else can't be read. And what couldn't be converted.
     """
     rest = {name: part for name, part in spec.items() if name not in ("ingress", "egress")}
     metadata = {"name": key.name} | ({"namespace": key.namespace} if key.namespace else {})
 
-    def read(rules: list[Any]) -> list[Rule]:
-        policy, _ = read_policy(key, {"metadata": metadata, "spec": {**rest, direction: rules}})
+    def read(rules: list[Any]) -> tuple[list[Rule], tuple[Problem, ...]]:
+        alone = {"metadata": metadata, "spec": {**rest, direction: rules}}
+        policy, wrong = read_policy(key, alone)
         assert policy is not None
-        return policy.spec.ingress if direction == "ingress" else policy.spec.egress
+        return (policy.spec.ingress if direction == "ingress" else policy.spec.egress), wrong
 
     given = spec.get(direction)
     try:
         read([])
     except InvalidObjectError:
-        return _DENY
+        return _DENY, []
     if given is None:
-        return []
+        return [], []
     if not isinstance(given, list):
-        return _DENY
+        return _DENY, []
     found: list[Rule] = []
+    problems: list[Problem] = []
     for index, rule in enumerate(given):
+        wrong: tuple[Problem, ...] = ()
         try:
-            rules = read([rule])
+            rules, wrong = read([rule])
         except InvalidObjectError:
             rules = [] if _never_denies(key, rule) else [Rule(action="Deny")]
         found += [each.made_from(index) for each in rules]
-    return found
+        where = f"spec.{direction}"
+        problems += [
+            replace(each, field=each.field.replace(f"{where}[0]", f"{where}[{index}]", 1))
+            for each in wrong
+        ]
+    return found, problems
 
 
 def _never_denies(key: Key, rule: object) -> bool:

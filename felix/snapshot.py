@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from api.bgp import BGPConfiguration
 from api.clusterinformation import is_locked
-from api.errors import InvalidObjectError
+from api.errors import InvalidObjectError, Problem
 from api.ipam import BlockAffinity
 from api.ippool import IPPool
 from api.kubernetes import Pod
@@ -50,6 +51,7 @@ from policy.engine import Profile
 from policy.model import NamedPort, ServiceSlice
 
 T = TypeVar("T")
+_PolicyReader = Callable[[Key, JSON], tuple[AnyPolicy | None, tuple[Problem, ...]]]
 
 # What others refer to comes first, which saves work at the start.
 KINDS = (
@@ -165,7 +167,8 @@ class Snapshot:
             case _ if key.kind in DRAFTS:
                 self._put(self.policies, key, value, self._read_policy)
             case _ if key.kind in POLICIES:
-                self._put(self.policies, key, value, self._read_policy, closed_policy)
+                closed = partial(self._read_policy, read=closed_policy)
+                self._put(self.policies, key, value, self._read_policy, closed)
             case "Tier":
                 self._put(self.tiers, key, value, _read_tier, tier_as_far_as_readable)
             case "IPPool":
@@ -201,10 +204,11 @@ class Snapshot:
         ):
             self.dirty.update(table)
 
-    def _read_policy(self, key: Key, value: JSON) -> AnyPolicy | None:
-        policy, problems = read_policy(key, value)
-        if problems:
-            self.problems[key] = "; ".join(map(str, problems))
+    def _read_policy(
+        self, key: Key, value: JSON, read: _PolicyReader = read_policy
+    ) -> AnyPolicy | None:
+        policy, problems = read(key, value)
+        self._tell(key, *map(str, problems))
         return policy
 
     def _read_configuration(self, key: Key, value: JSON) -> Configuration:
@@ -213,6 +217,12 @@ class Snapshot:
             self.problems[key] = f"{'; '.join(problems)}; what can be read of it is in force"
             _log.warning("%s: %s", key, self.problems[key])
         return configuration
+
+    def _tell(self, key: Key, *texts: str) -> None:
+        """What is wrong with an object, besides what was told of it."""
+        if texts:
+            known = (self.problems[key],) if key in self.problems else ()
+            self.problems[key] = "; ".join((*known, *texts))
 
     def _put(
         self,

@@ -398,6 +398,10 @@ def test_a_rule_that_cannot_be_converted_is_told() -> None:
     assert name == "ClusterNetworkPolicy(nodes)"
     assert "spec.egress[0].to[0].nodes" in text
     assert not allows(run_, A, "192.0.2.1")
+    beside: JSON = {"action": "Accept", "to": [{"namespaces": {}}], "weather": "fine"}
+    run_.feed([of("ClusterNetworkPolicy", "nodes", {**spec, "egress": [beside, *rules]})])
+    ((_, text),) = run_.calculator.problems(run_.snapshot)
+    assert "spec.egress[0].weather" in text and "spec.egress[1].to[0].nodes" in text
     run_.feed([(Key("ClusterNetworkPolicy", "nodes"), None)])
     assert not list(run_.calculator.problems(run_.snapshot))
 

@@ -192,7 +192,8 @@ def test_an_unreadable_policy_denies_where_it_would_apply(
     key: Key, value: Any, selector: str, ingress: int, egress: int
 ) -> None:
     obj: JSON = {"metadata": {"name": key.name, "namespace": key.namespace}, "spec": value}
-    compiled = compile_policy(PolicyId(key.kind, key.namespace, key.name), closed_policy(key, obj))
+    policy, _ = closed_policy(key, obj)
+    compiled = compile_policy(PolicyId(key.kind, key.namespace, key.name), policy)
     assert selector in compiled.selector.canonical
     for rules, denies in (
         (compiled.rules.policy.ingress, ingress),
@@ -204,14 +205,14 @@ def test_an_unreadable_policy_denies_where_it_would_apply(
 
 def test_what_an_unreadable_policy_says_counts_however_it_is_spelt() -> None:
     for key in (NETWORK_POLICY, KUBERNETES):
-        policy = closed_policy(key, {"Spec": {"Ingress": [{}], "EGRESS": 7, "new": 1}})
+        policy, _ = closed_policy(key, {"Spec": {"Ingress": [{}], "EGRESS": 7, "new": 1}})
         assert policy.spec.types == ["Ingress", "Egress"]
         assert [rule.action for rule in (*policy.spec.ingress, *policy.spec.egress)] == ["Deny"] * 2
 
 
 def test_tier_and_order_of_an_unreadable_policy_are_kept() -> None:
     value = {"spec": {"tier": "t", "order": 7, "ingress": BAD_RULE}}
-    policy = closed_policy(GLOBAL, value)
+    policy, _ = closed_policy(GLOBAL, value)
     assert isinstance(policy.spec, GlobalNetworkPolicySpec)
     assert (policy.spec.tier, policy.spec.order) == ("t", 7)
 
@@ -219,8 +220,10 @@ def test_tier_and_order_of_an_unreadable_policy_are_kept() -> None:
 @pytest.mark.parametrize("order", ["first", True, 10**400, float("nan"), []])
 def test_an_unreadable_policy_of_unknown_place_is_the_first(order: Any) -> None:
     for key, name in ((NETWORK_POLICY, "order"), (Key("ClusterNetworkPolicy", "c"), "priority")):
-        assert closed_policy(key, {"spec": {name: order}}).spec.order == UNPLACED
-    assert closed_policy(NETWORK_POLICY, {"spec": {"tier": 5}}).spec.tier == "", "which is none"
+        policy, _ = closed_policy(key, {"spec": {name: order}})
+        assert policy.spec.order == UNPLACED
+    policy, _ = closed_policy(NETWORK_POLICY, {"spec": {"tier": 5}})
+    assert policy.spec.tier == "", "which is none"
 
 
 def test_an_endpoint_may_be_written_in_any_case_and_can_not_choose_its_namespace() -> None:
