@@ -6,13 +6,8 @@ import click
 
 from api.kinds import Kind
 from datastore.interface import ConflictError, Datastore, Key, NotFoundError
-from manxctl.documents import DEFAULT_NAMESPACE, KEEPERS, title
+from manxctl.documents import DEFAULT_NAMESPACE, KEEPERS, TIERED, title
 from manxctl.options import file_options, kind_named, moving, open_store, read_or_fail, warn
-
-POLICY_KINDS = (
-    *("NetworkPolicy", "GlobalNetworkPolicy"),
-    *("StagedNetworkPolicy", "StagedGlobalNetworkPolicy"),
-)
 
 
 @click.command("delete")
@@ -108,7 +103,7 @@ def _objection(store: Datastore, key: Key) -> str | None:
         return "a built-in tier stays"
     inside = [
         entry.key.name
-        for kind in POLICY_KINDS
+        for kind in TIERED
         for entry in store.list(kind).entries
         if (entry.value.get("spec") or {}).get("tier") == key.name
     ]

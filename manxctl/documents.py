@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from api.errors import InvalidObjectError, Problem
-from api.kinds import CALICO, KINDS, Kind, key_parts, kind_of
+from api.kinds import CALICO, KINDS, Kind, key_parts, kind_of, name_of
 from api.syntax import SyntaxProblemError, documents
-from datastore.interface import Key
+from datastore.interface import JSON, Key, part
 
 if TYPE_CHECKING:
     from api.metadata import Resource
@@ -27,7 +29,13 @@ KEEPERS = {
         "programs keep it; manxctl datastore migrate lock and unlock change its datastoreReady"
     ),
 }
-# As Calico keeps its kinds in a Kubernetes without its API server, with more in an annotation.
+# The policies of tiers.
+TIERED = (
+    *("NetworkPolicy", "GlobalNetworkPolicy"),
+    *("StagedNetworkPolicy", "StagedGlobalNetworkPolicy"),
+)
+# As Calico keeps its kinds in a Kubernetes without its API server: an object's own metadata is in
+# an annotation, and not, or not all of it, where it belongs.
 _CALICO_CRDS = "crd.projectcalico.org/v1"
 _CALICO_CRD_METADATA = "projectcalico.org/metadata"
 CONVERTED_PREFIX = "knp.default."
@@ -194,16 +202,48 @@ def _items(place: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _from_calico_crd(value: Any) -> Any:
-    """The object as ``projectcalico.org/v3`` has it, where it is one of Calico's own CRDs."""
+    """The object as ``projectcalico.org/v3`` has it, where it is one of Calico's own CRDs.
+
+    Raises InvalidObjectError. Source: libcalico-go/lib/backend/k8s/resources/resources.go.
+    """
     if not isinstance(value, dict) or value.get("apiVersion") != _CALICO_CRDS:
         return value
-    kind, metadata = value.get("kind"), value.get("metadata")
+    kind = value.get("kind")
     changed = {"apiVersion": CALICO, "kind": "IPAMConfiguration" if kind == "IPAMConfig" else kind}
-    if isinstance(metadata, dict) and isinstance(metadata.get("annotations"), dict):
-        annotations = dict(metadata["annotations"])
-        annotations.pop(_CALICO_CRD_METADATA, None)
-        changed["metadata"] = metadata | {"annotations": annotations}
-    return value | changed
+    if not isinstance(value.get("metadata"), dict):
+        return value | changed
+    own = _own_metadata(value)
+    metadata = value["metadata"] | {"name": own.get("name") or _name_in_tier(value)}
+    for field in ("labels", "annotations"):
+        if isinstance(metadata.get(field), dict | None):
+            metadata[field] = (metadata.get(field) or {}) | (own.get(field) or {})
+            metadata[field].pop(_CALICO_CRD_METADATA, None)
+    return value | changed | {"metadata": metadata}
+
+
+def _own_metadata(value: JSON) -> JSON:
+    """What stands of an object's own metadata in the annotation of its CRD."""
+    text = part(part(value, "metadata"), "annotations").get(_CALICO_CRD_METADATA, "{}")
+    try:
+        own = orjson.loads(text)
+        types = {"name": str, "labels": dict, "annotations": dict}
+        if isinstance(own, dict) and all(
+            isinstance(own.get(field), type_ | None) for field, type_ in types.items()
+        ):
+            return own
+    except ValueError:
+        pass
+    field = f"metadata.annotations.{_CALICO_CRD_METADATA}"
+    problem = Problem(field, text, "JSON, an object's metadata as Calico keeps it there")
+    raise InvalidObjectError(str(value.get("kind")), name_of(value), [problem])
+
+
+def _name_in_tier(value: JSON) -> str:
+    """The name of an object without that of the default tier, with which CRDs begin."""
+    name = name_of(value)
+    if value.get("kind") in TIERED and part(value, "spec").get("tier") in (None, "", "default"):
+        return name.removeprefix("default.")
+    return name
 
 
 def _document(place: str, value: Any, namespace: str) -> Document:

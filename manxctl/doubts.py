@@ -15,15 +15,8 @@ from api.registry import dump
 from datastore.interface import JSON, Datastore
 from ipam.overlaps import Range, node_ranges, service_ranges, shared
 from ipam.pools import Pools
-from manxctl.documents import Document
+from manxctl.documents import TIERED, Document
 from manxctl.options import moving
-
-_IN_TIERS = frozenset(
-    (
-        *("NetworkPolicy", "GlobalNetworkPolicy"),
-        *("StagedNetworkPolicy", "StagedGlobalNetworkPolicy"),
-    )
-)
 
 
 def doubts(
@@ -43,7 +36,7 @@ def _tiers(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iter
     wanted = [
         (document, tier)
         for document, resource in pairs
-        if document.key.kind in _IN_TIERS
+        if document.key.kind in TIERED
         and (tier := getattr(getattr(resource, "spec", None), "tier", None))
         and tier not in BUILT_IN_TIERS
     ]

@@ -216,25 +216,76 @@ def test_a_list_without_a_kind(run: Run, store: SqliteDatastore) -> None:
         assert "document 1, item 2: NetworkPolicy default/web: spec.order: 'x'" in result.stderr
 
 
+CRDS = "crd.projectcalico.org/v1"
+
+
+def crd(kind: str, name: str, spec: Any, own: Any = None, **metadata: Any) -> dict[str, Any]:
+    """As Calico writes its CRDs: what is not its own of the metadata stands in an annotation."""
+    metadata |= {"name": name, "generation": 2, "uid": "u-1"}
+    if own is not None:
+        text = json.dumps({"creationTimestamp": "2024-01-01T00:00:00Z"} | own)
+        kept = {"projectcalico.org/metadata": text}
+        metadata["annotations"] = kept | metadata.get("annotations", {})
+    return {"apiVersion": CRDS, "kind": kind, "metadata": metadata, "spec": spec}
+
+
 def test_calicos_own_crds(run: Run, store: SqliteDatastore) -> None:
     """As ``kubectl get -o yaml`` shows them in a cluster without Calico's API server."""
-    crds = "crd.projectcalico.org/v1"
-    items = [yaml.safe_load(text) | {"apiVersion": crds} for text in (POOL, POLICY)]
-    more = {"projectcalico.org/metadata": '{"creationTimestamp":null}', "owner": "us"}
-    items[0]["metadata"]["annotations"] = more
-    items.append({"apiVersion": crds, "kind": "IPAMConfig", "metadata": {"name": "default"}})
-    items[2]["spec"] = {"strictAffinity": True}
+    spec = yaml.safe_load(POLICY)["spec"]
+    owner = {"apiVersion": CRDS, "kind": "GlobalNetworkPolicy", "name": "deny", "uid": "u-3"}
+    own = {"labels": {"role": "blocked"}, "annotations": {"owner": "us"}, "finalizers": ["a/b"]}
+    ours = {"labels": {"projectcalico.org/x": "y", "role": "older"}, "annotations": {"z": "z"}}
+    tier = {"projectcalico.org/tier": "security"}
+    items = [
+        crd("IPPool", "pods", {"cidr": "10.0.0.0/16"}, {}),
+        crd("IPAMConfig", "default", {"strictAffinity": True}),
+        crd(
+            "GlobalNetworkSet",
+            "blocked",
+            {"nets": ["192.0.2.0/24"]},
+            own | {"ownerReferences": [owner]},
+            **ours,
+        ),
+        crd("NetworkPolicy", "default.web", spec, {"name": "web"}, namespace="shop"),
+        crd("GlobalNetworkPolicy", "default.deny", {}, {}),  # Calico before 3.30
+        crd("GlobalNetworkPolicy", "default.a", {"tier": "default"}, {"name": "default.a"}),
+        crd("GlobalNetworkPolicy", "security.b", {"tier": "security"}, {}, labels=tier),
+        crd("Tier", "security", {"order": 5}, {}),
+    ]
     whole = {"apiVersion": "v1", "kind": "List", "items": items}
     result = run("apply", "-f", "-", stdin=yaml.safe_dump(whole))
     assert (result.exit_code, result.stderr) == (0, "")
-    pool = store.get(PODS).value
-    assert pool["apiVersion"] == "projectcalico.org/v3"
-    assert pool["metadata"]["annotations"] == {"owner": "us"}
-    assert store.get(Key("NetworkPolicy", "web", "default")).value["spec"]["ingress"]
-    assert store.get(Key("IPAMConfiguration", "default")).value["spec"]["strictAffinity"] is True
+    titles = [line.removesuffix(" created") for line in result.stdout.splitlines()]
+    policies = ["deny", "default.a", "security.b"]
+    assert titles == [
+        *("IPPool pods", "IPAMConfiguration default", "GlobalNetworkSet blocked"),
+        *("NetworkPolicy shop/web", *(f"GlobalNetworkPolicy {name}" for name in policies)),
+        "Tier security",
+    ]
+    metadata = store.get(Key("GlobalNetworkSet", "blocked")).value["metadata"]
+    assert set(metadata) == {"name", "uid", "creationTimestamp", "labels", "annotations"}
+    assert metadata["uid"] != "u-1"
+    assert metadata["labels"] == {"projectcalico.org/x": "y", "role": "blocked"}
+    assert metadata["annotations"] == {"z": "z", "owner": "us"}
+    assert store.get(PODS).value["apiVersion"] == "projectcalico.org/v3"
+    assert "annotations" not in store.get(PODS).value["metadata"]
+    assert store.get(Key("GlobalNetworkPolicy", "security.b")).value["metadata"]["labels"] == tier
+    again = run("apply", "-f", "-", stdin=yaml.safe_dump(whole)).output.splitlines()
+    assert again == [f"{title} unchanged" for title in titles]
     items[0]["spec"]["cidr"] = "x"
     result = run("validate", "-f", "-", stdin=yaml.safe_dump(whole))
     assert "item 1: IPPool pods: spec.cidr: 'x'" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"labels":["a"]}', '{"name":5}', 7])
+def test_no_crd_without_what_calico_keeps_in_its_annotation(run: Run, text: Any) -> None:
+    """Without its labels a set would be another."""
+    annotations = {"projectcalico.org/metadata": text}
+    value = crd("GlobalNetworkSet", "blocked", {}, annotations=annotations)
+    result = run("apply", "-f", "-", stdin=json.dumps(value))
+    assert (result.exit_code, result.stdout) == (1, "")
+    where = "GlobalNetworkSet blocked: metadata.annotations.projectcalico.org/metadata"
+    assert f"{where}: {text!r}: JSON" in result.stderr
 
 
 @pytest.mark.parametrize("verb", ["apply", "create", "replace", "delete"])
