@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Any
 
 from api.errors import InvalidObjectError
 from api.ippool import IPPool
@@ -150,7 +151,14 @@ def swap(
     if complaints:
         raise DocumentsError(complaints)
     value = _merged(resource, stored, whole=whole)
-    if value == _bare(stored.value) or (not whole and value == _canonical(stored.value)):
+    if value == _bare(stored.value):
+        return UNCHANGED
+    # Of what is absent another program may think otherwise: what the document states is stored.
+    if (
+        not whole
+        and value == _canonical(stored.value)
+        and not _lacks(stored.value, value, document.value)
+    ):
         return UNCHANGED
     try:
         store.update(document.key, value, stored.revision)
@@ -245,6 +253,20 @@ def _canonical(stored: JSON) -> JSON | None:
         return _bare(dump(parse(stored)))
     except InvalidObjectError:
         return None
+
+
+def _lacks(stored: Any, value: Any, stated: Any) -> bool:
+    """Whether a field of ``value`` that the document states, in whatever case, is not stored."""
+    if isinstance(value, dict) and isinstance(stated, dict):
+        said = {str(name).lower(): item for name, item in stated.items() if item is not None}
+        return not isinstance(stored, dict) or any(
+            name not in stored or _lacks(stored[name], item, said[name.lower()])
+            for name, item in value.items()
+            if name.lower() in said
+        )
+    if isinstance(value, list) and isinstance(stated, list):
+        return not isinstance(stored, list) or any(map(_lacks, stored, value, stated))
+    return False
 
 
 def _bare(value: JSON) -> JSON:

@@ -205,6 +205,27 @@ def test_what_kubectl_wrote_is_unchanged(run: Run, store: SqliteDatastore) -> No
     assert kept == value["metadata"]
 
 
+def test_what_a_file_states_is_stored(run: Run, store: SqliteDatastore) -> None:
+    """Also where it is our default: of what is absent another program may think otherwise."""
+    value = yaml.safe_load(POLICY)
+    value["metadata"]["namespace"] = "default"
+    key = Key("NetworkPolicy", "web", "default")
+    store.create(key, value)
+    assert run("apply", "-f", "-", stdin=POLICY).stdout.endswith(" unchanged\n")
+    stated = POLICY.replace("spec:", "spec:\n  Types: [Ingress]")
+    assert run("apply", "-f", "-", stdin=stated).stdout.endswith(" configured\n")
+    assert store.get(key).value["spec"]["types"] == ["Ingress"]  # Felix: absent is both directions
+    assert run("apply", "-f", "-", stdin=stated).stdout.endswith(" unchanged\n")
+
+    value |= {"apiVersion": "networking.k8s.io/v1"}
+    value["spec"] = {"podSelector": {}, "ingress": [{"ports": [{"port": 80}]}]}
+    store.create(Key("KubernetesNetworkPolicy", "web", "default"), value)
+    assert run("apply", "-f", "-", stdin=json.dumps(value)).stdout.endswith(" unchanged\n")
+    value["spec"]["ingress"][0]["ports"][0]["protocol"] = "TCP"
+    for outcome in ("configured", "unchanged"):
+        assert run("apply", "-f", "-", stdin=json.dumps(value)).stdout.endswith(f" {outcome}\n")
+
+
 def test_a_list_without_a_kind(run: Run, store: SqliteDatastore) -> None:
     """As calicoctl prints several objects that were asked for by name."""
     items = [yaml.safe_load(text) for text in (POOL, POLICY)]
