@@ -167,12 +167,12 @@ def swap(
     return CONFIGURED
 
 
-def stale(resource: Resource, stored: Entry | None) -> str | None:
+def stale(resource: Resource, stored: Entry) -> str | None:
     """The complaint when the document was written for another state than the stored one."""
     wanted = resource.metadata.resource_version
-    if wanted is None or (stored is not None and wanted == stored.revision):
+    if wanted is None or wanted == stored.revision:
         return None
-    now = f"{stored.revision} now" if stored is not None else "absent: no such object is stored"
+    now = f"{stored.revision} now"
     return f"metadata.resourceVersion: {wanted!r}: it is {now}; get the object and edit that"
 
 
