@@ -12,7 +12,7 @@ from api.net import format_address, parse_interface
 from api.node import Node
 from api.policy import BUILT_IN_TIERS
 from api.registry import dump
-from datastore.interface import JSON, Datastore
+from datastore.interface import JSON, Datastore, StoreError
 from ipam.overlaps import Range, node_ranges, service_ranges, shared
 from ipam.pools import Pools
 from manxctl.documents import TIERED, Document
@@ -25,10 +25,11 @@ def doubts(
     """The warnings about what is about to be written, each with its document and object."""
     pairs = list(zip(found, resources, strict=True))
     yield from moving(store)
-    yield from _tiers(store, pairs)
-    yield from _peers(store, pairs)
-    yield from _addresses(store, pairs)
-    yield from _pools(store, pairs)
+    for look, question in _LOOKS:
+        try:
+            yield from look(store, pairs)
+        except StoreError as error:
+            yield f"can't tell whether {question}: {error}"
 
 
 def _tiers(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iterator[str]:
@@ -161,3 +162,11 @@ def _names(store: Datastore, kind: str, pairs: Sequence[tuple[Document, Resource
 def _few(names: set[str]) -> str:
     shown = sorted(names)
     return ", ".join(shown[:5]) + (", …" if len(shown) > 5 else "") if shown else "none yet"
+
+
+_LOOKS = (
+    (_tiers, "the tiers of policies are there"),
+    (_peers, "the nodes of BGPPeers are there"),
+    (_addresses, "other nodes have these addresses"),
+    (_pools, "pools share addresses with nodes or services"),
+)

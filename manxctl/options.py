@@ -11,7 +11,7 @@ import click
 
 from api.kinds import Kind, find_kind
 from datastore.environment import Environment
-from datastore.interface import Datastore, Key, NotFoundError
+from datastore.interface import Datastore, StoreError
 from manxctl.documents import Document, read
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -97,14 +97,18 @@ def warn(text: str) -> None:
 
 
 def moving(store: Datastore) -> Iterator[str]:
-    """The warning about any write to a datastore that is being moved."""
-    from api.clusterinformation import is_locked  # with models, which a look need not load
+    """The warning about any write to a datastore that is being moved.
+
+    It is one even where nobody can tell: who may write one kind in one namespace may do so.
+    """
+    from datastore.migrate import is_locked  # with models, which a look need not load
 
     try:
-        information = store.get(Key("ClusterInformation", "default")).value
-    except NotFoundError:
+        locked = is_locked(store)
+    except StoreError as error:
+        yield f"can't tell whether the datastore is locked: {error}"
         return
-    if is_locked(information):
+    if locked:
         yield (
             "the datastore is locked, because it is being moved: no program acts on this before"
             " manxctl datastore migrate unlock, and what was exported already is without it"

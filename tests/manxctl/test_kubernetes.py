@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from manxctl.main import main
+from tests.datastore.kubernetes_world import kubeconfig
 from tests.support.crds import install_crds
-from tests.support.kube import KubeApiserver
+from tests.support.kube import NOBODY, KubeApiserver
+from tests.support.netns import eventually
 
 SPACE = "manxctl-there"
 V3 = "projectcalico.org/v3"
@@ -131,3 +135,52 @@ def test_what_is_the_same_is_not_written(cluster: Cluster) -> None:
     assert after["metadata"]["annotations"].items() >= applied.items()
     assert after["metadata"]["labels"] == labels
     assert cluster.run("apply", "-f", "-", stdin=policy).output == f"{title} unchanged\n"
+
+
+@pytest.fixture
+def somebody(cluster: Cluster, kube_apiserver: KubeApiserver, tmp_path: Path) -> Iterator[Cluster]:
+    """The cluster for a user who may write policies in one namespace, and nothing else."""
+    rbac = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{SPACE}"
+    rules = [{"apiGroups": ["projectcalico.org"], "resources": ["networkpolicies"], "verbs": ["*"]}]
+    cluster.make(f"{rbac}/roles", {"metadata": {"name": "policies"}, "rules": rules})
+    role = {"kind": "Role", "name": "policies", "apiGroup": "rbac.authorization.k8s.io"}
+    user = {"kind": "User", "name": "nobody"}
+    binding = {"metadata": {"name": "policies"}, "roleRef": role, "subjects": [user]}
+    cluster.make(f"{rbac}/rolebindings", binding)
+    config = kubeconfig(kube_apiserver, tmp_path / "kubeconfig", {"token": NOBODY})
+    somebody = Cluster(replace(kube_apiserver, kubeconfig=config))
+    policies = f"{POLICIES}/none"
+    eventually(lambda: kube_apiserver.request("GET", policies, token=NOBODY)[0] == 404, seconds=30)
+    yield somebody
+    for path in ("rolebindings", "roles"):
+        assert kube_apiserver.request("DELETE", f"{rbac}/{path}/policies")[0] == 200
+    eventually(lambda: kube_apiserver.request("GET", policies, token=NOBODY)[0] == 403, seconds=30)
+
+
+def test_who_may_write_in_one_namespace_may_do_so(somebody: Cluster) -> None:
+    """A look whether it is meant, which they may not take, is no reason to refuse it."""
+    policy = {
+        "apiVersion": V3,
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "security.own", "namespace": SPACE},
+        "spec": {"tier": "security"},
+    }
+    name = ("networkpolicy", "security.own", "-n", SPACE)
+    for command in (
+        ("create", "-f", "-"),
+        ("apply", "-f", "-"),
+        ("replace", "-f", "-"),
+        ("label", *name, "a=b"),
+        ("patch", *name, "-p", "spec: {order: 5}"),
+        ("delete", *name),
+    ):
+        result = somebody.run(*command, stdin=policy)
+        assert result.exit_code == 0, result.stderr
+        looks = ["the datastore is locked"]
+        if command[0] not in ("label", "delete"):
+            looks.append("the tiers of policies are there")
+        warnings = result.stderr.splitlines()
+        assert len(warnings) == len(looks)
+        for warning, look in zip(warnings, looks, strict=True):
+            assert warning.startswith(f"Warning: can't tell whether {look}: ")
+            assert "forbidden" in warning
