@@ -175,12 +175,23 @@ InterfaceV6 = Annotated[
 AnyCidr = Annotated[str, _check(parse_interface, "an IP address or CIDR")]
 
 
-def stored(text: str) -> None:
+class Stored:
     """The check of a selector, to give as the context, by those who read what has been stored.
 
-    It refuses nothing, and with it nothing is too long that is ``AtMost`` so long: Calico has had
-    these limits only since version 3.34, and what was written before is in force.
+    With it nothing is too long that is ``AtMost`` so long: Calico has had these limits only since
+    version 3.34, and what was written before is in force. Without ``check`` it refuses nothing.
     """
+
+    def __init__(self, check: Callable[[str], object] | None = None) -> None:
+        self._check = check
+
+    def __call__(self, text: str) -> None:
+        """Raises ValueError when ``check`` does."""
+        if self._check is not None:
+            self._check(text)
+
+
+stored = Stored()
 
 
 class AtMost(MaxLen):
@@ -189,10 +200,10 @@ class AtMost(MaxLen):
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
-        """Refuses a list that is longer, unless it is ``stored``."""
+        """Refuses a list that is longer, unless it is ``Stored``."""
 
         def check(value: list[Any], info: ValidationInfo) -> list[Any]:
-            if len(value) > self.max_length and info.context is not stored:
+            if len(value) > self.max_length and not isinstance(info.context, Stored):
                 bounds = {"max_length": self.max_length, "actual_length": len(value)}
                 raise PydanticKnownError("too_long", {"field_type": "List", **bounds})
             return value
@@ -205,7 +216,7 @@ class SelectorMark:
 
 
 def _selector(text: str, info: ValidationInfo) -> str:
-    if len(text) > 1024 and info.context is not stored:
+    if len(text) > 1024 and not isinstance(info.context, Stored):
         raise refuse("a selector of at most 1024 characters")
     if text and info.context is not None:
         try:

@@ -104,27 +104,31 @@ def read(sources: Sequence[str], namespace: str | None, *, recursive: bool) -> l
     return found
 
 
-def check(found: Sequence[Document]) -> list[Resource]:
+def check(found: Sequence[Document], *, limits: bool = True) -> list[Resource]:
     """The resources of the documents, in their order, valid every one.
 
-    Raises DocumentsError with everything that is wrong with any of them.
+    Without ``limits`` lists and selectors may be as long as those of stored objects. Raises
+    DocumentsError with everything that is wrong with any of them.
     """
-    resources, complaints = _checked(found)
+    resources, complaints = _checked(found, limits=limits)
     if complaints:
         raise DocumentsError(complaints)
     return resources
 
 
-def _checked(found: Sequence[Document]) -> tuple[list[Resource], list[str]]:
+def _checked(found: Sequence[Document], *, limits: bool = True) -> tuple[list[Resource], list[str]]:
     """The resources of those documents that are right, the complaints about the others."""
-    from api.registry import parse
-    from policy.selector import parse as parse_selector
+    from api.fields import Stored
+    from api.registry import validate
+    from policy.selector import parse
 
     resources: list[Resource] = []
     complaints: list[str] = []
     for document in found:
         try:
-            resource = parse(document.value, selector=parse_selector)
+            resource = validate(
+                document.kind.model, document.value, selector=parse if limits else Stored(parse)
+            )
         except InvalidObjectError as error:
             complaints += [document.complain(problem) for problem in error.problems]
         else:

@@ -9,7 +9,7 @@ import click
 
 from api.errors import InvalidObjectError
 from api.kinds import Kind
-from api.registry import parse_as
+from api.registry import parse_stored
 from datastore.interface import ConflictError, Datastore, Key
 from manxctl.documents import DEFAULT_NAMESPACE
 from manxctl.options import kind_named, moving, namespace_option, open_store, warn
@@ -69,7 +69,7 @@ def _label(store: Datastore, key: Key, wanted: dict[str, str | None], overwrite:
             else:
                 labels[label] = value
         try:
-            parse_as(key.kind, entry.value)
+            parse_stored(key.kind, entry.value)
         except InvalidObjectError as error:
             raise click.ClickException(str(error)) from error
         with suppress(ConflictError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from api.errors import InvalidObjectError
 from api.kinds import Kind
 from api.syntax import SyntaxProblemError, documents
-from datastore.interface import Datastore, Key
+from datastore.interface import Datastore, Entry, Key
 from manxctl import writing
 from manxctl.documents import DEFAULT_NAMESPACE, Document, check
 from manxctl.doubts import doubts
@@ -82,10 +83,9 @@ def _patch(store: Datastore, key: Key, sort: str, patch: Any, dry_run: bool) -> 
         document = _document(key, wanted)
         if reason := writing.kept_by_kubernetes(store, document):
             raise click.ClickException(reason)
-        (resource,) = check([document])
-        if resource.metadata.resource_version not in (None, entry.revision):
-            complaint = writing.stale(resource, entry)
-            raise click.ClickException(document.complain(complaint or ""))
+        (resource,) = check([document], limits=_keeps_to_limits(entry))
+        if complaint := writing.stale(resource, entry):
+            raise click.ClickException(document.complain(complaint))
         for doubt in doubts(store, [document], [resource]):
             warn(doubt)
         if dry_run:
@@ -94,6 +94,19 @@ def _patch(store: Datastore, key: Key, sort: str, patch: Any, dry_run: bool) -> 
         if outcome is not None:
             return "unchanged" if outcome == writing.UNCHANGED else "patched"
     raise click.ClickException(f"{key} was changed by others {writing.ATTEMPTS} times; try again")
+
+
+def _keeps_to_limits(entry: Entry) -> bool:
+    """Whether the stored object could be written now; an older one stays as long as it is."""
+    from api.registry import parse_as, parse_stored
+
+    try:
+        parse_as(entry.key.kind, entry.value)
+    except InvalidObjectError:
+        with suppress(InvalidObjectError):
+            parse_stored(entry.key.kind, entry.value)
+            return False
+    return True
 
 
 def _document(key: Key, value: Any) -> Document:

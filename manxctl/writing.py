@@ -13,7 +13,7 @@ from api.ippool import IPPool
 from api.kinds import CALICO
 from api.metadata import Resource
 from api.policy import TIER_LABEL
-from api.registry import check_update, dump, parse
+from api.registry import check_update, dump, parse, parse_stored
 from datastore.interface import (
     JSON,
     AlreadyExistsError,
@@ -178,7 +178,7 @@ def stale(resource: Resource, stored: Entry) -> str | None:
 
 def _update_complaints(document: Document, resource: Resource, stored: Entry) -> list[str]:
     try:
-        old = parse(stored.value)
+        old = parse_stored(stored.key.kind, stored.value)
     except InvalidObjectError:
         return []  # what is stored is broken: any valid object is better
     try:

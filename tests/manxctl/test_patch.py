@@ -216,3 +216,35 @@ def test_patch_in_a_namespace_and_of_what_an_agent_wrote(run: Run, store: Sqlite
     stored = store.get(Key("Node", "n1")).value
     assert "ipv4VXLANTunnelAddr" not in stored.get("spec", {})
     assert stored["metadata"]["uid"] == "u"
+
+
+def test_what_is_longer_than_may_be_written_now(run: Run, store: SqliteDatastore) -> None:
+    """Calico before 3.34 had no limits: what is stored can be changed without being shortened."""
+    nets = [f"10.0.{number}.0/24" for number in range(256)]
+    value: dict[str, Any] = {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": "GlobalNetworkPolicy",
+        "metadata": {"name": "big"},
+        "spec": {"ingress": [{"action": "Allow", "source": {"nets": nets}}], "types": ["Ingress"]},
+    }
+    key = Key("GlobalNetworkPolicy", "big")
+    store.create(key, value)
+    longer = json.dumps({"spec": {"ingress": [{"action": "Deny", "source": {"nets": nets * 2}}]}})
+    refused = "spec.ingress[0].source.nets: "
+    assert refused in run("patch", "gnp", "big", "-p", longer).stderr
+    value["spec"]["ingress"][0]["source"]["nets"] = nets * 2
+    assert refused in run("apply", "-f", "-", stdin=json.dumps(value)).stderr
+
+    entry = store.update(key, value)
+    assert run("label", "gnp", "big", "a=b").exit_code == 0
+    assert run("patch", "gnp", "big", "-p", "spec: {order: 5}").exit_code == 0
+    patched = store.get(key).value
+    assert patched["metadata"]["labels"] == {"a": "b"}
+    assert patched["spec"] == entry.value["spec"] | {"tier": "default", "order": 5}
+    for patch, complaint in (
+        ("spec: {order: x}", "spec.order: 'x'"),
+        ("spec: {selector: a =}", "spec.selector: 'a ='"),
+    ):
+        assert complaint in run("patch", "gnp", "big", "-p", patch).stderr
+    assert run("patch", "gnp", "big", "-p", json.dumps({"spec": {"ingress": []}})).exit_code == 0
+    assert refused in run("patch", "gnp", "big", "-p", longer).stderr
