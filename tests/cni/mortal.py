@@ -38,7 +38,7 @@ def _step(last: int) -> None:
 
 def _make_mortal(store: type, last: int) -> None:
     """End this process before its ``last``-th step."""
-    writes = ("create", "create_all", "update", "delete")
+    writes = ("create", "create_all", "update", "update_with", "delete")
     steps = [(store, name) for name in writes if hasattr(store, name)]
     for of, name in (*steps, (NetlinkSocket, "transact"), (Delegate, "_run")):
         setattr(of, name, _mortal(getattr(of, name), last))
@@ -62,6 +62,7 @@ def _do(url: str, node_name: str, job: dict[str, Any]) -> None:
         repair(node)
         return
     attachment = Attachment(**job["attachment"])
+    node.cluster.require_unlocked()
     wants = job["wants"]
     delegate = _delegate(attachment, wants["data"]) if "data" in wants else None
     if job["verb"] == "detach":
@@ -69,7 +70,8 @@ def _do(url: str, node_name: str, job: dict[str, Any]) -> None:
         return
     netns = os.open(job["netns"], os.O_RDONLY)
     if job["others"]:
-        _attach_all(node, [(attachment, netns), *map(_other, job["others"])])
+        containers = [(attachment, netns), *map(_other, job["others"])]
+        _attach_all(node, containers, new=bool(job["die"]))
         return
     features = Features(
         families=tuple((version, ()) for version in wants.get("families", (4,))),
@@ -82,8 +84,8 @@ def _other(other: dict[str, Any]) -> tuple[Attachment, int]:
     return Attachment(**other["attachment"]), os.open(other["netns"], os.O_RDONLY)
 
 
-def _attach_all(node: Node, containers: list[tuple[Attachment, int]]) -> None:
-    """One group; what can't be done together follows, each alone."""
+def _attach_all(node: Node, containers: list[tuple[Attachment, int]], *, new: bool) -> None:
+    """One group; what can't be done together, as where they are not new, follows, each alone."""
     features = Features(families=((4, ()),))
     outcomes: list[Outcome] = [None] * len(containers)
 
@@ -95,6 +97,7 @@ def _attach_all(node: Node, containers: list[tuple[Attachment, int]]) -> None:
         for place, (attachment, netns) in enumerate(containers)
     ]
     node.attach_all(jobs)
+    assert not new or None not in outcomes
     for job, outcome in zip(jobs, outcomes, strict=True):
         if isinstance(outcome, Exception):
             raise outcome
