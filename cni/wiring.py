@@ -244,7 +244,7 @@ def _take_over(host: NetlinkSocket, wire: Wire, route: Route) -> OSError | None:
     """Put our route in place of the one that is there, unless another attachment has the address.
 
     It may be one from BGP, or felix was quicker than we. What the datastore has forgotten, because
-    an older copy of it was put back, still has its address.
+    an older copy of it was put back, still has its address, until felix cuts it off.
     """
     found = Routes(host).lookup(route.net)
     if wire.exclusive and found is not None and found.net == route.net and found.hops:

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,10 +21,11 @@ from kernel.links import Ends, Links, delete_link, link_set, veth
 from kernel.netlink import NetlinkSocket
 from kernel.netns import Namespace
 from kernel.routes import PROTO_BGP, Hop, Route, route_add
-from tests.cni.rig import Container, Rig, configuration, running
+from tests.cni.rig import Container, Felix, Rig, configuration, running
 from tests.support.netns import eventually
 
 QUARTERS = [parse_net(f"10.65.0.{number}/26") for number in (0, 64, 128, 192)]
+OPEN = {"selector": "all()", "ingress": [{"action": "Allow"}], "egress": [{"action": "Allow"}]}
 PATROL = {"MANX_PATROL_SECONDS": "0.1"}
 
 
@@ -227,16 +229,26 @@ def test_another_cluster_in_our_pool_is_told_of(node: Rig) -> None:
     node.delete(ours)
 
 
-def test_what_the_datastore_has_forgotten_keeps_its_address(node: Rig, tmp_path: Path) -> None:
-    """An older copy of it was put back: of the container since then it knows nothing."""
+Forgotten = tuple[tuple[Container, str], tuple[Container, str]]  # with their addresses
+
+
+def address_of(result: Any) -> str:
+    text: str = result["ips"][0]["address"]
+    return text.partition("/")[0]
+
+
+@pytest.fixture
+def forgotten(node: Rig, tmp_path: Path) -> Forgotten:
+    """An older copy of the datastore was put back, which knows nothing of the second of two."""
+    node.create("GlobalNetworkPolicy", "open", spec=OPEN)
     older, newer = node.container(), node.container()
-    node.add(older)
+    first = address_of(node.add(older))
     with (
         contextlib.closing(sqlite3.connect(node.directory / "datastore.db")) as source,
         contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy,
     ):
         source.backup(copy)
-    address = node.add(newer)["ips"][0]["address"].partition("/")[0]
+    second = address_of(node.add(newer))
     node.kill()
     node.store.close()
     for left in node.directory.glob("datastore.db*"):
@@ -244,14 +256,38 @@ def test_what_the_datastore_has_forgotten_keeps_its_address(node: Rig, tmp_path:
     shutil.copy(tmp_path / "copy.db", node.directory / "datastore.db")
     node.store = connect(node.url)
     node.start()
+    return (older, first), (newer, second)
+
+
+def test_what_the_datastore_has_forgotten_keeps_its_address(
+    node: Rig, forgotten: Forgotten
+) -> None:
+    (older, _), (newer, address) = forgotten
     third = node.container()
     refused = node.call("ADD", third, configuration())
     assert refused.code != 0
     assert address in refused.output.decode() and newer.id in refused.output.decode()
     assert node.held().keys() == {f"k8s-pod-network.{older.id}"}
-    other = node.add(third)["ips"][0]["address"].partition("/")[0]
+    other = address_of(node.add(third))
     assert address != other
     assert newer.pings(other) and third.pings(address)
     for container in (older, newer, third):
         node.delete(container)
     node.assert_empty()
+
+
+def test_what_felix_has_cut_off_loses_its_address(node: Rig, forgotten: Forgotten) -> None:
+    """No packet passes to or from it any more, so that another container may well have it."""
+    (older, known), (newer, address) = forgotten
+    felix = Felix(node)
+    try:
+        felix.start()
+        eventually(lambda: newer.run("ping", "-c1", "-W1", known).returncode == 1)
+        third = node.container()
+        assert address_of(node.add(third, policy_setup_timeout_seconds=60)) == address
+        assert older.pings(address) and third.pings(known)
+        assert newer.run("ping", "-c1", "-W1", known).returncode == 1
+        node.delete(newer)
+        assert older.pings(address)
+    finally:
+        felix.kill()
