@@ -190,7 +190,7 @@ def import_all(
     if not dry_run:
         lock(store)
     named = [(_named(value), value) for value in objects]
-    ranges = Ranges(store, {key for key, _ in named if isinstance(key, Key)})
+    ranges = Ranges(store, {key: value for key, value in named if isinstance(key, Key)})
     results = []
     for key, value in named:
         if isinstance(key, Key):

@@ -5,7 +5,7 @@ Of two pools of one range with blocks of different sizes, addresses would be giv
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 
 from api.net import BITS, Net, parse_net
 from datastore.interface import JSON, Datastore, Key, part
@@ -14,17 +14,17 @@ _LARGEST = 12  # bits of the largest block there may be: /20, /116
 
 
 class Ranges:
-    """Those of a store, without the objects that ``coming`` names: they are no others."""
+    """Those of a store, without those that are in ``coming`` with the same range: no others."""
 
-    def __init__(self, store: Datastore, coming: Collection[Key]) -> None:
+    def __init__(self, store: Datastore, coming: Mapping[Key, JSON]) -> None:
         """Raises StoreError."""
         self._pools: dict[Net, Key] = {}
         self._blocks: dict[Net, Key] = {}
         self._divided: dict[Net, Key] = {}  # networks that hold a block, and which
         for kind in ("IPPool", "IPAMBlock"):
             for entry in store.list(kind).entries:
-                net = None if entry.key in coming else _net(entry.value)
-                if net is None:
+                net = _net(entry.value)
+                if net is None or net == _net(coming.get(entry.key, {})):
                     continue
                 if kind == "IPPool":
                     self._pools[net] = entry.key

@@ -402,6 +402,8 @@ def test_no_pool_and_no_block_comes_across_others(sqlite: SqliteDatastore, tmp_p
     """Blocks of two sizes in one range would have the same addresses given twice."""
     sqlite.create(*v3("IPPool", "ours", {"cidr": "10.70.0.0/16", "blockSize": 28}))
     sqlite.create(*v3("IPPool", "elsewhere", {"cidr": "10.72.0.0/24"}))
+    sqlite.create(*v3("IPPool", "default-ipv4-ippool", {"cidr": "10.73.0.0/16"}))
+    sqlite.create(*v3("IPPool", "extra", {"cidr": "10.74.0.0/20", "blockSize": 29}))
     allocator = Allocator(sqlite, "n1")
     block = allocator.assign("k8s-pod-network.a", {"pod": "a"}, pools=["ours"]).block
     allocator.assign("k8s-pod-network.b", {"pod": "b"}, pools=["elsewhere"])
@@ -409,6 +411,7 @@ def test_no_pool_and_no_block_comes_across_others(sqlite: SqliteDatastore, tmp_p
     objects = migrate.read(migrate.export(sqlite))
     with closing(SqliteDatastore(tmp_path / "target.db")) as target:
         target.create(*v3("IPPool", "theirs", {"cidr": "10.70.0.0/17", "blockSize": 26}))
+        target.create(*v3("IPPool", "default-ipv4-ippool", {"cidr": "10.74.0.0/16"}))
         here = Allocator(target, "n2").assign_specific(
             Net(block.version, block.address, 32), "k8s-pod-network.c", {"pod": "c"}
         )
@@ -417,6 +420,10 @@ def test_no_pool_and_no_block_comes_across_others(sqlite: SqliteDatastore, tmp_p
             conflicts = {str(r.key): r.reason for r in results if r.outcome == Outcome.CONFLICT}
             assert conflicts == {
                 "IPPool(ours)": "shares addresses with IPPool(theirs), which is there",
+                "IPPool(default-ipv4-ippool)": "differs in spec",
+                "IPPool(extra)": (
+                    "shares addresses with IPPool(default-ipv4-ippool), which is there"
+                ),
                 f"IPAMBlock({cidr_name(block)})": (
                     f"shares addresses with IPAMBlock({cidr_name(here.block)}), which is there"
                 ),
