@@ -115,9 +115,9 @@ class SqliteDatastore:
         """Store new objects in one transaction; an AlreadyExistsError for each that is there."""
         rows = [(key, value, _encoded(key, value)) for key, value in objects]
 
-        def insert(connection: sqlite3.Connection) -> tuple[list[Entry | StoreError], int]:
+        def insert(connection: sqlite3.Connection) -> tuple[list[Entry | StoreError], list[int]]:
             outcomes: list[Entry | StoreError] = []
-            last = 0
+            numbers = []
             for key, value, data in rows:
                 revision = _log(connection, key, data)
                 try:
@@ -127,15 +127,15 @@ class SqliteDatastore:
                     outcomes.append(error)
                 else:
                     outcomes.append(Entry(key, value, str(revision)))
-                    last = revision
+                    numbers.append(revision)
                     self._compact_if_due(connection, revision)
-            return outcomes, last
+            return outcomes, numbers
 
         try:
-            outcomes, last = self._file.write(insert)
+            outcomes, numbers = self._file.write(insert)
         except StoreError as error:
             return [error] * len(rows)
-        self._checkpoint_if_due(last, len(rows))
+        self._checkpoint_if_due(numbers)
         return outcomes
 
     def update_with(
@@ -160,7 +160,7 @@ class SqliteDatastore:
             return numbers
 
         numbers = self._file.write(change)
-        self._checkpoint_if_due(numbers[-1], len(numbers))
+        self._checkpoint_if_due(numbers)
         entries = [
             Entry(new, value_, str(number))
             for (new, value_, _), number in zip(rows, numbers, strict=False)
@@ -223,12 +223,12 @@ class SqliteDatastore:
             return result, revision
 
         result, revision = self._file.write(change)
-        self._checkpoint_if_due(revision, 1)
+        self._checkpoint_if_due((revision,))
         return result
 
-    def _checkpoint_if_due(self, revision: int, count: int) -> None:
-        """After ``count`` changes, the last of that revision."""
-        if revision // _CHECKPOINT_EVERY > (revision - count) // _CHECKPOINT_EVERY:
+    def _checkpoint_if_due(self, revisions: Sequence[int]) -> None:
+        """After changes that have these."""
+        if any(revision % _CHECKPOINT_EVERY == 0 for revision in revisions):
             self._file.checkpoint()
 
     def _compact_if_due(self, connection: sqlite3.Connection, revision: int) -> None:

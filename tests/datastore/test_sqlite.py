@@ -10,6 +10,7 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ from typing import Any
 import pytest
 
 from datastore import sqlite, sqlite_file, sqlite_watch
-from datastore.interface import RevisionGoneError, UnavailableError, Watch
+from datastore.interface import (
+    JSON,
+    AlreadyExistsError,
+    Key,
+    RevisionGoneError,
+    UnavailableError,
+    Watch,
+)
 from datastore.sqlite import SqliteDatastore
 from tests.datastore.programs import (
     count_for_ever,
@@ -291,6 +299,22 @@ def test_log_of_the_file_does_not_grow_for_ever(
         store.update(pool_key("a"), {"padding": "x" * 10_000})
     wal = path.with_name("datastore.db-wal")
     assert wal.stat().st_size < 10 << 20  # 25 MB were written
+
+
+def test_what_was_there_already_moves_nothing_to_the_file(
+    path: Path, store: SqliteDatastore
+) -> None:
+    objects: list[tuple[Key, JSON]] = [(pool_key(name), {}) for name in "abcdefgh"]
+    store.create_all(objects)
+    with closing(SqliteDatastore(path)) as other:
+        other.get(pool_key("a"))  # who is the last to close the file moves everything
+        size = path.stat().st_size
+        outcomes = store.create_all(objects)
+        assert {type(outcome) for outcome in outcomes} == {AlreadyExistsError}
+        for thread in threading.enumerate():
+            if thread.name == "sqlite-checkpoint":
+                thread.join()
+        assert path.stat().st_size == size
 
 
 @pytest.mark.parametrize("revision", ["", "x", "7.5", "1000"])
