@@ -68,13 +68,18 @@ class Handles:
         raise _contended(id_)
 
     def begin(self, ids: Sequence[str], net: Net) -> set[str]:
-        """Count one address in block ``net`` for each that is new; returns which those are."""
+        """Count one address in block ``net`` for each that is new; returns which those are.
+
+        Where the store failed it may be counted all the same, so ``settle`` is to count anew.
+        """
         begun = set()
         outcomes = self._records.create_handles([Handle(id_, {net: 1}) for id_ in ids])
         for id_, outcome in zip(ids, outcomes, strict=True):
             if not isinstance(outcome, StoreError):
                 self._remember(id_, outcome)
                 begun.add(id_)
+            elif not isinstance(outcome, AlreadyExistsError):
+                self.doubt(id_)
         return begun
 
     def note(self, stored: Stored[Handle]) -> None:

@@ -634,6 +634,39 @@ def test_store_that_fails_leaves_what_release_repairs(small: SqliteDatastore) ->
     assert list(handles(small)) == ["first"]
 
 
+@pytest.mark.parametrize("contended", [False])
+def test_an_answer_that_is_lost_does_not_count_twice(
+    small: SqliteDatastore, contended: bool
+) -> None:
+    """Nor does it cost the others theirs, even where it can't be counted anew at once."""
+    Allocator(small, "n1").assign("first", POD)
+
+    class Failing(Interposed):
+        lost = "a"  # the answer to the creation of this handle
+        contended = False
+
+        def create(self, key: Key, value: JSON) -> Entry:
+            entry = super().create(key, value)
+            if key.name == self.lost:
+                self.lost = ""
+                raise UnavailableError("connection lost")
+            return entry
+
+        def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
+            if self.contended and key.kind == "IPAMBlock":
+                raise ConflictError("changed by somebody", key)
+            self.contended = contended
+            return super().update(key, value, revision)
+
+    failing = Failing(small)
+    with following(failing, "n1") as allocator:
+        assert allocator.assign_each({"a": POD, "b": POD}).keys() == {"b"}
+        failing.contended = contended = False
+        allocator.assign("a", POD)
+        counts = {id_: sum(handle.counts.values()) for id_, handle in handles(small).items()}
+        assert counts == dict.fromkeys(["first", "a", "b"], 1)
+
+
 def test_cost_of_an_address_does_not_grow_with_the_cluster(store: SqliteDatastore) -> None:
     add_pool(store, "pool", "10.0.0.0/16", 26)
     costs = []
