@@ -17,13 +17,15 @@ New handles are begun together with their block in one transaction, where the st
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from api.errors import InvalidObjectError
 from api.net import Net, format_address
 from datastore.follower import Follower
-from datastore.interface import Datastore
+from datastore.interface import Datastore, StoreError
 from ipam import claims
 from ipam.assigner import Assigner, Assignment, Owner, Wanted
 from ipam.block import Block, Cooldown, ReleaseError
@@ -54,6 +56,8 @@ __all__ = [
     "PoolExhaustedError",
     "ReleaseError",
 ]
+
+_log = logging.getLogger(__name__)
 
 
 class Allocator:
@@ -188,8 +192,7 @@ class Allocator:
             except IpamError:
                 return {}
             finally:
-                for handle in newcomers:
-                    self._holdings.settle(handle)
+                self._settle(newcomers)
 
     def assign_specific(
         self,
@@ -218,6 +221,7 @@ class Allocator:
         with self._locks.hold(handle):
             self._view.refresh()
             released = self._holdings.give_back(handle)
+            self._settle((handle,))
         self._note_released(released)
         return released
 
@@ -357,6 +361,17 @@ class Allocator:
 
     def _cooldown(self) -> Cooldown:
         return Cooldown(self._view.configuration().ip_cooldown_seconds, datetime.now(UTC))
+
+    def _settle(self, handles: Iterable[str]) -> None:
+        """The end of what was done for them, which what hinders a count does not undo.
+
+        Whoever uses the handle next counts anew.
+        """
+        for handle in handles:
+            try:
+                self._holdings.settle(handle)
+            except (IpamError, StoreError, InvalidObjectError) as error:
+                _log.warning("handle %s: may count too many, for now: %s", handle, error)
 
     def _note_released(self, released: Sequence[Net]) -> None:
         if released:

@@ -634,7 +634,7 @@ def test_store_that_fails_leaves_what_release_repairs(small: SqliteDatastore) ->
     assert list(handles(small)) == ["first"]
 
 
-@pytest.mark.parametrize("contended", [False])
+@pytest.mark.parametrize("contended", [False, True])
 def test_an_answer_that_is_lost_does_not_count_twice(
     small: SqliteDatastore, contended: bool
 ) -> None:
