@@ -123,8 +123,7 @@ class Server:
     def _work(self) -> None:
         try:
             while not self._closing:
-                self._turns.take()
-                if not self._left:
+                if self._turns.take() and not self._left:
                     try:
                         conversation = self._accept()
                     except OSError as error:
@@ -172,8 +171,8 @@ class Server:
 
         Those that are to be served alone, or are not complete yet, are left.
         """
-        room = self._most - 1 if self._turns.held and self._joins(group[0].request) else 0
-        while room and not self._left and self._arrivals.poll(0):
+        room = self._most - 1 if self._joins(group[0].request) else 0
+        while room and self._turns.held and not self._left and self._arrivals.poll(0):
             try:
                 conversation = self._accept()
             except OSError:
@@ -194,6 +193,9 @@ class Server:
                 if conversation not in left:
                     conversation.request.close()
         self._left.extend(left)
+        if not self._turns.held:  # who has it now looks no more at these, but waits in accept
+            for _ in left:
+                self._turns.call()
 
     def _understand(self, conversation: Conversation) -> bool:
         """Whether it has a request; else it has ended."""

@@ -40,16 +40,27 @@ class Turns:
         self._alone = alone
         self._own = _Own()
         self._guard = threading.Lock()  # of the following
+        self._called = 0  # threads that are to come without a turn
         self._busy = False
         self._back: deque[threading.Lock] = deque()  # wait to go on with what they have begun
         self._new: deque[threading.Lock] = deque()
         self._slow = False  # the kernel, lately
 
-    def take(self) -> None:
-        """Wait for a turn, unless this thread has one."""
+    def take(self) -> bool:
+        """Wait for a turn, unless this thread has one, or for a ``call``: False, without a turn."""
         if not self._own.turn:
             self._free.acquire()
-            self._own.turn = True
+            with self._guard:
+                called = self._called > 0
+                self._called -= called
+            self._own.turn = not called
+        return self._own.turn
+
+    def call(self) -> None:
+        """Have one of those who wait for a turn, or the next who does, come without."""
+        with self._guard:
+            self._called += 1
+        self._free.release()
 
     def give_up(self) -> None:
         """Let another thread have this thread's turn. Harmless where it has none."""
