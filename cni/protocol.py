@@ -58,8 +58,8 @@ def is_complete(connection: socket.socket) -> bool:
         return False
     except OSError:
         return True  # as ``receive`` will say
-    if not header or not MAGIC.startswith(header[: len(MAGIC)]):
-        return True  # it is at its end, or none of ours
+    if not header:
+        return True  # it is at its end
     if len(header) < _HEADER.size:
         return False
     _, environment, configuration = _HEADER.unpack(header)

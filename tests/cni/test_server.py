@@ -10,6 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cni.protocol import ProtocolError, is_complete, receive
 from cni.server import Conversation, Handler, Server
 from cni.turns import Turns
 
@@ -80,3 +85,55 @@ def test_who_waits_holds_up_none_of_those_who_came_with_him() -> None:
         finally:
             answered.set()
         assert first.recv(4) == b"MNX1"
+
+
+def test_who_says_half_a_word_holds_up_nobody() -> None:
+    def handle(asked: Sequence[Conversation]) -> Sequence[Conversation]:
+        for each in asked:
+            each.reply(0, b"")
+        return []
+
+    with (
+        listening(handle, Turns(1, alone=True)) as server,
+        ask(server, "one") as one,
+        connected(server, b"hi\n") as half,
+    ):
+        server.start()
+        assert one.recv(4) == b"MNX1"
+        half.setblocking(False)
+        with pytest.raises(BlockingIOError):  # it is waited for still
+            half.recv(1)
+
+
+class WaitsError(Exception):
+    """All of it has not come yet."""
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([b"MNX1", b"MNX2", b"hi\n"]),
+    st.binary(max_size=9),
+    st.binary(max_size=9),
+    st.integers(0, 30),
+    st.booleans(),
+)
+def test_what_is_complete_is_not_waited_for(
+    magic: bytes, environment: bytes, configuration: bytes, sent: int, ends: bool
+) -> None:
+    def waits() -> None:
+        raise WaitsError
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(request(magic, environment, configuration)[:sent])
+        if ends:
+            theirs.shutdown(socket.SHUT_WR)
+        complete = is_complete(ours)
+        try:
+            receive(ours, waits).close()
+        except WaitsError:
+            assert not complete
+        except ProtocolError:
+            pass
+        else:
+            assert complete
