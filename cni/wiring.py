@@ -343,9 +343,9 @@ def _missing(host: NetlinkSocket, netns_fd: int, wire: Wire, ends: Ends, *, runn
         return f"interface {wire.host_interface}: no carrier"
     if V6 in wire.versions:
         with NetlinkSocket(netns_fd=netns_fd, brief=True) as container:
-            for net in wire.addresses:
-                route = Routes(container).lookup(net) if net.version == V6 else None
-                if net.version == V6 and (route is None or route.kind != "local"):
+            routes = Routes(container)
+            for net in (net for net in wire.addresses if net.version == V6):
+                if not ((found := routes.lookup(net)) and found.kind == "local"):
                     return f"{net}: no local route in the container"
     return ""
 
