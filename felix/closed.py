@@ -3,7 +3,8 @@
 Leaving the policy out could let through what it forbids, and keeping an older version of it
 would make the result depend on what was before. So what can be read of it says where it
 applies (selectors, directions, tier, order), and what can't be read is taken as "everywhere".
-Where all but some rules can be read, those rules alone fail closed.
+Where all but some rules can be read, those rules alone fail closed. What is wrong, be it with us,
+was told of where the whole couldn't be read: here it is enough that nothing is raised.
 A tier is read as far as it goes, too; see ``policy.engine`` for one whose order can't be.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from api.clusternetworkpolicy import ClusterNetworkPolicy
-from api.errors import UNREADABLE, InvalidObjectError, Problem
+from api.errors import UNREADABLE, Problem
 from api.kubernetes import KubernetesNetworkPolicy
 from api.metadata import ObjectMeta
 from api.policy import (
@@ -106,17 +107,21 @@ def _calicos(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy | GlobalNetwork
 
 
 def _kubernetes(key: Key, spec: Mapping[str, Any]) -> NetworkPolicy:
+    """For all pods of its namespace, if not for those that it selects."""
     metadata = {"name": key.name, "namespace": key.namespace}
-    for selector in (spec.get("podselector") or {}, {}):
-        try:
-            readable = parse_as(key.kind, {"metadata": metadata, "spec": {"podSelector": selector}})
-        except InvalidObjectError:
-            continue
+    pods, given = convert.pod_selector(None), {"podSelector": spec.get("podselector") or {}}
+    with contextlib.suppress(Exception):
+        readable = parse_as(key.kind, {"metadata": metadata, "spec": given})
         assert isinstance(readable, KubernetesNetworkPolicy)
-        policy = convert.network_policy(readable)
-        policy.spec.types = _types(spec.get("policytypes"), spec, always=("Ingress",))
-        return policy
-    raise AssertionError(f"{key}: an empty podSelector can be read")
+        pods = convert.pod_selector(readable.spec.pod_selector)
+    return NetworkPolicy.model_construct(
+        metadata=ObjectMeta.model_construct(name=key.name, namespace=key.namespace),
+        spec=NetworkPolicySpec.model_construct(
+            order=convert.ORDER,
+            selector=pods,
+            types=_types(spec.get("policytypes"), spec, always=("Ingress",)),
+        ),
+    )
 
 
 def _of_administrators(key: Key, spec: Mapping[str, Any]) -> GlobalNetworkPolicy:
@@ -154,7 +159,7 @@ def _rules(
     given = spec.get(direction)
     try:
         read([])
-    except InvalidObjectError:
+    except Exception:
         return _DENY, []
     if given is None:
         return [], []
@@ -166,7 +171,7 @@ def _rules(
         wrong: tuple[Problem, ...] = ()
         try:
             rules, wrong = read([rule])
-        except InvalidObjectError:
+        except Exception:
             rules = [] if _never_denies(key, rule) else [Rule(action="Deny")]
         found += [each.made_from(index) for each in rules]
         where = f"spec.{direction}"
@@ -184,19 +189,12 @@ def _never_denies(key: Key, rule: object) -> bool:
 
 
 def _subject(spec: Mapping[str, Any]) -> tuple[str, str]:
-    subjects: tuple[object, ...] = (spec.get("subject"), {"namespaces": {}})
-    for subject in subjects:
-        readable = {
-            "metadata": {"name": "x"},
-            "spec": {"tier": "Admin", "priority": 0, "subject": subject},
-        }
-        try:
-            policy = parse_as("ClusterNetworkPolicy", readable)
-        except InvalidObjectError:
-            continue
-        assert isinstance(policy, ClusterNetworkPolicy)
-        return cluster.subject_selectors(policy.spec.subject)
-    raise AssertionError("all namespaces can be read")
+    given = {"tier": "Admin", "priority": 0, "subject": spec.get("subject")}
+    with contextlib.suppress(Exception):
+        readable = parse_as("ClusterNetworkPolicy", {"metadata": {"name": "x"}, "spec": given})
+        assert isinstance(readable, ClusterNetworkPolicy)
+        return cluster.subject_selectors(readable.spec.subject)
+    return convert.pod_selector(None), ""
 
 
 def _types(

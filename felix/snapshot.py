@@ -234,17 +234,17 @@ class Snapshot:
     ) -> None:
         new = None
         if value is not None:
-            try:
-                new = read(key, value)
-            except InvalidObjectError as error:
-                self.problems[key] = str(error)
-                _log.warning("%s can't be used: %s", key, error)
-                new = stand_in(key, value)
-            except Exception as error:
-                # A mistake of ours; one object must not stop the others.
-                self.problems[key] = repr(error)
-                _log.exception("%s can't be read", key)
-                new = stand_in(key, value)
+            for attempt in (read, stand_in):
+                try:
+                    new = attempt(key, value)
+                    break
+                except InvalidObjectError as error:
+                    self._tell(key, str(error))
+                    _log.warning("%s can't be used: %s", key, error)
+                except Exception as error:
+                    # A mistake of ours; one object must not stop the others.
+                    self._tell(key, repr(error))
+                    _log.exception("%s can't be read", key)
         if new == table.get(key):
             return
         if new is None:

@@ -10,6 +10,7 @@ import pytest
 from api.kinds import KINDS
 from api.net import Net, parse_net
 from datastore.interface import JSON, Key
+from felix.snapshot import KINDS as FOLLOWED
 from felix.snapshot import Snapshot
 from policy.evaluate import Flow, evaluate
 from policy.model import Action, EndpointId, HostBinding, Part
@@ -435,14 +436,51 @@ def test_a_tier_that_cannot_be_read_still_denies_before_others(
     assert len(list(run_.calculator.problems(run_.snapshot))) >= 1
 
 
+def test_a_mistake_of_ours_in_reading_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(*_: Any) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr("felix.policies.parse_stored", mistaken)
+    monkeypatch.setattr("felix.closed.parse_as", mistaken)
+    admin = {"tier": "Admin", "priority": 1, "subject": {"namespaces": {}}}
+    accept = {"action": "Accept", "from": [{"namespaces": {}}]}
+    for step in (
+        of("NetworkPolicy", "p", {"ingress": [ALLOW]}, "default"),
+        of("GlobalNetworkPolicy", "p", {"ingress": [ALLOW]}),
+        of("KubernetesNetworkPolicy", "p", {"podSelector": {}, "ingress": [{}]}, "default"),
+        of("ClusterNetworkPolicy", "p", {**admin, "ingress": [accept]}),
+    ):
+        profile = of("Profile", "open", {})
+        run_ = fed(workload("b", "10.0.0.2", profiles=["projectcalico-default-allow"]), profile)
+        assert allows(run_, "10.0.0.3", B)
+        run_.feed([step])
+        assert not allows(run_, "10.0.0.3", B), step
+        assert "ours" in run_.snapshot.problems[step[0]]
+
+
+def _deep(levels: int) -> JSON:
+    value: JSON = {}
+    for _ in range(levels):
+        value = {"x": value}
+    return value
+
+
 _ODD: JSON = {"ports": [[], {"name": [], "port": 1e400}], "profiles": {}, "labels": {1: 2}}
 
 
 @pytest.mark.parametrize(
     "value",
-    [{}, {"spec": 5}, {"spec": []}, {"metadata": [], "spec": {}}, {"metadata": _ODD, "spec": _ODD}],
+    [
+        {},
+        {"spec": 5},
+        {"spec": []},
+        {"metadata": [], "spec": {}},
+        {"metadata": _ODD, "spec": _ODD},
+        *({"metadata": {"name": "x"}, "spec": {"newer": _deep(depth)}} for depth in (600, 5000)),
+        {"metadata": {"name": "x"}, "spec": {"nets": [_deep(5000)], "selector": _deep(5000)}},
+    ],
 )
-@pytest.mark.parametrize("kind", sorted({*KINDS} & {key.kind for key, _ in SCENARIO}))
+@pytest.mark.parametrize("kind", FOLLOWED)
 def test_anything_may_be_stored(kind: str, value: JSON) -> None:
     snapshot, key = Snapshot(), Key(kind, "x", "default" if KINDS[kind].namespaced else "")
     snapshot.update(key, value)
