@@ -176,11 +176,13 @@ class Agent:
         self._secrets.want(self._core.wanted_secrets)
         self._follow_groups()
         self._set_peering_addresses(look=False)
-        self._go_on_leaving(now)
+        if self._leave_until is not None:
+            self._go_on_leaving(now, self._leave_until)
         if self._stopping:  # nothing is to be started any more
             return
         self._detector.step(now)
-        dues = (self._core.next_due(now), self._detector.next_due(now), self._read_due)
+        leaving = None if self._leave_until is None else self._engines.current.next_due(now)
+        dues = (self._core.next_due(now), self._detector.next_due(now), self._read_due, leaving)
         due = min(time for time in dues if time is not None)
         for item in self._take(max(0.0, due - time.monotonic())):
             self._handle(item, time.monotonic())
@@ -279,11 +281,12 @@ class Agent:
             self._leave_until = now + _LEAVE_SECONDS
         self._leaving.append(request)
 
-    def _go_on_leaving(self, now: float) -> None:
+    def _go_on_leaving(self, now: float, until: float) -> None:
         engine = self._engines.current
-        if self._leave_until is None or not (engine.left or now >= self._leave_until):
-            return
+        engine.step(now)  # which the core doesn't call before it knows what this node is to be
         left = engine.left
+        if not left and now < until:
+            return
         engine.stop()
         self._detector.end()
         problems = [] if left else ["not all peers could be told"]

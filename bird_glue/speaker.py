@@ -76,7 +76,8 @@ class Speaker:
     @property
     def left(self) -> bool:
         """After ``leave``: whether no peer has anything of ours any more."""
-        return not self._announcer.knowing()
+        known = self._live or self._process is None
+        return known and not self._announcer.knowing()
 
     def sent(self, peer: Net) -> int:
         """How many prefixes a peer was sent and has not had withdrawn."""
@@ -222,7 +223,9 @@ class Speaker:
             self._process = None
 
     def _supervise(self, now: float) -> list[EngineEvent]:
-        if self._listen is None or self._leaving:
+        if self._leaving:  # what peers were told is to be known, so that it can be taken back
+            return self._connect(now) if self._process and self._channel is None else []
+        if self._listen is None:
             return []
         if self._process is None:
             if self._file.neighbors and (self._backoff.next_due() or 0.0) <= now:

@@ -155,3 +155,4 @@ def test_what_a_workload_says_is_told_to_all(scene: Scene) -> None:
     eventually(lambda: n1.status() is not None)
     leave(n1.run_dir)
     assert CALLED not in n1.run("ip", "address", "show", "calivm")
+    eventually(lambda: vm.blocks() == set())
