@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 
 from datastore.interface import JSON, Key
+from felix.addresses import host_addresses
 from felix.calculate import Calculator
 from felix.conntrack import Connections
 from felix.drift import WATCHED
@@ -72,6 +73,7 @@ def _connections() -> dict[str, float]:
             f"p{number}", selector="all()", order=number, types=["Ingress"], ingress=rules
         )
         snapshot.update(Key("GlobalNetworkPolicy", f"p{number}"), policy)
+    calculator.set_host_addresses(host_addresses())
     calculator.calculate(snapshot)
     _make_flows()
     woken = threading.Event()

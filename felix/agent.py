@@ -11,7 +11,6 @@ import gc
 import logging
 import os
 import queue
-import socket
 import time
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from datastore.environment import Environment
 from datastore.follower import Follower, InSync, Update
 from datastore.interface import Datastore
 from felix import backends, names
+from felix.addresses import host_addresses
 from felix.announcer import SOCKET as ENDPOINTS_SOCKET
 from felix.announcer import Announcer, Subscription
 from felix.calculate import Calculator
@@ -28,7 +28,6 @@ from felix.conntrack import Connections, ends_forbidden
 from felix.dataplane import Dataplane, Enforcer
 from felix.door import Door
 from felix.drift import Drift
-from felix.network import host_addresses
 from felix.registration import NODE_IP, Registrar, RegistrationProblem, node_address
 from felix.snapshot import KINDS, Snapshot
 from felix.status import StatusRequest, StatusServer
@@ -96,8 +95,6 @@ class Agent:
         self._asked: list[StatusRequest] = []
         self._announcer = Announcer()
         self._drift = Drift(self._queue.put)
-        self._addresses_changed = True
-        self._ipvs_changed = True  # whether there is ipvs may have
         self._backoff: Backoff[str] = Backoff()
         self._wish: Backoff[str] = Backoff()  # for another backend
         self._failure: str | None = None
@@ -163,14 +160,12 @@ class Agent:
             case InSync():
                 self._in_sync = True
             case LinkEvent():
-                self._addresses_changed |= self._calculator.is_news(item.name, gone=item.deleted)
-                self._ipvs_changed |= item.name == names.IPVS_DEVICE
+                self._calculator.host_changed(item)
                 self._link_changed(item)
             case LinkEventsLost():
                 self._drift.doubt()
-                self._addresses_changed = self._ipvs_changed = True
-            case AddressEvent(interfaces):
-                self._addresses_changed |= not all(map(self._is_workload, interfaces))
+            case AddressEvent():
+                self._calculator.host_changed(item)
             case TableChanged():
                 self._drift.suspect(item)
             case RegistrationProblem(text):
@@ -183,13 +178,6 @@ class Agent:
                 pass  # the turn that it began sees to them
             case Stop():
                 self._stopping = True
-
-    def _is_workload(self, index: int) -> bool:
-        """Whether an interface is a workload's; not if it is gone."""
-        try:
-            return self._calculator.settings.is_workload(socket.if_indextoname(index))
-        except OSError:
-            return False
 
     def _link_changed(self, event: LinkEvent) -> None:
         if self._dataplane is None or self._drift.in_doubt:
@@ -204,6 +192,8 @@ class Agent:
         if len(self._backoff) and not self._backoff.due(now):
             return
         try:
+            if self._drift.sees_interfaces(now):
+                self._calculator.set_host_addresses(host_addresses())
             if not self._snapshot.locked:
                 self._calculate(now)
             if self._dataplane is not None:  # also while locked: strangers don't know of it
@@ -226,14 +216,10 @@ class Agent:
             self._backoff.succeeded("work")
 
     def _calculate(self, now: float) -> None:
-        moved = False
-        had_ipvs = self._calculator.has_ipvs
-        wanted = self._calculator.wants_addresses(self._snapshot)
-        if self._ipvs_changed or (self._addresses_changed and wanted):
-            moved = self._calculator.set_host_addresses(host_addresses())
-            self._addresses_changed = self._ipvs_changed = False
-        if self._dataplane is not None and not self._snapshot.dirty and not moved:
+        dirty = self._snapshot.dirty or self._calculator.hosts_changed
+        if self._dataplane is not None and not dirty:
             return
+        had_ipvs = self._calculator.has_ipvs
         before = self._calculator.registration
         delta = self._calculator.calculate(self._snapshot)
         if self._dataplane is None or self._connections is None:
@@ -366,7 +352,7 @@ class Agent:
     def _abandon(self) -> None:
         self._let_go()
         self._calculator = Calculator(self._environment.node)
-        self._addresses_changed = self._ipvs_changed = True
+        self._drift.doubt()
         self._snapshot.touch()
 
     def _address(self, known: Collection[str]) -> str:

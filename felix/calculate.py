@@ -16,6 +16,7 @@ from api.policy import Rule, Tier
 from api.profile import DEFAULT_ALLOW
 from datastore.interface import Key
 from felix import ipvs_rules, names
+from felix.addresses import HostAddresses
 from felix.desired import UNLIMITED, Delta, Device, Limits, Local, Registration, SetKey
 from felix.hosts import ALL_INTERFACES, HostPlace, resolve
 from felix.overlay import Encapsulation, Overlay
@@ -24,6 +25,7 @@ from felix.ruleset import VERSIONS, Ruleset
 from felix.settings import CLUSTER, NODE_PREFIX, Settings, settings
 from felix.snapshot import PodView, Snapshot
 from felix.workloads import Workload
+from kernel.links import AddressEvent, LinkEvent
 from policy import selector
 from policy.engine import Changes, Engine, Profile
 from policy.model import Endpoint, EndpointId, Member, PolicyId
@@ -106,12 +108,10 @@ class Calculator:
         self._tunnel: tuple[Net | None, Device | None] = (None, None)
         self._own_sets: dict[SetKey, frozenset[Member]] = {}
         self._fresh = True
-        self._host_addresses: Mapping[str, frozenset[Net]] = {}
         self._hosts_changed = False
-        # That ipvs translates; None: there is no ipvs.
-        self._service_addresses: frozenset[Net] | None = None
-        self._services_changed = False
+        self._service_sets: dict[SetKey, frozenset[Member]] = {}  # none where there is no ipvs
         self._guarding: frozenset[EndpointId] = frozenset()
+        self.host_addresses = HostAddresses()
         self.hosts: dict[EndpointId, HostPlace] = {}  # this node's
         self.guards: Mapping[str, EndpointId] = {}  # by interface, as ``Ruleset.set_hosts`` says
         self.changes = Changes({}, {}, {})  # of policy, by the last calculation
@@ -165,47 +165,44 @@ class Calculator:
         """From which networks local endpoints get their addresses."""
         return tuple(net for node, net in self._blocks.values() if node == self._node)
 
-    def wants_addresses(self, snapshot: Snapshot) -> bool:
-        """Whether a host endpoint of this node, or what ipvs translates, is found by addresses."""
-        return self.has_ipvs or any(
-            not view.place.interface and view.node == self._node for view in snapshot.hosts.values()
-        )
-
     @property
     def has_ipvs(self) -> bool:
         """Whether kube-proxy has ipvs translate services' addresses here."""
-        return self._service_addresses is not None
+        return bool(self._service_sets)
 
     def is_for_ipvs(self, address: Net, protocol: int, port: int | None) -> bool:
         """Whether what comes for an address of the node is a service's, as INPUT can tell."""
-        if self._service_addresses is None:
+        if not self.has_ipvs:
             return False
-        if address in self._service_addresses:
+        if address in self._service_sets[SetKey(address.version, names.SERVICE_ADDRESSES)]:
             return True
         if protocol not in ipvs_rules.PORTED or port is None:
             return False
         return any(first <= port <= last for first, last in self._settings.node_ports)
 
-    def is_news(self, interface: str, *, gone: bool) -> bool:
-        """Whether host endpoints' addresses may be elsewhere, now that the kernel told of it.
+    def set_host_addresses(self, addresses: HostAddresses) -> None:
+        """The addresses of the node's interfaces, all of them."""
+        before, self.host_addresses = self.host_addresses, addresses
+        were, are = before.by_interface(), addresses.by_interface()
+        self._note_moved(
+            name for name in were.keys() | are.keys() if were.get(name) != are.get(name)
+        )
+        addresses.services_changed = (
+            before.services_changed or before.services != addresses.services
+        )
 
-        Of IPv6 addresses of an interface that is renamed it tells nothing else.
-        """
-        if self._settings.is_workload(interface):
-            return False
-        return gone or interface not in self._host_addresses
+    def host_changed(self, event: LinkEvent | AddressEvent) -> None:
+        """The kernel told of an interface, or of an address."""
+        self._note_moved(self.host_addresses.take(event))
 
-    def set_host_addresses(self, addresses: Mapping[str, frozenset[Net]]) -> bool:
-        """The addresses of the node's interfaces, by name; whether ``calculate`` is needed."""
-        self._host_addresses = addresses
-        self._hosts_changed |= any(not place.interface for place in self.hosts.values())
-        services = addresses.get(names.IPVS_DEVICE)
-        if services is not None:
-            others = (own for name, own in addresses.items() if name != names.IPVS_DEVICE)
-            services = services.difference(*others)
-        self._services_changed |= services != self._service_addresses
-        self._service_addresses = services
-        return self._hosts_changed or self._services_changed
+    def _note_moved(self, interfaces: Iterable[str]) -> None:
+        if any(not place.interface for place in self.hosts.values()):
+            self._hosts_changed |= not all(map(self._settings.is_workload, interfaces))
+
+    @property
+    def hosts_changed(self) -> bool:
+        """Whether addresses of the node moved in a way for which ``calculate`` is needed."""
+        return self._hosts_changed or self.host_addresses.services_changed
 
     def calculate(self, snapshot: Snapshot) -> Delta:
         """What became different through the snapshot's dirty keys, which are then clean."""
@@ -235,15 +232,16 @@ class Calculator:
         if self._hosts_changed or delta.settings is not None:
             self._update_hosts()
         spared = self._settings.nat_outgoing.spare_hosts and "Node" in kinds
-        if pools_changed or delta.peers or spared or self._services_changed:
+        if pools_changed or delta.peers or spared:
             self._own_sets = dict(self._make_own_sets(snapshot))
-            self._services_changed = False
+        if self.host_addresses.services_changed:
+            self._update_service_sets()
         self.changes = self._engine.flush()
         self._ruleset.update(
             delta,
             self.changes,
             self._settings,
-            self._own_sets,
+            {**self._own_sets, **self._service_sets},
             vxlan=self._overlay.enabled,
         )
         delta.forwarding = (V4, *(version for version in self._ruleset.versions if version != V4))
@@ -350,7 +348,8 @@ class Calculator:
 
     def _update_hosts(self) -> None:
         """Which interfaces host endpoints guard."""
-        found = resolve(self.hosts, self._host_addresses, self._settings.is_workload)
+        addresses = self.host_addresses.by_interface()
+        found = resolve(self.hosts, addresses, self._settings.is_workload)
         self._guarding = frozenset(found.values())
         if ALL_INTERFACES in found:
             found[names.ANY_INTERFACE] = found.pop(ALL_INTERFACES)
@@ -484,12 +483,18 @@ class Calculator:
                         SetKey(version, names.ALL_HOSTS),
                         frozenset(net for net in hosts if net and net.version == version),
                     )
-            if self._service_addresses is not None:
-                found = (net for net in self._service_addresses if net.version == version)
-                yield SetKey(version, names.SERVICE_ADDRESSES), frozenset(found)
         if self._overlay.enabled:
             peers = frozenset(peer.address for peer in self._overlay.peers.values())
             yield SetKey(V4, names.VXLAN_NODES), peers
+
+    def _update_service_sets(self) -> None:
+        """What ipvs translates."""
+        services = self.host_addresses.services or {}
+        self._service_sets = {
+            SetKey(version, names.SERVICE_ADDRESSES): frozenset(own)
+            for version, own in services.items()
+        }
+        self.host_addresses.services_changed = False
 
     def _register(self, snapshot: Snapshot) -> Registration:
         key = Key("Node", self._node)

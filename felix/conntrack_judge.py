@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from api.net import Net
 from felix import names
 from felix.calculate import Calculator
-from felix.network import host_addresses
 from felix.settings import EndpointToHost
 from kernel.conntrack import Flow, Tuple
 from kernel.links import Links
@@ -65,7 +64,7 @@ class Judge:
         self._is_prepared = True
 
     def look_around(self) -> None:
-        """Forget which addresses the host has, and what is behind its interfaces."""
+        """Forget which addresses are taken, and what is behind the host's interfaces."""
         self._judged = 0
         if self._surroundings is not None:
             self._surroundings.close()
@@ -92,11 +91,12 @@ class Judge:
         if answered is not None:
             dst, port = answered.src, answered.src_port
         owner, guards = self._calculator.owner, self._calculator.guards
+        own = self._calculator.host_addresses
         sender, receiver = owner(began.src), owner(dst)
         if sender is None and receiver is None and not guards:
             return False
-        from_host = sender is None and began.src in self._around.own
-        to_host = receiver is None and dst in self._around.own
+        from_host = sender is None and began.src in own
+        to_host = receiver is None and dst in own
         if from_host and (to_host or receiver is not None):
             return False  # not judged at all
         if to_host and self._calculator.is_for_ipvs(began.dst, began.protocol, began.dst_port):
@@ -155,10 +155,9 @@ class Judge:
 
 
 class _Surroundings:
-    """The host's own addresses, and by which interface it reaches others."""
+    """Which addresses are taken, and by which interface the host reaches them."""
 
     def __init__(self) -> None:
-        self.own = frozenset(net for own in host_addresses().values() for net in own)
         self._netlink = NetlinkSocket()
         self._names: Mapping[int, str] | None = None
         self._behind: dict[Net, str] = {}
@@ -171,7 +170,7 @@ class _Surroundings:
     def taken(self, calculator: Calculator) -> frozenset[Net]:
         """The addresses that somebody in the cluster has, and the host's own."""
         if self._taken is None:
-            self._taken = self.own | calculator.taken()
+            self._taken = calculator.taken().union(calculator.host_addresses)
         return self._taken
 
     def behind(self, address: Net) -> str:

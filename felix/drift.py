@@ -46,7 +46,7 @@ class Drift:
     def __init__(self, tell: Callable[[TableChanged], None]) -> None:
         self._tell = tell
         self._monitor: TableMonitor | None = None
-        self._everything = False
+        self._everything = True
         self._suspicion = False
         self._beside = False
         self._next_policy: float | None = None  # monotonic seconds; None: never
@@ -82,6 +82,10 @@ class Drift:
     def in_doubt(self) -> bool:
         """Whether everything is to be looked at."""
         return self._everything
+
+    def sees_interfaces(self, now: float) -> bool:
+        """Whether ``look`` will see to interfaces, or all that there is."""
+        return self._everything or _is_due(self._next_network, now)
 
     def suspect(self, change: TableChanged) -> None:
         """Somebody else changed what enforces policy, or what stands beside it."""

@@ -36,18 +36,6 @@ FORWARDING: Mapping[int, Path] = {
 }
 
 
-def host_addresses() -> dict[str, frozenset[Net]]:
-    """The addresses of all interfaces, by name, in the calling thread's network namespace."""
-    with NetlinkSocket() as netlink:
-        names = {link.index: link.name for link in Links(netlink).read().values()}
-        found: dict[str, set[Net]] = {name: set() for name in names.values()}
-        for version in (V4, V6):
-            for address in Addresses(netlink).read(version=version).values():
-                if address.ifindex in names:  # one that came meanwhile is told of anew
-                    found[names[address.ifindex]].add(address.host)
-    return {name: frozenset(hosts) for name, hosts in found.items()}
-
-
 class Network:
     """What felix does with links and routes, in the calling thread's network namespace."""
 

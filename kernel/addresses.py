@@ -41,21 +41,27 @@ class AddressKey(NamedTuple):
     ifindex: int
     host: Net
     length: int
+    peer: Net | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """``host`` (a /32 or /128) on an interface, whose subnet has ``length`` bits."""
+    """``host`` (a /32 or /128) on an interface, whose subnet has ``length`` bits.
+
+    ``peer`` is the other end of a point-to-point link, if it is another; of IPv4 alone, where an
+    address may be there once for each.
+    """
 
     ifindex: int
     host: Net
     length: int
     scope: int = SCOPE_GLOBAL
+    peer: Net | None = None
 
     @property
     def key(self) -> AddressKey:
         """Its place in the table."""
-        return AddressKey(self.ifindex, self.host, self.length)
+        return AddressKey(self.ifindex, self.host, self.length, self.peer)
 
     @property
     def network(self) -> Net:
@@ -85,8 +91,14 @@ def parse_address(body: bytes) -> Address:
     family, length, _, scope, ifindex = _IFADDR.unpack_from(body)
     found = attributes(body, _IFADDR.size)
     # on point-to-point links IFA_ADDRESS is the other end
-    raw = found[_IFA_LOCAL] if _IFA_LOCAL in found else found[_IFA_ADDRESS]
-    return Address(ifindex, host_net(_VERSION[family], int.from_bytes(raw, "big")), length, scope)
+    far = found.get(_IFA_ADDRESS, b"")
+    host = _host(family, found.get(_IFA_LOCAL, far))
+    peer = _host(family, far) if far and host.version == V4 else host
+    return Address(ifindex, host, length, scope, None if peer == host else peer)
+
+
+def _host(family: int, packed: bytes) -> Net:
+    return host_net(_VERSION[family], int.from_bytes(packed, "big"))
 
 
 def address_add(address: Address) -> Message:
@@ -106,5 +118,6 @@ def _body(address: Address) -> bytes:
     header = _IFADDR.pack(
         _FAMILY[address.host.version], address.length, 0, address.scope, address.ifindex
     )
-    packed = address.host.packed()
-    return header + attribute(_IFA_LOCAL, packed) + attribute(_IFA_ADDRESS, packed)
+    far = address.peer or address.host
+    local = attribute(_IFA_LOCAL, address.host.packed())
+    return header + local + attribute(_IFA_ADDRESS, far.packed())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from kernel.addresses import RTM_DELADDR, RTM_NEWADDR
+from kernel.addresses import RTM_DELADDR, RTM_NEWADDR, Address, parse_address
 from kernel.netlink import (
     NLM_F_CREATE,
     NLM_F_ECHO,
@@ -70,7 +70,6 @@ _ONLY_DELETIONS = (
 
 _IFINFO = struct.Struct("=BxHiII")  # family, device type, index, flags, change mask
 _ANY = bytes(_IFINFO.size)
-_IFADDR = struct.Struct("=4xI")  # family, prefix length, flags, scope; index
 _NUMBER = struct.Struct("=HHI")  # an attribute that holds one: length, type, value
 
 # linux/ip.h IPV4_DEVCONF_…: the names under /proc/sys/net/ipv4/conf/DEVICE/
@@ -403,9 +402,10 @@ class LinkEventsLost:
 
 @dataclass(frozen=True, slots=True)
 class AddressEvent:
-    """Interfaces, by index, got addresses or lost some."""
+    """An address came to an interface, changed there, or (``deleted``) went."""
 
-    interfaces: frozenset[int]
+    address: Address
+    deleted: bool
 
 
 class LinkMonitor:
@@ -467,13 +467,10 @@ class LinkMonitor:
         except MessagesLostError:
             self._sink(LinkEventsLost())
             return
-        if moved := frozenset(
-            _IFADDR.unpack_from(message.body)[0]
-            for message in messages
-            if message.type in (RTM_NEWADDR, RTM_DELADDR)
-        ):
-            self._sink(AddressEvent(moved))
         for message in messages:
+            if message.type in (RTM_NEWADDR, RTM_DELADDR):
+                address = parse_address(message.body)
+                self._sink(AddressEvent(address, message.type == RTM_DELADDR))
             # A bridge tells of its ports in messages of family AF_BRIDGE, where "deleted"
             # only means "left the bridge".
             if message.type in (RTM_NEWLINK, RTM_DELLINK) and message.body[0] == _AF_UNSPEC:

@@ -14,6 +14,7 @@ from typing import Any
 from api.net import parse_net
 from api.registry import key_parts
 from datastore.interface import Key
+from felix.addresses import host_addresses
 from felix.backends import Backend, make, settle_others
 from felix.calculate import Calculator
 from felix.dataplane import Dataplane, Enforcer, Members
@@ -50,12 +51,13 @@ class Brain:
             self.dataplane = Dataplane(enforcer)
             stack.callback(self.dataplane.close)
             self.dataplane.want(self.calculator.calculate(self.snapshot))
-            self.dataplane.read()
+            self.read()
             self.dataplane.apply(self._clock)
 
     def read(self) -> None:
         """See the interfaces that are there, and whether the kernel holds what was written."""
         with inside(self.node.netns.fd):
+            self.calculator.set_host_addresses(host_addresses())
             self.dataplane.read()
 
     def enforce(self, *, readable: bool = True) -> None:

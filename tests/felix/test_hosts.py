@@ -16,6 +16,7 @@ import pytest
 
 from api.net import parse_net
 from datastore.interface import JSON
+from felix.addresses import HostAddresses
 from felix.hosts import HostPlace, resolve
 from felix.settings import settings
 from kernel.netns import inside
@@ -159,14 +160,13 @@ def test_all_interfaces(world: Gateway) -> None:
 def test_expected_addresses_find_the_interface(world: Gateway) -> None:
     endpoint = host(name="by-address", expectedIPs=[FAR[4], NODE_FAR[6]])
     del endpoint["spec"]["interfaceName"]
-    world.brain.calculator.set_host_addresses(
-        {"eth0": frozenset({parse_net(NODE[6])}), "eth1": frozenset({parse_net(NODE_FAR[6])})}
-    )
     world.enforce(endpoint)
     assert dropped(world.far, NODE_FAR) and allowed(world.near, NODE)
-    assert world.brain.calculator.set_host_addresses({})
+    world.brain.calculator.set_host_addresses(HostAddresses())
+    assert world.brain.calculator.hosts_changed
     world.enforce()
     assert allowed(world.far, NODE_FAR)
+    world.brain.read()
     problems = dict(world.brain.calculator.problems(world.brain.snapshot))
     assert "guards no interface" in problems["HostEndpoint(by-address)"]
 

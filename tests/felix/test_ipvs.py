@@ -25,7 +25,6 @@ from api.profile import DEFAULT_ALLOW
 from datastore.interface import JSON
 from felix.chains import Mark
 from felix.conntrack_judge import Judge
-from felix.network import host_addresses
 from kernel.conntrack import Tuple
 from kernel.netns import Namespace, inside
 from kernel.nftables import Nftables, Transaction
@@ -98,12 +97,10 @@ class Node(Gateway):
 
     def look(self) -> None:
         """See which addresses the node has."""
+        self.brain.read()
         with inside(self.node.netns.fd):
-            moved = self.brain.calculator.set_host_addresses(host_addresses())
-        if moved:
-            with inside(self.node.netns.fd):
-                self.brain.dataplane.want(self.brain.calculator.calculate(self.brain.snapshot))
-            self.brain.settle()  # a set goes only when the kernel has let go of its rules
+            self.brain.dataplane.want(self.brain.calculator.calculate(self.brain.snapshot))
+        self.brain.settle()  # a set goes only when the kernel has let go of its rules
 
     def listed(self) -> str:
         """All that enforces, as it is shown."""

@@ -25,6 +25,18 @@ def test_an_address_comes_back_as_it_went(netlink: NetlinkSocket, text: str) -> 
     assert address.key not in Addresses(netlink).read(version=host.version, ifindex=index)
 
 
+def test_an_address_may_be_there_once_for_each_peer(netlink: NetlinkSocket) -> None:
+    index = parse_link(netlink.request(veth("one", "two"))).index
+    host = parse_net("10.1.2.3")
+    peers = (None, parse_net("10.1.2.4"), parse_net("10.1.2.5"))
+    made = {Address(index, host, 32, peer=peer) for peer in peers}
+    assert netlink.batch([address_add(each) for each in made]) == []
+    assert set(Addresses(netlink).read(version=4, ifindex=index).values()) == made
+    for each in made:
+        assert netlink.batch([address_delete(each)]) == []
+    assert Addresses(netlink).read(version=4, ifindex=index) == {}
+
+
 def test_reading_can_be_limited_to_an_interface(netlink: NetlinkSocket) -> None:
     made = parse_link(netlink.request(veth("one", "two")))
     lo = Links(netlink).get("lo").index

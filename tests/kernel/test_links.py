@@ -11,6 +11,7 @@ import pytest
 
 from api.net import Net, parse_net
 from kernel import sysctl
+from kernel.addresses import Address
 from kernel.links import (
     AddressEvent,
     Link,
@@ -290,13 +291,9 @@ def test_the_monitor_tells_of_addresses_where_asked(
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     with LinkMonitor(events.put, addresses=True, netns_fd=namespace.fd):
         for verb in ("add", "del"):
-            run(namespace, "ip", "address", verb, "192.0.2.1/32", "dev", "lo")
-            eventually(
-                lambda: any(
-                    isinstance(event, AddressEvent) and event.interfaces == {1}
-                    for event in drain(events)
-                )
-            )
+            run(namespace, "ip", "address", verb, "192.0.2.1/24", "dev", "lo")
+            told = AddressEvent(Address(1, parse_net("192.0.2.1"), 24), deleted=verb == "del")
+            eventually(lambda told=told: told in drain(events))  # type: ignore[misc]
 
 
 def test_the_monitor_says_when_it_has_lost_events(
