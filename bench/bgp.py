@@ -10,8 +10,9 @@ BFD and graceful restart as ours. One BIRD with many addresses plays the other n
 - ``propagation``: ``propagation_p99_s``, from a block in the datastore of one of two nodes, or a
   static route of one of 199 BIRDs, until it is in the kernels of all its peers.
 - ``routes``: ``exabgp_10k_ratio_bird``, ``bird_10k_ratio_bird``: 10,000 routes of one session, from
-  the word to the peer until they are in the kernel. ``exabgp_10k_cpu_ms``: what agent, ExaBGP and
-  relay compute to have them announced and withdrawn, which others on the machine hardly change.
+  the word to the peer until they are in the kernel; the median of the rounds' ratios.
+  ``exabgp_10k_cpu_ms``, ``bird_engine_10k_cpu_ms``: what agent, engine and relay compute to have
+  them announced and withdrawn, which others on the machine hardly change.
 - ``reflector``: ``reflector_200_s``: the BIRD engine with 200 clients, 10 blocks each, from start
   until each client has all.
 - ``restarts``: ``restart_lost_packets``, sum over both engines and all accidents.
