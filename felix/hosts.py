@@ -162,5 +162,6 @@ def _nets(texts: object) -> tuple[Net, ...]:
     for text in texts if isinstance(texts, list) else ():
         # What is no address has been told of, as the object's problem.
         with contextlib.suppress(ValueError):
-            found.append(parse_interface(str(text))[1])
+            if isinstance(text, str):
+                found.append(parse_interface(text)[1])
     return tuple(found)

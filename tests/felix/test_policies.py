@@ -487,3 +487,12 @@ def test_anything_may_be_stored(kind: str, value: JSON) -> None:
     Run().calculator.calculate(snapshot)
     snapshot.update(key, None)
     assert not snapshot.problems
+
+
+def test_a_host_endpoint_stands_however_its_addresses_are_written() -> None:
+    """Of two, one is no text: the other's interface is guarded all the same."""
+    spec: JSON = {"node": "node1", "expectedIPs": [_deep(5000), "172.31.1.1"]}
+    snapshot = Snapshot()
+    snapshot.update(Key("HostEndpoint", "x"), {"metadata": {"name": "x"}, "spec": spec})
+    [view] = snapshot.hosts.values()
+    assert [str(net) for net in view.place.addresses] == ["172.31.1.1/32"]
