@@ -49,14 +49,19 @@ def forbidden(guard: Guard, version: int) -> str:
         if host.version == version:
             subnets = [net.length for net in guard.subnets if net.length and net.contains(host)]
             patterns += [f"{host}{{{length + 1},{bits}}}" for length in sorted(subnets)[:1]]
-    hosts = ", ".join(format_address(*host[:2]) for host in sorted(guard.hosts))
-    lines = [f"if net ~ {prefix_set(patterns)} then return true;"]
-    if hosts:
-        lines.append(f"if bgp_next_hop ~ [ {hosts} ] then return true;")
-    never = " || ".join(  # IPv4 routes may have IPv6 next hops (RFC 8950)
-        f"bgp_next_hop ~ {net}" for net in NO_HOPS if version == V4 or net.version == version
-    )
-    lines.append(f"if {never} then return true;")
+    never = [net for net in NO_HOPS if version == V4 or net.version == version]
+    hops = [
+        *map(_range, never),  # IPv4 routes may have IPv6 next hops (RFC 8950)
+        *(
+            format_address(*host[:2])
+            for host in sorted(guard.hosts)
+            if not any(net.contains(host) for net in never)
+        ),
+    ]
+    lines = [
+        f"if net ~ {prefix_set(patterns)} then return true;",
+        f"if bgp_next_hop ~ [ {', '.join(hops)} ] then return true;",
+    ]
     lines.append(f"if net.len = {bits} && net.ip = bgp_next_hop then return true;")
     lines.append("return false;")
     return _function(f"forbidden_v{version}", lines)
@@ -84,9 +89,12 @@ def pool_functions(pools: Pools, version: int) -> str:
 
 def import_body(session: Session, version: int, *, workload: bool = False) -> list[str]:
     """The filter for what a peer tells. ``workload``: it is one of this node."""
-    own = ", ".join(map(str, sorted(session.own_asns)))
+    own = f"[ {', '.join(map(str, sorted(session.own_asns)))} ]"
     lines = [
-        f"if (filter(bgp_path, [ {own} ])).len > {session.allowed} then reject;",
+        # what is there at all is found much sooner than how often
+        f"if (filter(bgp_path, {own})).len > {session.allowed} then reject;"
+        if session.allowed
+        else f"if bgp_path ~ {own} then reject;",
         f"if forbidden_v{version}() then reject;",
     ]
     if session.external:
@@ -154,6 +162,12 @@ def changed(operation: Operation) -> list[str]:
 def community(text: str) -> str:
     """``65001:7`` as ``(65001, 7)``."""
     return f"({text.replace(':', ', ')})"
+
+
+def _range(net: Net) -> str:
+    """All addresses of a network: ``127.0.0.0..127.255.255.255``."""
+    last = net.address + (1 << BITS[net.version] - net.length) - 1
+    return f"{format_address(net.version, net.address)}..{format_address(net.version, last)}"
 
 
 def _exactly(net: Net) -> str:
