@@ -352,7 +352,7 @@ def test_a_router_that_goes_and_comes_back(rack: Rack, kind: str) -> None:
         rack.begin(kind, graceful=True)
         rack.settle()
     assert four.lost == 0
-    assert six.lost == 0 or kind == "frr"  # it deletes IPv6 routes before they come
+    assert six.lost <= (1000 if kind == "frr" else 0)  # it deletes IPv6 routes before they come
 
 
 @pytest.mark.slow

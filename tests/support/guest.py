@@ -130,7 +130,7 @@ def _needed(base: Path, version: str) -> Iterator[Path]:
 
 
 def run_in_guest(
-    command: Sequence[str], *, directory: Path, stdin: str = "", timeout: float = 540
+    command: Sequence[str], *, directory: Path, stdin: str = "", timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """What became of a command that ran as root in the guest.
 
