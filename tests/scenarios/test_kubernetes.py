@@ -102,11 +102,19 @@ class Cluster:
         )
 
     def register(self, *addresses: str) -> None:
-        """As a kubelet does: the Node, then its status."""
-        node = self.ask("POST", "/api/v1/nodes", {"metadata": {"name": self.name}})
+        """As a kubelet does: the Node, then its status, as a patch.
+
+        The patch names no revision: others, such as we, write the Node as soon as it is there.
+        """
+        self.ask("POST", "/api/v1/nodes", {"metadata": {"name": self.name}})
         told = [{"type": "InternalIP", "address": text} for text in addresses]
-        node["status"]["addresses"] = [*told, {"type": "Hostname", "address": self.name}]
-        self.ask("PUT", f"/api/v1/nodes/{self.name}/status", node)
+        code, answer = self.server.request(
+            "PATCH",
+            f"/api/v1/nodes/{self.name}/status",
+            {"status": {"addresses": [*told, {"type": "Hostname", "address": self.name}]}},
+            media_type="application/strategic-merge-patch+json",
+        )
+        assert code == 200, answer
 
     def pod(self, name: str, address: str) -> Any:
         """A pod as the scheduler and the CNI plugin leave it."""
