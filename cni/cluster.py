@@ -38,6 +38,9 @@ from policy.convert import pod_labels, pod_ports, pod_profiles
 # the handle and the attributes of the addresses say otherwise.
 ATTACHMENT = "cni.manx.dev/attachment"
 
+# Objects that were looked at together, empty where there is none; or what hindered that.
+Found = Mapping[Key, JSON | StoreError]
+
 _CLUSTER_INFORMATION = Key("ClusterInformation", "default")
 
 # Where the FelixConfiguration says what a tunnel carries, and what it adds to each packet, bytes:
@@ -70,13 +73,26 @@ class Cluster:
 
         The beginning of what changes anything, so memory is refreshed first.
         """
+        self.look(())
+
+    def look(self, attachments: Sequence[Attachment]) -> Found:
+        """As ``require_unlocked``, and what is to be known of pods, all in one question.
+
+        That is for ``pod`` and ``namespace``.
+        """
         self.memory.refresh()
-        if is_locked(self.memory.value(_CLUSTER_INFORMATION)):
+        keys = [_CLUSTER_INFORMATION]
+        for attachment in attachments:
+            if attachment.pod:
+                keys += (_pod(attachment), _namespace(attachment))
+        found = self.memory.look(keys)
+        if is_locked(self._value(_CLUSTER_INFORMATION, found)):
             raise CniError(
                 TRY_AGAIN_LATER,
                 "the datastore is locked (ClusterInformation default: spec.datastoreReady:"
                 " false): it is being moved; afterwards: manxctl datastore migrate unlock",
             )
+        return found
 
     def require_endpoint(self, attachment: Attachment) -> None:
         """Raise CniError where the datastore has no place for the attachment's WorkloadEndpoint.
@@ -145,11 +161,11 @@ class Cluster:
         status = self.memory.value(Key("Node", self.node)).get("status") or {}
         return list(status.get("podCIDRs") or [])
 
-    def namespace(self, attachment: Attachment) -> Namespace | None:
-        """The pod's namespace; None for a container that is in none."""
+    def namespace(self, attachment: Attachment, found: Found | None = None) -> Namespace | None:
+        """The pod's namespace; None for a container that is in none. ``found``: by ``look``."""
         if not attachment.pod:
             return None
-        metadata = self.memory.value(Key("Namespace", attachment.namespace)).get("metadata") or {}
+        metadata = self._value(_namespace(attachment), found).get("metadata") or {}
         return Namespace(
             dict(metadata.get("labels") or {}), dict(metadata.get("annotations") or {})
         )
@@ -159,10 +175,13 @@ class Cluster:
         namespace = self.namespace(attachment)
         return namespace.labels if namespace else None
 
-    def pod(self, attachment: Attachment) -> Pod | None:
-        """The pod; None if there is no such object, as outside Kubernetes. Raises CniError."""
-        key = Key("Pod", attachment.pod, attachment.namespace)
-        value = self.memory.value(key) if attachment.pod else {}
+    def pod(self, attachment: Attachment, found: Found | None = None) -> Pod | None:
+        """The pod; None if there is no such object, as outside Kubernetes. ``found``: by ``look``.
+
+        Raises CniError.
+        """
+        key = _pod(attachment)
+        value = self._value(key, found) if attachment.pod else {}
         try:
             return Pod.model_validate(value) if value else None
         except ValidationError as error:
@@ -268,6 +287,12 @@ class Cluster:
         key = attachment.endpoint_key(self.node)
         raise ConflictError(f"{key}: changed by others {_ATTEMPTS} times in a row", key)
 
+    def _value(self, key: Key, found: Found | None) -> JSON:
+        value = self.memory.value(key) if found is None else found[key]
+        if isinstance(value, StoreError):
+            raise value
+        return value
+
     def _labels(self, key: Key) -> dict[str, str]:
         metadata = self.memory.value(key).get("metadata") or {}
         return dict(metadata.get("labels") or {})
@@ -326,6 +351,14 @@ def workload_endpoint(
         "metadata": {"name": key.name, "namespace": key.namespace, "labels": own},
         "spec": spec,
     }
+
+
+def _pod(attachment: Attachment) -> Key:
+    return Key("Pod", attachment.pod, attachment.namespace)
+
+
+def _namespace(attachment: Attachment) -> Key:
+    return Key("Namespace", attachment.namespace)
 
 
 def _address(net: Net) -> str:

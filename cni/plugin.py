@@ -16,6 +16,7 @@ from cni import ipam_plugin
 from cni.attaching import Attached, Job, Outcome, Wanted
 from cni.attachment import Attachment
 from cni.call import Call, parse_call
+from cni.cluster import Found
 from cni.config import VALID_ATTACHMENTS, find_version
 from cni.delegate import Delegate, Lease
 from cni.enforcement import Enforcement
@@ -146,8 +147,9 @@ class Plugin:
     ) -> list[Conversation]:
         later: list[Conversation] = []
         jobs: list[Job] = []
+        attachments = [call.attachment for _, call in adds if call.attachment is not None]
         try:
-            self._node.cluster.require_unlocked()
+            found = self._node.cluster.look(attachments)
         except Exception as error:
             for asked, _ in adds:
                 asked.reply(*_report(asked.request, error))
@@ -156,7 +158,7 @@ class Plugin:
             delegate = self._delegate(call, asked.request)
             if delegate is None or alone:
                 try:
-                    jobs.append(self._job(asked, call, delegate, later))
+                    jobs.append(self._job(asked, call, delegate, found, later))
                 except Exception as error:
                     asked.reply(*_report(asked.request, error))
             else:
@@ -166,7 +168,12 @@ class Plugin:
         return later
 
     def _job(
-        self, asked: Conversation, call: Call, delegate: Delegate | None, later: list[Conversation]
+        self,
+        asked: Conversation,
+        call: Call,
+        delegate: Delegate | None,
+        found: Found,
+        later: list[Conversation],
     ) -> Job:
         """``later``: where it is put if it can't be done now. Raises CniError, StoreError."""
         request, reply = asked.request, asked.reply
@@ -175,7 +182,7 @@ class Plugin:
         if delegate is not None:
             self._before_waiting()
         self._require_namespace(request)
-        wanted = self._wanted(call, attachment, delegate)
+        wanted = self._wanted(call, attachment, delegate, found)
 
         def then(outcome: Outcome) -> None:
             try:
@@ -228,11 +235,13 @@ class Plugin:
         finally:
             reply(*_report(request, self._unprotected(added.seconds)))
 
-    def _wanted(self, call: Call, attachment: Attachment, delegate: Delegate | None) -> Wanted:
+    def _wanted(
+        self, call: Call, attachment: Attachment, delegate: Delegate | None, found: Found
+    ) -> Wanted:
         configuration = call.configuration
         self._node.cluster.require_endpoint(attachment)
-        pod = self._node.cluster.pod(attachment)
-        namespace = self._node.cluster.namespace(attachment)
+        pod = self._node.cluster.pod(attachment, found)
+        namespace = self._node.cluster.namespace(attachment, found)
         permitted = configuration.feature_control
         features = read_features(
             f"{attachment.namespace}/{attachment.pod}",

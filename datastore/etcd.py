@@ -31,6 +31,7 @@ from datastore.interface import (
 )
 
 _PART = 1000  # objects in one answer
+_MOST = 100  # objects in one transaction: etcd takes 128 operations, unless --max-txn-ops says less
 _LIST_ATTEMPTS = 5
 _MANY_HANDLES = 10_000
 _HANDLES_SECONDS = 1.0  # how old our knowledge of handles with capitals may be
@@ -58,6 +59,22 @@ class EtcdDatastore:
     def get(self, key: Key) -> Entry:
         """The object. Raises NotFoundError."""
         return _entry(key, self._find(key))
+
+    def get_all(self, keys: Sequence[Key]) -> Sequence[Entry | StoreError]:
+        """Objects, of one moment where they are few; NotFoundError for one that is not there."""
+        try:
+            found = self._at([path for key in keys for path in candidates(key)])
+        except StoreError as error:
+            return [error] * len(keys)
+        outcomes: list[Entry | StoreError] = []
+        for key in keys:
+            there = (found[path.encode()] for path in candidates(key) if path.encode() in found)
+            try:
+                kv = next(there, None) or self._find_handle(key)
+                outcomes.append(_entry(key, kv))
+            except StoreError as error:
+                outcomes.append(error)
+        return outcomes
 
     def list(self, kind: str, namespace: str | None = None, prefix: str = "") -> Listing:
         """The objects of a kind, sorted by key, in one namespace or (None) in all.
@@ -88,6 +105,47 @@ class EtcdDatastore:
         if not answer.succeeded:
             raise AlreadyExistsError(f"{key}: exists already", key)
         return self._written(key, path, data, answer)
+
+    def create_all(self, objects: Sequence[tuple[Key, JSON]]) -> Sequence[Entry | StoreError]:
+        """Store new objects; an AlreadyExistsError for each that is there.
+
+        In one transaction, or in several if they are more than 100.
+        """
+        outcomes: list[Entry | StoreError] = []
+        for begin in range(0, len(objects), _MOST):
+            part = objects[begin : begin + _MOST]
+            try:
+                outcomes += self._create_part(part)
+            except UnavailableError as error:
+                return outcomes + [error] * (len(objects) - begin)
+            except StoreError:  # of one of them, and none is stored: each learns its own
+                outcomes += [self._outcome(key, value) for key, value in part]
+        return outcomes
+
+    def update_with(
+        self, key: Key, value: JSON, revision: str, objects: Sequence[tuple[Key, JSON]]
+    ) -> tuple[Entry, Sequence[Entry]]:
+        """Replace an object at ``revision`` and store new ones, in one transaction.
+
+        Raises NotFoundError, ConflictError, AlreadyExistsError; then nothing has changed.
+        """
+        path, data = _encoded(key, value)
+        request = _if_unchanged(path.encode(), revision)
+        rows = [(new, *_encoded(new, value_)) for new, value_ in objects]
+        for _, path_, data_ in rows:
+            place = path_.encode()
+            _condition(request, place, pb.Compare.CREATE).create_revision = 0
+            _put(request, place, data_)
+            found = request.failure.add().request_range
+            found.key, found.keys_only = place, True
+        answer = self._put(key, path, data, request)
+        if not answer.succeeded:
+            for (new, _, _), response in zip(rows, answer.responses[1:], strict=True):
+                if response.response_range.kvs:
+                    raise AlreadyExistsError(f"{new}: exists already", new)
+            raise _refusal(key, revision, answer)
+        entries = [self._written(new, path_, data_, answer) for new, path_, data_ in rows]
+        return self._written(key, path, data, answer), entries
 
     def update(self, key: Key, value: JSON, revision: str | None = None) -> Entry:
         """Replace an object, only at ``revision`` when one is given.
@@ -134,13 +192,50 @@ class EtcdDatastore:
         self._client.close()
 
     def _find(self, key: Key) -> pb.KeyValue:
-        paths = candidates(key)
-        for kv in self._first(paths):
+        for kv in self._first(candidates(key)):
             return kv
+        return self._find_handle(key)
+
+    def _find_handle(self, key: Key) -> pb.KeyValue:
+        """What is at no path that the name tells, as a handle may be."""
         if key.kind == "IPAMHandle" and (path := self._handles.path(key.name)):
             for kv in self._first([path]):
                 return kv
         raise NotFoundError(f"{key}: does not exist", key)
+
+    def _at(self, paths: Sequence[str]) -> dict[bytes, pb.KeyValue]:
+        """What is at these paths, by them."""
+        found: dict[bytes, pb.KeyValue] = {}
+        for begin in range(0, len(paths), _MOST):
+            found |= {kv.key: kv for kv in self._first(paths[begin : begin + _MOST])}
+        return found
+
+    def _create_part(self, objects: Sequence[tuple[Key, JSON]]) -> Sequence[Entry | StoreError]:
+        """In one transaction, in which each has one of its own."""
+        rows = [(key, *_encoded(key, value)) for key, value in objects]
+        request = pb.TxnRequest()
+        asked: dict[str, int] = {}  # paths, and the places of their answers
+        for _, path, data in rows:
+            if path not in asked:  # a transaction may write each once
+                asked[path] = len(asked)
+                own = request.success.add().request_txn
+                _condition(own, path.encode(), pb.Compare.CREATE).create_revision = 0
+                _put(own, path.encode(), data)
+        answer = self._client.call(TXN, request, writes=True)
+        outcomes: list[Entry | StoreError] = []
+        for key, path, data in rows:
+            place = asked.pop(path, None)
+            if place is not None and answer.responses[place].response_txn.succeeded:
+                outcomes.append(self._written(key, path, data, answer))
+            else:
+                outcomes.append(AlreadyExistsError(f"{key}: exists already", key))
+        return outcomes
+
+    def _outcome(self, key: Key, value: JSON) -> Entry | StoreError:
+        try:
+            return self.create(key, value)
+        except StoreError as error:
+            return error
 
     def _first(self, paths: Sequence[str]) -> Iterator[pb.KeyValue]:
         """What is at these paths, in their order, all of one moment."""
@@ -177,8 +272,7 @@ class EtcdDatastore:
         return found, revision
 
     def _put(self, key: Key, path: str, data: bytes, request: pb.TxnRequest) -> pb.TxnResponse:
-        put = request.success.add().request_put
-        put.key, put.value = path.encode(), data
+        _put(request, path.encode(), data)
         return self._write(key, request)
 
     def _write(self, key: Key, request: pb.TxnRequest) -> pb.TxnResponse:
@@ -306,6 +400,12 @@ def _event(kind: str, kv: pb.KeyValue, deleted: bool) -> Event | None:
 
 def _get(path: bytes) -> pb.RequestOp:
     return pb.RequestOp(request_range=pb.RangeRequest(key=path))
+
+
+def _put(request: pb.TxnRequest, path: bytes, data: bytes) -> None:
+    """What ``request`` does if its conditions hold."""
+    put = request.success.add().request_put
+    put.key, put.value = path, data
 
 
 def _condition(request: pb.TxnRequest, path: bytes, target: pb.Compare.CompareTarget) -> pb.Compare:

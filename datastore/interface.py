@@ -177,6 +177,9 @@ class PromptDatastore(Protocol):
 class GroupingDatastore(Protocol):
     """A ``Datastore`` to which many objects are hardly more than one."""
 
+    def get_all(self, keys: Sequence[Key]) -> Sequence[Entry | StoreError]:
+        """Objects, in the order of their keys; NotFoundError for one that is not there."""
+
     def create_all(self, objects: Sequence[tuple[Key, JSON]]) -> Sequence[Entry | StoreError]:
         """Store new objects in one transaction, with its outcome for each, in their order.
 
@@ -190,6 +193,19 @@ class GroupingDatastore(Protocol):
 
         Raises NotFoundError, ConflictError, AlreadyExistsError.
         """
+
+
+def get_all(store: Datastore, keys: Sequence[Key]) -> Sequence[Entry | StoreError]:
+    """As ``GroupingDatastore``; one after the other where the store is none."""
+    if len(keys) > 1 and isinstance(store, GroupingDatastore):
+        return store.get_all(keys)
+    outcomes: list[Entry | StoreError] = []
+    for key in keys:
+        try:
+            outcomes.append(store.get(key))
+        except StoreError as error:
+            outcomes.append(error)
+    return outcomes
 
 
 def create_all(

@@ -78,6 +78,21 @@ class SqliteDatastore:
         rows = self._file.rows(_SELECT, (key.kind, key.namespace, key.name))
         return _entry(key, _existing(key, rows[0] if rows else None))
 
+    def get_all(self, keys: Sequence[Key]) -> Sequence[Entry | StoreError]:
+        """Objects of one moment; NotFoundError for one that is not there."""
+        try:
+            with self._file.snapshot() as connection:
+                rows = [_row(connection, key) for key in keys]
+        except StoreError as error:
+            return [error] * len(keys)
+        outcomes: list[Entry | StoreError] = []
+        for key, row in zip(keys, rows, strict=True):
+            try:
+                outcomes.append(_entry(key, _existing(key, row)))
+            except NotFoundError as error:
+                outcomes.append(error)
+        return outcomes
+
     def list(self, kind: str, namespace: str | None = None, prefix: str = "") -> Listing:
         """The objects of a kind, sorted by key, in one namespace or (None) in all.
 

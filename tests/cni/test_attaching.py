@@ -17,24 +17,27 @@ from datastore.connect import connect
 from datastore.interface import Key, StoreError
 from kernel.netns import Namespace, inside
 from tests.cni.rig import NETWORK, NODE
-from tests.support.netns import run
+from tests.support.etcd import single_node
+from tests.support.netns import eventually, run
 
 
 class Bed:
     """A node in a namespace of its own, whose daemon this process is."""
 
-    def __init__(self, directory: Path, namespace: Namespace, stack: ExitStack) -> None:
+    def __init__(
+        self, directory: Path, namespace: Namespace, stack: ExitStack, url: str = ""
+    ) -> None:
         self.turns = Turns(1, alone=True)
         self.database = directory / "datastore.db"
         self._namespace = namespace
         self._stack = stack
-        store = connect(f"sqlite://{self.database}")
+        self.store = store = connect(url or f"sqlite://{self.database}")
         stack.callback(store.close)
         for name, cidr in (("pods", "10.65.0.0/24"), ("six", "fd00:65::/64")):
             metadata = {"name": name}
             store.create(Key("IPPool", name), {"metadata": metadata, "spec": {"cidr": cidr}})
         with inside(namespace.fd):
-            self.node = Node(store, NODE, turns=self.turns)
+            self.node = Node(store, NODE, turns=self.turns, follow=bool(url))
             self.node.start()
         stack.callback(self.node.stop)
 
@@ -46,8 +49,10 @@ class Bed:
         container: Namespace,
         then: Callable[[Outcome], object],
         versions: tuple[int, ...] = (4,),
+        pod: str = "",
     ) -> Job:
-        attachment = Attachment(NETWORK, f"container-{container.fd}", "eth0")
+        space = "default" if pod else ""
+        attachment = Attachment(NETWORK, f"container-{container.fd}", "eth0", space, pod)
         features = Features(families=tuple((version, ()) for version in versions))
         return Job(attachment, container.fd, Wanted(features), then)
 
@@ -55,7 +60,10 @@ class Bed:
         self.turns.take()
         self.turns.compute()
         with inside(self._namespace.fd):
-            self.node.cluster.require_unlocked()
+            found = self.node.cluster.look([job.attachment for job in jobs])
+            for job in jobs:
+                self.node.cluster.pod(job.attachment, found)
+                self.node.cluster.namespace(job.attachment, found)
             self.node.attach_all(jobs)
 
 
@@ -63,6 +71,31 @@ class Bed:
 def bed(namespace: Namespace, tmp_path: Path) -> Iterator[Bed]:
     with ExitStack() as stack:
         yield Bed(tmp_path, namespace, stack)
+
+
+def test_what_is_asked_of_etcd(namespace: Namespace, tmp_path: Path) -> None:
+    """By one or by many that are made together: what is known of them, addresses, endpoints."""
+    with ExitStack() as stack:
+        etcd = stack.enter_context(single_node())
+        bed = Bed(tmp_path, namespace, stack, f"etcd://{etcd.endpoints[0]}")
+        eventually(lambda: bed.node.allocator.following)
+        [member] = etcd.members
+        outcomes: list[Outcome] = []
+
+        def attach(*pods: str) -> int:
+            jobs = [bed.job(bed.container(), outcomes.append, pod=pod) for pod in pods]
+            before = member.asked()
+            bed.attach(*jobs)
+            return member.asked() - before
+
+        bed.store.create(Key("Pod", "a", "default"), {"metadata": {"name": "a"}})
+        # the first ones claim a block, and hear that it was claimed
+        eventually(lambda: attach(f"first-{len(outcomes)}") == 3)
+        assert attach("a", "b", "c") == 3
+        assert {type(each) for each in outcomes} == {Attached}
+        entries = bed.store.list("WorkloadEndpoint").entries
+        assert len(entries) == len(outcomes)
+        assert {*"abc"} < {entry.value["spec"]["pod"] for entry in entries}
 
 
 def test_where_there_is_nothing_to_wire(bed: Bed, caplog: pytest.LogCaptureFixture) -> None:

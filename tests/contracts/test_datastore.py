@@ -23,6 +23,7 @@ from datastore.interface import (
     UnavailableError,
     Watch,
     create_all,
+    get_all,
 )
 from tests.contracts.backends import (
     Backend,
@@ -91,6 +92,17 @@ def test_create_of_an_object_that_exists_is_refused(store: Datastore) -> None:
     assert store.get(policy_key("a")) == first
 
 
+def test_many_are_read_and_what_is_not_there_hinders_no_other(store: Datastore) -> None:
+    first, last = [store.create(policy_key(name), policy(name, 1)) for name in "ac"]
+    other = store.create(peer_key("a"), peer("a"))
+    keys = [policy_key("c"), policy_key("b"), peer_key("a"), policy_key("a"), policy_key("c")]
+    found, missing, *rest = get_all(store, keys)
+    assert [found, *rest] == [last, other, first, last]
+    assert isinstance(missing, NotFoundError)
+    assert missing.key == policy_key("b")
+    assert get_all(store, []) == []
+
+
 def test_many_are_created_and_what_is_there_hinders_no_other(store: Datastore) -> None:
     there = store.create(policy_key("b"), policy("b", 1))
     objects = [(policy_key(name), policy(name, 2)) for name in "abc"]
@@ -103,6 +115,18 @@ def test_many_are_created_and_what_is_there_hinders_no_other(store: Datastore) -
     assert [store.get(policy_key(name)) for name in "abc"] == [first, there, last]
     assert [type(each) for each in create_all(store, objects)] == [AlreadyExistsError] * 3
     assert create_all(store, []) == []
+
+
+def test_more_are_created_and_read_than_a_transaction_may_have(store: Datastore) -> None:
+    names = [f"p{number:03}" for number in range(260)]
+    there = store.create(policy_key(names[150]), policy(names[150], 1))
+    objects = [(policy_key(name), policy(name, 2)) for name in [*names, names[3], names[259]]]
+    outcomes = create_all(store, objects)
+    refused = [n for n, each in enumerate(outcomes) if isinstance(each, AlreadyExistsError)]
+    assert refused == [150, 260, 261]
+    outcomes = [*outcomes[:150], there, *outcomes[151:260]]
+    assert get_all(store, [policy_key(name) for name in names]) == outcomes
+    assert store.list("GlobalNetworkPolicy").entries == outcomes
 
 
 def test_one_is_replaced_and_others_created_or_nothing_is_done(store: Datastore) -> None:

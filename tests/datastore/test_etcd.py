@@ -24,6 +24,7 @@ from datastore.follower import Follower, InSync, Update
 from datastore.interface import (
     JSON,
     ConflictError,
+    Entry,
     Key,
     NotFoundError,
     StoreError,
@@ -164,6 +165,34 @@ def test_a_handle_with_capitals_is_one_object_by_its_lower_case_name(
     store.delete(key, entry.revision)
     with pytest.raises(NotFoundError):
         store.get(key)
+
+
+def test_a_handle_with_capitals_is_found_among_others(
+    member: EtcdMember, store: EtcdDatastore
+) -> None:
+    put(member, HANDLE_PATH, {"block": {}, "deleted": False})
+    put(member, BLOCK_PATH, CALICO_BLOCK)
+    keys = [Key("IPAMHandle", name) for name in ("mynet.abc", "none.abc")]
+    handle, none, block = store.get_all([*keys, Key("IPAMBlock", "10-0-0-0-26")])
+    assert isinstance(handle, Entry)
+    assert handle.value["spec"]["handleID"] == "MyNet.abc"
+    assert isinstance(none, NotFoundError)
+    assert isinstance(block, Entry)
+    assert block == store.get(block.key)
+
+
+def test_one_that_can_not_be_stored_hinders_no_other(store: EtcdDatastore) -> None:
+    def handle(name: str, written: str) -> tuple[Key, JSON]:
+        return Key("IPAMHandle", name), {"spec": {"handleID": written, "block": {}}}
+
+    first, wrong, last = store.create_all([handle("a", "A"), handle("b", "x"), handle("c", "c")])
+    assert isinstance(wrong, StoreError)
+    assert "handleID" in str(wrong)
+    assert [store.get(Key("IPAMHandle", name)) for name in "ac"] == [first, last]
+    stored = store.create(*handle("d", "d"))
+    with pytest.raises(StoreError, match="handleID"):
+        store.update_with(stored.key, stored.value, stored.revision, [handle("e", "x")])
+    assert store.get(stored.key) == stored
 
 
 def test_fields_of_newer_versions_survive_our_writing(

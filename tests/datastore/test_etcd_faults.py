@@ -25,6 +25,7 @@ from datastore.etcd_values import encode
 from datastore.follower import Follower, InSync, Update
 from datastore.interface import (
     JSON,
+    AlreadyExistsError,
     ConflictError,
     Entry,
     Event,
@@ -32,6 +33,7 @@ from datastore.interface import (
     Listing,
     NotFoundError,
     RevisionGoneError,
+    StoreError,
     UnavailableError,
 )
 from tests.contracts.backends import compact
@@ -406,6 +408,44 @@ def test_what_etcd_said_counts_and_not_that_time_ran_out_over_the_last_try(
     with pytest.raises(UnavailableError, match=r"turns us away .etcdserver: too many requests"):
         distant.get(pool_key("a"))
     assert len(asked) == 2
+    distant.close()
+
+
+def test_an_etcd_that_takes_few_operations_at_once(store: EtcdDatastore, front: EtcdFront) -> None:
+    """``--max-txn-ops``: objects are stored one by one, and what must be all or nothing, isn't."""
+    many = (grpc.StatusCode.INVALID_ARGUMENT, "etcdserver: too many operations in txn request")
+    distant = EtcdDatastore(EtcdSettings((front.endpoint,)))
+    there = distant.create(pool_key("b"), numbered(1))
+    objects = [(pool_key(name), numbered(2)) for name in "abc"]
+    refusals = [many]
+    front.refuse = lambda _: refusals.pop() if refusals else None
+    first, refused, last = distant.create_all(objects)
+    assert not refusals
+    assert isinstance(refused, AlreadyExistsError)
+    assert [store.get(pool_key(name)) for name in "abc"] == [first, there, last]
+    refusals = [many]
+    with pytest.raises(StoreError, match="too many operations"):
+        distant.update_with(there.key, numbered(3), there.revision, [(pool_key("d"), numbered(3))])
+    assert [entry.key.name for entry in store.list("IPPool").entries] == [*"abc"]
+    assert store.get(there.key) == there
+    distant.close()
+
+
+def test_an_etcd_that_goes_away_between_two_parts(store: EtcdDatastore, front: EtcdFront) -> None:
+    """Those after the first hundred have a problem, and none of them is there."""
+    asked: list[str] = []
+
+    def away(method: str) -> tuple[grpc.StatusCode, str] | None:
+        asked.append(method)
+        return (grpc.StatusCode.UNAVAILABLE, "gone") if len(asked) > 1 else None
+
+    front.refuse = away
+    distant = EtcdDatastore(EtcdSettings((front.endpoint,), timeout=2))
+    keys = [pool_key(f"p{number:03}") for number in range(250)]
+    outcomes = distant.create_all([(key, numbered(1)) for key in keys])
+    assert [isinstance(each, UnavailableError) for each in outcomes] == [False] * 100 + [True] * 150
+    assert store.list("IPPool").entries == outcomes[:100]
+    assert all(isinstance(each, UnavailableError) for each in distant.get_all(keys))
     distant.close()
 
 

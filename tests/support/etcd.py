@@ -8,6 +8,7 @@ server is (users, compaction that others would feel, killed members) starts one 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import ssl
 import tempfile
@@ -56,12 +57,16 @@ class EtcdMember:
         It is waited for ``seconds``.
         """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data)
-        opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=self.tls)
+        return json.loads(self._read(path, data, seconds))
+
+    def asked(self) -> int:
+        """How many calls to read or write it has had; those of the HTTP gateway count, too."""
+        counted = re.findall(
+            rb'^grpc_server_started_total{.*="etcdserverpb.KV".*} (\d+)$',
+            self._read("/metrics", None, 60),
+            re.MULTILINE,
         )
-        with opener.open(request, timeout=seconds) as answer:
-            return json.load(answer)
+        return sum(map(int, counted))
 
     def ready(self) -> bool:
         """Whether it serves, which takes a leader."""
@@ -69,6 +74,15 @@ class EtcdMember:
             return bool(self.call("/health", seconds=5)["health"] == "true")
         except (OSError, ValueError):
             return False
+
+    def _read(self, path: str, data: bytes | None, seconds: float) -> bytes:
+        request = urllib.request.Request(f"{self.url}{path}", data)
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=self.tls)
+        )
+        with opener.open(request, timeout=seconds) as answer:
+            found: bytes = answer.read()
+            return found
 
     def start(self) -> None:
         """Start, or start again, with the data it had; returns when it serves."""
