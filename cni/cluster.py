@@ -119,7 +119,7 @@ class Cluster:
         Read once: as for felix, a change needs a restart. Raises CniError.
         """
         if not self._prefix:
-            name, text = self._felix_setting("interfacePrefix")
+            name, text = self._felix_setting("interfacePrefix", sure=True)
             prefix = text.split(",")[0] or DEFAULT_PREFIX
             if not is_prefix(prefix):
                 raise CniError(
@@ -144,10 +144,11 @@ class Cluster:
                 f" expression ({error})",
             ) from None
 
-    def _felix_setting(self, field: str) -> tuple[str, str]:
+    def _felix_setting(self, field: str, *, sure: bool = False) -> tuple[str, str]:
         """A text in the FelixConfiguration, that of this node first, and in which it is."""
         for name in (f"node.{self.node}", "default"):
-            spec = part(self.memory.value(Key("FelixConfiguration", name)), "spec")
+            key = Key("FelixConfiguration", name)
+            spec = part(self.memory.value(key, sure=sure), "spec")
             if text := spec.get(field):
                 return name, str(text)
         return "default", ""

@@ -62,10 +62,10 @@ class Memory:
         if self._ask:
             self.follower.catch_up()
 
-    def value(self, key: Key) -> JSON:
-        """An object, empty when there is none."""
+    def value(self, key: Key, *, sure: bool = False) -> JSON:
+        """An object, empty when there is none. ``sure``: not even a setting may be newly there."""
         value = self._recall(key)
-        if value is not None:
+        if value or (value is not None and not sure):
             return value
         try:
             return self._store.get(key).value

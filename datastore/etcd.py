@@ -1,7 +1,8 @@
 """The store in an etcd cluster, beside Calico's programs: same keys, same JSON.
 
 Revisions are etcd's: the number of the cluster's transaction, as text. Every operation is one
-transaction; a list of more than 1000 objects is read in parts, all of the same revision.
+transaction; but a list of more than 1000 objects is read in parts, all of the same revision, and
+more than 100 objects by their keys in parts of several.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from datastore.interface import (
 )
 
 _PART = 1000  # objects in one answer
-_MOST = 100  # objects in one transaction: etcd takes 128 operations, unless --max-txn-ops says less
+_MOST = 100  # reads in one transaction: etcd takes 128 operations, unless --max-txn-ops says less
 _LIST_ATTEMPTS = 5
 _MANY_HANDLES = 10_000
 _HANDLES_SECONDS = 1.0  # how old our knowledge of handles with capitals may be
@@ -64,8 +65,10 @@ class EtcdDatastore:
         """Objects, of one moment where they are few; NotFoundError for one that is not there."""
         try:
             found = self._at([path for key in keys for path in candidates(key)])
-        except StoreError as error:
+        except UnavailableError as error:
             return [error] * len(keys)
+        except StoreError:  # it takes fewer at once
+            return [self._outcome(key) for key in keys]
         outcomes: list[Entry | StoreError] = []
         for key in keys:
             there = (found[path.encode()] for path in candidates(key) if path.encode() in found)
@@ -105,22 +108,6 @@ class EtcdDatastore:
         if not answer.succeeded:
             raise AlreadyExistsError(f"{key}: exists already", key)
         return self._written(key, path, data, answer)
-
-    def create_all(self, objects: Sequence[tuple[Key, JSON]]) -> Sequence[Entry | StoreError]:
-        """Store new objects; an AlreadyExistsError for each that is there.
-
-        In one transaction, or in several if they are more than 100.
-        """
-        outcomes: list[Entry | StoreError] = []
-        for begin in range(0, len(objects), _MOST):
-            part = objects[begin : begin + _MOST]
-            try:
-                outcomes += self._create_part(part)
-            except UnavailableError as error:
-                return outcomes + [error] * (len(objects) - begin)
-            except StoreError:  # of one of them, and none is stored: each learns its own
-                outcomes += [self._outcome(key, value) for key, value in part]
-        return outcomes
 
     def update_with(
         self, key: Key, value: JSON, revision: str, objects: Sequence[tuple[Key, JSON]]
@@ -210,30 +197,9 @@ class EtcdDatastore:
             found |= {kv.key: kv for kv in self._first(paths[begin : begin + _MOST])}
         return found
 
-    def _create_part(self, objects: Sequence[tuple[Key, JSON]]) -> Sequence[Entry | StoreError]:
-        """In one transaction, in which each has one of its own."""
-        rows = [(key, *_encoded(key, value)) for key, value in objects]
-        request = pb.TxnRequest()
-        asked: dict[str, int] = {}  # paths, and the places of their answers
-        for _, path, data in rows:
-            if path not in asked:  # a transaction may write each once
-                asked[path] = len(asked)
-                own = request.success.add().request_txn
-                _condition(own, path.encode(), pb.Compare.CREATE).create_revision = 0
-                _put(own, path.encode(), data)
-        answer = self._client.call(TXN, request, writes=True)
-        outcomes: list[Entry | StoreError] = []
-        for key, path, data in rows:
-            place = asked.pop(path, None)
-            if place is not None and answer.responses[place].response_txn.succeeded:
-                outcomes.append(self._written(key, path, data, answer))
-            else:
-                outcomes.append(AlreadyExistsError(f"{key}: exists already", key))
-        return outcomes
-
-    def _outcome(self, key: Key, value: JSON) -> Entry | StoreError:
+    def _outcome(self, key: Key) -> Entry | StoreError:
         try:
-            return self.create(key, value)
+            return self.get(key)
         except StoreError as error:
             return error
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x64\x61tastore/etcd.proto\x12\tmanx.etcd\"I\n\x0eResponseHeader\x12\x12\n\ncluster_id\x18\x01 \x01(\x04\x12\x11\n\tmember_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\"f\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x02 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\x03\x12\r\n\x05value\x18\x05 \x01(\x0c\"j\n\x05\x45vent\x12#\n\x04type\x18\x01 \x01(\x0e\x32\x15.manx.etcd.Event.Type\x12\x1f\n\x02kv\x18\x02 \x01(\x0b\x32\x13.manx.etcd.KeyValue\"\x1b\n\x04Type\x12\x07\n\x03PUT\x10\x00\x12\n\n\x06\x44\x45LETE\x10\x01\"\x93\x01\n\x0cRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x11\n\tkeys_only\x18\x08 \x01(\x08\x12\x12\n\ncount_only\x18\t \x01(\x08\x12\x1b\n\x13min_create_revision\x18\x0c \x01(\x03\"y\n\rRangeResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\x12 \n\x03kvs\x18\x02 \x03(\x0b\x32\x13.manx.etcd.KeyValue\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\"(\n\nPutRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\"8\n\x0bPutResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\"E\n\x12\x44\x65leteRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\x0f\n\x07prev_kv\x18\x03 \x01(\x08\"x\n\x13\x44\x65leteRangeResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x03\x12%\n\x08prev_kvs\x18\x03 \x03(\x0b\x32\x13.manx.etcd.KeyValue\"\xe3\x01\n\tRequestOp\x12\x30\n\rrequest_range\x18\x01 \x01(\x0b\x32\x17.manx.etcd.RangeRequestH\x00\x12,\n\x0brequest_put\x18\x02 \x01(\x0b\x32\x15.manx.etcd.PutRequestH\x00\x12=\n\x14request_delete_range\x18\x03 \x01(\x0b\x32\x1d.manx.etcd.DeleteRangeRequestH\x00\x12,\n\x0brequest_txn\x18\x04 \x01(\x0b\x32\x15.manx.etcd.TxnRequestH\x00\x42\t\n\x07request\"\xed\x01\n\nResponseOp\x12\x32\n\x0eresponse_range\x18\x01 \x01(\x0b\x32\x18.manx.etcd.RangeResponseH\x00\x12.\n\x0cresponse_put\x18\x02 \x01(\x0b\x32\x16.manx.etcd.PutResponseH\x00\x12?\n\x15response_delete_range\x18\x03 \x01(\x0b\x32\x1e.manx.etcd.DeleteRangeResponseH\x00\x12.\n\x0cresponse_txn\x18\x04 \x01(\x0b\x32\x16.manx.etcd.TxnResponseH\x00\x42\n\n\x08response\"\xac\x02\n\x07\x43ompare\x12\x30\n\x06result\x18\x01 \x01(\x0e\x32 .manx.etcd.Compare.CompareResult\x12\x30\n\x06target\x18\x02 \x01(\x0e\x32 .manx.etcd.Compare.CompareTarget\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x11\n\x07version\x18\x04 \x01(\x03H\x00\x12\x19\n\x0f\x63reate_revision\x18\x05 \x01(\x03H\x00\x12\x16\n\x0cmod_revision\x18\x06 \x01(\x03H\x00\"\'\n\rCompareResult\x12\t\n\x05\x45QUAL\x10\x00\x12\x0b\n\x07GREATER\x10\x01\"1\n\rCompareTarget\x12\x0b\n\x07VERSION\x10\x00\x12\n\n\x06\x43REATE\x10\x01\x12\x07\n\x03MOD\x10\x02\x42\x0e\n\x0ctarget_union\"\x7f\n\nTxnRequest\x12#\n\x07\x63ompare\x18\x01 \x03(\x0b\x32\x12.manx.etcd.Compare\x12%\n\x07success\x18\x02 \x03(\x0b\x32\x14.manx.etcd.RequestOp\x12%\n\x07\x66\x61ilure\x18\x03 \x03(\x0b\x32\x14.manx.etcd.RequestOp\"u\n\x0bTxnResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\x12\x11\n\tsucceeded\x18\x02 \x01(\x08\x12(\n\tresponses\x18\x03 \x03(\x0b\x32\x15.manx.etcd.ResponseOp\"X\n\x0cWatchRequest\x12\x37\n\x0e\x63reate_request\x18\x01 \x01(\x0b\x32\x1d.manx.etcd.WatchCreateRequestH\x00\x42\x0f\n\rrequest_union\"w\n\x12WatchCreateRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\x16\n\x0estart_revision\x18\x03 \x01(\x03\x12\x17\n\x0fprogress_notify\x18\x04 \x01(\x08\x12\x10\n\x08watch_id\x18\x07 \x01(\x03\"\xc2\x01\n\rWatchResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\x12\x10\n\x08watch_id\x18\x02 \x01(\x03\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x08\x12\x10\n\x08\x63\x61nceled\x18\x04 \x01(\x08\x12\x18\n\x10\x63ompact_revision\x18\x05 \x01(\x03\x12\x15\n\rcancel_reason\x18\x06 \x01(\t\x12 \n\x06\x65vents\x18\x0b \x03(\x0b\x32\x10.manx.etcd.Event\"5\n\x13\x41uthenticateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\"P\n\x14\x41uthenticateResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\x12\r\n\x05token\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x64\x61tastore/etcd.proto\x12\tmanx.etcd\"I\n\x0eResponseHeader\x12\x12\n\ncluster_id\x18\x01 \x01(\x04\x12\x11\n\tmember_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\"f\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x02 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\x03\x12\r\n\x05value\x18\x05 \x01(\x0c\"j\n\x05\x45vent\x12#\n\x04type\x18\x01 \x01(\x0e\x32\x15.manx.etcd.Event.Type\x12\x1f\n\x02kv\x18\x02 \x01(\x0b\x32\x13.manx.etcd.KeyValue\"\x1b\n\x04Type\x12\x07\n\x03PUT\x10\x00\x12\n\n\x06\x44\x45LETE\x10\x01\"\x93\x01\n\x0cRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x11\n\tkeys_only\x18\x08 \x01(\x08\x12\x12\n\ncount_only\x18\t \x01(\x08\x12\x1b\n\x13min_create_revision\x18\x0c \x01(\x03\"y\n\rRangeResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\x12 \n\x03kvs\x18\x02 \x03(\x0b\x32\x13.manx.etcd.KeyValue\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\"(\n\nPutRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\"8\n\x0bPutResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\"E\n\x12\x44\x65leteRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\x0f\n\x07prev_kv\x18\x03 \x01(\x08\"x\n\x13\x44\x65leteRangeResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x03\x12%\n\x08prev_kvs\x18\x03 \x03(\x0b\x32\x13.manx.etcd.KeyValue\"\xb5\x01\n\tRequestOp\x12\x30\n\rrequest_range\x18\x01 \x01(\x0b\x32\x17.manx.etcd.RangeRequestH\x00\x12,\n\x0brequest_put\x18\x02 \x01(\x0b\x32\x15.manx.etcd.PutRequestH\x00\x12=\n\x14request_delete_range\x18\x03 \x01(\x0b\x32\x1d.manx.etcd.DeleteRangeRequestH\x00\x42\t\n\x07request\"\xbd\x01\n\nResponseOp\x12\x32\n\x0eresponse_range\x18\x01 \x01(\x0b\x32\x18.manx.etcd.RangeResponseH\x00\x12.\n\x0cresponse_put\x18\x02 \x01(\x0b\x32\x16.manx.etcd.PutResponseH\x00\x12?\n\x15response_delete_range\x18\x03 \x01(\x0b\x32\x1e.manx.etcd.DeleteRangeResponseH\x00\x42\n\n\x08response\"\xac\x02\n\x07\x43ompare\x12\x30\n\x06result\x18\x01 \x01(\x0e\x32 .manx.etcd.Compare.CompareResult\x12\x30\n\x06target\x18\x02 \x01(\x0e\x32 .manx.etcd.Compare.CompareTarget\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x11\n\x07version\x18\x04 \x01(\x03H\x00\x12\x19\n\x0f\x63reate_revision\x18\x05 \x01(\x03H\x00\x12\x16\n\x0cmod_revision\x18\x06 \x01(\x03H\x00\"\'\n\rCompareResult\x12\t\n\x05\x45QUAL\x10\x00\x12\x0b\n\x07GREATER\x10\x01\"1\n\rCompareTarget\x12\x0b\n\x07VERSION\x10\x00\x12\n\n\x06\x43REATE\x10\x01\x12\x07\n\x03MOD\x10\x02\x42\x0e\n\x0ctarget_union\"\x7f\n\nTxnRequest\x12#\n\x07\x63ompare\x18\x01 \x03(\x0b\x32\x12.manx.etcd.Compare\x12%\n\x07success\x18\x02 \x03(\x0b\x32\x14.manx.etcd.RequestOp\x12%\n\x07\x66\x61ilure\x18\x03 \x03(\x0b\x32\x14.manx.etcd.RequestOp\"u\n\x0bTxnResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\x12\x11\n\tsucceeded\x18\x02 \x01(\x08\x12(\n\tresponses\x18\x03 \x03(\x0b\x32\x15.manx.etcd.ResponseOp\"X\n\x0cWatchRequest\x12\x37\n\x0e\x63reate_request\x18\x01 \x01(\x0b\x32\x1d.manx.etcd.WatchCreateRequestH\x00\x42\x0f\n\rrequest_union\"w\n\x12WatchCreateRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\x16\n\x0estart_revision\x18\x03 \x01(\x03\x12\x17\n\x0fprogress_notify\x18\x04 \x01(\x08\x12\x10\n\x08watch_id\x18\x07 \x01(\x03\"\xc2\x01\n\rWatchResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\x12\x10\n\x08watch_id\x18\x02 \x01(\x03\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x08\x12\x10\n\x08\x63\x61nceled\x18\x04 \x01(\x08\x12\x18\n\x10\x63ompact_revision\x18\x05 \x01(\x03\x12\x15\n\rcancel_reason\x18\x06 \x01(\t\x12 \n\x06\x65vents\x18\x0b \x03(\x0b\x32\x10.manx.etcd.Event\"5\n\x13\x41uthenticateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\"P\n\x14\x41uthenticateResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.manx.etcd.ResponseHeader\x12\r\n\x05token\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,27 +52,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETERANGERESPONSE']._serialized_start=766
   _globals['_DELETERANGERESPONSE']._serialized_end=886
   _globals['_REQUESTOP']._serialized_start=889
-  _globals['_REQUESTOP']._serialized_end=1116
-  _globals['_RESPONSEOP']._serialized_start=1119
-  _globals['_RESPONSEOP']._serialized_end=1356
-  _globals['_COMPARE']._serialized_start=1359
-  _globals['_COMPARE']._serialized_end=1659
-  _globals['_COMPARE_COMPARERESULT']._serialized_start=1553
-  _globals['_COMPARE_COMPARERESULT']._serialized_end=1592
-  _globals['_COMPARE_COMPARETARGET']._serialized_start=1594
-  _globals['_COMPARE_COMPARETARGET']._serialized_end=1643
-  _globals['_TXNREQUEST']._serialized_start=1661
-  _globals['_TXNREQUEST']._serialized_end=1788
-  _globals['_TXNRESPONSE']._serialized_start=1790
-  _globals['_TXNRESPONSE']._serialized_end=1907
-  _globals['_WATCHREQUEST']._serialized_start=1909
-  _globals['_WATCHREQUEST']._serialized_end=1997
-  _globals['_WATCHCREATEREQUEST']._serialized_start=1999
-  _globals['_WATCHCREATEREQUEST']._serialized_end=2118
-  _globals['_WATCHRESPONSE']._serialized_start=2121
-  _globals['_WATCHRESPONSE']._serialized_end=2315
-  _globals['_AUTHENTICATEREQUEST']._serialized_start=2317
-  _globals['_AUTHENTICATEREQUEST']._serialized_end=2370
-  _globals['_AUTHENTICATERESPONSE']._serialized_start=2372
-  _globals['_AUTHENTICATERESPONSE']._serialized_end=2452
+  _globals['_REQUESTOP']._serialized_end=1070
+  _globals['_RESPONSEOP']._serialized_start=1073
+  _globals['_RESPONSEOP']._serialized_end=1262
+  _globals['_COMPARE']._serialized_start=1265
+  _globals['_COMPARE']._serialized_end=1565
+  _globals['_COMPARE_COMPARERESULT']._serialized_start=1459
+  _globals['_COMPARE_COMPARERESULT']._serialized_end=1498
+  _globals['_COMPARE_COMPARETARGET']._serialized_start=1500
+  _globals['_COMPARE_COMPARETARGET']._serialized_end=1549
+  _globals['_TXNREQUEST']._serialized_start=1567
+  _globals['_TXNREQUEST']._serialized_end=1694
+  _globals['_TXNRESPONSE']._serialized_start=1696
+  _globals['_TXNRESPONSE']._serialized_end=1813
+  _globals['_WATCHREQUEST']._serialized_start=1815
+  _globals['_WATCHREQUEST']._serialized_end=1903
+  _globals['_WATCHCREATEREQUEST']._serialized_start=1905
+  _globals['_WATCHCREATEREQUEST']._serialized_end=2024
+  _globals['_WATCHRESPONSE']._serialized_start=2027
+  _globals['_WATCHRESPONSE']._serialized_end=2221
+  _globals['_AUTHENTICATEREQUEST']._serialized_start=2223
+  _globals['_AUTHENTICATEREQUEST']._serialized_end=2276
+  _globals['_AUTHENTICATERESPONSE']._serialized_start=2278
+  _globals['_AUTHENTICATERESPONSE']._serialized_end=2358
 # @@protoc_insertion_point(module_scope)

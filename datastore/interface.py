@@ -157,9 +157,10 @@ class Datastore(Protocol):
     def watch(self, kinds: Iterable[str], revision: str | Mapping[str, str]) -> Watch:
         """Every change of these kinds after ``revision``, which a ``list`` or event gave.
 
-        With a mapping, each kind's changes begin after its own revision: lists of several
-        kinds are taken one after the other, and their revisions can't be compared. What the
-        watch's ``next`` raises may be raised here already.
+        Several may have one revision: of what was written together, those are told that come
+        after all of it. With a mapping, each kind's changes begin after its own revision: lists of
+        several kinds are taken one after the other, and their revisions can't be compared. What
+        the watch's ``next`` raises may be raised here already.
         """
 
     def close(self) -> None:
@@ -175,23 +176,29 @@ class PromptDatastore(Protocol):
 
 @runtime_checkable
 class GroupingDatastore(Protocol):
-    """A ``Datastore`` to which many objects are hardly more than one."""
+    """A ``Datastore`` that asks for or writes several objects in one transaction."""
 
     def get_all(self, keys: Sequence[Key]) -> Sequence[Entry | StoreError]:
         """Objects, in the order of their keys; NotFoundError for one that is not there."""
-
-    def create_all(self, objects: Sequence[tuple[Key, JSON]]) -> Sequence[Entry | StoreError]:
-        """Store new objects in one transaction, with its outcome for each, in their order.
-
-        One that exists already (AlreadyExistsError) does not keep the others from being stored.
-        """
 
     def update_with(
         self, key: Key, value: JSON, revision: str, objects: Sequence[tuple[Key, JSON]]
     ) -> tuple[Entry, Sequence[Entry]]:
         """Replace an object at ``revision`` and store new ones, all of it or nothing.
 
-        Raises NotFoundError, ConflictError, AlreadyExistsError.
+        Raises NotFoundError, ConflictError, AlreadyExistsError, whose ``key`` is the object that
+        is there.
+        """
+
+
+@runtime_checkable
+class BulkDatastore(Protocol):
+    """A ``Datastore`` to which many new objects are hardly more than one."""
+
+    def create_all(self, objects: Sequence[tuple[Key, JSON]]) -> Sequence[Entry | StoreError]:
+        """Store new objects in one transaction, with its outcome for each, in their order.
+
+        One that exists already (AlreadyExistsError) does not keep the others from being stored.
         """
 
 
@@ -203,6 +210,8 @@ def get_all(store: Datastore, keys: Sequence[Key]) -> Sequence[Entry | StoreErro
     for key in keys:
         try:
             outcomes.append(store.get(key))
+        except UnavailableError as error:  # it is waited for once
+            return outcomes + [error] * (len(keys) - len(outcomes))
         except StoreError as error:
             outcomes.append(error)
     return outcomes
@@ -211,8 +220,8 @@ def get_all(store: Datastore, keys: Sequence[Key]) -> Sequence[Entry | StoreErro
 def create_all(
     store: Datastore, objects: Sequence[tuple[Key, JSON]]
 ) -> Sequence[Entry | StoreError]:
-    """As ``GroupingDatastore``; one after the other where the store is none."""
-    if len(objects) > 1 and isinstance(store, GroupingDatastore):
+    """As ``BulkDatastore``; one after the other where the store is none."""
+    if len(objects) > 1 and isinstance(store, BulkDatastore):
         return store.create_all(objects)
     outcomes: list[Entry | StoreError] = []
     for key, value in objects:

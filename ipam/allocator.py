@@ -172,7 +172,9 @@ class Allocator:
         use: str = "Workload",
         namespace_labels: Labels | None = None,
     ) -> dict[str, Assignment]:
-        """An address for each of several handles that hold none: as ``assign``, but in two writes.
+        """An address for each of several handles that hold none: as ``assign``, but at once.
+
+        In one write, where the store has transactions of several objects, else in two.
 
         ``newcomers``: attributes by handle. Those that are not in the answer are to be tried with
         ``assign``: it knows what to do where the handle is there, does what takes longer (claims

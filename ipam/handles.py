@@ -1,7 +1,8 @@
 """Handles count the addresses of each holder, so that they are found again without a search.
 
 A handle is counted up before the block is written and down after, so at any moment, and after
-any crash, it names every block in which its holder has an address, and perhaps one more.
+any crash, it names every block in which its holder has an address, and perhaps one more. One that
+is new may be stored together with its block (``note``).
 
 Whoever releases a handle writes its blocks before he deletes it. So an assign whose block was
 changed by another after it counted must count again (``renew``) before it tries once more.

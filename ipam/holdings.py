@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from api.net import Net
+from datastore.interface import StoreError
 from ipam.block import Block, Cooldown
 from ipam.errors import ContentionError
 from ipam.handles import Handles
@@ -14,6 +15,7 @@ from ipam.records import ATTEMPTS, Records, Stored
 from ipam.writer import BlockWriter, GiveBack, GiveBackSome, Offer, Take
 
 _WRITERS = 64  # blocks that are remembered
+_DOUBTFUL = 1024
 
 
 class Holdings:
@@ -28,6 +30,8 @@ class Holdings:
         self._cooldown = cooldown
         self._handles = Handles(records)
         self._writers: OrderedDict[Net, BlockWriter] = OrderedDict()
+        # Handles that may yet be stored, along with these blocks: nobody knows what became of that.
+        self._doubtful: OrderedDict[str, Net] = OrderedDict()
         self._lock = threading.Lock()
 
     def take(
@@ -62,7 +66,7 @@ class Holdings:
     ) -> dict[str, Net | None]:
         """An address of a block for each handle that is new.
 
-        In one write, where the store can; else, or if one of them is not new, in one for all
+        In one write, where the store can; else, and for those that are not new, in one for all
         handles and then one for the block. ``newcomers``: attributes by handle. None: it has one
         already, or something went wrong. Those for which the block has none are not in the answer.
         """
@@ -77,9 +81,16 @@ class Holdings:
             for take in takes:
                 if take.begun is not None:
                     self._handles.note(take.begun)
-            if not any(take.refused for take in takes):
-                return {take.handle: take.taken[0] if take.begun else None for take in takes}
-            offers = self._offers(writer, newcomers, only_for, reserved)
+                elif isinstance(take.problem, StoreError):
+                    self._note_doubtful(take.handle, net)
+            taken = {
+                take.handle: take.taken[0] if take.begun else None
+                for take in takes
+                if not take.refused
+            }
+            refused = [take.handle for take in takes if take.refused]
+            offers = self._offers(writer, refused, only_for, reserved)
+            return taken | self._begin_and_take(writer, offers, newcomers, only_for, reserved)
         return self._begin_and_take(writer, offers, newcomers, only_for, reserved)
 
     def _begin_and_take(
@@ -153,7 +164,8 @@ class Holdings:
 
     def give_back(self, handle: str) -> list[Net]:
         """All that a handle holds. Raises ContentionError."""
-        released: list[Net] = []
+        net = self._doubtful.get(handle)
+        released = [] if net is None else self._forestall(handle, net)
         for attempt in range(ATTEMPTS):
             stored = self._handles.get(handle, fresh=attempt > 0)
             if stored is None:
@@ -168,6 +180,20 @@ class Holdings:
             f"handle {handle}: changed by others {ATTEMPTS} times while we tried to release it;"
             " try again"
         )
+
+    def _note_doubtful(self, handle: str, net: Net) -> None:
+        with self._lock:
+            self._doubtful[handle] = net
+            if len(self._doubtful) > _DOUBTFUL:
+                self._doubtful.popitem(last=False)
+
+    def _forestall(self, handle: str, net: Net) -> list[Net]:
+        """Whatever becomes of the write that was to begin it: from now on it can't be done."""
+        wish = GiveBack(handle)
+        self._writer(net).run(wish)  # it writes the block in any case
+        with self._lock:
+            self._doubtful.pop(handle, None)
+        return wish.released
 
     def give_back_some(
         self,

@@ -156,7 +156,10 @@ class Records:
     def write_block_and_begin(
         self, stored: Stored[Block], handles: Sequence[Handle]
     ) -> tuple[Stored[Block], list[Stored[Handle]]]:
-        """``write_block`` and ``create_handle``, all or nothing. Raises AlreadyExistsError."""
+        """``write_block`` and ``create_handle``, all or nothing.
+
+        Raises AlreadyExistsError, with the ``handle_key`` of a handle that is there.
+        """
         assert self._grouping is not None
         stored.thing.sequence += 1
         key, value, revision = stored.entry.key, stored.entry.value, stored.entry.revision
@@ -211,7 +214,7 @@ class Records:
 
     def handle(self, id_: str) -> Stored[Handle] | None:
         """The handle."""
-        entry = self._get(_handle_key(id_))
+        entry = self._get(handle_key(id_))
         return None if entry is None else _handle(entry)
 
     def handles(self) -> Iterator[Stored[Handle]]:
@@ -297,7 +300,8 @@ def _affinity_key(node: str, net: Net) -> Key:
     return Key("BlockAffinity", f"{node}-{cidr_name(net)}")
 
 
-def _handle_key(id_: str) -> Key:
+def handle_key(id_: str) -> Key:
+    """The name of the object of a handle."""
     return Key("IPAMHandle", id_.lower())
 
 
@@ -319,7 +323,7 @@ def _handle(entry: Entry) -> Stored[Handle]:
 
 
 def _handle_object(handle: Handle) -> tuple[Key, JSON]:
-    key = _handle_key(handle.id)
+    key = handle_key(handle.id)
     return key, _object(key, _handle_spec(handle))
 
 

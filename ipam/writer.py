@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from api.net import Net
-from datastore.interface import AlreadyExistsError, ConflictError, NotFoundError
+from datastore.interface import AlreadyExistsError, ConflictError, Key, NotFoundError
 from ipam.block import NO_COOLDOWN, Block, BlockError, Cooldown, Released
 from ipam.errors import ContentionError
-from ipam.records import ATTEMPTS, Handle, Records, Stored
+from ipam.records import ATTEMPTS, Handle, Records, Stored, handle_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Take(Wish):
     """Addresses for a handle, or this very ``address``. ``void``: the offer did not hold.
 
     ``begins``: the handle is new, and is stored along with the block, one address counted
-    (``begun``). It is ``refused`` if that of any who begin at the same moment is not new.
+    (``begun``). It is ``refused`` if it is not new.
     """
 
     offer: Offer
@@ -224,6 +224,8 @@ class BlockWriter:
                     self._stored = None
                     for wish_ in wishes:
                         wish_.problem = wish_.problem or error
+                    if not isinstance(error, Exception):
+                        raise
                 finally:
                     self._finish(wishes)
 
@@ -254,8 +256,8 @@ class BlockWriter:
                     return
             except (ConflictError, NotFoundError):
                 pass
-            except AlreadyExistsError:
-                _refuse(now)
+            except AlreadyExistsError as error:
+                _refuse(now, error.key)
             self._stored = None
         raise ContentionError(
             f"block {self.net}: changed by others {ATTEMPTS} times while we tried; try again"
@@ -323,8 +325,8 @@ def _begins(wish: Wish) -> bool:
     return isinstance(wish, Take) and wish.begins and bool(wish.taken)
 
 
-def _refuse(wishes: Sequence[Wish]) -> None:
-    """A handle was there, nobody knows which: none of them begins so."""
-    for wish in wishes:
-        if isinstance(wish, Take) and wish.begins:
-            wish.refused, wish.taken = True, []
+def _refuse(wishes: Sequence[Wish], there: Key | None) -> None:
+    """A handle was there: its wish does not begin so, nor does any if it is not known whose."""
+    takes = [wish for wish in wishes if isinstance(wish, Take) and wish.begins]
+    for take in [take for take in takes if handle_key(take.handle) == there] or takes:
+        take.refused, take.taken = True, []

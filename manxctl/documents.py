@@ -34,6 +34,7 @@ TIERED = (
     *("NetworkPolicy", "GlobalNetworkPolicy"),
     *("StagedNetworkPolicy", "StagedGlobalNetworkPolicy"),
 )
+IN_DEFAULT_TIER = "default."  # how names of policies in it may begin
 # As Calico keeps its kinds in a Kubernetes without its API server: an object's own metadata is in
 # an annotation, and not, or not all of it, where it belongs.
 _CALICO_CRDS = "crd.projectcalico.org/v1"
@@ -245,9 +246,13 @@ def _own_metadata(value: JSON) -> JSON:
 def _name_in_tier(value: JSON) -> str:
     """The name of an object without that of the default tier, with which CRDs begin."""
     name = name_of(value)
-    if value.get("kind") in TIERED and part(value, "spec").get("tier") in (None, "", "default"):
-        return name.removeprefix("default.")
-    return name
+    return name.removeprefix(IN_DEFAULT_TIER) if in_default_tier(value) else name
+
+
+def in_default_tier(value: JSON) -> bool:
+    """Whether it is a policy, in the tier of those that name none."""
+    tier = part(value, "spec").get("tier")
+    return value.get("kind") in TIERED and tier in (None, "", "default")
 
 
 def _document(place: str, value: Any, namespace: str) -> Document:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from api.bgp import BGPConfiguration, BGPPeer
@@ -12,10 +13,18 @@ from api.net import format_address, parse_interface
 from api.node import Node
 from api.policy import BUILT_IN_TIERS
 from api.registry import dump
-from datastore.interface import JSON, Datastore, StoreError
+from datastore.interface import (
+    JSON,
+    Datastore,
+    Entry,
+    Key,
+    NotFoundError,
+    StoreError,
+    get_all,
+)
 from ipam.overlaps import Range, node_ranges, service_ranges, shared
 from ipam.pools import Pools
-from manxctl.documents import TIERED, Document
+from manxctl.documents import IN_DEFAULT_TIER, TIERED, Document, in_default_tier
 from manxctl.options import moving
 
 
@@ -50,6 +59,31 @@ def _tiers(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iter
                 f"spec.tier: {tier!r}: there is no such tier; until there is, the policy stands"
                 " before all others, and what it doesn't allow is denied"
             )
+
+
+def _twins(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iterator[str]:
+    """Policies of the default tier that are there under the other name such a policy may have."""
+    wanted = [
+        document
+        for document, _ in pairs
+        if document.key.kind in TIERED and in_default_tier(document.value)
+    ]
+    twins = [_twin(document.key) for document in wanted]
+    for document, outcome in zip(wanted, get_all(store, twins), strict=True):
+        if isinstance(outcome, Entry):
+            if in_default_tier(outcome.value):
+                yield document.complain(
+                    f"metadata.name: {document.key.name!r}: there is {outcome.key.name!r}, too"
+                    f" (Calico before 3.32 began these names with {IN_DEFAULT_TIER!r}), and both"
+                    " count; delete the one that is not meant"
+                )
+        elif not isinstance(outcome, NotFoundError):
+            raise outcome
+
+
+def _twin(key: Key) -> Key:
+    bare = key.name.removeprefix(IN_DEFAULT_TIER)
+    return replace(key, name=bare if bare != key.name else IN_DEFAULT_TIER + bare)
 
 
 def _peers(store: Datastore, pairs: Sequence[tuple[Document, Resource]]) -> Iterator[str]:
@@ -166,6 +200,7 @@ def _few(names: set[str]) -> str:
 
 _LOOKS = (
     (_tiers, "the tiers of policies are there"),
+    (_twins, "policies are there under another name"),
     (_peers, "the nodes of BGPPeers are there"),
     (_addresses, "other nodes have these addresses"),
     (_pools, "pools share addresses with nodes or services"),

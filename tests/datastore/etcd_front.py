@@ -10,20 +10,22 @@ from typing import Any
 import grpc
 
 from datastore import etcd_pb2 as pb
-from datastore.etcd_client import WATCH
+from datastore.etcd_client import TXN, WATCH
 from tests.support.daemon import HOST
 
 
 class EtcdFront(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """``endpoint`` is as good as etcd's, but for two things.
+    """``endpoint`` is as good as etcd's, but for three things.
 
     ``told`` says what a watch is told in place of an answer; ``refuse`` with which status and
-    words a call of a method is refused (None: it isn't).
+    words a call of a method is refused (None: it isn't); ``lose`` whether the answer to
+    a transaction that was carried out is lost.
     """
 
     def __init__(self, target: str) -> None:
         self.told: Callable[[pb.WatchResponse], list[pb.WatchResponse]] = lambda answer: [answer]
         self.refuse: Callable[[str], tuple[grpc.StatusCode, str] | None] = lambda _: None
+        self.lose: Callable[[pb.TxnRequest], bool] = lambda _: False
         self._channel = grpc.insecure_channel(target)
         self._server = grpc.server(ThreadPoolExecutor(8), handlers=[self])
         self.endpoint = f"{HOST}:{self._server.add_insecure_port(f'{HOST}:0')}"
@@ -43,6 +45,8 @@ class EtcdFront(grpc.GenericRpcHandler):  # type: ignore[misc]
             if refusal := self.refuse(details.method):
                 context.abort(*refusal)
             answer: bytes = self._channel.unary_unary(details.method)(request, timeout=10)
+            if details.method == TXN.path and self.lose(pb.TxnRequest.FromString(request)):
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the answer is lost")
             return answer
 
         return grpc.unary_unary_rpc_method_handler(carry_out)

@@ -181,18 +181,17 @@ def test_a_handle_with_capitals_is_found_among_others(
     assert block == store.get(block.key)
 
 
-def test_one_that_can_not_be_stored_hinders_no_other(store: EtcdDatastore) -> None:
+def test_one_that_can_not_be_stored_keeps_the_others_from_it(store: EtcdDatastore) -> None:
     def handle(name: str, written: str) -> tuple[Key, JSON]:
         return Key("IPAMHandle", name), {"spec": {"handleID": written, "block": {}}}
 
-    first, wrong, last = store.create_all([handle("a", "A"), handle("b", "x"), handle("c", "c")])
-    assert isinstance(wrong, StoreError)
-    assert "handleID" in str(wrong)
-    assert [store.get(Key("IPAMHandle", name)) for name in "ac"] == [first, last]
     stored = store.create(*handle("d", "d"))
+    others = [handle("a", "A"), handle("e", "x")]
     with pytest.raises(StoreError, match="handleID"):
-        store.update_with(stored.key, stored.value, stored.revision, [handle("e", "x")])
-    assert store.get(stored.key) == stored
+        store.update_with(stored.key, stored.value, stored.revision, others)
+    assert store.list("IPAMHandle").entries == [stored]
+    store.update_with(stored.key, stored.value, stored.revision, others[:1])
+    assert store.get(Key("IPAMHandle", "a")).value["spec"]["handleID"] == "A"
 
 
 def test_fields_of_newer_versions_survive_our_writing(

@@ -18,6 +18,7 @@ import grpc
 import pytest
 
 from datastore import etcd_pb2 as pb
+from datastore.connect import connect
 from datastore.etcd import EtcdDatastore
 from datastore.etcd_client import TXN, EtcdClient, EtcdSettings, TlsFiles
 from datastore.etcd_keys import path_of
@@ -25,7 +26,6 @@ from datastore.etcd_values import encode
 from datastore.follower import Follower, InSync, Update
 from datastore.interface import (
     JSON,
-    AlreadyExistsError,
     ConflictError,
     Entry,
     Event,
@@ -36,6 +36,7 @@ from datastore.interface import (
     StoreError,
     UnavailableError,
 )
+from ipam.allocator import Allocator
 from tests.contracts.backends import compact
 from tests.datastore.etcd_front import EtcdFront
 from tests.datastore.programs import pool_key
@@ -412,41 +413,40 @@ def test_what_etcd_said_counts_and_not_that_time_ran_out_over_the_last_try(
 
 
 def test_an_etcd_that_takes_few_operations_at_once(store: EtcdDatastore, front: EtcdFront) -> None:
-    """``--max-txn-ops``: objects are stored one by one, and what must be all or nothing, isn't."""
+    """``--max-txn-ops``: it is asked for one by one; what must be all or nothing isn't done."""
     many = (grpc.StatusCode.INVALID_ARGUMENT, "etcdserver: too many operations in txn request")
+    front.refuse = lambda method: many if method == TXN.path else None
     distant = EtcdDatastore(EtcdSettings((front.endpoint,)))
-    there = distant.create(pool_key("b"), numbered(1))
-    objects = [(pool_key(name), numbered(2)) for name in "abc"]
-    refusals = [many]
-    front.refuse = lambda _: refusals.pop() if refusals else None
-    first, refused, last = distant.create_all(objects)
-    assert not refusals
-    assert isinstance(refused, AlreadyExistsError)
-    assert [store.get(pool_key(name)) for name in "abc"] == [first, there, last]
-    refusals = [many]
+    first, last = [store.create(pool_key(name), numbered(1)) for name in "ac"]
+    found, missing, other = distant.get_all([pool_key(name) for name in "abc"])
+    assert (found, other) == (first, last)
+    assert isinstance(missing, NotFoundError)
     with pytest.raises(StoreError, match="too many operations"):
-        distant.update_with(there.key, numbered(3), there.revision, [(pool_key("d"), numbered(3))])
-    assert [entry.key.name for entry in store.list("IPPool").entries] == [*"abc"]
-    assert store.get(there.key) == there
+        distant.update_with(first.key, numbered(2), first.revision, [(pool_key("d"), numbered(2))])
+    assert store.list("IPPool").entries == [first, last]
     distant.close()
 
 
-def test_an_etcd_that_goes_away_between_two_parts(store: EtcdDatastore, front: EtcdFront) -> None:
-    """Those after the first hundred have a problem, and none of them is there."""
-    asked: list[str] = []
-
-    def away(method: str) -> tuple[grpc.StatusCode, str] | None:
-        asked.append(method)
-        return (grpc.StatusCode.UNAVAILABLE, "gone") if len(asked) > 1 else None
-
-    front.refuse = away
-    distant = EtcdDatastore(EtcdSettings((front.endpoint,), timeout=2))
-    keys = [pool_key(f"p{number:03}") for number in range(250)]
-    outcomes = distant.create_all([(key, numbered(1)) for key in keys])
-    assert [isinstance(each, UnavailableError) for each in outcomes] == [False] * 100 + [True] * 150
-    assert store.list("IPPool").entries == outcomes[:100]
-    assert all(isinstance(each, UnavailableError) for each in distant.get_all(keys))
-    distant.close()
+def test_handle_and_block_whose_writing_nobody_confirms(etcd: Etcd, front: EtcdFront) -> None:
+    """It was carried out: the next try finds the address, and a release gives it back."""
+    with ExitStack() as stack:
+        store = connect(f"etcd://{etcd.endpoints[0]}")
+        stack.callback(store.close)
+        pool = {"metadata": {"name": "pods"}, "spec": {"cidr": "10.65.0.0/24"}}
+        store.create(pool_key("pods"), pool)
+        distant = EtcdDatastore(EtcdSettings((front.endpoint,), timeout=2))
+        stack.callback(distant.close)
+        allocator = Allocator(distant, "n1", follow=True)
+        allocator.start()
+        stack.callback(allocator.stop)
+        eventually(lambda: allocator.following)
+        allocator.assign("first", {})
+        front.lose = lambda request: any(each.HasField("request_put") for each in request.success)
+        assert allocator.assign_each({"h": {}}) == {}
+        front.lose = lambda _: False
+        [address] = allocator.addresses("h")
+        assert allocator.release("h") == [address]
+        assert len(store.list("IPAMHandle").entries) == 1
 
 
 # --- small things ---

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
+import orjson
 import pytest
 
 from api.names import cidr_name
@@ -31,6 +32,7 @@ from ipam.allocator import (
 from ipam.block import Block
 from ipam.records import CONFIRMED, Records, owner
 from tests.ipam.world import (
+    Grouping,
     Interposed,
     add_pool,
     affinities,
@@ -665,6 +667,57 @@ def test_an_answer_that_is_lost_does_not_count_twice(
         allocator.assign("a", POD)
         counts = {id_: sum(handle.counts.values()) for id_, handle in handles(small).items()}
         assert counts == dict.fromkeys(["first", "a", "b"], 1)
+
+
+@pytest.mark.parametrize("landed", ["before", "after", "never"])
+def test_a_write_that_nobody_knows_the_end_of(small: SqliteDatastore, landed: str) -> None:
+    """Handle and block in one: who gives the handle back is free of it, whenever it is done."""
+    late: list[Callable[[], object]] = []
+
+    class Losing(Grouping):
+        def update_with(
+            self, key: Key, value: JSON, revision: str, objects: Sequence[tuple[Key, JSON]]
+        ) -> tuple[Entry, Sequence[Entry]]:
+            written = orjson.loads(orjson.dumps(value))
+            late.append(lambda: small.update_with(key, written, revision, objects))
+            raise UnavailableError("no answer")
+
+    with following(Losing(small, late=False), "n1") as allocator:
+        allocator.assign("first", POD)
+        assert allocator.assign_each({"a": POD, "b": POD}) == {}
+        [write] = late
+        if landed == "before":
+            write()
+        released = [*allocator.release("a"), *allocator.release("b")]
+        assert len(released) == (2 if landed == "before" else 0)
+        if landed == "after":
+            with pytest.raises(ConflictError):
+                write()
+        assert handles(small).keys() == {"first"}
+        assert len(allocated(small)) == 1
+        revision = small.list("IPAMBlock").revision
+        assert allocator.release("a") == []  # of which nothing is to be feared any more
+        assert small.list("IPAMBlock").revision == revision
+        check_consistency(small)
+
+
+def test_who_is_not_new_keeps_nobody_from_beginning(small: SqliteDatastore) -> None:
+    """A handle that is there is refused alone, and the others are begun with their block."""
+    writes: list[int] = []
+
+    class Counting(Grouping):
+        def update_with(
+            self, key: Key, value: JSON, revision: str, objects: Sequence[tuple[Key, JSON]]
+        ) -> tuple[Entry, Sequence[Entry]]:
+            result = super().update_with(key, value, revision, objects)
+            writes.append(len(objects))
+            return result
+
+    with following(Counting(small, late=False), "n1") as allocator:
+        allocator.assign("b", POD)
+        assert allocator.assign_each({"a": POD, "b": POD, "c": POD}).keys() == {"a", "c"}
+        assert writes == [2]
+        check_consistency(small)
 
 
 def test_cost_of_an_address_does_not_grow_with_the_cluster(store: SqliteDatastore) -> None:

@@ -73,6 +73,7 @@ class Memory(StrEnum):
     NOTHING = "nothing"
     FRESH = "fresh"  # all there is
     LATE = "late"  # all there was, up to what they heard last
+    LATE_IN_ONE = "late-in-one"  # so, and handle and block are one write
 
 
 class Node:
@@ -100,12 +101,16 @@ class Node:
         )
         self.daemon = Allocator(self.seen, self.name)
         self.begin(self.daemon)
+        in_one = self.memory in (Memory.FRESH, Memory.LATE_IN_ONE)
+        assert Records(self.seen).can_begin == in_one  # or something else would be tried
 
     def client(self, **hooks: Callable[[int], object]) -> Interposed:
         if self.memory is Memory.NOTHING:
             return Interposed(self.store, **hooks)
         if self.memory is Memory.FRESH:
-            return Grouping(self.store, **hooks)
+            return Grouping(self.store, late=False, **hooks)
+        if self.memory is Memory.LATE_IN_ONE:
+            return Grouping(self.store, late=True, **hooks)
         return Remembering(self.store, late=True, **hooks)
 
     def begin(self, allocator: Allocator) -> None:
@@ -321,7 +326,8 @@ class IpamMachine(RuleBasedStateMachine):
         self.do_assign(node.daemon, handle, version, 1)
         limit = self.settings.get("maxBlocksPerHost") or 20
         # who has not heard yet that the other program has claimed some may claim one too many
-        assert self.owned(name, version) <= max(owned, limit) + (self.memory is Memory.LATE)
+        late = self.memory in (Memory.LATE, Memory.LATE_IN_ONE)
+        assert self.owned(name, version) <= max(owned, limit) + late
         if self.settings.get("strictAffinity") and handle not in self.doubtful:
             by_net = blocks(self.store)
             for address in set(node.daemon.addresses(handle)) - self.in_use:

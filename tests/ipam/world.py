@@ -174,9 +174,15 @@ class Remembering(Interposed):
 class Grouping(Remembering):
     """One whose store writes several objects in one go: nobody dies in the midst of that."""
 
-    def __init__(self, store: SqliteDatastore, **hooks: Callable[[int], object]) -> None:
-        super().__init__(store, late=False, **hooks)
+    def __init__(
+        self, store: SqliteDatastore, *, late: bool, **hooks: Callable[[int], object]
+    ) -> None:
+        super().__init__(store, late=late, **hooks)
         self._sqlite = store
+
+    def get_all(self, keys: Sequence[Key]) -> Sequence[Entry | StoreError]:
+        self._read()
+        return self._sqlite.get_all(keys)
 
     def create_all(self, objects: Sequence[tuple[Key, JSON]]) -> Sequence[Entry | StoreError]:
         return self._write(lambda: self._sqlite.create_all(objects))

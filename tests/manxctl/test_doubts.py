@@ -42,6 +42,36 @@ def test_a_policy_in_a_tier_that_is_not_there(run: Run) -> None:
         assert run("create", "-f", "-", stdin=built_in).stderr == ""
 
 
+def test_a_policy_that_is_there_under_its_name_of_older_calico(
+    run: Run, store: SqliteDatastore
+) -> None:
+    """In the tier ``default`` alone, and of Kubernetes' policies none."""
+    for name in ("web", "default.db", "plain"):
+        put(store, "GlobalNetworkPolicy", name, {})
+    put(store, "GlobalNetworkPolicy", "default.other", {"tier": "kube-admin"})
+    told = {}
+    for name in ("default.web", "db", "plain", "other"):
+        policy = document("GlobalNetworkPolicy", name, {"order": 1})
+        result = run("apply", "-f", "-", stdin=policy)
+        assert result.exit_code == 0
+        told[name] = result.stderr
+    assert told["plain"] == told["other"] == ""
+    assert told["default.web"].startswith(
+        "Warning: standard input, document 1: GlobalNetworkPolicy default.web: metadata.name:"
+        " 'default.web': there is 'web', too"
+    )
+    assert "'db': there is 'default.db', too" in told["db"]
+    put(store, "NetworkPolicy", "default.api", {}, "shop")
+    api = yaml.safe_load(document("NetworkPolicy", "api", {"policyTypes": ["Ingress"]}))
+    api["metadata"]["namespace"] = "shop"
+    kubernetes = api | {"apiVersion": "networking.k8s.io/v1"}
+    kubernetes["spec"] = kubernetes["spec"] | {"podSelector": {}}
+    assert run("apply", "-f", "-", stdin=yaml.safe_dump(kubernetes)).stderr == ""
+    calico = api | {"spec": {"types": ["Ingress"]}}
+    assert "'default.api', too" in run("apply", "-f", "-", stdin=yaml.safe_dump(calico)).stderr
+    assert "'db', too" in run("patch", "gnp", "default.db", "-p", "spec: {order: 7}").stderr
+
+
 def test_a_session_of_a_node_that_is_not_there(run: Run) -> None:
     peer = document("BGPPeer", "tor", {"node": "n1", "peerIP": "192.0.2.1", "asNumber": 65001})
     result = run("create", "-f", "-", stdin=peer)
