@@ -10,6 +10,7 @@ import pytest
 from cni.memory import Memory
 from datastore.interface import JSON, Datastore, Key, UnavailableError
 from datastore.sqlite import SqliteDatastore
+from tests.ipam.world import Remembering
 from tests.support.netns import eventually
 
 RED = Key("Namespace", "red")
@@ -46,6 +47,29 @@ def test_follows_what_changes(store: Datastore, memory: Memory) -> None:
     store.delete(RED)
     eventually(lambda: memory.value(RED) == {})
     assert memory.values("Namespace") == []
+
+
+def test_what_is_new_and_not_heard_of(store: SqliteDatastore) -> None:
+    """A setting is none yet, unless one must be sure; of the others there is no doubt."""
+    deaf = Remembering(store, late=True)
+    memory = Memory(deaf, follow=True)
+    memory.start()
+    eventually(lambda: memory.follower.in_sync)
+    setting, lock = Key("FelixConfiguration", "default"), Key("ClusterInformation", "default")
+    for key in (setting, lock, RED):
+        assert memory.value(key) == {}
+        store.create(key, namespace())
+    assert memory.value(setting) == {}
+    assert memory.value(setting, sure=True) == namespace()
+    assert memory.value(lock) == memory.value(RED) == namespace()
+    pods = [Key("Pod", name, "red") for name in ("web", "none")]
+    store.create(pods[0], {"metadata": {"name": "web", "namespace": "red"}})
+    found = memory.look([setting, lock, RED, *pods])
+    web = {"metadata": {"name": "web", "namespace": "red"}}
+    assert found == {setting: {}, lock: namespace(), RED: namespace(), pods[0]: web, pods[1]: {}}
+    deaf.hear(None)
+    eventually(lambda: memory.value(setting) == namespace())
+    memory.stop()
 
 
 def test_does_not_remember_others(store: Datastore, memory: Memory) -> None:
